@@ -1,0 +1,20 @@
+"""Supervised fine-tuning: flow matching on given images (Lipman et al. 2022, arXiv:2210.02747)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from posttrain.algorithm import Batch, Items, Tools
+from posttrain.algorithms._flow_matching import FlowMatching
+
+
+class SFT(FlowMatching):
+    """Supervised fine-tuning: the velocity error on noisy versions of the images."""
+
+    type: Literal["sft"] = "sft"
+
+    def collect(self, batch: Batch, tools: Tools) -> Items:
+        return self.base_items(batch, tools)[0]
+
+    def forward_equivalents_per_sample(self) -> float:
+        return 3.0

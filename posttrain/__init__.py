@@ -1,0 +1,24 @@
+"""Post-training of rectified-flow text-to-image models: ``posttrain run recipe.yaml``, or from Python."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.recipe import Recipe
+    from posttrain.recipe_file import load_recipe
+    from posttrain.chain import run
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "load_recipe", "run"]
+
+_HOMES = {"Recipe": "posttrain.recipe", "load_recipe": "posttrain.recipe_file", "run": "posttrain.chain"}
+
+
+def __getattr__(name: str) -> Any:
+    # `posttrain --help` must not wait for torch
+    if name not in _HOMES:
+        raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

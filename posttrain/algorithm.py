@@ -1,0 +1,133 @@
+"""What every training algorithm answers: what do we train on, and what is the loss on it?
+
+An algorithm turns a batch into *n weighted items* (:meth:`Algorithm.collect`) and has *a loss per item*
+(:meth:`Algorithm.loss`). Splitting into micro-batches, averaging, back-propagation, ranks, precision and
+records belong to the engine and are the same for all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.condition import Condition, Conditions
+from posttrain.spec import Named
+
+if TYPE_CHECKING:
+    from posttrain.policy import Policy
+    from posttrain.randomness import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n samples of the data set, each with its prompt."""
+
+    latents: Tensor
+    """(n, c, h, w) float32 clean latents, scaled as the model wants them."""
+    prompt: Tensor
+    """(n,) int64: each sample's row in ``conditions``."""
+    conditions: Conditions
+    """The encoded prompts; row 0 is the empty prompt."""
+    metadata: Sequence[Mapping[str, Any]] = ()
+    """n rows of whatever the prompt file says of each sample, or nothing."""
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Training items: named tensors that share a first axis n, one entry per item.
+
+    A field is read as an attribute, ``items.latents``. ``prompt`` (n,) is always among them: items index
+    the batch's conditions and do not copy them.
+    """
+
+    weight: Tensor
+    """(n,) How much each item counts; the update divides by the global sum."""
+    fields: dict[str, Tensor]
+    conditions: Conditions
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.fields[name]
+        except KeyError:
+            raise AttributeError(f"no field {name!r}; these items have {sorted(self.fields)}") from None
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def condition(self) -> Condition:
+        """Each item's own condition, gathered from the batch's."""
+        return self.conditions.rows(self.fields["prompt"])
+
+    def take(self, index: Tensor | slice) -> Items:
+        """The items at ``index``, with the same conditions."""
+        return replace(
+            self, weight=self.weight[index], fields={k: v[index] for k, v in self.fields.items()}
+        )
+
+    def split(self, size: int) -> Iterator[Items]:
+        """Consecutive runs of at most ``size`` items."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+    @staticmethod
+    def cat(parts: Sequence[Items]) -> Items:
+        """All items of ``parts``, which share fields and conditions, in order."""
+        fields = {k: torch.cat([p.fields[k] for p in parts]) for k in parts[0].fields}
+        return Items(torch.cat([p.weight for p in parts]), fields, parts[0].conditions)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What :meth:`Algorithm.loss` returns."""
+
+    per_item: Tensor
+    """(n,) The loss of each item, not weighted and not averaged: the update does both."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> (n,) values to record, averaged with the items' weights; NaN where an item has none."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a stage lends its algorithm while it collects."""
+
+    policy: Policy
+    """The trained weights and their roles."""
+    draws: Draws
+    """Randomness for this batch, a function of the samples' ids."""
+
+
+class Algorithm(Named, ABC):
+    """A training algorithm. Fields are its hyper-parameters; it keeps no other state."""
+
+    needs: ClassVar[Literal["images", "rewards"]]
+    """What the stage must supply: captioned images, or prompts and rewards to score samples of them."""
+    roles: ClassVar[frozenset[str]] = frozenset()
+    """Frozen copies of the weights that the policy must hold, e.g. {"reference", "old"}."""
+
+    @abstractmethod
+    def collect(self, batch: Batch, tools: Tools) -> Items:
+        """Turn one batch into training items. Runs without gradients; all randomness is here."""
+
+    @abstractmethod
+    def loss(self, items: Items, policy: Policy) -> Losses:
+        """The loss of each item (n,), with gradients. A function of its arguments alone."""
+
+    def after_update(self, policy: Policy, step: int) -> None:  # noqa: B027
+        """Move the roles, if the algorithm moves any, after optimizer step ``step`` (from 1)."""
+
+    def items_per_sample(self) -> int:
+        """How many items :meth:`collect` makes of one sample, for the plan."""
+        return 1
+
+    @abstractmethod
+    def forward_equivalents_per_sample(self) -> float:
+        """Transformer forwards spent on one sample, a forward-backward counting 3, for the plan."""

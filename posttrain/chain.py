@@ -1,0 +1,164 @@
+"""How does a whole recipe run: its stages in order, each evaluated, and a report at the end?"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.errors import PosttrainError, RecipeError
+from posttrain.recipe import BASE, Recipe, Stage, is_path
+from posttrain.recipe_file import check_or_raise, dump_recipe, parse_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from posttrain.model import FlowModel, Model
+
+PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "accelerate", "peft", "pydantic", "numpy", "pillow")
+
+
+def run(recipe: Recipe, output: Path | None = None, console: Console | None = None) -> Path:
+    """Run every stage that is not finished, evaluate, write the report, and return the run folder.
+
+    The folder is ``output`` or ``runs/<name>``. Given the same recipe again, finished stages are skipped
+    and an unfinished one goes on from its last checkpoint. Raises RecipeError where the folder holds a run
+    of another recipe, and PosttrainError for whatever stops a stage.
+    """
+    from rich.console import Console
+
+    from posttrain.device import resolve, set_tf32
+    from posttrain.report import table, write_report
+
+    console = console or Console()
+    check_or_raise(recipe)
+    folder = (output or Path("runs") / recipe.name).absolute()
+    device = resolve(recipe.device)
+    set_tf32(recipe.tf32)
+    with _exclusive(folder):
+        _claim(folder, recipe, device)
+        spec = recipe.model.materialise(folder / "model")
+        if recipe.evaluation is not None:
+            _evaluate(recipe, spec, None, folder, device, console)
+        for stage in recipe.stages:
+            if (folder / stage.name / "stage.json").is_file():
+                console.print(f"[dim]{stage.name}: finished before, skipped[/dim]", highlight=False)
+            else:
+                _train(recipe, spec, stage, folder, device, console)
+            if recipe.evaluation is not None:
+                _evaluate(recipe, spec, stage, folder, device, console)
+        report = write_report(folder)
+    console.print(table(folder))
+    console.print(f"report: {report}", soft_wrap=True, highlight=False)
+    return folder
+
+
+def _train(
+    recipe: Recipe, spec: Model, stage: Stage, folder: Path, device: torch.device, console: Console
+) -> None:
+    from posttrain.artifact import describe
+    from posttrain.stage import run_stage
+
+    model = spec.load(device, "fp32" if stage.tune.type == "full" else spec.frozen_dtype())
+    sources = _sources(recipe, stage, folder)
+    for source in sources:
+        model.load_weights(source)
+    run_stage(recipe, stage, model, folder, describe(spec, sources, stage, folder / stage.name / "final"), console)
+
+
+def _evaluate(
+    recipe: Recipe, spec: Model, stage: Stage | None, folder: Path, device: torch.device, console: Console
+) -> None:
+    """Evaluate what a stage wrote (the base model for None), reading it as any other tool would."""
+    from posttrain.artifact import evaluate_artifact
+
+    assert recipe.evaluation is not None, "called for recipes with an evaluation"
+    name = stage.name if stage else BASE
+    target = folder / name / "evaluation"
+    if (target / "summary.json").is_file():
+        return
+    model = spec.load(device, "fp32")
+    if stage is not None:
+        for source in [*_sources(recipe, stage, folder), folder / stage.name / "final"]:
+            model.load_weights(source)
+    weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
+    evaluate_artifact(model, recipe.evaluation, target, name, weights, console)
+
+
+def _sources(recipe: Recipe, stage: Stage, folder: Path) -> list[Path]:
+    """The folders whose weights, loaded in order onto the base model, are what ``stage`` starts from."""
+    lineage = [name for name in recipe.lineage(stage) if name != BASE]
+    return [Path(n).expanduser().absolute() if is_path(n) else folder / n / "final" for n in lineage]
+
+
+def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:
+    """Write what the run is, or check that the folder holds this very run."""
+    resolved = folder / "recipe.yaml"
+    if resolved.is_file():
+        before = parse_recipe(resolved.read_text(), str(resolved), checks=False)
+        if changed := list(_differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))):
+            raise RecipeError(
+                f"{str(folder)!r} holds a run of another recipe; it differs in: {'; '.join(changed[:5])}. "
+                "Give another --output or name, or remove the folder"
+            )
+        return
+    stages = [{"name": BASE, "parent": None, "algorithm": None}] + [
+        {"name": s.name, "parent": recipe.parent(s), "algorithm": s.algorithm.type} for s in recipe.stages
+    ]
+    (folder / "run.json").write_text(json.dumps({"name": recipe.name, "stages": stages}, indent=2))
+    (folder / "environment.json").write_text(json.dumps(environment(recipe, device), indent=2))
+    resolved.write_text(dump_recipe(recipe))
+
+
+def environment(recipe: Recipe, device: torch.device) -> dict:
+    """Versions, machine and seed, as ``environment.json`` keeps them."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "versions": versions,
+        "device": f"{device} {name}".strip(),
+        "threads": torch.get_num_threads(),
+        "seed": recipe.seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _differences(before: object, now: object, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (a, b) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(a, b, f"{path}.{i}")
+    elif before != now and path != "device":
+        yield f"{path} (was {before!r}, now {now!r})"
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process. Raises PosttrainError where another run holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise PosttrainError(f"cannot write the run folder {str(folder)!r}: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PosttrainError(f"another run is writing to {str(folder)!r}; wait for it or give --output") from error
+        yield

@@ -1,0 +1,108 @@
+"""How is a stage's training state written so that a kill at any moment loses nothing that was saved?"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.errors import PosttrainError
+from posttrain.policy import Policy
+
+STATE = "state.pt"
+
+
+@contextlib.contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` at the end of the block, whole or not at all.
+
+    Raises PosttrainError where the disk is full or the folder cannot be written; what was there before
+    is then untouched.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+        _sync(folder.parent)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        # torch's and safetensors' writers report a full disk as a RuntimeError of their own wording
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if isinstance(error, OSError) or full or "write" in str(error).lower():
+            free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path.cwd()).free
+            why = "the disk is full" if full else str(error)
+            raise PosttrainError(
+                f"cannot write {str(folder)!r}: {why} ({free / 1e9:.2f} GB free); earlier checkpoints are intact"
+            ) from error
+        raise
+
+
+def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, extra: dict[str, Any],
+         keep: int) -> Path:
+    """Write the complete training state after ``step`` steps and remove all but the last ``keep``."""
+    target = folder / f"step-{step:08d}"
+    state = {
+        "step": step,
+        "trained": {name: p.detach() for name, p in policy.trained.items()},
+        "roles": policy.roles,
+        "optimizer": optimizer.state_dict(),
+        "forward_equivalents": policy.forward_equivalents,
+        "extra": extra,
+    }
+    with published(target) as part:
+        torch.save(state, part / STATE)
+    for old in saved(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / STATE).is_file())
+
+
+def restore(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Load a checkpoint into ``policy`` and ``optimizer``; returns its step and what the stage kept.
+
+    Raises PosttrainError where it cannot be read or belongs to other weights.
+    """
+    try:
+        state = torch.load(checkpoint / STATE, map_location=policy.model.device, weights_only=True)
+    except Exception as error:
+        raise PosttrainError(
+            f"cannot read the checkpoint {str(checkpoint)!r}: {error}. Remove it to go on from the one before"
+        ) from error
+    own, kept = policy.trained, state["trained"]
+    if own.keys() != kept.keys() or any(own[n].shape != kept[n].shape for n in own):
+        raise PosttrainError(
+            f"the checkpoint {str(checkpoint)!r} holds other weights than this stage trains "
+            f"({len(kept)} tensors, not {len(own)}, or other shapes: another LoRA rank?)"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(kept[name])
+    policy.roles = state["roles"]
+    optimizer.load_state_dict(state["optimizer"])
+    policy.forward_equivalents = state["forward_equivalents"]
+    return state["step"], state["extra"]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,8 @@
+"""What a stage learns from: images with captions, rendered shapes, or prompts.
+
+Only the specs are imported here, so that a recipe is read without torch.
+"""
+
+from posttrain.data.spec import AnyData, Data, Images, Prompts, ShapesData, with_type
+
+__all__ = ["AnyData", "Data", "Images", "Prompts", "ShapesData", "with_type"]

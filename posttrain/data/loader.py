@@ -1,0 +1,218 @@
+"""Which batches of images does a step train on?
+
+Everything drawn is a function of (key, epoch, image): workers and prefetching change nothing but speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from posttrain.data.buckets import bucket_problem, bucket_sizes, cover_and_crop, nearest_bucket, to_pixels
+from posttrain.data.decode import BadImage, image_size, open_image
+from posttrain.data.order import batches, batches_per_epoch, rank_slice
+from posttrain.data.records import Bucket, Problem, Record, listing, read_records, stop_beyond_tolerance
+from posttrain.data.spec import Images
+from posttrain.errors import DataError
+from posttrain.randomness import generator
+
+SAMPLE = 64
+"""Images decoded before a run starts, so that a rotten folder stops it at once."""
+
+
+@dataclass
+class ImageBatch:
+    """The n images of one rank at one step; all lists have n entries."""
+
+    step: int
+    """Step of the data order, from 0; a resumed run starts at the last one plus 1."""
+    epoch: int
+    ids: list[int]
+    pixels: Tensor
+    """(n, 3, h, w) float32 in [-1, 1], on the CPU."""
+    captions: list[str]
+    bucket: Bucket
+    """(w, h) in pixels."""
+
+
+class ImageSource:
+    """The images that a spec lists, each assigned to a bucket whose sides are multiples of ``divisor``.
+
+    Raises DataError if the spec's files cannot be read, or if more rows than it tolerates are unusable.
+    ``skipped`` lists the unusable rows known so far, each once; on several ranks each knows only the
+    undecodable images that it met itself. ``notes`` are worth telling the user.
+    """
+
+    def __init__(self, spec: Images, divisor: int):
+        table = read_records(spec)
+        self.spec, self.rows, self.notes = spec, table.rows, table.notes
+        self.skipped: list[Problem] = list(table.problems)
+        self.records: dict[int, Record] = {}
+        self.buckets: dict[Bucket, list[int]] = {}
+        sizes = bucket_sizes(spec.resolution, divisor) if spec.resolution else []
+        for record in table.records:
+            bucket = _assign(record, spec, divisor, sizes)
+            if isinstance(bucket, Problem):
+                self.skipped.append(bucket)
+                continue
+            self.records[record.id] = record
+            self.buckets.setdefault(bucket, []).append(record.id)
+        stop_beyond_tolerance(spec, self.skipped, self.rows)
+        self._bucket_of = {i: bucket for bucket, ids in self.buckets.items() for i in ids}
+        self._decode_sample()
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """How many steps see every image once, where no image turns out to be unusable."""
+        return batches_per_epoch(self.buckets, batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        seed_key: tuple[object, ...],
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[ImageBatch]:
+        """The batches of ``rank`` from ``start_step`` on, without end; ``batch_size`` counts all ranks.
+
+        An image that cannot be decoded is left out of its batch and noted in ``skipped``. A batch that is
+        left empty is passed over: its step number is missing. On several ranks it is yielded with n = 0
+        instead, as where the batch has fewer images than there are ranks, so that all ranks stay at one step.
+        Raises DataError when more rows than tolerated are skipped; ValueError for numbers out of range.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
+
+        def plan() -> Iterator[tuple[int, int, Bucket, list[int]]]:
+            for epoch, step, ids in batches(self.buckets, batch_size, seed_key, start_step):
+                yield epoch, step, self._bucket_of[ids[0]], rank_slice(ids, rank, world)
+
+        jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in ids)
+        crops = iter(self._read(_Crops(self.spec, self.records, self._bucket_of, seed_key), jobs))
+        for epoch, step, bucket, ids in plan():
+            images = dict(self._usable(zip(ids, crops, strict=False)))
+            if images or world > 1:
+                yield self._batch(epoch, step, bucket, images)
+
+    def scan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Problem]:
+        """Every problem in the data, by line, after reading each image in full.
+
+        ``progress`` is called with (images read, images). To see all problems of data that has more than
+        it tolerates, construct the source with tolerance 1.
+        """
+        found = {problem.line: problem for problem in self.skipped}
+        read = self._read(_Whole(self.spec, self.records), self.records)
+        for done, problem in enumerate(read, 1):
+            if problem is not None:
+                found.setdefault(problem.line, problem)
+            progress(done, len(self.records))
+        return [found[line] for line in sorted(found)]
+
+    def _batch(
+        self, epoch: int, step: int, bucket: Bucket, images: dict[int, NDArray[np.uint8]]
+    ) -> ImageBatch:
+        width, height = bucket
+        pixels = np.stack(list(images.values())) if images else np.empty((0, height, width, 3), np.uint8)
+        captions = [self.records[i].caption for i in images]
+        return ImageBatch(step, epoch, list(images), to_pixels(pixels), captions, bucket)
+
+    def _usable(
+        self, read: Iterable[tuple[int, NDArray[np.uint8] | Problem]]
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for i, image in read:
+            if isinstance(image, Problem):
+                self._skip(image)
+            else:
+                yield i, image
+
+    def _skip(self, problem: Problem) -> None:
+        if all(problem.line != known.line for known in self.skipped):
+            self.skipped.append(problem)
+            stop_beyond_tolerance(self.spec, self.skipped, self.rows)
+
+    def _read(self, dataset: Dataset[Any], jobs: Iterable[Any]) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            sampler=jobs,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=self.spec.workers,
+            generator=torch.Generator(),  # else each start takes a number from the global generator
+        )
+
+    def _decode_sample(self) -> None:
+        order = torch.randperm(len(self.records), generator=generator("data", "sample"))[:SAMPLE].tolist()
+        ids = list(self.records)
+        read = list(self._read(_Whole(self.spec, self.records), [ids[i] for i in order]))
+        failed = [problem for problem in read if problem is not None]
+        if len(failed) > max(1, self.spec.tolerance * len(read)):
+            raise DataError(
+                f"{self.spec.images}: {len(failed)} of {len(read)} images tried cannot be decoded"
+                f"{listing(self.spec.images, failed)}\nRepair or remove these rows, or raise 'tolerance' "
+                f"({self.spec.tolerance:g}) to skip them."
+            )
+        for problem in failed:
+            self._skip(problem)
+
+
+def _assign(record: Record, spec: Images, divisor: int, sizes: Sequence[Bucket]) -> Bucket | Problem:
+    if not sizes:
+        if record.bucket is None:
+            reason = "no 'bw' and 'bh'; add them, or give the recipe's data a 'resolution'"
+        elif not (reason := bucket_problem(record.bucket, divisor, spec.max_pixels)):
+            return record.bucket
+        return Problem(record.line, record.path, reason)
+    try:
+        return nearest_bucket(*(record.bucket or image_size(record.path, spec.max_pixels)), sizes)
+    except BadImage as error:
+        return Problem(record.line, record.path, error.reason)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+class _Whole(Dataset[Problem | None]):
+    """id -> what is wrong with its image."""
+
+    def __init__(self, spec: Images, records: dict[int, Record]):
+        self.spec, self.records = spec, records
+
+    def __getitem__(self, index: int) -> Problem | None:
+        record = self.records[index]
+        try:
+            open_image(record.path, self.spec.max_pixels)
+        except BadImage as error:
+            return Problem(record.line, record.path, error.reason)
+        return None
+
+
+class _Crops(Dataset[NDArray[np.uint8] | Problem]):
+    """(epoch, id) -> (h, w, 3) bytes. Bytes, and no tensor: those need shared memory, which containers lack."""
+
+    def __init__(
+        self, spec: Images, records: dict[int, Record], bucket_of: dict[int, Bucket], key: tuple[object, ...]
+    ):
+        self.spec, self.records, self.bucket_of, self.key = spec, records, bucket_of, key
+
+    def __getitem__(self, index: tuple[int, int]) -> NDArray[np.uint8] | Problem:
+        epoch, i = index
+        record = self.records[i]
+        offsets, flip = (0.5, 0.5), False
+        if self.spec.crop == "random":
+            across, down = torch.rand(2, generator=generator(*self.key, epoch, "crop", i)).tolist()
+            offsets = (across, down)
+        if self.spec.flip:
+            flip = torch.rand((), generator=generator(*self.key, epoch, "flip", i)).item() < 0.5
+        try:
+            image = open_image(record.path, self.spec.max_pixels)
+        except BadImage as error:
+            return Problem(record.line, record.path, error.reason)
+        return cover_and_crop(image, self.bucket_of[i], offsets, flip)

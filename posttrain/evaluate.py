@@ -1,0 +1,148 @@
+"""How good is a model? Prompts and scorers in; one record a sample, means with intervals, and images out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posttrain.checkpoint import published
+from posttrain.data.prompts import read_prompts
+from posttrain.data.spec import Prompts
+from posttrain.errors import DataError
+from posttrain.grids import to_pil
+from posttrain.policy import Policy
+from posttrain.progress import stage_progress
+from posttrain.reward import checked
+from posttrain.sampling import sample_images
+from posttrain.statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posttrain.recipe import Evaluation
+    from posttrain.reward import Reward
+
+Row = Mapping[str, Any]
+
+
+def prompt_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The evaluation's prompts with their metadata, in order. Raises DataError where there is none."""
+    if isinstance(evaluation.prompts, Prompts):
+        rows = read_prompts(evaluation.prompts.prompts)
+    else:
+        from posttrain.shapes.dataset import evaluation_prompts
+
+        rows = evaluation_prompts(evaluation.prompts.count, evaluation.prompts.seed)
+    if not rows:
+        raise DataError("evaluation.prompts: there is no prompt in it")
+    return [dict(row) for row in rows]
+
+
+def evaluate(
+    policy: Policy, evaluation: Evaluation, folder: Path, *, name: str, weights: str, console: Console
+) -> dict[str, Any]:
+    """Sample every prompt, score every sample, and publish ``folder`` (records, summary, images) at once.
+
+    ``weights`` says which weights these are ("base", "raw" or "ema"). Every sample is counted once; a
+    reward that fails stops the evaluation (RewardError). Returns the summary.
+    """
+    model = policy.model
+    if evaluation.resolution % model.divisor:
+        low = evaluation.resolution // model.divisor * model.divisor
+        near = " or ".join(str(r) for r in (low, low + model.divisor) if r)
+        raise DataError(
+            f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels that "
+            f"this model needs; the nearest are {near}"
+        )
+    scorers = {reward.type: checked(reward.type, reward.load(model.device)) for reward in evaluation.rewards}
+    samples = _samples(prompt_rows(evaluation), evaluation.images_per_prompt)
+    shown = _shown(samples, evaluation.grid)
+    spent, started, records = policy.forward_equivalents, time.monotonic(), []
+    with published(folder) as part, stage_progress(f"evaluate {name}", len(samples), 0, console) as bar:
+        (part / "grid").mkdir()
+        for start in range(0, len(samples), evaluation.batch_size):
+            chunk = samples[start : start + evaluation.batch_size]
+            prompts = [row["prompt"] for row, _ in chunk]
+            images = sample_images(
+                policy,
+                prompts,
+                [index for _, index in chunk],
+                resolution=evaluation.resolution,
+                steps=evaluation.steps,
+                guidance=evaluation.guidance,
+                solver=evaluation.solver,
+                seed=evaluation.seed,
+            ).cpu()
+            scores = {kind: score(images, prompts, [row for row, _ in chunk]) for kind, score in scorers.items()}
+            for i, (row, index) in enumerate(chunk):
+                values = {}
+                for kind, result in scores.items():
+                    values[kind] = float(result.value[i])
+                    values |= {f"{kind}/{detail}": float(v[i]) for detail, v in result.details.items()}
+                records.append({"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values})
+                if start + i in shown:
+                    to_pil(images[i : i + 1])[0].save(part / "grid" / f"{shown[start + i]:03d}.png")
+            bar.update(min(start + len(chunk), len(samples)))
+        summary = {
+            "images": len(records),
+            "prompts": len({record["prompt"] for record in records}),
+            "sampler": evaluation.model_dump(exclude={"prompts", "rewards", "grid"}),
+            "weights": weights,
+            "scores": _summaries(records, evaluation.rewards),
+            "tags": {
+                tag: _summaries([r for r in records if r["tag"] == tag], evaluation.rewards)
+                for tag in dict.fromkeys(r["tag"] for r in records if r["tag"] is not None)
+            },
+            "forward_equivalents": policy.forward_equivalents - spent,
+            "seconds": time.monotonic() - started,
+            "grid_prompts": [samples[i][0]["prompt"] for i in shown],
+        }
+        (part / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (part / "summary.json").write_text(json.dumps(summary, indent=2))
+    policy.forward_equivalents = spent
+    return summary
+
+
+def _samples(rows: Sequence[Row], images_per_prompt: int) -> list[tuple[Row, int]]:
+    """(row, image index) of every sample; a prompt that comes again goes on counting its images."""
+    seen: Counter[str] = Counter()
+    samples = []
+    for row in rows:
+        for _ in range(images_per_prompt):
+            samples.append((row, seen[row["prompt"]]))
+            seen[row["prompt"]] += 1
+    return samples
+
+
+def _shown(samples: Sequence[tuple[Row, int]], count: int) -> dict[int, int]:
+    """Sample -> place in the grid: first images of prompts, taking each tag in turn."""
+    by_tag: dict[Any, list[int]] = {}
+    for i, (row, index) in enumerate(samples):
+        if index == 0:
+            by_tag.setdefault(row.get("tag"), []).append(i)
+    turns = max((len(v) for v in by_tag.values()), default=0)
+    order = [v[turn] for turn in range(turns) for v in by_tag.values() if turn < len(v)]
+    return {sample: place for place, sample in enumerate(order[:count])}
+
+
+def _summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
+    groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
+    found = {}
+    for name in records[0]["scores"]:
+        reward = next(r for r in rewards if r.type == name.split("/")[0])
+        values = np.array([record["scores"][name] for record in records])
+        low, high = bootstrap_interval(values, groups=groups)
+        found[name] = {
+            "mean": float(values.mean()),
+            "low": low,
+            "high": high,
+            "count": len(values),
+            "higher_is_better": reward.higher_is_better,
+        }
+    return found

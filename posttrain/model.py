@@ -1,0 +1,102 @@
+"""What a text-to-image model must offer so that any algorithm can train it.
+
+:class:`Model` is the block of a recipe that names weights; :class:`FlowModel` is what it loads. Numeric
+conventions of a model family (latent scaling, timesteps of 0 to 1000, text encoders) end here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from posttrain.spec import Named
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from posttrain.condition import Condition
+
+DtypeName = Literal["fp32", "bf16", "fp16"]
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """The torch dtype that a recipe calls ``name``."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+class Model(Named, ABC):
+    """A recipe's ``model`` block."""
+
+    def materialise(self, folder: Path) -> Model:
+        """The model to load; one that must first be made is made under ``folder``, once."""
+        del folder
+        return self
+
+    @abstractmethod
+    def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
+        """Read the weights. Raises ModelError where they are missing, gated or do not fit together."""
+
+    def frozen_dtype(self) -> DtypeName:
+        """Of a transformer that is not fully trained."""
+        return "fp32"
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Why the weights cannot be loaded as things stand, found without loading; None if nothing is wrong."""
+
+    @abstractmethod
+    def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Name -> shape of the transformer's weights, read from file headers; None where not at hand."""
+
+
+class FlowModel(ABC):
+    """A loaded model. ``transformer`` is what algorithms train; everything else is frozen."""
+
+    transformer: nn.Module
+    device: torch.device
+    shift: float
+    """Of the timestep schedule, for sigma(t); see :func:`posttrain.flow.shift_sigma`."""
+    divisor: int
+    """Image sides must be multiples of this many pixels."""
+
+    @abstractmethod
+    def sigmas(self, steps: int, height: int, width: int) -> list[float]:
+        """The sampling grid for images of that size: ``steps`` sigmas from 1 downwards, then 0."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of each prompt, on the device."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Latents of ``pixels`` (n, 3, h, w) in [-1, 1], drawn from the encoder's posterior by ``noise``."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of an image of that size in pixels."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, h, w) in [0, 1] of ``latents``."""
+
+    @abstractmethod
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """The transformer's velocity, (n, c, h, w) float32, at ``latents`` and ``sigma`` (n,)."""
+
+    @abstractmethod
+    def save(self, folder: Path, dtype: DtypeName) -> None:
+        """Write what other tools load: the whole pipeline, its transformer in ``dtype``."""
+
+    @abstractmethod
+    def save_lora(self, folder: Path) -> None:
+        """Write the trained adapter as other tools load it."""
+
+    @abstractmethod
+    def load_weights(self, source: Path) -> None:
+        """Replace the transformer's weights by those of a folder that :meth:`save` or :meth:`save_lora`
+        wrote; an adapter is merged. Raises ModelError where anything is missing or does not fit."""

@@ -1,0 +1,1 @@
+"""Model families, one file each; every module here is found by discovery."""

@@ -1,0 +1,190 @@
+"""Where do a pipeline's weights lie, and how are its components read, linked and written?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED = "posttrain/"
+"""Names that begin so are models that come with the package."""
+
+
+def locate(path: str) -> str:
+    """A local folder as an absolute path, or the hub name unchanged. Raises ModelError for a local
+    folder or shipped model that is not there."""
+    if reason := missing(path, "transformer"):
+        raise ModelError(reason)
+    if (folder := local_folder(path)) is not None:
+        return str(folder)
+    return path
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder that ``path`` names on this machine (a hub name's cached snapshot included), if any."""
+    if path.startswith(SHIPPED):
+        folder = ASSETS / path.removeprefix(SHIPPED)
+        return folder if folder.is_dir() else None
+    if (folder := Path(path).expanduser()).is_dir():
+        return folder.resolve()
+    if _looks_local(path):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(path, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def missing(path: str, component: str) -> str | None:
+    """What is wrong with ``path`` as far as can be seen without loading or network; None if nothing is."""
+    folder = local_folder(path)
+    if folder is None:
+        if path.startswith(SHIPPED):
+            have = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
+            return f"model.path: no model {path!r} comes with posttrain; there are {[SHIPPED + n for n in have]}"
+        if _looks_local(path):
+            return f"model.path: the folder {str(Path(path).expanduser().absolute())!r} does not exist"
+        return None
+    if not (folder / "model_index.json").is_file():
+        return f"model.path: {str(folder)!r} holds no model_index.json, so it is no diffusers pipeline folder"
+    kind = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    if not str(kind).startswith("StableDiffusion3"):
+        return f"model.path: {str(folder)!r} is a {kind}, not a StableDiffusion3Pipeline"
+    if not (folder / component).is_dir():
+        return f"model.path: {str(folder)!r} has no folder {component!r}"
+    return None
+
+
+def header_shapes(path: str, component: str) -> dict[str, tuple[int, ...]] | None:
+    """Name -> shape of a component's weights, from the headers of its safetensors files alone."""
+    folder = local_folder(path)
+    files = sorted((folder / component).glob("*.safetensors")) if folder else []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes or None
+
+
+def link_other_components(source: str, folder: Path, trained: str) -> None:
+    """Fill ``folder`` with the pipeline at ``source`` but for its ``trained`` component.
+
+    Unchanged files are hard links where the file system allows it, so a stage does not cost the disk
+    another copy of the text encoders.
+    """
+    origin = local_folder(source)
+    if origin is None:
+        raise ModelError(f"the pipeline {source!r} is not on this machine any more; cannot copy its parts")
+    for file in sorted(p for p in origin.rglob("*") if p.is_file()):
+        relative = file.relative_to(origin)
+        if relative.parts[0] == trained or relative.parts[0].startswith("."):
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file.resolve(), target)
+        except OSError:
+            shutil.copyfile(file, target)
+
+
+def save_component(module: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write ``module`` in the published layout with its floating-point weights in ``dtype``."""
+    from huggingface_hub import save_torch_state_dict
+
+    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in module.state_dict().items()}
+    with quiet():
+        module.save_config(folder)
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
+
+
+def load_component(module: torch.nn.Module, source: Path) -> None:
+    """Load every weight of ``module`` from a pipeline or component folder. Raises ModelError where a
+    weight is missing, unexpected or of another shape."""
+    from safetensors.torch import load_file
+
+    folder = source / "transformer" if (source / "transformer").is_dir() else source
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"no weights to start from: {str(source)!r} holds no safetensors file")
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        with explained(str(file)):
+            state |= load_file(file)
+    own = module.state_dict()
+    problems = [f"{n}: missing" for n in own if n not in state]
+    problems += [f"{n}: unexpected" for n in state if n not in own]
+    problems += [
+        f"{n}: shape {tuple(state[n].shape)}, expected {tuple(own[n].shape)}"
+        for n in own
+        if n in state and state[n].shape != own[n].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ModelError(f"the weights in {str(folder)!r} do not fit: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn what a loading library raises for ``path`` into one ModelError that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{path!r} is gated: accept its licence on its hub page and log in with `hf auth login`, "
+            "or give the path of a local folder"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub knows no model {path!r} that you may read: check the spelling, log in with "
+            "`hf auth login` if it is private or gated, or give the path of a local folder"
+        ) from error
+    except ModelError:
+        raise
+    except Exception as error:
+        hub = local_folder(path) is None and not Path(path).exists()
+        advice = (
+            "; if the hub cannot be reached, or the model is gated (accept its licence, then "
+            "`hf auth login`), give the path of a local folder"
+        )
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot load {path!r}: {first}{advice if hub else ''}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' progress bars and advice: what matters is raised as an error."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [diffusers_logging, transformers_logging]
+    levels = [module.get_verbosity() for module in loggers]
+    for module in loggers:
+        module.set_verbosity(logging.ERROR)
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, level in zip(loggers, levels, strict=True):
+            module.set_verbosity(level)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1

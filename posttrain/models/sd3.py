@@ -1,0 +1,186 @@
+"""Stable Diffusion 3 and 3.5, in the folder format that diffusers reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from posttrain.errors import ModelError
+from posttrain.model import DtypeName, FlowModel, Model, torch_dtype
+from posttrain.models import _weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from posttrain.condition import Condition
+
+
+class SD3(Model):
+    """A Stable Diffusion 3 / 3.5 pipeline."""
+
+    type: Literal["sd3"] = "sd3"
+    path: str = Field(min_length=1)
+    """A diffusers folder, a hub name such as ``stabilityai/stable-diffusion-3.5-medium``, or
+    ``posttrain/tiny-sd3``, the small model of the Shapes world that comes with the package."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    dtype: DtypeName = "fp32"
+    """Of the text encoders, and of the transformer where it is frozen (LoRA). The VAE is always fp32."""
+    max_sequence_length: int = Field(256, ge=1, le=512)
+    """Tokens of the T5 prompt, in training and in evaluation alike. The published training runs used 77
+    (SOAR) or 128 (Flow-GRPO, DiffusionNFT) and evaluated at 256."""
+    text_encoder_3: bool = True
+    """False leaves the T5 encoder out, as diffusers allows; its tokens are then zeros."""
+
+    def load(self, device: torch.device, transformer_dtype: DtypeName) -> SD3FlowModel:
+        from diffusers import StableDiffusion3Pipeline
+
+        source = _weights.locate(self.path)
+        dtypes = {
+            "default": torch_dtype(self.dtype),
+            "vae": torch_dtype("fp32"),
+            "transformer": torch_dtype(transformer_dtype),
+        }
+        left_out: dict[str, Any] = {} if self.text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
+        with _weights.quiet(), _weights.explained(self.path):
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                source, torch_dtype=dtypes, revision=self.revision, **left_out
+            )
+        return SD3FlowModel(pipeline, source, self.max_sequence_length, device)
+
+    def frozen_dtype(self) -> DtypeName:
+        return self.dtype
+
+    def missing(self) -> str | None:
+        return _weights.missing(self.path, "transformer")
+
+    def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        return _weights.header_shapes(self.path, "transformer")
+
+
+class SD3FlowModel(FlowModel):
+    """A loaded Stable Diffusion 3 pipeline."""
+
+    def __init__(self, pipeline: Any, source: str, max_sequence_length: int, device: torch.device) -> None:
+        self.pipeline, self.source, self.device = pipeline, source, device
+        self.max_sequence_length = max_sequence_length
+        self.transformer, self.vae, self.scheduler = pipeline.transformer, pipeline.vae, pipeline.scheduler
+        _check_text_encoders(pipeline)
+        self.shift = float(self.scheduler.config.shift)
+        self.factor = pipeline.vae_scale_factor
+        self.divisor = self.factor * self.transformer.config.patch_size
+        for module in (self.transformer, self.vae, *self._text_encoders()):
+            module.to(device).eval().requires_grad_(False)
+
+    def sigmas(self, steps: int, height: int, width: int) -> list[float]:
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        extra = {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+            tokens = (height // self.divisor) * (width // self.divisor)
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            extra["mu"] = calculate_shift(tokens, *(scheduler.config.get(n) for n in names))
+        scheduler.set_timesteps(steps, **extra)
+        return scheduler.sigmas.tolist()
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        import torch
+
+        texts = list(prompts)
+        with torch.no_grad(), _weights.quiet():
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=texts,
+                prompt_2=texts,
+                prompt_3=texts,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+            latents = posterior.mean + posterior.std * noise
+            return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return (self.transformer.config.in_channels, height // self.factor, width // self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            scaled = latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
+            return (self.vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        dtype = self.transformer.dtype
+        return self.transformer(
+            hidden_states=latents.to(dtype),
+            timestep=1000 * sigma,
+            return_dict=False,
+            **{name: tensor.to(dtype) for name, tensor in condition.items()},
+        )[0].float()
+
+    def save(self, folder: Path, dtype: DtypeName) -> None:
+        _weights.link_other_components(self.source, folder, trained="transformer")
+        _weights.save_component(self.transformer, folder / "transformer", torch_dtype(dtype))
+
+    def save_lora(self, folder: Path) -> None:
+        from peft import get_peft_model_state_dict
+
+        from posttrain.tuning import ADAPTER
+
+        state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        self.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers={k: v.detach().cpu().contiguous() for k, v in state.items()},
+            transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
+        )
+
+    def load_weights(self, source: Path) -> None:
+        lora = source / "pytorch_lora_weights.safetensors"
+        if not lora.is_file():
+            _weights.load_component(self.transformer, source)
+            return
+        with _weights.quiet(), _weights.explained(str(lora)):
+            self.pipeline.load_lora_weights(str(source), adapter_name="parent")
+            self.pipeline.fuse_lora(components=["transformer"], adapter_names=["parent"])
+            self.pipeline.unload_lora_weights()
+
+    def _text_encoders(self) -> list[Any]:
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        return [encoder for name in names if (encoder := getattr(self.pipeline, name)) is not None]
+
+
+def _check_text_encoders(pipeline: Any) -> None:
+    """Raise ModelError where the text encoders' widths do not fit the transformer."""
+    if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
+        raise ModelError("the pipeline has no CLIP text encoders; only text_encoder_3 may be missing")
+    config = pipeline.transformer.config
+    clip = [pipeline.text_encoder.config, pipeline.text_encoder_2.config]
+    pooled = sum(c.projection_dim for c in clip)
+    if pooled != config.pooled_projection_dim:
+        raise ModelError(
+            f"text encoders do not fit: their pooled widths {[c.projection_dim for c in clip]} add up to "
+            f"{pooled}, the transformer takes {config.pooled_projection_dim}"
+        )
+    width = sum(c.hidden_size for c in clip)
+    if width > config.joint_attention_dim:
+        raise ModelError(
+            f"text encoders do not fit: the CLIP widths {[c.hidden_size for c in clip]} add up to {width}, "
+            f"over the transformer's {config.joint_attention_dim}"
+        )
+    if (t5 := pipeline.text_encoder_3) is not None and t5.config.d_model != config.joint_attention_dim:
+        raise ModelError(
+            f"text_encoder_3 does not fit: its width is {t5.config.d_model}, "
+            f"the transformer takes {config.joint_attention_dim}"
+        )

@@ -1,0 +1,204 @@
+"""What may a recipe say?
+
+The schema of a recipe: strict pydantic models whose defaults are the published settings. Reading a file,
+with lines and spellings in its errors, is :mod:`posttrain.recipe_file`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from posttrain.algorithm import Algorithm
+from posttrain.data.spec import Images, Prompts, ShapesData, with_type
+from posttrain.model import DtypeName, Model
+from posttrain.reward import Reward
+from posttrain.solvers import Solver
+from posttrain.spec import Spec, union
+from posttrain.tuning import Full, Lora
+
+if TYPE_CHECKING:
+    AnyAlgorithm = Algorithm
+    AnyModel = Model
+    AnyReward = Reward
+else:
+    AnyAlgorithm = union(Algorithm, "posttrain.algorithms")
+    AnyModel = union(Model, "posttrain.models")
+    AnyReward = union(Reward, "posttrain.rewards")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+BASE = "base"
+"""The name of the model before any stage, as ``start_from`` and the report spell it."""
+
+
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError(f"no device {value!r}: one of 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'")
+    return value
+
+
+class Train(Spec):
+    """How a stage is optimised."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(32, ge=1)
+    """Samples in one step, over all processes."""
+    micro_batch: int = Field(8, ge=1)
+    """Items in one forward-backward: bounds the memory, does not change the result. Items are samples, and
+    for SOAR their auxiliary points too."""
+    learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Of the learning rate after the warm-up; ``cosine`` and ``linear`` end at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(1e-2, ge=0)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient's norm is clipped to this."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of the moving average that is evaluated and exported; none by default."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the transformer's forward; bf16 is autocast, with trained weights and optimizer in float32."""
+    gradient_checkpointing: bool = False
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_every: int | None = Field(None, ge=1)
+    """Steps between image grids of the first evaluation prompts; none by default."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
+        return self
+
+
+class Stage(Spec):
+    """One algorithm run on one data set from given weights."""
+
+    name: Name
+    start_from: str | None = None
+    """``base``, an earlier stage, or a folder that a stage wrote; the stage before by default."""
+    algorithm: AnyAlgorithm
+    data: Annotated[
+        Annotated[Images | ShapesData, Field(discriminator="type")], BeforeValidator(with_type)
+    ]
+    tune: Annotated[Full | Lora, Field(discriminator="type")] = Full()
+    train: Train
+    export_dtype: DtypeName = "fp32"
+    """Of the transformer written to ``final/`` after full fine-tuning."""
+
+    @model_validator(mode="after")
+    def _name_is_free(self) -> Self:
+        if self.name in (BASE, "data", "model"):
+            raise ValueError(f"a stage cannot be called {self.name!r}: that folder of a run has another use")
+        return self
+
+
+class ShapesPrompts(Spec):
+    """Held-out prompts of the Shapes world, balanced over its six kinds of task."""
+
+    type: Literal["shapes"] = "shapes"
+    count: int = Field(ge=1)
+    seed: int = 0
+
+
+class Evaluation(Spec):
+    """How the base model and every stage are compared: same prompts, same noise, same sampler."""
+
+    prompts: Annotated[
+        Annotated[Prompts | ShapesPrompts, Field(discriminator="type")],
+        BeforeValidator(lambda v: {"type": "prompts", "prompts": v} if isinstance(v, str) else v),
+    ]
+    rewards: list[AnyReward] = Field(min_length=1)
+    images_per_prompt: int = Field(1, ge=1)
+    resolution: int = Field(512, ge=8)
+    """Side of the images, in pixels."""
+    steps: int = Field(40, ge=1)
+    """Sampling steps."""
+    guidance: float = Field(4.5, ge=0)
+    """Classifier-free guidance scale; 1 is none."""
+    solver: Solver = "euler"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the transformer's forward (bf16 is autocast)."""
+    seed: int = 0
+    """Of the noise, which belongs to the prompt: equal for every stage, on any number of processes."""
+    batch_size: int = Field(16, ge=1)
+    grid: int = Field(8, ge=0)
+    """How many prompts are shown as images in the report."""
+
+    @model_validator(mode="after")
+    def _rewards_differ(self) -> Self:
+        kinds = [reward.type for reward in self.rewards]
+        if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
+            raise ValueError(f"rewards: {', '.join(sorted(twice))} is given twice")
+        if weighted := [reward.type for reward in self.rewards if reward.weight != 1]:
+            raise ValueError(f"rewards: an evaluation reports each score by itself, so the weight of "
+                             f"{', '.join(weighted)} would have no effect: remove it")
+        return self
+
+
+class Recipe(Spec):
+    """A model, the stages it goes through, and how the results are compared."""
+
+    name: Name
+    seed: int = 0
+    """Every draw of the run is a function of it."""
+    device: Annotated[str, BeforeValidator(_device)] = "auto"
+    tf32: bool = True
+    """Let CUDA multiply float32 matrices in TF32."""
+    tracker: Literal["tensorboard", "none"] = "tensorboard"
+    """Where curves and image grids go besides metrics.jsonl, which is always written."""
+    model: AnyModel
+    stages: list[Stage] = Field(min_length=1)
+    evaluation: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _stages_form_chains(self) -> Self:
+        before: list[str] = [BASE]
+        for stage in self.stages:
+            if stage.name in before:
+                raise ValueError(f"two stages are called {stage.name!r}: each writes a folder of its own")
+            if (start := stage.start_from) is not None and not is_path(start) and start not in before:
+                later = [s.name for s in self.stages if s.name not in before]
+                why = "does not come before it" if start in later else "does not exist"
+                raise ValueError(
+                    f"stage {stage.name!r} starts from {start!r}, which {why}: one of "
+                    f"{', '.join(map(repr, before))}, or a path such as './{start}'"
+                )
+            before.append(stage.name)
+        for stage in self.stages:
+            if stage.train.sample_every and self.evaluation is None:
+                raise ValueError(
+                    f"stage {stage.name!r} has train.sample_every, but there is no evaluation whose prompts "
+                    "could be sampled: add one, or remove it"
+                )
+        return self
+
+    def parent(self, stage: Stage) -> str:
+        """What ``stage`` starts from: ``base``, a stage's name, or a path."""
+        if stage.start_from is not None:
+            return stage.start_from
+        index = self.stages.index(stage)
+        return self.stages[index - 1].name if index else BASE
+
+    def lineage(self, stage: Stage) -> list[str]:
+        """What came before ``stage`` in its chain, from ``base`` (or a path) to its parent."""
+        parent = self.parent(stage)
+        for other in self.stages:
+            if other.name == parent:
+                return [*self.lineage(other), parent]
+        return [parent]
+
+    def depth(self, stage: Stage) -> int:
+        """How many stages came before: part of the key of its draws, so that sibling branches draw alike."""
+        return len(self.lineage(stage)) - 1
+
+
+def is_path(start_from: str) -> bool:
+    """Whether a ``start_from`` names a folder rather than a stage."""
+    return start_from.startswith((".", "~")) or "/" in start_from

@@ -1,0 +1,68 @@
+"""``posttrain sample``: draw some images of a model and save them with a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from posttrain.artifact import open_artifact
+from posttrain.device import resolve
+from posttrain.errors import PosttrainError
+from posttrain.grids import grid, to_pil
+from posttrain.policy import Policy
+from posttrain.progress import stage_progress
+from posttrain.sampling import sample_images
+from posttrain.solvers import Solver
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def draw(
+    model: str,
+    prompts: Sequence[str],
+    output: Path,
+    images: int,
+    resolution: int,
+    steps: int,
+    guidance: float,
+    solver: str,
+    seed: int,
+    base: str | None,
+    device: str,
+    console: Console,
+) -> list[Path]:
+    """Write ``images`` images of each prompt to ``output``, and ``grid.png``; returns the images' files.
+
+    Image i of a prompt starts from the same noise whatever the model. Raises PosttrainError.
+    """
+    import torch
+
+    if solver not in get_args(Solver):
+        raise PosttrainError(f"--solver: no solver {solver!r}; there are {', '.join(get_args(Solver))}")
+    opened, _ = open_artifact(model, resolve(device), base)
+    if resolution % opened.divisor:
+        raise PosttrainError(f"--resolution: {resolution} is no multiple of {opened.divisor}")
+    policy, files, drawn = Policy(opened, chunk=8), [], []
+    output.mkdir(parents=True, exist_ok=True)
+    with stage_progress("sample", len(prompts) * images, 0, console) as bar:
+        for number, prompt in enumerate(prompts):
+            batch = sample_images(
+                policy,
+                [prompt] * images,
+                range(images),
+                resolution=resolution,
+                steps=steps,
+                guidance=guidance,
+                solver=solver,  # type: ignore[arg-type]
+                seed=seed,
+            ).cpu()
+            drawn.append(batch)
+            for index, image in enumerate(to_pil(batch)):
+                files.append(output / f"{number:03d}-{index:02d}.png")
+                image.save(files[-1])
+            bar.update(len(files))
+    captions = [prompt for prompt in prompts for _ in range(images)]
+    grid(torch.cat(drawn), images, captions=captions).save(output / "grid.png")
+    return files

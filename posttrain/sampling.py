@@ -1,0 +1,69 @@
+"""How are images drawn from a policy: noise, grid, solver, guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.condition import Conditions
+from posttrain.model import FlowModel
+from posttrain.policy import Policy
+from posttrain.randomness import generator
+from posttrain.solvers import Solver, solve
+
+
+def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor]:
+    """The conditions of ``prompts``, each distinct one encoded once, and each prompt's row (n,)."""
+    distinct = list(dict.fromkeys(prompts))
+    encoded = model.encode_prompts(["", *distinct])
+    row = {prompt: i + 1 for i, prompt in enumerate(distinct)}
+    rows = torch.tensor([row[p] for p in prompts], device=model.device)
+    return Conditions(encoded), rows
+
+
+def prompt_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> Tensor:
+    """The initial latents (c, h, w) of a prompt's ``index``-th image: they belong to the prompt, so every
+    model, batch size and number of processes starts it from the same noise."""
+    return torch.randn(tuple(shape), generator=generator(seed, "evaluation", prompt, index))
+
+
+def sample_latents(
+    policy: Policy,
+    conditions: Conditions,
+    prompt: Tensor,
+    noise: Tensor,
+    sigmas: list[float],
+    guidance: float,
+    solver: Solver,
+) -> Tensor:
+    """Clean latents (n, c, h, w) from ``noise``, by the policy's role in use, without gradients."""
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        at = torch.full((len(latents),), sigma, device=latents.device)
+        return policy.guided_velocity(latents, at, prompt, conditions, guidance)
+
+    with torch.no_grad():
+        return solve(velocity, noise, sigmas, solver)
+
+
+def sample_images(
+    policy: Policy,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    *,
+    resolution: int,
+    steps: int,
+    guidance: float,
+    solver: Solver = "euler",
+    seed: int = 0,
+) -> Tensor:
+    """Images (n, 3, resolution, resolution) in [0, 1]: the ``indices[i]``-th image of ``prompts[i]``."""
+    model = policy.model
+    conditions, rows = encode(model, prompts)
+    shape = model.latent_shape(resolution, resolution)
+    pairs = zip(prompts, indices, strict=True)
+    noise = torch.stack([prompt_noise(seed, p, i, shape) for p, i in pairs]).to(model.device)
+    sigmas = model.sigmas(steps, resolution, resolution)
+    return model.decode(sample_latents(policy, conditions, rows, noise, sigmas, guidance, solver))
