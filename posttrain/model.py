@@ -50,6 +50,10 @@ class Model(Named, ABC):
         """Why the weights cannot be loaded as things stand, found without loading; None if nothing is wrong."""
 
     @abstractmethod
+    def divisor(self) -> int | None:
+        """What image sides must be multiples of, from the model's configuration; None where not at hand."""
+
+    @abstractmethod
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Name -> shape of the transformer's weights, read from file headers; None where not at hand."""
 

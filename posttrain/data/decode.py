@@ -80,8 +80,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 def _ends_in_padding(path: Path) -> bool:
     """Whether a JPEG was cut and filled up with zeros, as interrupted downloads are; Pillow shows grey."""
     with path.open("rb") as handle:
-        handle.seek(-16, 2)
-        if handle.read().strip(b"\0"):
+        handle.seek(-1, 2)
+        if handle.read() != b"\0":
             return False
     return not path.read_bytes().rstrip(b"\0").endswith(b"\xff\xd9")
 

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from posttrain.data.buckets import bucket_problem, bucket_sizes, cover_and_crop, nearest_bucket, to_pixels
-from posttrain.data.decode import BadImage, image_size, open_image
+from posttrain.data.buckets import bucket_problem, bucket_sizes, nearest_bucket, to_pixels
+from posttrain.data.decode import BadImage, image_size
+from posttrain.data.lines import Problem, listing
 from posttrain.data.order import batches, batches_per_epoch, rank_slice
-from posttrain.data.records import Bucket, Problem, Record, listing, read_records, stop_beyond_tolerance
+from posttrain.data.records import Bucket, Record, read_records, stop_beyond_tolerance
 from posttrain.data.spec import Images
+from posttrain.data.workers import Crops, Whole, read
 from posttrain.errors import DataError
 from posttrain.randomness import generator
 
@@ -95,8 +95,9 @@ class ImageSource:
                 yield epoch, step, self._bucket_of[ids[0]], rank_slice(ids, rank, world)
 
         jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in ids)
-        crops = iter(self._read(_Crops(self.spec, self.records, self._bucket_of, seed_key), jobs))
+        crops = iter(read(Crops(self.spec, self.records, self._bucket_of, seed_key), jobs, self.spec.workers))
         for epoch, step, bucket, ids in plan():
+            # ids come first, so that no crop of the next batch is taken when they end.
             images = dict(self._usable(zip(ids, crops, strict=False)))
             if images or world > 1:
                 yield self._batch(epoch, step, bucket, images)
@@ -108,8 +109,8 @@ class ImageSource:
         it tolerates, construct the source with tolerance 1.
         """
         found = {problem.line: problem for problem in self.skipped}
-        read = self._read(_Whole(self.spec, self.records), self.records)
-        for done, problem in enumerate(read, 1):
+        problems = read(Whole(self.spec, self.records), self.records, self.spec.workers)
+        for done, problem in enumerate(problems, 1):
             if problem is not None:
                 found.setdefault(problem.line, problem)
             progress(done, len(self.records))
@@ -124,9 +125,9 @@ class ImageSource:
         return ImageBatch(step, epoch, list(images), to_pixels(pixels), captions, bucket)
 
     def _usable(
-        self, read: Iterable[tuple[int, NDArray[np.uint8] | Problem]]
+        self, crops: Iterable[tuple[int, NDArray[np.uint8] | Problem]]
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        for i, image in read:
+        for i, image in crops:
             if isinstance(image, Problem):
                 self._skip(image)
             else:
@@ -137,24 +138,15 @@ class ImageSource:
             self.skipped.append(problem)
             stop_beyond_tolerance(self.spec, self.skipped, self.rows)
 
-    def _read(self, dataset: Dataset[Any], jobs: Iterable[Any]) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            sampler=jobs,
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=self.spec.workers,
-            generator=torch.Generator(),  # else each start takes a number from the global generator
-        )
-
     def _decode_sample(self) -> None:
         order = torch.randperm(len(self.records), generator=generator("data", "sample"))[:SAMPLE].tolist()
         ids = list(self.records)
-        read = list(self._read(_Whole(self.spec, self.records), [ids[i] for i in order]))
-        failed = [problem for problem in read if problem is not None]
-        if len(failed) > max(1, self.spec.tolerance * len(read)):
+        jobs = [ids[i] for i in order]
+        tried = read(Whole(self.spec, self.records), jobs, self.spec.workers)
+        failed = [problem for problem in tried if problem is not None]
+        if len(failed) > max(1, self.spec.tolerance * len(jobs)):
             raise DataError(
-                f"{self.spec.images}: {len(failed)} of {len(read)} images tried cannot be decoded"
+                f"{self.spec.images}: {len(failed)} of {len(jobs)} images tried cannot be decoded"
                 f"{listing(self.spec.images, failed)}\nRepair or remove these rows, or raise 'tolerance' "
                 f"({self.spec.tolerance:g}) to skip them."
             )
@@ -173,46 +165,3 @@ def _assign(record: Record, spec: Images, divisor: int, sizes: Sequence[Bucket])
         return nearest_bucket(*(record.bucket or image_size(record.path, spec.max_pixels)), sizes)
     except BadImage as error:
         return Problem(record.line, record.path, error.reason)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-class _Whole(Dataset[Problem | None]):
-    """id -> what is wrong with its image."""
-
-    def __init__(self, spec: Images, records: dict[int, Record]):
-        self.spec, self.records = spec, records
-
-    def __getitem__(self, index: int) -> Problem | None:
-        record = self.records[index]
-        try:
-            open_image(record.path, self.spec.max_pixels)
-        except BadImage as error:
-            return Problem(record.line, record.path, error.reason)
-        return None
-
-
-class _Crops(Dataset[NDArray[np.uint8] | Problem]):
-    """(epoch, id) -> (h, w, 3) bytes. Bytes, and no tensor: those need shared memory, which containers lack."""
-
-    def __init__(
-        self, spec: Images, records: dict[int, Record], bucket_of: dict[int, Bucket], key: tuple[object, ...]
-    ):
-        self.spec, self.records, self.bucket_of, self.key = spec, records, bucket_of, key
-
-    def __getitem__(self, index: tuple[int, int]) -> NDArray[np.uint8] | Problem:
-        epoch, i = index
-        record = self.records[i]
-        offsets, flip = (0.5, 0.5), False
-        if self.spec.crop == "random":
-            across, down = torch.rand(2, generator=generator(*self.key, epoch, "crop", i)).tolist()
-            offsets = (across, down)
-        if self.spec.flip:
-            flip = torch.rand((), generator=generator(*self.key, epoch, "flip", i)).item() < 0.5
-        try:
-            image = open_image(record.path, self.spec.max_pixels)
-        except BadImage as error:
-            return Problem(record.line, record.path, error.reason)
-        return cover_and_crop(image, self.bucket_of[i], offsets, flip)

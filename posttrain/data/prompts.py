@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.records import Problem, json_object, lines, listing, string, text
+from posttrain.data.lines import Problem, json_object, lines, listing, string, text
 from posttrain.errors import DataError
 
 
@@ -40,7 +40,7 @@ def _json_row(raw: bytes) -> dict[str, Any]:
 def _text_row(raw: bytes) -> dict[str, Any]:
     if raw.startswith(b"{") and _is_object(raw):
         raise ValueError("a JSON object in a text file; name the file '.jsonl' if its rows are objects")
-    return {"prompt": text(raw)}
+    return {"prompt": string({"prompt": text(raw)}, "prompt")}
 
 
 def _is_object(raw: bytes) -> bool:

@@ -60,9 +60,13 @@ class ShapesData(Data):
     """Processes that decode images; 0: the training process does. Never changes what is drawn."""
 
     def materialise(self, folder: Path) -> Images:
-        """The rendered images in ``folder``. Call it on one process while the others wait."""
+        """The rendered images, in a folder of their own inside ``folder``, which stages may share.
+
+        Call it on one process while the others wait.
+        """
         from posttrain.shapes.dataset import build  # only a stage that trains on shapes needs the renderer
 
+        folder = folder / f"shapes-{self.style}-{self.images}-{self.seed}"
         build(folder, self.images, self.seed, self.style)
         return Images(images=folder / "train.jsonl", image_dir=folder / "images", workers=self.workers)
 

@@ -67,6 +67,14 @@ def missing(path: str, component: str) -> str | None:
     return None
 
 
+def config(path: str, component: str) -> dict[str, Any] | None:
+    """A component's ``config.json``, where it is on this machine."""
+    folder = local_folder(path)
+    if folder is None or not (file := folder / component / "config.json").is_file():
+        return None
+    return json.loads(file.read_text())
+
+
 def header_shapes(path: str, component: str) -> dict[str, tuple[int, ...]] | None:
     """Name -> shape of a component's weights, from the headers of its safetensors files alone."""
     folder = local_folder(path)

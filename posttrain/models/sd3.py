@@ -58,6 +58,12 @@ class SD3(Model):
     def missing(self) -> str | None:
         return _weights.missing(self.path, "transformer")
 
+    def divisor(self) -> int | None:
+        vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))
+        if vae is None or transformer is None:
+            return None
+        return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         return _weights.header_shapes(self.path, "transformer")
 

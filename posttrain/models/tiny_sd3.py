@@ -61,6 +61,9 @@ class TinySD3(Model):
     def missing(self) -> str | None:
         return None
 
+    def divisor(self) -> int | None:
+        return 8
+
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         return None
 

@@ -1,0 +1,76 @@
+"""What does a worker process do with one image?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from posttrain.data.buckets import cover_and_crop
+from posttrain.data.decode import BadImage, open_image
+from posttrain.data.lines import Problem
+from posttrain.data.records import Bucket, Record
+from posttrain.data.spec import Images
+from posttrain.randomness import generator
+
+
+def read(dataset: Dataset[Any], jobs: Iterable[Any], workers: int) -> DataLoader[Any]:
+    """``dataset[job]`` of each job, in order, computed ahead by ``workers`` processes (0: none)."""
+    return DataLoader(
+        dataset,
+        sampler=jobs,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        generator=torch.Generator(),  # else each start takes a number from the global generator
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+class Whole(Dataset[Problem | None]):
+    """id -> what is wrong with its image."""
+
+    def __init__(self, spec: Images, records: dict[int, Record]):
+        self.spec, self.records = spec, records
+
+    def __getitem__(self, index: int) -> Problem | None:
+        record = self.records[index]
+        try:
+            open_image(record.path, self.spec.max_pixels)
+        except BadImage as error:
+            return Problem(record.line, record.path, error.reason)
+        return None
+
+
+class Crops(Dataset[NDArray[np.uint8] | Problem]):
+    """(epoch, id) -> (h, w, 3) bytes, or what is wrong with the image.
+
+    The array is no tensor, because tensors travel in shared memory, of which containers have little.
+    """
+
+    def __init__(
+        self, spec: Images, records: dict[int, Record], bucket_of: dict[int, Bucket], key: tuple[object, ...]
+    ):
+        self.spec, self.records, self.bucket_of, self.key = spec, records, bucket_of, key
+
+    def __getitem__(self, index: tuple[int, int]) -> NDArray[np.uint8] | Problem:
+        epoch, i = index
+        record = self.records[i]
+        offsets, flip = (0.5, 0.5), False
+        if self.spec.crop == "random":
+            across, down = torch.rand(2, generator=generator(*self.key, epoch, "crop", i)).tolist()
+            offsets = (across, down)
+        if self.spec.flip:
+            flip = torch.rand((), generator=generator(*self.key, epoch, "flip", i)).item() < 0.5
+        try:
+            image = open_image(record.path, self.spec.max_pixels)
+        except BadImage as error:
+            return Problem(record.line, record.path, error.reason)
+        return cover_and_crop(image, self.bucket_of[i], offsets, flip)

@@ -1,0 +1,121 @@
+"""What would a recipe do, and what would it need? Told without loading a weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from posttrain.data.spec import Images, Prompts
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from posttrain.recipe import Recipe, Stage
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def plan(recipe: Recipe) -> RenderableType:
+    """The stages in order with their cost, and the memory and disk that their weights need."""
+    shapes = recipe.model.transformer_shapes()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "from", "algorithm"):
+        table.add_column(column, no_wrap=True)
+    for column in ("steps", "samples", "items", "trained", "forward-eq.", "memory", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in recipe.stages:
+        table.add_row(stage.name, recipe.parent(stage), stage.algorithm.type, *_figures(stage, recipe, shapes))
+    lines: list[RenderableType] = [Text(f"{recipe.name}: the recipe is valid", style="bold"), "", table, ""]
+    if shapes is None:
+        lines.append(Text("The model is not on this machine yet, so its size is unknown before the download."))
+    lines.append(
+        Text(
+            "items: forward-backwards; forward-eq.: transformer forwards on one sample, a forward-backward "
+            "counts 3; memory: weights, gradients, optimizer and roles of the transformer, to which text "
+            "encoders, VAE and the activations of one micro-batch come.",
+            style="dim",
+        )
+    )
+    lines += [f"{stage.name}: data {_data(stage)}" for stage in recipe.stages]
+    if (e := recipe.evaluation) is not None:
+        prompts = e.prompts.prompts if isinstance(e.prompts, Prompts) else f"{e.prompts.count} Shapes prompts"
+        names = ", ".join(reward.type for reward in e.rewards)
+        lines.append(
+            f"evaluation: base and every stage on {prompts}, {e.images_per_prompt} image(s) each at "
+            f"{e.resolution} px, {e.steps} {e.solver} steps, guidance {e.guidance}; scores: {names}"
+        )
+    return Group(*lines)
+
+
+def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
+    train, algorithm = stage.train, stage.algorithm
+    samples = train.steps * train.batch_size
+    figures = [
+        f"{train.steps:,}",
+        f"{samples:,}",
+        f"{samples * algorithm.items_per_sample():,}",
+    ]
+    cost = f"{samples * algorithm.forward_equivalents_per_sample():,.0f}"
+    if shapes is None:
+        return [*figures, "?", cost, "?", "?"]
+    trained = stage.tune.trainable_parameters(shapes)
+    everything = sum(_product(shape) for shape in shapes.values())
+    copies = len(algorithm.roles) + (train.ema is not None)
+    # float32: weights, gradients and AdamW's two moments, and a copy for each role
+    memory = trained * 4 * (4 + copies)
+    if stage.tune.type != "full":
+        memory += everything * (4 if recipe.model.frozen_dtype() == "fp32" else 2)
+    checkpoint = trained * 4 * (3 + copies)
+    export = {"fp32": 4, "bf16": 2, "fp16": 2}[stage.export_dtype] if stage.tune.type == "full" else 4
+    disk = checkpoint * train.keep_checkpoints + trained * export
+    return [*figures, f"{trained:,}", cost, _bytes(memory), _bytes(disk)]
+
+
+def _data(stage: Stage) -> str:
+    data = stage.data
+    if isinstance(data, Images):
+        return f"{data.images}, resolution {data.resolution or 'as named in its rows'}"
+    return f"{data.images} rendered Shapes images ({data.style})"
+
+
+def scan_data(recipe: Recipe, console: Console) -> None:
+    """Read every image of every stage. Lists the bad ones; raises DataError where they are too many."""
+    from posttrain.data.loader import ImageSource
+    from posttrain.progress import stage_progress
+
+    for stage in recipe.stages:
+        if not isinstance(stage.data, Images):
+            continue  # rendered by the run itself
+        # everything is to be listed, however much it is; the tolerance is judged at the end
+        tolerant = stage.data.model_copy(update={"tolerance": 1.0})
+        source = ImageSource(tolerant, divisor=recipe.model.divisor() or 1)
+        with stage_progress(f"{stage.name}: reading", len(source.records), 0, console) as bar:
+            problems = source.scan(lambda done, total: bar.update(done))
+        for problem in problems:
+            place = f"{stage.data.images}:{problem.line}: {problem.reason}"
+            console.print(place, soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{stage.name}: {source.rows} rows, {len(problems)} of them bad", highlight=False)
+        if len(problems) > stage.data.tolerance * source.rows:
+            raise DataError(
+                f"{stage.name}: {len(problems)} of {source.rows} rows cannot be used, more than the tolerated "
+                f"{stage.data.tolerance:.1%} (data.tolerance)"
+            )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

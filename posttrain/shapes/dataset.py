@@ -1,0 +1,97 @@
+"""How does a Shapes data set come to lie on disk: JPEG and JSONL in the published format?"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.random import Generator, Philox
+
+from posttrain.errors import DataError
+from posttrain.shapes.render import render
+from posttrain.shapes.scene import SIZE, STYLES, TASKS, Scene, sample_scene, sample_task
+
+VERSION = 1
+"""Raised whenever the same settings would render other images."""
+EVALUATION = 0xE7A1
+"""Keeps the stream of held-out prompts apart from those of the images."""
+
+
+def scene_at(seed: int, index: int, style: str = "clean") -> Scene:
+    """The ``index``-th scene of a data set: a function of its arguments alone."""
+    rng = Generator(Philox(key=[seed, index]))
+    return sample_scene(rng, TASKS[index % len(TASKS)], STYLES[style])
+
+
+def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
+    """Render ``images`` scenes into ``folder``, whole or not at all.
+
+    Writes ``train.jsonl`` (md5, caption_en, bw, bh), ``images/{md5}.jpg``, ``metadata.jsonl`` (GenEval's
+    format with the true prompt, a row an image, in the same order) and ``shapes.json``. A folder that
+    holds this very data set is left as it is. Raises DataError where it holds something else or cannot be
+    written.
+    """
+    settings = {"images": images, "seed": seed, "style": style, "version": VERSION}
+    if folder.exists() and any(folder.iterdir()):
+        found = json.loads((folder / "shapes.json").read_text()) if (folder / "shapes.json").is_file() else None
+        if found == settings:
+            return
+        what = f"another Shapes data set ({found})" if found else "something else"
+        raise DataError(f"{str(folder)!r} holds {what}, not {settings}: give another folder or remove it")
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        (part / "images").mkdir(parents=True)
+        with (part / "train.jsonl").open("w") as rows, (part / "metadata.jsonl").open("w") as metadata:
+            for index in range(images):
+                scene = scene_at(seed, index, style)
+                data = _jpeg(scene)
+                md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+                (part / "images" / f"{md5}.jpg").write_bytes(data)
+                row = {"md5": md5, "caption_en": scene.caption, "bw": SIZE, "bh": SIZE}
+                rows.write(json.dumps(row) + "\n")
+                metadata.write(json.dumps(scene.metadata) + "\n")
+        (part / "shapes.json").write_text(json.dumps(settings))
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise DataError(f"cannot write the Shapes data set {str(folder)!r}: {error}") from error
+
+
+def evaluation_prompts(count: int, seed: int) -> list[dict[str, Any]]:
+    """``count`` metadata rows, balanced over the six kinds of task; a kind repeats a prompt only once it
+    has used all that it has."""
+    rng = Generator(Philox(key=[seed, EVALUATION]))
+    used: dict[str, set[str]] = {tag: set() for tag in TASKS}
+    rows = []
+    for index in range(count):
+        tag = TASKS[index % len(TASKS)]
+        for _ in range(200):
+            row = sample_task(rng, tag)
+            if row["prompt"] not in used[tag]:
+                break
+        else:
+            used[tag].clear()  # every prompt of this kind is used up
+        used[tag].add(row["prompt"])
+        rows.append(row)
+    return rows
+
+
+def write_prompts(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write metadata rows as JSONL, as ``evaluation.prompts`` and GenEval read them."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _jpeg(scene: Scene) -> bytes:
+    buffer = io.BytesIO()
+    render(scene).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+

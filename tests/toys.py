@@ -1,0 +1,54 @@
+"""A velocity model without a network folder: a small net on 2-D "latents", fast enough for laws."""
+
+import torch
+from posttrain.algorithm import Batch
+from posttrain.condition import Conditions
+from posttrain.model import FlowModel
+from posttrain.policy import Policy
+from posttrain.randomness import Draws
+from torch import nn
+
+
+class ToyModel(FlowModel):
+    """Latents (n, 1, 2, 2); the condition is a vector of 3."""
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.transformer = nn.Sequential(nn.Linear(4 + 1 + 3, 32), nn.SiLU(), nn.Linear(32, 4))
+        self.device, self.shift, self.divisor = torch.device("cpu"), 3.0, 1
+
+    def sigmas(self, steps, height, width):
+        return torch.linspace(1, 0, steps + 1).tolist()
+
+    def encode_prompts(self, prompts):
+        return {"c": torch.stack([torch.tensor([len(p), p.count("a"), 1.0]) / 10 for p in prompts])}
+
+    def encode_images(self, pixels, noise):
+        return pixels
+
+    def latent_shape(self, height, width):
+        return (1, 2, 2)
+
+    def decode(self, latents):
+        return latents
+
+    def velocity(self, latents, sigma, condition):
+        features = torch.cat([latents.flatten(1), sigma[:, None], condition["c"]], 1)
+        return self.transformer(features).view_as(latents)
+
+    def save(self, folder, dtype):
+        raise AssertionError("not in these tests")
+
+    save_lora = load_weights = save
+
+
+def toy_batch(model, n=6, step=0, seed=0):
+    prompts = [f"prompt {'a' * (i % 3)}" for i in range(n)]
+    conditions = Conditions(model.encode_prompts(["", *prompts]))
+    draws = Draws((seed, 0, step), range(n))
+    latents = draws.normal("data", (1, 2, 2)) * 0.3 + 1
+    return Batch(latents, torch.arange(1, n + 1), conditions), draws
+
+
+def toy_policy(seed=0):
+    return Policy(ToyModel(seed), chunk=4)
