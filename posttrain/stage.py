@@ -57,7 +57,7 @@ def run_stage(
     if found := checkpoint.saved(folder / "checkpoints"):
         start, extra = checkpoint.restore(found[-1], policy, optimizer)
         console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
-    source = ImageSource(stage.data.materialise(run / "data"), divisor=model.divisor)
+    source = ImageSource(stage.data.materialise(run / "data" / stage.name), divisor=model.divisor)
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard") as tracker,
         stage_progress(stage.name, settings.steps, start, console) as bar,

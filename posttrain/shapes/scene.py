@@ -121,16 +121,6 @@ def prompt_of(include: Sequence[Metadata]) -> str:
     return "a photo of " + " and ".join(names)
 
 
-def related(relation: str, a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    """Whether box ``a`` (x0, y0, x1, y1) is in ``relation`` to box ``b`` by GenEval's rule."""
-    centre = np.array([(a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2])
-    sides = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
-    offset = np.sign(centre) * np.maximum(np.abs(centre) - 0.1 * sides, 0)
-    if not offset.any():
-        return False
-    return bool(np.dot(offset / np.linalg.norm(offset), RELATIONS[relation]) > 0.5)
-
-
 def _task(tag: str, include: list[Metadata], exclude: list[Metadata] | None = None) -> Metadata:
     row: Metadata = {"tag": tag, "include": include}
     if exclude:
