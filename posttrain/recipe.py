@@ -15,6 +15,7 @@ from posttrain.algorithm import Algorithm
 from posttrain.data.spec import Images, Prompts, ShapesData, with_type
 from posttrain.model import DtypeName, Model
 from posttrain.reward import Reward
+from posttrain.reward_blocks import reward_blocks
 from posttrain.solvers import Solver
 from posttrain.spec import Spec, union
 from posttrain.tuning import Full, Lora
@@ -114,7 +115,7 @@ class Evaluation(Spec):
         Annotated[Prompts | ShapesPrompts, Field(discriminator="type")],
         BeforeValidator(lambda v: {"type": "prompts", "prompts": v} if isinstance(v, str) else v),
     ]
-    rewards: list[AnyReward] = Field(min_length=1)
+    rewards: Annotated[list[AnyReward], Field(min_length=1), BeforeValidator(reward_blocks)]
     images_per_prompt: int = Field(1, ge=1)
     resolution: int = Field(512, ge=8)
     """Side of the images, in pixels."""

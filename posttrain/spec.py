@@ -65,4 +65,6 @@ def discover(family: type[Named], package: str) -> Variants:
 def union(family: type[Named], package: str) -> Any:
     """The discriminated union of every variant of ``family`` found by :func:`discover`."""
     variants = tuple(discover(family, package).values())
+    if len(variants) == 1:
+        return variants[0]  # a union of one is none, and takes no discriminator
     return Annotated[Union[variants], Field(discriminator="type")]  # noqa: UP007

@@ -95,6 +95,8 @@ class ImageSource:
                 yield epoch, step, self._bucket_of[ids[0]], rank_slice(ids, rank, world)
 
         jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in ids)
+        if rank >= min(batch_size, max(map(len, self.buckets.values()))):
+            jobs = iter(())  # every slice is empty, and looking ahead for a job would not end
         crops = iter(read(Crops(self.spec, self.records, self._bucket_of, seed_key), jobs, self.spec.workers))
         for epoch, step, bucket, ids in plan():
             # ids come first, so that no crop of the next batch is taken when they end.

@@ -37,7 +37,7 @@ class TinySD3(Model):
     layers: int = Field(5, ge=1)
     heads: int = Field(4, ge=1)
     head_dim: int = Field(32, ge=4, multiple_of=4)
-    autoencoder_steps: int = Field(2500, ge=1)
+    autoencoder_steps: int = Field(1200, ge=1)
     autoencoder_images: int = Field(4000, ge=16)
     shift: float = Field(1.0, gt=0)
     """Of the timestep schedule; SD3's 3 suits images of 1024 px, not of 64."""
@@ -168,7 +168,7 @@ def _fitted_autoencoder(spec: TinySD3, work: Path) -> Any:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 250 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             print(f"autoencoder  {step}/{steps}  loss {loss.item():.4f}", flush=True)
     with torch.no_grad():
         pixels = torch.cat([next(batches).pixels for _ in range(32)])

@@ -1,0 +1,100 @@
+"""What is wrong with a valid recipe on this machine, as far as can be found before a weight is loaded?"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.data.spec import Images, Prompts
+from posttrain.recipe import Recipe, is_path
+from posttrain.spelling import meant
+
+if TYPE_CHECKING:
+    from posttrain.yaml_source import Place
+
+Problem = tuple["Place", str]
+ARTIFACTS = ("model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+def problems(recipe: Recipe) -> list[Problem]:
+    """(place in the recipe, what is wrong there), for files, devices, packages and model configurations."""
+    return [*_device(recipe), *_model(recipe), *_stages(recipe), *_evaluation(recipe)]
+
+
+def _device(recipe: Recipe) -> Iterator[Problem]:
+    from posttrain.device import resolve
+    from posttrain.errors import RecipeError
+
+    try:
+        resolve(recipe.device)
+    except RecipeError as error:
+        yield ("device",), str(error).removeprefix("device: ")
+
+
+def _model(recipe: Recipe) -> Iterator[Problem]:
+    if (reason := recipe.model.missing()) is not None:
+        yield ("model", "path"), reason.removeprefix("model.path: ")
+
+
+def _stages(recipe: Recipe) -> Iterator[Problem]:
+    shapes, divisor = recipe.model.transformer_shapes(), recipe.model.divisor()
+    names: dict[str, str] = {}
+    for i, stage in enumerate(recipe.stages):
+        at: Place = ("stages", i)
+        if (same := names.setdefault(stage.name.lower(), stage.name)) != stage.name:
+            yield (*at, "name"), f"{stage.name!r} and {same!r} are one folder where case does not count"
+        if stage.start_from is not None and is_path(stage.start_from):
+            yield from _artifact((*at, "start_from"), Path(stage.start_from).expanduser())
+        if isinstance(stage.data, Images):
+            yield from _file((*at, "data", "images"), stage.data.images)
+            folder = stage.data.image_dir
+            if folder is not None and not folder.is_dir():
+                yield (*at, "data", "image_dir"), f"no folder {str(folder)!r} (looked at {folder.absolute()})"
+            resolution = stage.data.resolution
+            if resolution is not None and divisor and resolution % divisor:
+                yield (*at, "data", "resolution"), _nearest(resolution, divisor)
+        if shapes is not None and stage.tune.trainable_parameters(shapes) == 0:
+            layers = sorted({n.rsplit(".", 1)[0].split(".", 2)[-1] for n in shapes if "attn" in n})
+            wrong = stage.tune.model_dump().get("targets", [])
+            hint = meant(wrong[0], layers) if wrong else ""
+            yield (*at, "tune", "targets"), f"nothing would be trained: no layer's name ends in {wrong}{hint}"
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    if (evaluation := recipe.evaluation) is None:
+        return
+    if isinstance(evaluation.prompts, Prompts):
+        yield from _file(("evaluation", "prompts"), evaluation.prompts.prompts)
+    divisor = recipe.model.divisor()
+    if divisor and evaluation.resolution % divisor:
+        yield ("evaluation", "resolution"), _nearest(evaluation.resolution, divisor)
+    for i, reward in enumerate(evaluation.rewards):
+        for package in reward.requires:
+            if importlib.util.find_spec(package) is None:
+                yield (
+                    ("evaluation", "rewards", i),
+                    f"{reward.type} needs the package {package!r}: pip install 'posttrain[rewards]'",
+                )
+
+
+def _file(place: Place, file: Path) -> Iterator[Problem]:
+    if file.is_dir():
+        yield place, f"{str(file)!r} is a folder, a file is expected"
+    elif not file.is_file():
+        yield place, f"no file {str(file)!r} (looked at {file.absolute()}; paths count from the current folder)"
+
+
+def _artifact(place: Place, folder: Path) -> Iterator[Problem]:
+    if not folder.is_dir():
+        yield place, f"no folder {str(folder)!r} (looked at {folder.absolute()})"
+    elif not any((folder / name).is_file() for name in ARTIFACTS):
+        inside = " (its folder 'final' is what to name)" if (folder / "final").is_dir() else ""
+        yield place, f"{str(folder)!r} holds no weights{inside}: none of {', '.join(ARTIFACTS)}"
+
+
+def _nearest(value: int, divisor: int) -> str:
+    low = value // divisor * divisor
+    near = " or ".join(str(v) for v in (low, low + divisor) if v)
+    return f"{value} is no multiple of the {divisor} pixels that this model needs; the nearest are {near}"

@@ -1,0 +1,52 @@
+"""How are samples shown: single images, and grids with captions?"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PADDING, LEAST_TILE, FONT = 6, 128, 12
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """``images`` (n, 3, h, w) in [0, 1] as 8-bit RGB, rounded (not cut off) and clamped."""
+    data = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(pixels) for pixels in data]
+
+
+def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
+    """A grid of ``images`` (n, 3, h, w) in [0, 1], each caption below its image.
+
+    Tiny images are enlarged, without smoothing, to at least 128 px.
+    """
+    tiles = to_pil(images)
+    columns = min(columns, len(tiles))
+    factor = max(1, -(-LEAST_TILE // tiles[0].width))
+    width, height = tiles[0].width * factor, tiles[0].height * factor
+    font = ImageFont.load_default(FONT)
+    lines = [textwrap.wrap(c, max(8, width // (FONT // 2))) for c in captions] if captions else [[]] * len(tiles)
+    below = max(len(wrapped) for wrapped in lines) * (FONT + 3) + (4 if captions else 0)
+    rows = -(-len(tiles) // columns)
+    size = (columns * (width + PADDING) + PADDING, rows * (height + below + PADDING) + PADDING)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (tile, wrapped) in enumerate(zip(tiles, lines, strict=True)):
+        x = PADDING + (i % columns) * (width + PADDING)
+        y = PADDING + (i // columns) * (height + below + PADDING)
+        sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x, y + height + 3), "\n".join(wrapped), "black", font, spacing=2)
+    return sheet
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """``image`` as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,75 @@
+"""What does a person see while a stage runs: step, loss, rate and time left?"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+INTERVAL_SECONDS = 10.0
+"""Between lines where the output is no terminal."""
+
+
+class StageProgress(Protocol):
+    """A running display."""
+
+    def update(self, done: int, *, loss: float | None = None, images_per_second: float | None = None) -> None:
+        """Show that ``done`` of the total are done."""
+
+
+@contextlib.contextmanager
+def stage_progress(name: str, total: int, start: int, console: Console) -> Iterator[StageProgress]:
+    """A live bar on a terminal, and a line now and then where there is none."""
+    if not console.is_terminal:
+        yield _Lines(name, total, start, console)
+        return
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20 if console.width >= 90 else 8),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+    ]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=total, completed=start, figures="")
+        yield _Bar(progress, task)
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task) -> None:
+        self.progress, self.task = progress, task
+
+    def update(self, done: int, *, loss: float | None = None, images_per_second: float | None = None) -> None:
+        self.progress.update(self.task, completed=done, figures=_figures(loss, images_per_second))
+
+
+class _Lines:
+    def __init__(self, name: str, total: int, start: int, console: Console) -> None:
+        self.name, self.total, self.start, self.console = name, total, start, console
+        self.began = self.printed = time.monotonic()
+
+    def update(self, done: int, *, loss: float | None = None, images_per_second: float | None = None) -> None:
+        now = time.monotonic()
+        if done < self.total and now - self.printed < INTERVAL_SECONDS:
+            return
+        self.printed = now
+        left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
+        figures = _figures(loss, images_per_second)
+        line = f"{self.name}  {done}/{self.total}  {figures + '  ' if figures else ''}ETA {_clock(left)}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _figures(loss: float | None, rate: float | None) -> str:
+    parts = [f"loss {loss:.4f}"] if loss is not None else []
+    return "  ".join(parts + ([f"{rate:.1f} images/s"] if rate is not None else []))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,164 @@
+"""How does a recipe come out of a file, with its overrides, and go back into one?"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+
+from posttrain import checks
+from posttrain.errors import RecipeError
+from posttrain.recipe import Evaluation, Recipe
+from posttrain.recipe_errors import listed, translated
+from posttrain.spelling import meant
+from posttrain.yaml_source import Place, Source, parse, read_file
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, or the shipped one of that name, with ``a.b=c`` overrides.
+
+    Raises RecipeError, telling every problem with its line, before any weight is loaded.
+    """
+    name, text = _text(source)
+    return parse_recipe(text, name, overrides)
+
+
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), *, checks: bool = True) -> Recipe:
+    """The recipe in ``text``; ``name`` is what errors call it. Without ``checks`` only the schema counts."""
+    source = parse(text, name)
+    given = _override(source, overrides)
+    recipe = _validated(Recipe, source, given)
+    if checks:
+        check_or_raise(recipe, source, given)
+    return recipe
+
+
+def check_or_raise(
+    recipe: Recipe, source: Source | None = None, given: dict[Place, str] | None = None
+) -> None:
+    """Raise RecipeError for what :func:`posttrain.checks.problems` finds."""
+    if not (found := checks.problems(recipe)):
+        return
+    if source is None:
+        raise RecipeError("\n".join(f"{'.'.join(map(str, place))}: {words}" for place, words in found))
+    raise listed(found, source, given or {})
+
+
+def evaluation_settings(
+    like: str | None, prompts: str | None, rewards: Sequence[str], overrides: Sequence[str]
+) -> Evaluation:
+    """The evaluation of recipe ``like`` (or the defaults), changed as ``posttrain eval``'s options say."""
+    data: dict[str, Any] = {}
+    if like is not None:
+        evaluation = load_recipe(like).evaluation
+        if evaluation is None:
+            raise RecipeError(f"the recipe {like!r} has no evaluation")
+        data = evaluation.model_dump(mode="json")
+    if prompts is not None:
+        data["prompts"] = prompts
+    if rewards:
+        data["rewards"] = list(rewards)
+    if "prompts" not in data or "rewards" not in data:
+        raise RecipeError("say what to evaluate: --like RECIPE, or --prompts FILE and --reward NAME")
+    source = Source("evaluation", data)
+    settings = _validated(Evaluation, source, _override(source, overrides))
+    found = settings.prompts.model_dump().get("prompts")
+    if found is not None and not Path(found).is_file():
+        raise RecipeError(f"--prompts: no file {str(found)!r}")
+    return settings
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name -> first comment line of each recipe that comes with the package."""
+    found = sorted((f for f in files("posttrain.recipes").iterdir() if f.name.endswith(".yaml")), key=str)
+    return {f.name.removesuffix(".yaml"): f.read_text().splitlines()[0].lstrip("# ") for f in found}
+
+
+def recipe_text(name: str) -> str:
+    """A shipped recipe's file. Raises RecipeError where there is none of that name."""
+    known = shipped_recipes()
+    if name not in known:
+        raise RecipeError(f"no recipe {name!r} is shipped{meant(name, known)}; there are {', '.join(known)}")
+    return (files("posttrain.recipes") / f"{name}.yaml").read_text()
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that loads again to an equal recipe."""
+    yaml, text = YAML(), io.StringIO()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 110
+    yaml.dump(recipe.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def _text(source: str | Path) -> tuple[str, str]:
+    path, name = Path(source), str(source)
+    if isinstance(source, str) and not path.exists() and "/" not in name and not path.suffix:
+        known = shipped_recipes()
+        if name not in known:
+            raise RecipeError(
+                f"no recipe {name!r}: neither a file here nor shipped{meant(name, known)}; "
+                f"shipped are {', '.join(known)}"
+            )
+        return f"{name}.yaml", recipe_text(name)
+    return name, read_file(path)
+
+
+def _validated(model: type[Model], source: Source, given: dict[Place, str]) -> Model:
+    try:
+        return model.model_validate(source.data)
+    except ValidationError as error:
+        raise translated(error, model, source, given) from None
+
+
+def _override(source: Source, overrides: Sequence[str]) -> dict[Place, str]:
+    """Apply ``a.b=c`` texts to the data; returns where each went. Raises RecipeError."""
+    given: dict[Place, str] = {}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"--set {text}: give a field and its value, such as stages.0.train.steps=100")
+        place = _set(source.data, path.split("."), _value(text, value), text)
+        given[place] = text
+    return given
+
+
+def _value(text: str, value: str) -> Any:
+    try:
+        return parse(f"value: {value}", "value").data["value"]
+    except RecipeError as error:
+        raise RecipeError(f"--set {text}: {error}") from None
+
+
+def _set(data: Any, parts: list[str], value: Any, text: str) -> Place:
+    place: Place = ()
+    for depth, part in enumerate(parts):
+        key: str | int = part
+        if isinstance(data, list):
+            names = [item.get("name") if isinstance(item, dict) else None for item in data]
+            if part in names:
+                key = names.index(part)
+            elif part.isdigit() and int(part) < len(data):
+                key = int(part)
+            else:
+                known = [str(n) for n in names if n]
+                raise RecipeError(
+                    f"--set {text}: no item {part!r} in {'.'.join(map(str, place))}{meant(part, known)}; "
+                    f"there are {', '.join(known) or f'0 to {len(data) - 1}'}"
+                )
+        elif not isinstance(data, dict):
+            raise RecipeError(f"--set {text}: {'.'.join(map(str, place))} is {data!r}, which has no fields")
+        place = (*place, key)
+        if depth == len(parts) - 1:
+            data[key] = value
+        elif isinstance(data, dict) and data.get(key) is None:
+            data[key] = {}
+        data = data[key]
+    return place

@@ -1,0 +1,30 @@
+"""In which short forms may a recipe give rewards?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def reward_blocks(value: Any) -> Any:
+    """``value`` as a list of reward blocks, each with its ``type``.
+
+    A name, a list of names and blocks, and a mapping from names to a weight, a block of settings or
+    nothing are all taken; anything else is returned as it is, for the schema to refuse.
+    """
+    if isinstance(value, str):
+        return [{"type": value}]
+    if isinstance(value, dict):
+        if "type" in value:
+            return [value]
+        return [_block(name, settings) for name, settings in value.items()]
+    if isinstance(value, list):
+        return [{"type": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
+def _block(name: Any, settings: Any) -> Any:
+    if settings is None:
+        return {"type": name}
+    if isinstance(settings, dict):
+        return {"type": name, **settings}
+    return {"type": name, "weight": settings}
