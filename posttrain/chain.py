@@ -56,7 +56,7 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
             if recipe.evaluation is not None:
                 _evaluate(recipe, spec, stage, folder, device, console)
         report = write_report(folder)
-    console.print(table(folder))
+    console.print(table(folder, console.width))
     console.print(f"report: {report}", soft_wrap=True, highlight=False)
     return folder
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from posttrain.data.spec import Images, Prompts
 from posttrain.errors import DataError
+from posttrain.results import short
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -24,8 +25,8 @@ def plan(recipe: Recipe) -> RenderableType:
     shapes = recipe.model.transformer_shapes()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "from", "algorithm"):
-        table.add_column(column, no_wrap=True)
-    for column in ("steps", "samples", "items", "trained", "forward-eq.", "memory", "disk"):
+        table.add_column(column, overflow="fold")
+    for column in ("steps", "samples", "items", "params", "forwards", "memory", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in recipe.stages:
         table.add_row(stage.name, recipe.parent(stage), stage.algorithm.type, *_figures(stage, recipe, shapes))
@@ -34,9 +35,9 @@ def plan(recipe: Recipe) -> RenderableType:
         lines.append(Text("The model is not on this machine yet, so its size is unknown before the download."))
     lines.append(
         Text(
-            "items: forward-backwards; forward-eq.: transformer forwards on one sample, a forward-backward "
-            "counts 3; memory: weights, gradients, optimizer and roles of the transformer, to which text "
-            "encoders, VAE and the activations of one micro-batch come.",
+            "items: forward-backwards. params: trained ones. forwards: of the transformer on one sample, a "
+            "forward-backward counting 3. memory: weights, gradients, optimizer and roles of the transformer; "
+            "text encoders, VAE and the activations of one micro-batch come on top.",
             style="dim",
         )
     )
@@ -54,12 +55,9 @@ def plan(recipe: Recipe) -> RenderableType:
 def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
     train, algorithm = stage.train, stage.algorithm
     samples = train.steps * train.batch_size
-    figures = [
-        f"{train.steps:,}",
-        f"{samples:,}",
-        f"{samples * algorithm.items_per_sample():,}",
-    ]
-    cost = f"{samples * algorithm.forward_equivalents_per_sample():,.0f}"
+    items = samples * algorithm.items_per_sample()
+    figures = [short(float(n)) for n in (train.steps, samples, items)]
+    cost = short(samples * algorithm.forward_equivalents_per_sample())
     if shapes is None:
         return [*figures, "?", cost, "?", "?"]
     trained = stage.tune.trainable_parameters(shapes)
@@ -72,7 +70,7 @@ def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
     checkpoint = trained * 4 * (3 + copies)
     export = {"fp32": 4, "bf16": 2, "fp16": 2}[stage.export_dtype] if stage.tune.type == "full" else 4
     disk = checkpoint * train.keep_checkpoints + trained * export
-    return [*figures, f"{trained:,}", cost, _bytes(memory), _bytes(disk)]
+    return [*figures, short(float(trained)), cost, short(memory, "B"), short(disk, "B")]
 
 
 def _data(stage: Stage) -> str:
@@ -104,14 +102,6 @@ def scan_data(recipe: Recipe, console: Console) -> None:
                 f"{stage.name}: {len(problems)} of {source.rows} rows cannot be used, more than the tolerated "
                 f"{stage.data.tolerance:.1%} (data.tolerance)"
             )
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Shapes(Reward):
     """Does the image show the shapes, counts, colours and places of its prompt?
 
-    Needs GenEval-format metadata (``posttrain shapes build`` writes it, Shapes prompts have it). Details:
-    ``lenient``, ``strict`` and ``graded``, whichever of them ``score`` picks.
+    Needs GenEval-format metadata (``posttrain shapes build`` writes it, Shapes prompts have it). The two
+    verdicts that ``score`` does not pick are shown as details.
     """
 
     type: Literal["shapes"] = "shapes"
@@ -45,4 +45,4 @@ class Shapes(Reward):
             verdicts["lenient"].append(float(lenient(objects, task)))
             verdicts["strict"].append(float(strict(objects, task)))
         tensors = {name: torch.tensor(values) for name, values in verdicts.items()}
-        return Scores(tensors[self.score], tensors)
+        return Scores(tensors.pop(self.score), tensors)

@@ -55,7 +55,7 @@ def pipeline_folder(seed=0):
             joint_attention_dim=32,
             caption_projection_dim=16,
             pooled_projection_dim=32,
-            pos_embed_max_size=8,
+            pos_embed_max_size=32,
             qk_norm="rms_norm",
             dual_attention_layers=(0,),
         ),

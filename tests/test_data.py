@@ -380,6 +380,13 @@ def test_any_image_covers_any_bucket(size, bucket, offsets):
     assert torch.allclose(crop, torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand_as(crop))
 
 
+def test_the_last_position_is_reached_where_rounding_falls_short_of_a_whole_pixel():
+    assert 98 * (16 / 49) < 32
+    image = Image.new("RGB", (98, 49))
+    image.paste((255, 255, 255), (95, 0, 98, 49))
+    assert cover_resize_and_crop(image, (16, 16), (0.999, 0.0), False)[:, :, -1].min() > 0.8
+
+
 def test_resizing_and_cropping_at_once_is_covering_then_cropping():
     image = Image.fromarray(noise(90, 60))
     whole = np.asarray(image.resize((48, 32), Image.Resampling.LANCZOS))
@@ -449,9 +456,22 @@ def test_crops_and_flips_are_drawn_anew_each_epoch_and_only_if_asked_for(tmp_pat
     assert kinds(first_image(crop="random")) > 2
 
 
+def test_images_are_flipped_independently_of_each_other(tmp_path):
+    file = folder_of(tmp_path)
+    plain, flipped = (
+        taken(ImageSource(Images(images=file, crop="center", flip=flip), 16), 1, 8)[0].pixels
+        for flip in (False, True)
+    )
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(plain, flipped, strict=True)]
+    assert all(torch.equal(a, b) != m for a, b, m in zip(plain, flipped, mirrored, strict=True))
+    assert len(set(mirrored)) == 2
+
+
 def test_resolution_overrides_the_sizes_of_the_rows_but_keeps_their_shape(tmp_path):
     source = ImageSource(Images(images=folder_of(tmp_path), resolution=32), 8)
     assert set(source.buckets) == {(32, 32), (48, 24)}
+    wide = ImageSource(Images(images=folder_of(tmp_path, bw=32, bh=16), resolution=32), 8)
+    assert set(wide.buckets) == {(48, 24)}  # as the rows say, whatever the files are
     Image.new("RGB", (60, 30)).save(tmp_path / "wide.png")
     file = write_rows(tmp_path, [{"image": "wide.png", "caption": "x"}], "plain.jsonl")
     assert set(ImageSource(Images(images=file, resolution=32), 8).buckets) == {(48, 24)}

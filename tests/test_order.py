@@ -45,6 +45,10 @@ def test_starting_anywhere_goes_on_like_the_run_from_0(sizes, batch_size, start)
     whole = list(islice(batches(buckets, batch_size, KEY), start + 12))
     assert list(islice(batches(buckets, batch_size, KEY, start), 12)) == whole[start:]
     assert [step for _, step, _ in whole] == list(range(start + 12))
+    length = batches_per_epoch(buckets, batch_size)
+    for epoch, step, ids in whole:
+        assert epoch == step // length
+        assert ids == epoch_batches(buckets, batch_size, KEY, epoch)[step % length]
 
 
 def test_order_does_not_depend_on_how_the_buckets_were_filled():

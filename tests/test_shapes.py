@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+
 from posttrain.errors import DataError, RewardError
 from posttrain.reward import checked
 from posttrain.rewards._geneval import graded, lenient, strict
@@ -28,7 +29,7 @@ def pixels(image):
 
 def as_jpeg(image, index):
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=75)
+    image.save(data, "JPEG", quality=95, subsampling=0)  # as the data set stores it
     return pixels(Image.open(data))
 
 
@@ -178,7 +179,7 @@ def test_a_finished_data_set_stays_and_another_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(dataset, "render", None)  # rendering again would fail
     build(tmp_path / "a", 6, 0)
     before = contents(tmp_path / "a")
-    with pytest.raises(DataError, match="another Shapes data set .*'images': 6"):
+    with pytest.raises(DataError, match=r"another Shapes data set .*'images': 6"):
         build(tmp_path / "a", 7, 0)
     assert contents(tmp_path / "a") == before
     (tmp_path / "mine").mkdir()
@@ -229,3 +230,15 @@ def test_the_reward_gives_the_rules_verdicts_and_refuses_a_prompt_without_metada
         assert set(empty.details) >= {"graded", "strict"}
         with pytest.raises(RewardError, match="a photo of a dog"):
             score(images[:1], ["a photo of a dog"], [{"prompt": "a photo of a dog"}])
+
+
+@pytest.mark.parametrize(("kind", "value"), [("graded", -1.0), ("lenient", 1.0), ("strict", 0.0)])
+def test_score_picks_the_verdict_that_is_the_value(kind, value):
+    scene = next(s for s in of_kind("single_object"))
+    places = ((14, 14), (46, 14), (30, 46))
+    three = replace(scene, things=tuple(replace(scene.things[0], x=x, y=y, size=16) for x, y in places))
+    images = torch.tensor(pixels(render(three)))[None]
+    scores = Shapes(score=kind).load(torch.device("cpu"))(
+        images, [scene.metadata["prompt"]], [scene.metadata]
+    )
+    assert scores.value.tolist() == [value]

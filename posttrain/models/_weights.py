@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,10 @@ def quiet() -> Iterator[None]:
         module.set_verbosity(logging.ERROR)
         module.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers renames torch_dtype to dtype; the old name is what all versions understand
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            yield
     finally:
         for module, level in zip(loggers, levels, strict=True):
             module.set_verbosity(level)
