@@ -1,0 +1,278 @@
+"""Does a run do what its recipe says, go on where it was cut off, and write what other tools load?"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from posttrain import checkpoint
+from posttrain.artifact import open_artifact
+from posttrain.errors import PosttrainError, RecipeError, TrainingError
+from posttrain.policy import Policy
+from posttrain.records import read_metrics
+from posttrain.sampling import sample_images
+from posttrain.trainer import train
+from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
+from safetensors.torch import load_file
+
+CPU = torch.device("cpu")
+SOAR = "{type: soar, trajectory_length: 2}"
+
+
+def weights(folder):
+    file = folder / "final" / "transformer" / "diffusion_pytorch_model.safetensors"
+    return load_file(file)
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """base -> sft, base -> soar -> lora, evaluated."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    made = recipe(
+        stage("sft", start_from="base"),
+        stage("soar", SOAR, start_from="base"),
+        stage("lora", SOAR, tune="{type: lora, rank: 2, alpha: 4}"),
+        evaluation=EVALUATION,
+    )
+    return folder, made, run_quietly(made, folder)
+
+
+def test_a_run_writes_everything_that_the_design_promises(finished):
+    folder, _, printed = finished
+    for name in ("recipe.yaml", "environment.json", "run.json", "report.html"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("sft", "soar", "lora"):
+        rows = read_metrics(folder / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        account = json.loads((folder / name / "stage.json").read_text())
+        assert account["steps"] == 6
+        assert account["peak_memory_bytes"] > 1e6
+        assert (folder / name / "evaluation" / "summary.json").is_file()
+    assert "report:" in printed
+    assert printed.index("base") < printed.index("soar")
+
+
+def test_the_bill_counts_every_forward(finished):
+    folder, _, _ = finished
+    # 10 images in batches of 4, 4, 2; six steps are two epochs of 10 samples
+    sft, soar = (json.loads((folder / n / "stage.json").read_text()) for n in ("sft", "soar"))
+    assert sft["samples"] == soar["samples"] == 20
+    assert sft["forward_equivalents"] == 20 * 3
+    assert soar["forward_equivalents"] == 20 * (3 * 3 + 2)
+
+
+def test_sibling_stages_see_the_same_samples_and_draws(finished):
+    """The base items of SFT and SOAR are equal, so is the first loss of SOAR without its auxiliary points."""
+    _, made, _ = finished
+    assert made.depth(made.stages[0]) == made.depth(made.stages[1]) == 0
+    assert made.depth(made.stages[2]) == 1
+
+
+def test_soar_without_auxiliary_points_trains_the_weights_of_sft_to_the_bit(tmp_path):
+    soar = "{type: soar, trajectory_length: 0}"
+    run_quietly(recipe(stage("sft"), stage("soar", soar, start_from="base")), tmp_path / "run")
+    assert_equal_weights(weights(tmp_path / "run" / "sft"), weights(tmp_path / "run" / "soar"))
+
+
+def test_every_sample_is_recorded_once_with_its_score(finished):
+    folder, _, _ = finished
+    rows = [json.loads(line) for line in (folder / "soar" / "evaluation" / "records.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "soar" / "evaluation" / "summary.json").read_text())
+    assert len(rows) == len({(row["prompt"], row["index"]) for row in rows}) == summary["images"] == 6
+    mean = sum(row["scores"]["shapes"] for row in rows) / 6
+    assert summary["scores"]["shapes"]["mean"] == pytest.approx(mean)
+    assert summary["weights"] == "ema"
+
+
+def test_the_same_command_again_skips_what_is_finished(finished):
+    folder, made, _ = finished
+    before = (folder / "soar" / "stage.json").stat().st_mtime_ns
+    printed = run_quietly(made, folder)
+    assert printed.count("finished before") == 3
+    assert (folder / "soar" / "stage.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_field(finished):
+    folder, made, _ = finished
+    train_ = made.stages[0].train.model_copy(update={"learning_rate": 5e-4})
+    changed = made.model_copy(update={"stages": [made.stages[0].model_copy(update={"train": train_}), *made.stages[1:]]})
+    with pytest.raises(RecipeError, match=r"stages\.0\.train\.learning_rate \(was 0\.001, now 0\.0005\)"):
+        run_quietly(changed, folder)
+
+
+@pytest.mark.parametrize("name", ["sft", "soar", "lora"])
+def test_every_artifact_is_opened_again_as_it_was_evaluated(finished, name, tmp_path):
+    folder, made, _ = finished
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    model, kind = open_artifact(str(moved / name), CPU)
+    assert kind == "ema"
+    assert model.max_sequence_length == 16
+    rows = [json.loads(line) for line in (folder / name / "evaluation" / "records.jsonl").read_text().splitlines()]
+    evaluation = made.evaluation
+    images = sample_images(
+        Policy(model),
+        [row["prompt"] for row in rows],
+        [row["index"] for row in rows],
+        resolution=16,
+        steps=evaluation.steps,
+        guidance=evaluation.guidance,
+    )
+    from PIL import Image
+    from posttrain.grids import to_pil
+
+    first = Image.open(folder / name / "evaluation" / "grid" / "000.png")
+    assert list(to_pil(images[:1])[0].getdata()) == list(first.getdata())
+
+
+def test_a_lora_stage_starts_from_the_merged_stage_before(finished):
+    folder, _, _ = finished
+    described = json.loads((folder / "lora" / "final" / "posttrain.json").read_text())
+    assert described["parents"] == ["../../soar/final"]
+    assert sorted(p.name for p in (folder / "lora" / "final").iterdir()) == [
+        "posttrain.json",
+        "pytorch_lora_weights.safetensors",
+    ]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("tune", ["{type: full}", "{type: lora, rank: 2}"])
+@pytest.mark.parametrize("dies_after", [1, 3, 5])
+def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkeypatch, dies_after, tune):
+    made = recipe(stage("soar", SOAR, tune=tune))
+    run_quietly(made, tmp_path / "whole")
+
+    def dying(algorithm, policy, optimizer, batches, settings, watch, start=0):
+        after = watch.after_step
+
+        def after_step(step, samples, metrics):
+            after(step, samples, metrics)
+            if step == dies_after:
+                raise Killed
+
+        monkeypatch.setattr(watch, "after_step", after_step)
+        train(algorithm, policy, optimizer, batches, settings, watch, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("posttrain.stage.train", dying)
+        with pytest.raises(Killed):
+            run_quietly(made, tmp_path / "killed")
+    printed = run_quietly(made, tmp_path / "killed")
+    assert ("going on after step" in printed) is (dies_after > 2)
+    a, b = (checkpoint.saved(tmp_path / name / "soar" / "checkpoints")[-1] for name in ("whole", "killed"))
+    first, second = (torch.load(c / "state.pt", weights_only=True) for c in (a, b))
+    assert_equal_weights(first["trained"], second["trained"])
+    assert_equal_weights(first["roles"]["ema"], second["roles"]["ema"])
+    for one, other in zip(first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+    losses = [[row["loss"] for row in read_metrics(tmp_path / n / "soar" / "metrics.jsonl")] for n in ("whole", "killed")]
+    assert losses[0] == losses[1]
+    account = json.loads((tmp_path / "killed" / "soar" / "stage.json").read_text())
+    assert account["samples"] == 20
+
+
+def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_among_them(finished):
+    folder, _, _ = finished
+    assert [p.name for p in checkpoint.saved(folder / "sft" / "checkpoints")] == ["step-00000004", "step-00000006"]
+
+
+def test_the_exported_weights_are_the_moving_average(tmp_path):
+    run_quietly(recipe(stage("sft")), tmp_path / "run")
+    state = torch.load(checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True)
+    final = weights(tmp_path / "run" / "sft")
+    assert_equal_weights({n: final[n] for n in state["roles"]["ema"]}, state["roles"]["ema"])
+    assert not torch.equal(state["trained"]["proj_out.weight"], state["roles"]["ema"]["proj_out.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    wild = TRAIN.replace("learning_rate: 1e-3", "learning_rate: 1e30")
+    with pytest.raises(TrainingError, match=r"step \d: loss .* not finite; the step was not taken"):
+        run_quietly(recipe(stage("sft", train=wild)), tmp_path / "run")
+    assert not (tmp_path / "run" / "sft" / "final").exists()
+    assert not (tmp_path / "run" / "sft" / "stage.json").exists()
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(PosttrainError, match="another run is writing"):
+            run_quietly(recipe(stage("sft")), tmp_path / "run")
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    target = tmp_path / "step-00000001"
+    with checkpoint.published(target) as part:
+        (part / "a").write_text("good")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(PosttrainError, match=r"the disk is full .* GB free"), checkpoint.published(target) as part:
+        torch.save({}, part / "a")
+    assert (target / "a").read_text() == "good"
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
+    made = recipe(stage("soar", SOAR, tune="{type: lora, rank: 2}"))
+    run_quietly(made, tmp_path / "run")
+    (tmp_path / "run" / "soar" / "stage.json").unlink()
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(PosttrainError, match="another LoRA rank"):
+        run_quietly(recipe(stage("soar", SOAR, tune="{type: lora, rank: 3}")), tmp_path / "run")
+
+
+def test_start_from_a_path_is_the_model_written_there(finished, tmp_path):
+    folder, _, _ = finished
+    frozen = TRAIN.replace("learning_rate: 1e-3", "learning_rate: 1e-12").replace(", ema: 0.9", "")
+    run_quietly(recipe(stage("next", train=frozen, start_from=folder / "soar" / "final")), tmp_path / "run")
+    start, end = weights(folder / "soar"), weights(tmp_path / "run" / "next")
+    assert all(torch.allclose(start[n], end[n], atol=1e-6) for n in start)
+
+
+def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(tmp_path):
+    bf16 = TRAIN.replace("{", "{precision: bf16, gradient_checkpointing: true, ")
+    run_quietly(recipe(stage("sft", train=bf16), stage("fp32", start_from="base")), tmp_path / "run")
+    state = torch.load(checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True)
+    assert {t.dtype for t in state["trained"].values()} == {torch.float32}
+    assert {s["exp_avg"].dtype for s in state["optimizer"]["state"].values()} == {torch.float32}
+    a, b = (read_metrics(tmp_path / "run" / n / "metrics.jsonl")[0]["loss"] for n in ("sft", "fp32"))
+    assert a != b
+    assert a == pytest.approx(b, rel=0.02)
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path):
+    saving = TRAIN.replace("{", "{gradient_checkpointing: true, ")
+    run_quietly(recipe(stage("a", train=saving), stage("b", start_from="base")), tmp_path / "run")
+    assert_equal_weights(weights(tmp_path / "run" / "a"), weights(tmp_path / "run" / "b"))
+
+
+def test_the_python_api_runs_the_same_recipe(tmp_path, monkeypatch):
+    import posttrain
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(HEAD + "stages:\n" + stage("sft"))
+    folder = posttrain.run(posttrain.load_recipe("r.yaml", ["name=other"]))
+    assert folder == tmp_path / "runs" / "other"
+    assert (folder / "sft" / "final" / "model_index.json").is_file()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trains_like_the_cpu(tmp_path):
+    made = recipe(stage("soar", SOAR), overrides=["tf32=false"])
+    run_quietly(made, tmp_path / "cpu")
+    run_quietly(made.model_copy(update={"device": "cuda"}), tmp_path / "cuda")
+    a, b = (read_metrics(tmp_path / n / "soar" / "metrics.jsonl") for n in ("cpu", "cuda"))
+    assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], rel=1e-3)
