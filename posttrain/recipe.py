@@ -101,7 +101,9 @@ class Stage(Spec):
 
 
 class ShapesPrompts(Spec):
-    """Held-out prompts of the Shapes world, balanced over its six kinds of task."""
+    """Prompts of the Shapes world, balanced over its six kinds of task.
+
+    The world is so small that training meets most of its prompts; what is held out is the noise."""
 
     type: Literal["shapes"] = "shapes"
     count: int = Field(ge=1)
@@ -167,6 +169,7 @@ class Recipe(Spec):
             if (start := stage.start_from) is not None and not is_path(start) and start not in before:
                 later = [s.name for s in self.stages if s.name not in before]
                 why = "does not come before it" if start in later else "does not exist"
+                why = "is itself" if start == stage.name else why
                 raise ValueError(
                     f"stage {stage.name!r} starts from {start!r}, which {why}: one of "
                     f"{', '.join(map(repr, before))}, or a path such as './{start}'"

@@ -13,8 +13,7 @@ from posttrain.spelling import meant
 from posttrain.yaml_source import Place, Source
 
 MOST_SHOWN = 20
-NUMBERS = {"int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-           "int_parsing": "a whole number", "float_parsing": "a number"}
+NUMBERS = {"int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number"}
 BLOCKS = ("model_type", "model_attributes_type", "dict_type")
 
 
@@ -25,7 +24,9 @@ def translated(
     problems = []
     for entry in error.errors(include_url=False):
         place, owner = _located(entry["loc"], root, source.data)
-        problems.append((place, _told(dict(entry), place, owner, source)))
+        words = _told(dict(entry), place, owner, source)
+        at = (*place, "type") if entry["type"] == "union_tag_invalid" else place
+        problems.append((at, words))
     return listed(problems, source, overrides)
 
 

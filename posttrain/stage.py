@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain import checkpoint
 from posttrain.algorithm import Batch
 from posttrain.artifact import DESCRIPTION
-from posttrain.data.loader import ImageSource
+from posttrain.data.loader import ImageBatch, ImageSource
 from posttrain.device import peak_memory, reset_peak_memory
 from posttrain.errors import TrainingError
 from posttrain.grids import grid
@@ -53,19 +53,18 @@ def run_stage(
     optimizer = adamw(policy, settings)
     reset_peak_memory(device)
 
-    start, extra = 0, {"samples": 0, "seconds": 0.0}
+    start, extra = 0, {"samples": 0, "seconds": 0.0, "next_batch": 0}
     if found := checkpoint.saved(folder / "checkpoints"):
         start, extra = checkpoint.restore(found[-1], policy, optimizer)
         console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
-    source = ImageSource(stage.data.materialise(run / "data" / stage.name), divisor=model.divisor)
+    source = ImageSource(stage.data.materialise(run / "data"), divisor=model.divisor)
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard") as tracker,
         stage_progress(stage.name, settings.steps, start, console) as bar,
     ):
         watch = StageWatch(recipe, stage, policy, optimizer, folder, tracker, bar, start, extra, source)
         if start < settings.steps:
-            batches = training_batches(source, model, settings.batch_size, recipe.seed, recipe.depth(stage), start)
-            train(stage.algorithm, policy, optimizer, batches, settings, watch, start)
+            train(stage.algorithm, policy, optimizer, watch.batches(), settings, watch, start)
         watch.finish()
     with policy.using(EMA if settings.ema is not None else None), checkpoint.published(folder / "final") as part:
         if stage.tune.type == "lora":
@@ -76,16 +75,12 @@ def run_stage(
     (folder / "stage.json").write_text(json.dumps(watch.account(), indent=2))
 
 
-def training_batches(
-    source: ImageSource, model: FlowModel, batch_size: int, seed: int, depth: int, start: int
-) -> Iterator[tuple[Batch, Draws]]:
-    """The encoded batches from step ``start`` on, each with its draws; a function of the arguments alone."""
-    for images in source.batches(batch_size, (seed, depth), start):
-        draws = Draws((seed, depth, images.step), images.ids, model.device)
-        height, width = images.pixels.shape[-2:]
-        noise = draws.normal("posterior", model.latent_shape(height, width))
-        conditions, rows = encode(model, images.captions)
-        yield Batch(model.encode_images(images.pixels, noise), rows, conditions), draws
+def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
+    """Images and captions as the model's latents and conditions; the encoder's noise comes from ``draws``."""
+    height, width = images.pixels.shape[-2:]
+    noise = draws.normal("posterior", model.latent_shape(height, width))
+    conditions, rows = encode(model, images.captions)
+    return Batch(model.encode_images(images.pixels, noise), rows, conditions)
 
 
 class StageWatch:
@@ -107,9 +102,19 @@ class StageWatch:
         self.recipe, self.stage, self.policy, self.optimizer = recipe, stage, policy, optimizer
         self.folder, self.tracker, self.bar, self.source = folder, tracker, bar, source
         self.start = start
-        self.samples, self.seconds = extra["samples"], extra["seconds"]
+        self.samples, self.seconds, self.next_batch = extra["samples"], extra["seconds"], extra["next_batch"]
         self.since = time.monotonic()
         self.before, self.here = self.samples, 0.0
+
+    def batches(self) -> Iterator[tuple[Batch, Draws]]:
+        """The encoded batches that are still to come, each with its draws."""
+        recipe, model = self.recipe, self.policy.model
+        key = (recipe.seed, recipe.depth(self.stage))
+        for images in self.source.batches(self.stage.train.batch_size, key, self.next_batch):
+            # a batch none of whose images can be read is passed over, so this is not the optimizer's step
+            self.next_batch = images.step + 1
+            draws = Draws((*key, images.step), images.ids, model.device)
+            yield encoded(images, model, draws), draws
 
     def before_step(self, step: int) -> None:
         settings = self.stage.train
@@ -144,7 +149,7 @@ class StageWatch:
         """Write a checkpoint of the state after ``step`` steps, unless there is one."""
         folder = self.folder / "checkpoints"
         if not any(p.name == f"step-{step:08d}" for p in checkpoint.saved(folder)):
-            extra = {"samples": self.samples, "seconds": self.seconds}
+            extra = {"samples": self.samples, "seconds": self.seconds, "next_batch": self.next_batch}
             checkpoint.save(folder, step, self.policy, self.optimizer, extra, self.stage.train.keep_checkpoints)
 
     def account(self) -> dict:

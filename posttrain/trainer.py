@@ -42,26 +42,25 @@ def train(
 ) -> None:
     """Take the optimizer steps from ``start`` to ``settings.steps``.
 
-    NOTE: the order matters to an exact resume. What ``before_step`` records is the state before the step,
-    and nothing but the step number says what the step will draw. Raises TrainingError where the batches
+    NOTE: the order matters to an exact resume: what ``before_step`` records is the state before the step's
+    batch is drawn, and counters alone say what will be. Raises TrainingError where the batches
     run out or a step is not finite.
     """
-    step = start
-    for batch, draws in batches:
+    source = iter(batches)
+    for step in range(start, settings.steps):
         watch.before_step(step)
+        if (drawn := next(source, None)) is None:
+            raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
+        batch, draws = drawn
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         with torch.no_grad():
             items = algorithm.collect(batch, Tools(policy, draws))
         metrics = update(algorithm, policy, items, optimizer, settings, step + 1)
-        step += 1
-        algorithm.after_update(policy, step)
+        algorithm.after_update(policy, step + 1)
         if settings.ema is not None:
             policy.move_role(EMA, settings.ema)
-        watch.after_step(step, len(batch), metrics)
-        if step == settings.steps:
-            return
-    raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
+        watch.after_step(step + 1, len(batch), metrics)
 
 
 def update(

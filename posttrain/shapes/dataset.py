@@ -37,9 +37,8 @@ def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
     written.
     """
     settings = {"images": images, "seed": seed, "style": style, "version": VERSION}
-    if folder.exists() and any(folder.iterdir()):
-        found = json.loads((folder / "shapes.json").read_text()) if (folder / "shapes.json").is_file() else None
-        if found == settings:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if (found := _settings(folder)) == settings:
             return
         what = f"another Shapes data set ({found})" if found else "something else"
         raise DataError(f"{str(folder)!r} holds {what}, not {settings}: give another folder or remove it")
@@ -87,6 +86,14 @@ def evaluation_prompts(count: int, seed: int) -> list[dict[str, Any]]:
 def write_prompts(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write metadata rows as JSONL, as ``evaluation.prompts`` and GenEval read them."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _settings(folder: Path) -> Any:
+    """What the data set in ``folder`` was made with; None where there is none."""
+    try:
+        return json.loads((folder / "shapes.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _jpeg(scene: Scene) -> bytes:
