@@ -66,9 +66,10 @@ class SOAR(FlowMatching):
                 weight = (t1 > 0).to(t1)
             fractions = tools.draws.uniform(f"fractions.{path}", (self.trajectory_length,))
             for fraction in fractions.unbind(1):
-                point = auxiliary_point(batch.latents, noise, start, sigma1, fraction, self.sigma_floor)
-                fields = dict(zip(("latents", "sigma", "target"), point, strict=True))
-                fields["prompt"] = base.prompt
+                latents, sigma, target = auxiliary_point(
+                    batch.latents, noise, start, sigma1, fraction, self.sigma_floor
+                )
+                fields = {"latents": latents, "sigma": sigma, "target": target, "prompt": base.prompt}
                 parts.append(Items(self.lambda_aux * weight, fields, batch.conditions))
         return Items.cat(parts)
 

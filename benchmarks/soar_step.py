@@ -48,7 +48,9 @@ class RandomModel:
         )  # fmt: skip
 
     def velocity(self, latents, sigma, condition):
-        return self.transformer(hidden_states=latents, timestep=1000 * sigma, return_dict=False, **condition)[0].float()
+        return self.transformer(hidden_states=latents, timestep=1000 * sigma, return_dict=False, **condition)[
+            0
+        ].float()
 
 
 class SavedBytes:
@@ -123,7 +125,9 @@ def straightforward_step(soar: SOAR, model: RandomModel, batch: Batch, draws: Dr
         sigma0, sigma1 = shift_sigma(t0, model.shift), shift_sigma(t1, model.shift)
         x = interpolate(x0, noise, sigma0)
         losses = [(model.velocity(x, sigma0, condition) - (noise - x0)).square().flatten(1).mean(1)]
-        v = guided(model.velocity(x, sigma0, condition), model.velocity(x, sigma0, empty), soar.cfg_scale_sampling)
+        v = guided(
+            model.velocity(x, sigma0, condition), model.velocity(x, sigma0, empty), soar.cfg_scale_sampling
+        )
         start = x + expand(sigma1 - sigma0, x) * v.detach()
         for fraction in draws.uniform("fractions.0", (soar.trajectory_length,)).unbind(1):
             latents, sigma, target = auxiliary_point(x0, noise, start, sigma1, fraction, soar.sigma_floor)
@@ -194,7 +198,10 @@ def main() -> int:
             failed.append(what)
 
     ours, theirs = flops(soar(6, wide)), flops(straight)
-    print(f"FLOPs per sample, 6 points: engine {ours / options.batch:.4g}, straightforward {theirs / options.batch:.4g}")
+    print(
+        f"FLOPs per sample, 6 points: engine {ours / options.batch:.4g}, "
+        f"straightforward {theirs / options.batch:.4g}"
+    )
     report("FLOPs of the engine's step over the straightforward one's", ours / theirs, 1.0)
     six, many = saved_bytes(soar(6, narrow)), saved_bytes(soar(24, narrow))
     report("saved bytes with 24 points over 6 points, chunk 1", many / six, 1.05)

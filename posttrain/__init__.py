@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from posttrain.chain import run
     from posttrain.recipe import Recipe
     from posttrain.recipe_file import load_recipe
-    from posttrain.chain import run
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "run"]

@@ -69,9 +69,7 @@ class Items:
 
     def take(self, index: Tensor | slice) -> Items:
         """The items at ``index``, with the same conditions."""
-        return replace(
-            self, weight=self.weight[index], fields={k: v[index] for k, v in self.fields.items()}
-        )
+        return replace(self, weight=self.weight[index], fields={k: v[index] for k, v in self.fields.items()})
 
     def split(self, size: int) -> Iterator[Items]:
         """Consecutive runs of at most ``size`` items."""
@@ -121,7 +119,7 @@ class Algorithm(Named, ABC):
     def loss(self, items: Items, policy: Policy) -> Losses:
         """The loss of each item (n,), with gradients. A function of its arguments alone."""
 
-    def after_update(self, policy: Policy, step: int) -> None:  # noqa: B027
+    def after_update(self, policy: Policy, step: int) -> None:
         """Move the roles, if the algorithm moves any, after optimizer step ``step`` (from 1)."""
 
     def items_per_sample(self) -> int:

@@ -51,8 +51,14 @@ def open_artifact(path: str, device: torch.device, base: str | None = None) -> t
     folder = local_folder(path)
     if folder is not None and (folder / "final").is_dir():
         folder = folder / "final"
-    described = json.loads(_text(folder / DESCRIPTION)) if folder and (folder / DESCRIPTION).is_file() else None
-    spec: Model = TypeAdapter(AnyModel).validate_python(described["model"]) if described else SD3(path=path)
+    described = (
+        json.loads(_text(folder / DESCRIPTION)) if folder and (folder / DESCRIPTION).is_file() else None
+    )
+    spec: Model = (
+        TypeAdapter(AnyModel).validate_python(described["model"])
+        if described
+        else SD3.model_validate({"path": path})
+    )
     if folder is None or not (folder / LORA).is_file():
         if base is not None:
             raise ModelError(f"--base is for a LoRA; {path!r} is a whole pipeline")
@@ -62,7 +68,9 @@ def open_artifact(path: str, device: torch.device, base: str | None = None) -> t
     if base is not None:
         spec = spec.model_copy(update={"path": base})
     elif described is None:
-        raise ModelError(f"{str(folder)!r} is a LoRA without {DESCRIPTION}: say with --base which model it is for")
+        raise ModelError(
+            f"{str(folder)!r} is a LoRA without {DESCRIPTION}: say with --base which model it is for"
+        )
     model = spec.load(device, "fp32")
     for parent in [*(described["parents"] if described else []), "."]:
         model.load_weights(folder / parent)

@@ -21,9 +21,19 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from posttrain.model import FlowModel, Model
+    from posttrain.model import Model
 
-PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "accelerate", "peft", "pydantic", "numpy", "pillow")
+PACKAGES = (
+    "posttrain",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "pydantic",
+    "numpy",
+    "pillow",
+)
 
 
 def run(recipe: Recipe, output: Path | None = None, console: Console | None = None) -> Path:
@@ -71,7 +81,9 @@ def _train(
     sources = _sources(recipe, stage, folder)
     for source in sources:
         model.load_weights(source)
-    run_stage(recipe, stage, model, folder, describe(spec, sources, stage, folder / stage.name / "final"), console)
+    run_stage(
+        recipe, stage, model, folder, describe(spec, sources, stage, folder / stage.name / "final"), console
+    )
 
 
 def _evaluate(
@@ -160,5 +172,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise PosttrainError(f"another run is writing to {str(folder)!r}; wait for it or give --output") from error
+            raise PosttrainError(
+                f"another run is writing to {str(folder)!r}; wait for it or give --output"
+            ) from error
         yield

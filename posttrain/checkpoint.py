@@ -45,13 +45,20 @@ def published(folder: Path) -> Iterator[Path]:
             free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path.cwd()).free
             why = "the disk is full" if full else str(error)
             raise PosttrainError(
-                f"cannot write {str(folder)!r}: {why} ({free / 1e9:.2f} GB free); earlier checkpoints are intact"
+                f"cannot write {str(folder)!r}: {why} ({free / 1e9:.2f} GB free); "
+                "earlier checkpoints are intact"
             ) from error
         raise
 
 
-def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, extra: dict[str, Any],
-         keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    keep: int,
+) -> Path:
     """Write the complete training state after ``step`` steps and remove all but the last ``keep``."""
     target = folder / f"step-{step:08d}"
     state = {

@@ -83,7 +83,10 @@ def _file(place: Place, file: Path) -> Iterator[Problem]:
     if file.is_dir():
         yield place, f"{str(file)!r} is a folder, a file is expected"
     elif not file.is_file():
-        yield place, f"no file {str(file)!r} (looked at {file.absolute()}; paths count from the current folder)"
+        yield (
+            place,
+            f"no file {str(file)!r} (looked at {file.absolute()}; paths count from the current folder)",
+        )
 
 
 def _artifact(place: Place, folder: Path) -> Iterator[Problem]:

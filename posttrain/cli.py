@@ -10,20 +10,28 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Post-training of rectified-flow text-to-image models: SFT, SOAR and chains of them, from one recipe.",
+    help="Post-train rectified-flow text-to-image models: SFT, SOAR and chains of them, from one recipe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="List, show or copy the recipes that come with posttrain.", no_args_is_help=False)
-shapes_app = typer.Typer(help="The small world of coloured shapes that needs no download.", no_args_is_help=True)
+recipes_app = typer.Typer(
+    help="List, show or copy the recipes that come with posttrain.", no_args_is_help=False
+)
+shapes_app = typer.Typer(
+    help="The small world of coloured shapes that needs no download.", no_args_is_help=True
+)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Change a field, e.g. stages.soar.train.steps=100. Repeatable."),
+    typer.Option(
+        "--set", metavar="A.B=C", help="Change a field, e.g. stages.soar.train.steps=100. Repeatable."
+    ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -48,7 +56,9 @@ def run(
 def check(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    data: Annotated[bool, typer.Option("--data", help="Also read every image, and list the bad ones.")] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also read every image, and list the bad ones.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Validate a recipe and print what it would do, without loading a weight."""
@@ -109,13 +119,20 @@ def recipes_copy(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A stage's folder, a diffusers folder, or a hub name.")],
-    like: Annotated[str | None, typer.Option(metavar="RECIPE", help="Take the settings of its evaluation.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line, or GenEval-format JSONL.")] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Take the settings of its evaluation.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A text file, one prompt a line, or GenEval-format JSONL.")
+    ] = None,
     reward: Annotated[list[str] | None, typer.Option(help="What to score with. Repeatable.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A=B", help="A field of the evaluation, e.g. steps=20.")
+        list[str] | None,
+        typer.Option("--set", metavar="A=B", help="A field of the evaluation, e.g. steps=20."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write; runs/eval-MODEL by default.")] = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
@@ -133,7 +150,9 @@ def evaluate(
     parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
     target = output or Path("runs") / f"eval-{'-'.join(parts[-2:])}"
     if target.exists() and not (target / "summary.json").is_file() and any(target.iterdir()):
-        raise PosttrainError(f"{str(target)!r} holds something else than an evaluation; give another --output")
+        raise PosttrainError(
+            f"{str(target)!r} holds something else than an evaluation; give another --output"
+        )
     opened, weights = open_artifact(model, resolve(device), base)
     summary = evaluate_artifact(opened, settings, target, target.name, weights, console)
     console.print(summary_table(target.name, summary))
@@ -151,7 +170,9 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 4.5,
     solver: Annotated[str, typer.Option(help="euler, dpm1 or dpm2.")] = "euler",
     seed: int = 0,
-    base: Annotated[str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")
+    ] = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
@@ -159,7 +180,9 @@ def sample(
     del debug
     from posttrain.samples import draw
 
-    files = draw(model, prompt, output, images, resolution, steps, guidance, solver, seed, base, device, _console())
+    files = draw(
+        model, prompt, output, images, resolution, steps, guidance, solver, seed, base, device, _console()
+    )
     _console().print(f"wrote {len(files)} images and grid.png to {output}", highlight=False)
 
 
@@ -211,7 +234,9 @@ def _console():
 def _fail(message: str, code: int) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(message)}", soft_wrap=True, highlight=False)
+    Console(stderr=True).print(
+        f"[bold red]error:[/bold red] {_escaped(message)}", soft_wrap=True, highlight=False
+    )
     sys.exit(code)
 
 

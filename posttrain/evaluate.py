@@ -57,8 +57,8 @@ def evaluate(
         low = evaluation.resolution // model.divisor * model.divisor
         near = " or ".join(str(r) for r in (low, low + model.divisor) if r)
         raise DataError(
-            f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels that "
-            f"this model needs; the nearest are {near}"
+            f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels "
+            f"that this model needs; the nearest are {near}"
         )
     scorers = {reward.type: checked(reward.type, reward.load(model.device)) for reward in evaluation.rewards}
     samples = _samples(prompt_rows(evaluation), evaluation.images_per_prompt)
@@ -79,13 +79,17 @@ def evaluate(
                 solver=evaluation.solver,
                 seed=evaluation.seed,
             ).cpu()
-            scores = {kind: score(images, prompts, [row for row, _ in chunk]) for kind, score in scorers.items()}
+            scores = {
+                kind: score(images, prompts, [row for row, _ in chunk]) for kind, score in scorers.items()
+            }
             for i, (row, index) in enumerate(chunk):
                 values = {}
                 for kind, result in scores.items():
                     values[kind] = float(result.value[i])
                     values |= {f"{kind}/{detail}": float(v[i]) for detail, v in result.details.items()}
-                records.append({"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values})
+                records.append(
+                    {"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values}
+                )
                 if start + i in shown:
                     to_pil(images[i : i + 1])[0].save(part / "grid" / f"{shown[start + i]:03d}.png")
             bar.update(min(start + len(chunk), len(samples)))

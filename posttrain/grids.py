@@ -31,7 +31,9 @@ def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) ->
     factor = max(1, -(-LEAST_TILE // tiles[0].width))
     width, height = tiles[0].width * factor, tiles[0].height * factor
     font = ImageFont.load_default(FONT)
-    lines = [textwrap.wrap(c, max(8, width // (FONT // 2))) for c in captions] if captions else [[]] * len(tiles)
+    lines = (
+        [textwrap.wrap(c, max(8, width // (FONT // 2))) for c in captions] if captions else [[]] * len(tiles)
+    )
     below = max(len(wrapped) for wrapped in lines) * (FONT + 3) + (4 if captions else 0)
     rows = -(-len(tiles) // columns)
     size = (columns * (width + PADDING) + PADDING, rows * (height + below + PADDING) + PADDING)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.spec import Named
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from posttrain.condition import Condition
 
@@ -47,7 +47,7 @@ class Model(Named, ABC):
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Why the weights cannot be loaded as things stand, found without loading; None if nothing is wrong."""
+        """Why the weights cannot be loaded, as far as can be seen without loading; None if they can."""
 
     @abstractmethod
     def divisor(self) -> int | None:
@@ -61,7 +61,8 @@ class Model(Named, ABC):
 class FlowModel(ABC):
     """A loaded model. ``transformer`` is what algorithms train; everything else is frozen."""
 
-    transformer: nn.Module
+    transformer: Any
+    """A torch module, with the methods that diffusers' models have."""
     device: torch.device
     shift: float
     """Of the timestep schedule, for sigma(t); see :func:`posttrain.flow.shift_sigma`."""

@@ -29,15 +29,19 @@ def plan(recipe: Recipe) -> RenderableType:
     for column in ("steps", "samples", "items", "params", "forwards", "memory", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in recipe.stages:
-        table.add_row(stage.name, recipe.parent(stage), stage.algorithm.type, *_figures(stage, recipe, shapes))
+        table.add_row(
+            stage.name, recipe.parent(stage), stage.algorithm.type, *_figures(stage, recipe, shapes)
+        )
     lines: list[RenderableType] = [Text(f"{recipe.name}: the recipe is valid", style="bold"), "", table, ""]
     if shapes is None:
-        lines.append(Text("The model is not on this machine yet, so its size is unknown before the download."))
+        lines.append(
+            Text("The model is not on this machine yet, so its size is unknown before the download.")
+        )
     lines.append(
         Text(
             "items: forward-backwards. params: trained ones. forwards: of the transformer on one sample, a "
-            "forward-backward counting 3. memory: weights, gradients, optimizer and roles of the transformer; "
-            "text encoders, VAE and the activations of one micro-batch come on top.",
+            "forward-backward counting 3. memory: weights, gradients, optimizer and roles of the "
+            "transformer; text encoders, VAE and the activations of one micro-batch come on top.",
             style="dim",
         )
     )
@@ -99,8 +103,8 @@ def scan_data(recipe: Recipe, console: Console) -> None:
         console.print(f"{stage.name}: {source.rows} rows, {len(problems)} of them bad", highlight=False)
         if len(problems) > stage.data.tolerance * source.rows:
             raise DataError(
-                f"{stage.name}: {len(problems)} of {source.rows} rows cannot be used, more than the tolerated "
-                f"{stage.data.tolerance:.1%} (data.tolerance)"
+                f"{stage.name}: {len(problems)} of {source.rows} rows cannot be used, more than the "
+                f"tolerated {stage.data.tolerance:.1%} (data.tolerance)"
             )
 
 

@@ -28,7 +28,7 @@ class Policy:
         """Most rows in one forward without gradients."""
         self.roles: dict[str, dict[str, Tensor]] = {}
         self.forward_equivalents = 0
-        """Transformer forwards so far, one sample each; a forward with gradients counts 3 with its backward."""
+        """Transformer forwards so far, of one sample each; one with its backward counts 3."""
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """(n, c, h, w) float32 velocity of the role in use, at float32 ``latents`` and ``sigma`` (n,)."""

@@ -32,7 +32,7 @@ class Draws:
 
     key: tuple[object, ...]
     ids: Sequence[int | str]
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """(n, *shape) standard normal float32 values."""

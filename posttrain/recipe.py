@@ -85,9 +85,7 @@ class Stage(Spec):
     start_from: str | None = None
     """``base``, an earlier stage, or a folder that a stage wrote; the stage before by default."""
     algorithm: AnyAlgorithm
-    data: Annotated[
-        Annotated[Images | ShapesData, Field(discriminator="type")], BeforeValidator(with_type)
-    ]
+    data: Annotated[Annotated[Images | ShapesData, Field(discriminator="type")], BeforeValidator(with_type)]
     tune: Annotated[Full | Lora, Field(discriminator="type")] = Full()
     train: Train
     export_dtype: DtypeName = "fp32"
@@ -140,8 +138,10 @@ class Evaluation(Spec):
         if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
             raise ValueError(f"rewards: {', '.join(sorted(twice))} is given twice")
         if weighted := [reward.type for reward in self.rewards if reward.weight != 1]:
-            raise ValueError(f"rewards: an evaluation reports each score by itself, so the weight of "
-                             f"{', '.join(weighted)} would have no effect: remove it")
+            raise ValueError(
+                f"rewards: an evaluation reports each score by itself, so the weight of "
+                f"{', '.join(weighted)} would have no effect: remove it"
+            )
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -137,7 +137,7 @@ def _raw(place: Place, data: Any) -> Place:
         if (isinstance(data, Mapping) and part in data) or (
             isinstance(data, list) and isinstance(part, int) and part < len(data)
         ):
-            found, data = (*found, part), data[part]
+            found, data = (*found, part), cast(Any, data)[part]
         else:
             break
     return found

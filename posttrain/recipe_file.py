@@ -137,10 +137,11 @@ def _value(text: str, value: str) -> Any:
         raise RecipeError(f"--set {text}: {error}") from None
 
 
-def _set(data: Any, parts: list[str], value: Any, text: str) -> Place:
+def _set(root: Any, parts: list[str], value: Any, text: str) -> Place:
     place: Place = ()
+    data = root
     for depth, part in enumerate(parts):
-        key: str | int = part
+        key: Any = part
         if isinstance(data, list):
             names = [item.get("name") if isinstance(item, dict) else None for item in data]
             if part in names:

@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, numbers that are not finite as floats again; a torn last line is left out."""
+    """The rows of a metrics file, with floats that are not finite restored; a torn last line is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:

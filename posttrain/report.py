@@ -131,7 +131,9 @@ def _curves(results: Results) -> Iterable[Any]:
     def series(name: str) -> dict[str, Series]:
         return {s.name: [(row["step"], row[name]) for row in s.metrics if name in row] for s in trained}
 
-    own = [n for s in trained for n in s.metrics[-1] if n not in (*SMALL, "step", "time", "forward_equivalents")]
+    own = [
+        n for s in trained for n in s.metrics[-1] if n not in (*SMALL, "step", "time", "forward_equivalents")
+    ]
     for name in dict.fromkeys(["loss", *own, *SMALL]):
         if svg := chart(name, series(name)):
             yield svg

@@ -99,10 +99,11 @@ def short(value: float | None, unit: str = "") -> str:
     """A figure with an SI prefix, such as 55.2k; a dash where there is none."""
     if value is None:
         return "–"
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000:
-            break
+    prefixes = ["", "k", "M", "G", "T"]
+    while abs(value) >= 1000 and len(prefixes) > 1:
         value /= 1000
+        prefixes.pop(0)
+    prefix = prefixes[0]
     number = f"{value:.0f}" if prefix == "" and value == int(value) else f"{value:.3g}"
     return f"{number}{' ' if unit else ''}{prefix}{unit}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from math import log
 from typing import Literal
 
@@ -13,7 +14,9 @@ Velocity = Callable[[Tensor, float], Tensor]
 """(latents (n, ...), sigma) -> velocity (n, ...)."""
 
 
-def trajectory(velocity: Velocity, noise: Tensor, sigmas: list[float], solver: Solver = "euler") -> Iterator[Tensor]:
+def trajectory(
+    velocity: Velocity, noise: Tensor, sigmas: list[float], solver: Solver = "euler"
+) -> Iterator[Tensor]:
     """Yield the latents at every sigma, ``noise`` first.
 
     ``sigmas`` descend, usually from 1, and end at 0; there is one velocity call for each but the last.
@@ -23,7 +26,7 @@ def trajectory(velocity: Velocity, noise: Tensor, sigmas: list[float], solver: S
     """
     x, x0_before = noise, None
     yield x
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         v = velocity(x, sigma)
         if solver == "euler":
             x = x + (sigma_next - sigma) * v

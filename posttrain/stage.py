@@ -39,8 +39,9 @@ def run_stage(
 ) -> None:
     """Train ``model``, which holds the weights the stage starts from, and publish ``run/<stage>/final``.
 
-    ``description`` (see :mod:`posttrain.artifact`) goes into the artifact. Goes on from the last checkpoint where there is one. ``stage.json``, written last, says that the stage
-    is finished. Raises PosttrainError (data, training, disk) with the last good checkpoint untouched.
+    ``description`` (see :mod:`posttrain.artifact`) goes into the artifact. Goes on from the last checkpoint
+    where there is one. ``stage.json``, written last, says that the stage is finished. Raises PosttrainError
+    (data, training, disk) with the last good checkpoint untouched.
     """
     folder, settings, device = run / stage.name, stage.train, model.device
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,10 @@ def run_stage(
         if start < settings.steps:
             train(stage.algorithm, policy, optimizer, watch.batches(), settings, watch, start)
         watch.finish()
-    with policy.using(EMA if settings.ema is not None else None), checkpoint.published(folder / "final") as part:
+    with (
+        policy.using(EMA if settings.ema is not None else None),
+        checkpoint.published(folder / "final") as part,
+    ):
         if stage.tune.type == "lora":
             model.save_lora(part)
         else:
@@ -150,7 +154,9 @@ class StageWatch:
         folder = self.folder / "checkpoints"
         if not any(p.name == f"step-{step:08d}" for p in checkpoint.saved(folder)):
             extra = {"samples": self.samples, "seconds": self.seconds, "next_batch": self.next_batch}
-            checkpoint.save(folder, step, self.policy, self.optimizer, extra, self.stage.train.keep_checkpoints)
+            checkpoint.save(
+                folder, step, self.policy, self.optimizer, extra, self.stage.train.keep_checkpoints
+            )
 
     def account(self) -> dict:
         """What the stage cost and did, for ``stage.json``. Raises TrainingError where nothing was trained."""

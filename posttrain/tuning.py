@@ -74,7 +74,8 @@ class Lora(Tune):
         names = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
         if unmatched := [t for t in self.targets if not any(self._matches(n, t) for n in names)]:
             raise ModelError(
-                f"tune.targets: no linear layer of the transformer ends in {', '.join(map(repr, unmatched))}; "
+                f"tune.targets: no linear layer of the transformer ends in "
+                f"{', '.join(map(repr, unmatched))}; "
                 f"the endings there are {', '.join(sorted({_ending(n) for n in names}))}"
             )
         transformer.requires_grad_(False)

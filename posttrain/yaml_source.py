@@ -120,7 +120,9 @@ class _Reader:
                 shown = key.value if isinstance(key, ScalarNode) else "a list or mapping"
                 raise self.error(key, f"the key {shown!r} is not a text")
             if key.value in seen:
-                raise self.error(key, f"the key {key.value!r} is given twice (first on line {seen[key.value]})")
+                raise self.error(
+                    key, f"the key {key.value!r} is given twice (first on line {seen[key.value]})"
+                )
             seen[key.value] = line
             self.lines[(*place, key.value)] = line
             yield key.value, self.data(value, (*place, key.value))

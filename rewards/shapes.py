@@ -33,13 +33,17 @@ class Shapes(Reward):
         del device  # plain image analysis on the CPU
         return self._scores
 
-    def _scores(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def _scores(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Scores:
         from posttrain.shapes.detect import detect
 
         verdicts: dict[str, list[float]] = {"graded": [], "lenient": [], "strict": []}
         for image, prompt, task in zip(images.float().cpu().numpy(), prompts, metadata, strict=True):
             if "include" not in task:
-                raise ValueError(f"prompt {prompt!r} has no GenEval metadata ('include'), so there is nothing to judge")
+                raise ValueError(
+                    f"prompt {prompt!r} has no GenEval metadata ('include'), so there is nothing to judge"
+                )
             objects = detect(image)
             verdicts["graded"].append(graded(objects, task))
             verdicts["lenient"].append(float(lenient(objects, task)))

@@ -2,7 +2,6 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -54,5 +54,3 @@ def assert_close(actual, expected, tolerance):
 
 def ids(vectors):
     return vectors.name
-
-

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a photo of red green blue circle square triangle".split()
+WORDS = ["a", "photo", "of", "red", "green", "blue", "circle", "square", "triangle"]
 
 
 @functools.cache
@@ -18,9 +18,10 @@ def pipeline_folder(seed=0):
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
     from posttrain.models._weights import quiet
     from posttrain.models.tiny_sd3 import _clip_tokenizer, _t5_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     folder = Path(tempfile.mkdtemp(prefix="posttrain-test-"))

@@ -3,9 +3,10 @@
 import io
 
 from pipelines import pipeline_folder
+from rich.console import Console
+
 from posttrain.chain import run
 from posttrain.recipe_file import parse_recipe
-from rich.console import Console
 
 TRAIN = "{steps: 6, batch_size: 4, micro_batch: 4, learning_rate: 1e-3, checkpoint_every: 2, log_every: 1, ema: 0.9}"
 DATA = "{type: shapes, images: 10, seed: 1}"

@@ -4,13 +4,14 @@ import pickle
 
 import pytest
 import torch
+from toys import toy_batch, toy_policy
+
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
 from posttrain.recipe import Train
 from posttrain.spec import discover
 from posttrain.trainer import update
-from toys import toy_batch, toy_policy
 
 ALL = sorted(discover(Algorithm, "posttrain.algorithms"))
 OFFLINE = [name for name in ALL if Algorithm.variants[name].needs == "images"]

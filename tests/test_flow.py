@@ -1,11 +1,13 @@
 """Are the flow's formulas right where the answer is known?"""
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from posttrain.algorithms.soar import auxiliary_point
 from posttrain.flow import (
     expand,
@@ -45,7 +47,10 @@ def test_a_gaussian_flow_is_sampled_to_its_data(solver):
 def errors(solver, counts):
     noise = torch.linspace(-2, 2, 50, dtype=torch.float64)
     exact = MEAN + STD * noise  # the ODE of a Gaussian flow is affine
-    grids = [[shift_sigma(torch.tensor(t), 2.0).item() for t in torch.linspace(1, 0, n + 1).double()] for n in counts]
+    grids = [
+        [shift_sigma(torch.tensor(t), 2.0).item() for t in torch.linspace(1, 0, n + 1).double()]
+        for n in counts
+    ]
     return [(solve(gaussian_velocity, noise, grid, solver) - exact).abs().max().item() for grid in grids]
 
 
@@ -64,7 +69,7 @@ def test_stochastic_steps_preserve_the_marginals_of_a_gaussian_flow(dynamics, le
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(20000, 1, generator=generator, dtype=torch.float64)
     sigmas = torch.linspace(1, 0, 401, dtype=torch.float64)
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, after in itertools.pairwise(sigmas):
         at, to = sigma.expand(len(x)), after.expand(len(x))
         mean, std = stochastic_step(dynamics, x, gaussian_velocity(x, sigma), at, to, level, sigmas[1])
         x = mean + std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -137,7 +142,9 @@ def test_with_a_perfect_velocity_the_correction_target_is_noise_minus_x0(sigma1,
 
 def test_off_the_ray_the_target_still_leads_to_the_image():
     x0, noise, start = torch.randn(3, 2, 4)
-    latents, sigma, target = auxiliary_point(x0, noise, start, torch.tensor([0.2, 0.6]), torch.tensor([0.5, 0.1]))
+    latents, sigma, target = auxiliary_point(
+        x0, noise, start, torch.tensor([0.2, 0.6]), torch.tensor([0.5, 0.1])
+    )
     torch.testing.assert_close(latents - expand(sigma, x0) * target, x0)
 
 

@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from parity_vectors import FOLDER
+
 from posttrain.rewards._geneval import graded, lenient, relations, strict
 
 ROWS = [json.loads(line) for line in (FOLDER / "geneval_judge.jsonl").read_text().splitlines()]
-BOX = st.tuples(*[st.floats(0, 100)] * 2, *[st.floats(1, 50)] * 2).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
+BOX = st.tuples(*[st.floats(0, 100)] * 2, *[st.floats(1, 50)] * 2).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
 
 
 def test_parity_geneval_judge():

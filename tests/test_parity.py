@@ -1,9 +1,9 @@
 """Do the formulas reproduce the published implementations' recorded numbers?"""
 
-
 import pytest
 import torch
 from parity_vectors import assert_close, ids, of_kind
+
 from posttrain.algorithms._flow_matching import loss_weight
 from posttrain.algorithms.soar import auxiliary_point
 from posttrain.flow import expand, guided, interpolate, shift_sigma, stochastic_step

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import pipeline_folder
+from ruamel.yaml import YAML
+
 from posttrain.errors import RecipeError
 from posttrain.recipe_file import dump_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
-from ruamel.yaml import YAML
 
 GOOD = f"""\
 name: good
@@ -120,7 +121,9 @@ def test_the_good_recipe_is_good_and_its_numbers_are_numbers():
     assert recipe.stages[1].train.precision == "bf16"
 
 
-@pytest.mark.parametrize("form", ["shapes", "[shapes]", "{shapes: }", "{shapes: {score: strict}}", "[{type: shapes}]"])
+@pytest.mark.parametrize(
+    "form", ["shapes", "[shapes]", "{shapes: }", "{shapes: {score: strict}}", "[{type: shapes}]"]
+)
 def test_rewards_may_be_given_in_short_forms(form):
     (reward,) = parse_recipe(swap("[shapes]", form), "r.yaml").evaluation.rewards
     assert reward.type == "shapes"
@@ -140,7 +143,12 @@ def test_a_resolved_recipe_loads_again_to_an_equal_one():
 
 
 def test_overrides_reach_stages_by_name_and_by_number():
-    overrides = ["stages.soar.train.steps=7", "stages.0.train.learning_rate=1e-5", "evaluation.guidance=2", "seed=9"]
+    overrides = [
+        "stages.soar.train.steps=7",
+        "stages.0.train.learning_rate=1e-5",
+        "evaluation.guidance=2",
+        "seed=9",
+    ]
     recipe = parse_recipe(GOOD, "r.yaml", overrides)
     assert recipe.stages[1].train.steps == 7
     assert recipe.stages[0].train.learning_rate == 1e-5
@@ -168,7 +176,10 @@ def test_files_that_are_no_recipes_are_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "big.yaml").write_text("a: " + "x" * 1_100_000)
     (tmp_path / "bomb.yaml").write_text(
-        "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}]\n" for p, c in zip("abcdefghijk", "bcdefghijkl", strict=True))
+        "a: &a [x, x]\n"
+        + "".join(
+            f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}]\n" for p, c in zip("abcdefghijk", "bcdefghijkl", strict=True)
+        )
     )
     for name, words in [
         ("binary.yaml", "not a text file"),
@@ -199,7 +210,11 @@ def test_the_soar_recipe_is_the_published_run():
     (stage,) = recipe.stages
     soar, train = stage.algorithm, stage.train
     assert (soar.lambda_aux, soar.num_rollout_paths, soar.trajectory_length) == (1.0, 1, 6)
-    assert (soar.num_sampling_steps, soar.cfg_scale_sampling, soar.weighting_scheme) == (40, 4.5, "logit_normal")
+    assert (soar.num_sampling_steps, soar.cfg_scale_sampling, soar.weighting_scheme) == (
+        40,
+        4.5,
+        "logit_normal",
+    )
     assert (train.batch_size, train.steps, train.learning_rate, train.weight_decay) == (32, 5000, 2e-5, 1e-2)
     assert (train.max_grad_norm, train.precision, train.schedule) == (1.0, "bf16", "constant")
     assert train.gradient_checkpointing
@@ -208,11 +223,15 @@ def test_the_soar_recipe_is_the_published_run():
 
 
 PLAIN = YAML(typ="safe", pure=True).load(GOOD)
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.text(max_size=4), st.just([]), st.just({}))
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.text(max_size=4), st.just([]), st.just({})
+)
 
 
 def places(data, at=()):
-    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+    for key, value in (
+        data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    ):
         yield (*at, key)
         yield from places(value, (*at, key))
 
@@ -238,4 +257,4 @@ def test_no_mutation_of_a_recipe_raises_anything_but_a_recipe_error(data):
     try:
         parse_recipe(text.getvalue(), "r.yaml")
     except RecipeError as error:
-        assert str(error).startswith("r.yaml")
+        assert str(error).startswith("r.yaml")  # noqa: PT017 (most mutations raise nothing)

@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 import torch
+from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
+from safetensors.torch import load_file
+
 from posttrain import checkpoint
 from posttrain.artifact import open_artifact
 from posttrain.errors import PosttrainError, RecipeError, TrainingError
@@ -12,8 +15,6 @@ from posttrain.policy import Policy
 from posttrain.records import read_metrics
 from posttrain.sampling import sample_images
 from posttrain.trainer import train
-from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
-from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
 SOAR = "{type: soar, trajectory_length: 2}"
@@ -81,7 +82,10 @@ def test_soar_without_auxiliary_points_trains_the_weights_of_sft_to_the_bit(tmp_
 
 def test_every_sample_is_recorded_once_with_its_score(finished):
     folder, _, _ = finished
-    rows = [json.loads(line) for line in (folder / "soar" / "evaluation" / "records.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "soar" / "evaluation" / "records.jsonl").read_text().splitlines()
+    ]
     summary = json.loads((folder / "soar" / "evaluation" / "summary.json").read_text())
     assert len(rows) == len({(row["prompt"], row["index"]) for row in rows}) == summary["images"] == 6
     mean = sum(row["scores"]["shapes"] for row in rows) / 6
@@ -100,7 +104,9 @@ def test_the_same_command_again_skips_what_is_finished(finished):
 def test_another_recipe_in_the_same_folder_is_refused_by_field(finished):
     folder, made, _ = finished
     train_ = made.stages[0].train.model_copy(update={"learning_rate": 5e-4})
-    changed = made.model_copy(update={"stages": [made.stages[0].model_copy(update={"train": train_}), *made.stages[1:]]})
+    changed = made.model_copy(
+        update={"stages": [made.stages[0].model_copy(update={"train": train_}), *made.stages[1:]]}
+    )
     with pytest.raises(RecipeError, match=r"stages\.0\.train\.learning_rate \(was 0\.001, now 0\.0005\)"):
         run_quietly(changed, folder)
 
@@ -112,7 +118,9 @@ def test_every_artifact_is_opened_again_as_it_was_evaluated(finished, name, tmp_
     model, kind = open_artifact(str(moved / name), CPU)
     assert kind == "ema"
     assert model.max_sequence_length == 16
-    rows = [json.loads(line) for line in (folder / name / "evaluation" / "records.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / name / "evaluation" / "records.jsonl").read_text().splitlines()
+    ]
     evaluation = made.evaluation
     images = sample_images(
         Policy(model),
@@ -123,6 +131,7 @@ def test_every_artifact_is_opened_again_as_it_was_evaluated(finished, name, tmp_
         guidance=evaluation.guidance,
     )
     from PIL import Image
+
     from posttrain.grids import to_pil
 
     first = Image.open(folder / name / "evaluation" / "grid" / "000.png")
@@ -170,9 +179,14 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
     first, second = (torch.load(c / "state.pt", weights_only=True) for c in (a, b))
     assert_equal_weights(first["trained"], second["trained"])
     assert_equal_weights(first["roles"]["ema"], second["roles"]["ema"])
-    for one, other in zip(first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True):
+    for one, other in zip(
+        first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True
+    ):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
-    losses = [[row["loss"] for row in read_metrics(tmp_path / n / "soar" / "metrics.jsonl")] for n in ("whole", "killed")]
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / n / "soar" / "metrics.jsonl")]
+        for n in ("whole", "killed")
+    ]
     assert losses[0] == losses[1]
     account = json.loads((tmp_path / "killed" / "soar" / "stage.json").read_text())
     assert account["samples"] == 20
@@ -180,12 +194,17 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
 
 def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_among_them(finished):
     folder, _, _ = finished
-    assert [p.name for p in checkpoint.saved(folder / "sft" / "checkpoints")] == ["step-00000004", "step-00000006"]
+    assert [p.name for p in checkpoint.saved(folder / "sft" / "checkpoints")] == [
+        "step-00000004",
+        "step-00000006",
+    ]
 
 
 def test_the_exported_weights_are_the_moving_average(tmp_path):
     run_quietly(recipe(stage("sft")), tmp_path / "run")
-    state = torch.load(checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True)
+    state = torch.load(
+        checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True
+    )
     final = weights(tmp_path / "run" / "sft")
     assert_equal_weights({n: final[n] for n in state["roles"]["ema"]}, state["roles"]["ema"])
     assert not torch.equal(state["trained"]["proj_out.weight"], state["roles"]["ema"]["proj_out.weight"])
@@ -218,7 +237,10 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_checkpoint_before(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(PosttrainError, match=r"the disk is full .* GB free"), checkpoint.published(target) as part:
+    with (
+        pytest.raises(PosttrainError, match=r"the disk is full .* GB free"),
+        checkpoint.published(target) as part,
+    ):
         torch.save({}, part / "a")
     assert (target / "a").read_text() == "good"
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
@@ -244,7 +266,9 @@ def test_start_from_a_path_is_the_model_written_there(finished, tmp_path):
 def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(tmp_path):
     bf16 = TRAIN.replace("{", "{precision: bf16, gradient_checkpointing: true, ")
     run_quietly(recipe(stage("sft", train=bf16), stage("fp32", start_from="base")), tmp_path / "run")
-    state = torch.load(checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True)
+    state = torch.load(
+        checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True
+    )
     assert {t.dtype for t in state["trained"].values()} == {torch.float32}
     assert {s["exp_avg"].dtype for s in state["optimizer"]["state"].values()} == {torch.float32}
     a, b = (read_metrics(tmp_path / "run" / n / "metrics.jsonl")[0]["loss"] for n in ("sft", "fp32"))

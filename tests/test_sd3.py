@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pipelines import load, pipeline_folder
+
 from posttrain.condition import Conditions
 from posttrain.errors import ModelError
 from posttrain.models.sd3 import SD3
@@ -38,13 +39,27 @@ def test_euler_samples_equal_those_of_diffusers(guidance):
     conditions, rows = encode(model, PROMPTS)
     model.pipeline.set_progress_bar_config(disable=True)
     expected = diffusers_latents(model.pipeline, noise, 10, guidance)
-    actual = sample_latents(Policy(model), conditions, rows, noise, model.sigmas(10, 16, 16), guidance, "euler")
+    actual = sample_latents(
+        Policy(model), conditions, rows, noise, model.sigmas(10, 16, 16), guidance, "euler"
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_sigma_grid_is_diffusers_own_with_its_low_last_value():
     sigmas = load().sigmas(10, 16, 16)
-    published = [1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049, 0.008929, 0]
+    published = [
+        1,
+        0.960129,
+        0.913349,
+        0.857692,
+        0.790368,
+        0.707278,
+        0.602151,
+        0.464876,
+        0.278049,
+        0.008929,
+        0,
+    ]
     torch.testing.assert_close(torch.tensor(sigmas), torch.tensor(published), rtol=0, atol=1e-6)
 
 
@@ -172,7 +187,10 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     save_file({**state, **wrong}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ModelError, match=r"proj_out\.bias: shape \(3,\), expected \(16,\)"):
         model.load_weights(tmp_path)
-    save_file({k: v for k, v in state.items() if k != "proj_out.bias"}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if k != "proj_out.bias"},
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
     with pytest.raises(ModelError, match=r"proj_out\.bias: missing"):
         model.load_weights(tmp_path)
 

@@ -1,12 +1,13 @@
 """A velocity model without a network folder: a small net on 2-D "latents", fast enough for laws."""
 
 import torch
+from torch import nn
+
 from posttrain.algorithm import Batch
 from posttrain.condition import Conditions
 from posttrain.model import FlowModel
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
-from torch import nn
 
 
 class ToyModel(FlowModel):

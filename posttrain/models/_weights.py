@@ -54,7 +54,9 @@ def missing(path: str, component: str) -> str | None:
     if folder is None:
         if path.startswith(SHIPPED):
             have = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
-            return f"model.path: no model {path!r} comes with posttrain; there are {[SHIPPED + n for n in have]}"
+            return (
+                f"model.path: no model {path!r} comes with posttrain; there are {[SHIPPED + n for n in have]}"
+            )
         if _looks_local(path):
             return f"model.path: the folder {str(Path(path).expanduser().absolute())!r} does not exist"
         return None

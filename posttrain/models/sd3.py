@@ -45,7 +45,9 @@ class SD3(Model):
             "vae": torch_dtype("fp32"),
             "transformer": torch_dtype(transformer_dtype),
         }
-        left_out: dict[str, Any] = {} if self.text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
+        left_out: dict[str, Any] = (
+            {} if self.text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
+        )
         with _weights.quiet(), _weights.explained(self.path):
             pipeline = StableDiffusion3Pipeline.from_pretrained(
                 source, torch_dtype=dtypes, revision=self.revision, **left_out
@@ -74,7 +76,8 @@ class SD3FlowModel(FlowModel):
     def __init__(self, pipeline: Any, source: str, max_sequence_length: int, device: torch.device) -> None:
         self.pipeline, self.source, self.device = pipeline, source, device
         self.max_sequence_length = max_sequence_length
-        self.transformer, self.vae, self.scheduler = pipeline.transformer, pipeline.vae, pipeline.scheduler
+        self.transformer: Any = pipeline.transformer
+        self.vae, self.scheduler = pipeline.vae, pipeline.scheduler
         _check_text_encoders(pipeline)
         self.shift = float(self.scheduler.config.shift)
         self.factor = pipeline.vae_scale_factor

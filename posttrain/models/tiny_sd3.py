@@ -52,7 +52,9 @@ class TinySD3(Model):
             (part / "tiny_sd3.json").write_text(settings)
             part.rename(done)
         elif (done / "tiny_sd3.json").read_text() != settings:
-            raise ModelError(f"{str(done)!r} was made with other settings: remove it, or use another run name")
+            raise ModelError(
+                f"{str(done)!r} was made with other settings: remove it, or use another run name"
+            )
         return SD3(path=str(done), max_sequence_length=TOKENS)
 
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
@@ -140,10 +142,10 @@ def _fitted_autoencoder(spec: TinySD3, work: Path) -> Any:
 
     data = ShapesData(images=spec.autoencoder_images, seed=spec.seed, style="web")
     source = ImageSource(data.materialise(work / "autoencoder-images"), divisor=8)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 48, 48),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+    vae: Any = AutoencoderKL(
+        block_out_channels=(16, 32, 48, 48),  # type: ignore[arg-type] (diffusers' hints lack an ellipsis)
+        down_block_types=("DownEncoderBlock2D",) * 4,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 4,  # type: ignore[arg-type]
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
@@ -158,8 +160,8 @@ def _fitted_autoencoder(spec: TinySD3, work: Path) -> Any:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
     batches = source.batches(16, ("autoencoder", spec.seed), 0)
     for step, batch in zip(range(steps), batches, strict=False):
-        posterior = vae.encode(batch.pixels).latent_dist  # type: ignore[union-attr]
-        restored = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample  # type: ignore[union-attr]
+        posterior = vae.encode(batch.pixels).latent_dist
+        restored = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         loss = (restored - batch.pixels).abs().mean() + 1e-4 * posterior.kl().mean() / 64
         if not torch.isfinite(loss):
             raise TrainingError(f"the autoencoder's loss is {loss.item()} at step {step}")
@@ -172,7 +174,7 @@ def _fitted_autoencoder(spec: TinySD3, work: Path) -> Any:
             print(f"autoencoder  {step}/{steps}  loss {loss.item():.4f}", flush=True)
     with torch.no_grad():
         pixels = torch.cat([next(batches).pixels for _ in range(32)])
-        latents = vae.encode(pixels).latent_dist.mean  # type: ignore[union-attr]
+        latents = vae.encode(pixels).latent_dist.mean
     vae.register_to_config(shift_factor=round(latents.mean().item(), 4))
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return vae.half()
@@ -200,7 +202,9 @@ def _clip_tokenizer(words: list[str], work: Path) -> Any:
     vocabulary = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in ordered), START, END]
     folder = work / "tokenizer.part"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(vocabulary))}))
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(dict.fromkeys(vocabulary))})
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in ordered))
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token=END)
     shutil.rmtree(folder)
@@ -212,7 +216,7 @@ def _clip_tokenizer(words: list[str], work: Path) -> Any:
 
 def _t5_tokenizer(words: list[str]) -> Any:
     """A T5 tokenizer in which every word is one piece."""
-    from transformers import T5TokenizerFast
+    from transformers import T5TokenizerFast  # type: ignore[attr-defined]
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     pieces += [(chr(c), -10.0) for c in range(ord("a"), ord("z") + 1)]

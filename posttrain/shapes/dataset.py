@@ -72,10 +72,11 @@ def evaluation_prompts(count: int, seed: int) -> list[dict[str, Any]]:
     rows = []
     for index in range(count):
         tag = TASKS[index % len(TASKS)]
+        row = sample_task(rng, tag)
         for _ in range(200):
-            row = sample_task(rng, tag)
             if row["prompt"] not in used[tag]:
                 break
+            row = sample_task(rng, tag)
         else:
             used[tag].clear()  # every prompt of this kind is used up
         used[tag].add(row["prompt"])
@@ -100,5 +101,3 @@ def _jpeg(scene: Scene) -> bytes:
     buffer = io.BytesIO()
     render(scene).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
-
-

@@ -69,7 +69,7 @@ def _explained(pixels: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
 
 def components(mask: Mask) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The 4-connected components of ``mask`` (h, w), each as its pixels' (y, x)."""
-    height, width = mask.shape
+    width = mask.shape[1]
     left = set(np.flatnonzero(mask).tolist())
     found = []
     while left:
