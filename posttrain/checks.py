@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from posttrain.yaml_source import Place
 
 Problem = tuple["Place", str]
-ARTIFACTS = ("model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
+ARTIFACTS = ("model_index.json", "*.safetensors")
+"""What a folder of weights has one of: a pipeline, an adapter, or a transformer in one or more files."""
 
 
 def problems(recipe: Recipe) -> list[Problem]:
@@ -92,7 +93,7 @@ def _file(place: Place, file: Path) -> Iterator[Problem]:
 def _artifact(place: Place, folder: Path) -> Iterator[Problem]:
     if not folder.is_dir():
         yield place, f"no folder {str(folder)!r} (looked at {folder.absolute()})"
-    elif not any((folder / name).is_file() for name in ARTIFACTS):
+    elif not any(any(folder.glob(name)) for name in ARTIFACTS):
         inside = " (its folder 'final' is what to name)" if (folder / "final").is_dir() else ""
         yield place, f"{str(folder)!r} holds no weights{inside}: none of {', '.join(ARTIFACTS)}"
 

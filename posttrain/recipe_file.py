@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os.path
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +38,10 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), *, checks:
     given = _override(source, overrides)
     recipe = _validated(Recipe, source, given)
     if checks:
+        # a section with nothing under it was begun and forgotten; who wants none leaves it out or says null
+        unfinished = [p for p in source.empty if len(p) == 1 and source.data[p[0]] is None and p not in given]
+        if unfinished:
+            raise listed([(p, "is empty; write its fields, or remove it") for p in unfinished], source, given)
         check_or_raise(recipe, source, given)
     return recipe
 
@@ -91,7 +97,8 @@ def recipe_text(name: str) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that loads again to an equal recipe."""
-    yaml, text = YAML(), io.StringIO()
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()  # unlike the default it writes null, not nothing
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.width = 110
     yaml.dump(recipe.model_dump(mode="json"), text)
@@ -100,7 +107,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _text(source: str | Path) -> tuple[str, str]:
     path, name = Path(source), str(source)
-    if isinstance(source, str) and not path.exists() and "/" not in name and not path.suffix:
+    # a folder that is called like a shipped recipe does not hide it
+    if isinstance(source, str) and not os.path.isfile(name) and "/" not in name and not path.suffix:
         known = shipped_recipes()
         if name not in known:
             raise RecipeError(
@@ -123,22 +131,34 @@ def _override(source: Source, overrides: Sequence[str]) -> dict[Place, str]:
     given: dict[Place, str] = {}
     for text in overrides:
         path, equals, value = text.partition("=")
-        if not equals or not path:
+        parts = path.split(".")
+        if not equals or not all(parts):
             raise RecipeError(f"--set {text}: give a field and its value, such as stages.0.train.steps=100")
-        place = _set(source.data, path.split("."), _value(text, value), text)
-        given[place] = text
-    return given
+        read = _value(text, value)
+        place, made = _set(source.data, parts, read.data["value"], text)
+        source.quoted = {p for p in source.quoted if p[: len(place)] != place}
+        source.quoted |= {(*place, *p[1:]) for p in read.quoted}
+        given.pop(made, None)
+        given[made] = text
+    return dict(reversed(given.items()))  # what was set last answers first for what it holds
 
 
-def _value(text: str, value: str) -> Any:
+def _value(text: str, value: str) -> Source:
     try:
-        return parse(f"value: {value}", "value").data["value"]
+        read = parse(f"value: {value}", "value")
     except RecipeError as error:
-        raise RecipeError(f"--set {text}: {error}") from None
+        words = re.sub(r"^value(:\d+)?: ", "", str(error))
+        hint = " (quote a text that has ': ' in it)" if ": " in value else ""
+        raise RecipeError(f"--set {text}: {words}{hint}") from None
+    if len(read.data) > 1:
+        raise RecipeError(f"--set {text}: one field and its value at a time")
+    return read
 
 
-def _set(root: Any, parts: list[str], value: Any, text: str) -> Place:
+def _set(root: Any, parts: list[str], value: Any, text: str) -> tuple[Place, Place]:
+    """Put ``value`` into ``data``. Returns its place, and the outermost block that was made for it."""
     place: Place = ()
+    made: Place = ()
     data = root
     for depth, part in enumerate(parts):
         key: Any = part
@@ -161,5 +181,6 @@ def _set(root: Any, parts: list[str], value: Any, text: str) -> Place:
             data[key] = value
         elif isinstance(data, dict) and data.get(key) is None:
             data[key] = {}
+            made = made or place
         data = data[key]
-    return place
+    return place, made or place

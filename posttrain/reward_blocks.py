@@ -9,7 +9,8 @@ def reward_blocks(value: Any) -> Any:
     """``value`` as a list of reward blocks, each with its ``type``.
 
     A name, a list of names and blocks, and a mapping from names to a weight, a block of settings or
-    nothing are all taken; anything else is returned as it is, for the schema to refuse.
+    nothing are all taken; anything else is returned as it is, for the schema to refuse. Raises ValueError
+    for a block that does not say which reward it is: a schema that knows only one would take it for that.
     """
     if isinstance(value, str):
         return [{"type": value}]
@@ -18,6 +19,9 @@ def reward_blocks(value: Any) -> Any:
             return [value]
         return [_block(name, settings) for name, settings in value.items()]
     if isinstance(value, list):
+        for i, item in enumerate(value):
+            if isinstance(item, dict) and "type" not in item:
+                raise ValueError(f"item {i} does not say which reward it is: give it a 'type'")
         return [{"type": item} if isinstance(item, str) else item for item in value]
     return value
 

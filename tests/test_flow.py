@@ -47,10 +47,7 @@ def test_a_gaussian_flow_is_sampled_to_its_data(solver):
 def errors(solver, counts):
     noise = torch.linspace(-2, 2, 50, dtype=torch.float64)
     exact = MEAN + STD * noise  # the ODE of a Gaussian flow is affine
-    grids = [
-        [shift_sigma(torch.tensor(t), 2.0).item() for t in torch.linspace(1, 0, n + 1).double()]
-        for n in counts
-    ]
+    grids = [shift_sigma(torch.linspace(1, 0, n + 1).double(), 2.0).tolist() for n in counts]
     return [(solve(gaussian_velocity, noise, grid, solver) - exact).abs().max().item() for grid in grids]
 
 
@@ -64,21 +61,38 @@ def test_dpm2_beats_euler_and_dpm1_equals_it():
     assert errors("dpm1", (40,))[0] == pytest.approx(errors("euler", (40,))[0], rel=1e-6)
 
 
-@pytest.mark.parametrize(("dynamics", "level"), [("flow_sde", 0.7), ("cps", 0.8), ("sde", 0.0)])
-def test_stochastic_steps_preserve_the_marginals_of_a_gaussian_flow(dynamics, level):
+def sampled(dynamics, level, velocity, steps=400, until=0.0):
+    """20,000 samples, in float64, of a stochastic sampler that has come down to sigma ``until``."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(20000, 1, generator=generator, dtype=torch.float64)
-    sigmas = torch.linspace(1, 0, 401, dtype=torch.float64)
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     for sigma, after in itertools.pairwise(sigmas):
         at, to = sigma.expand(len(x)), after.expand(len(x))
-        mean, std = stochastic_step(dynamics, x, gaussian_velocity(x, sigma), at, to, level, sigmas[1])
+        mean, std = stochastic_step(dynamics, x, velocity(x, sigma), at, to, level, sigmas[1])
         x = mean + std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        if abs(after - 0.5) < 1e-6 and dynamics != "sde":
-            assert x.std().item() == pytest.approx(marginal_std(0.5), rel=0.03)
-    assert x.mean().item() == pytest.approx(MEAN, abs=0.03)
-    # noising a posterior mean again loses its spread, so only `sde` ends narrower than the data
-    expected = pytest.approx(STD, rel=0.06)
-    assert (x.std().item() == expected) is (dynamics != "sde")
+        if after <= until + 1e-9:
+            break
+    return x
+
+
+@pytest.mark.parametrize("sigma", [0.75, 0.5, 0.25, 0.0])
+def test_the_flow_sde_preserves_every_marginal_of_a_gaussian_flow(sigma):
+    x = sampled("flow_sde", 0.7, gaussian_velocity, until=sigma)
+    assert x.mean().item() == pytest.approx((1 - sigma) * MEAN, abs=0.03)
+    assert x.std().item() == pytest.approx(marginal_std(sigma), rel=0.04)
+
+
+@pytest.mark.parametrize(("dynamics", "level"), [("cps", 0.8), ("sde", 0.0)])
+def test_steps_that_noise_a_prediction_again_keep_the_coefficients_but_lose_spread(dynamics, level):
+    """Exact where the data are one point; narrower than data of some width, which a mean cannot stand for."""
+
+    def point_velocity(x, sigma):
+        return (x - MEAN) / sigma
+
+    x = sampled(dynamics, level, point_velocity, until=0.5)
+    assert x.mean().item() == pytest.approx(0.5 * MEAN, abs=0.02)
+    assert x.std().item() == pytest.approx(0.5, rel=0.02)
+    assert sampled(dynamics, level, gaussian_velocity).std().item() < 0.8 * STD
 
 
 @pytest.mark.parametrize("dynamics", ["flow_sde", "cps", "simple"])

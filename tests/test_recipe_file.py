@@ -1,6 +1,7 @@
 """Is every faulty recipe refused when it is read, with line, field, value and remedy?"""
 
 import pytest
+from faulty_recipes import OVERRIDES, WRITTEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import pipeline_folder
@@ -258,3 +259,92 @@ def test_no_mutation_of_a_recipe_raises_anything_but_a_recipe_error(data):
         parse_recipe(text.getvalue(), "r.yaml")
     except RecipeError as error:
         assert str(error).startswith("r.yaml")  # noqa: PT017 (most mutations raise nothing)
+
+
+@pytest.mark.parametrize(("text", "line", "words"), [w[1:] for w in WRITTEN], ids=[w[0] for w in WRITTEN])
+def test_what_is_no_plain_yaml_is_refused_by_line(text, line, words):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+    message = str(caught.value)
+    assert message.startswith(f"r.yaml:{line}: " if line else "r.yaml: "), message
+    assert len(message) < 200
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(("overrides", "start", "words"), OVERRIDES)
+def test_a_problem_that_an_override_made_names_it(overrides, start, words):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(GOOD, "r.yaml", overrides)
+    message = str(caught.value)
+    assert message.startswith(start), message
+    assert "r.yaml" not in message
+    for word in words:
+        assert word in message
+
+
+def test_an_evaluation_that_an_override_begins_is_the_overrides_to_complete():
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(GOOD.split("evaluation:")[0], "r.yaml", ["evaluation.steps=3"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("--set evaluation.steps=3: evaluation.") for line in lines)
+
+
+def test_an_evaluation_left_empty_is_refused_and_null_means_none():
+    begun = GOOD.split("evaluation:")[0]
+    with pytest.raises(RecipeError, match=r"^r\.yaml:24: evaluation: is empty"):
+        parse_recipe(begun + "evaluation:\n", "r.yaml")
+    recipe = parse_recipe(begun + "evaluation: null\n", "r.yaml")
+    assert recipe.evaluation is None
+    assert parse_recipe(dump_recipe(recipe), "resolved.yaml") == recipe
+    assert parse_recipe(GOOD, "r.yaml", ["evaluation=null"]) == recipe
+
+
+@pytest.mark.parametrize(
+    "name", ["1e5", "123", "yes", "null", "true", "0x10", "2020-01-01", "017", "1_000", "inf"]
+)
+def test_a_name_that_looks_like_something_else_survives_the_round_trip(name):
+    recipe = parse_recipe(swap("name: good", f"name: '{name}'"), "r.yaml")
+    assert recipe.name == name
+    assert parse_recipe(dump_recipe(recipe), "resolved.yaml") == recipe
+
+
+def test_nothing_of_a_tag_is_executed(tmp_path):
+    made = tmp_path / "made"
+    text = swap("seed: 3", f"seed: !!python/object/apply:os.mkdir ['{made}']")
+    with pytest.raises(RecipeError):
+        parse_recipe(text, "r.yaml")
+    assert not made.exists()
+
+
+def test_an_anchor_may_be_used_twice_without_a_warning(recwarn):
+    text = swap("seed: 3", "seed: &a 3").replace("rank: 4", "rank: &a 4")
+    assert parse_recipe(text, "r.yaml").stages[1].tune.rank == 4
+    assert not [w for w in recwarn if "anchor" in str(w.message)]
+
+
+def test_a_reward_block_says_which_reward_it_is():
+    with pytest.raises(RecipeError, match=r"^r\.yaml:26: evaluation\.rewards: item 0 .* give it a 'type'"):
+        parse_recipe(swap("[shapes]", "[{score: strict}]"), "r.yaml")
+
+
+def test_paths_that_no_file_can_have_are_refused(tmp_path):
+    for source in ("x" * 300, "./" + "x" * 300, "./a\0b", ""):
+        with pytest.raises(RecipeError):
+            load_recipe(source)
+    with pytest.raises(RecipeError, match="more than 1,000,000 bytes"):
+        load_recipe("/dev/zero")
+
+
+def test_a_folder_does_not_hide_the_shipped_recipe_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "sd35m-soar").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"^sd35m-soar\.yaml:\d+: .*no file 'data/train\.jsonl'"):
+        load_recipe("sd35m-soar")
+
+
+def test_a_transformer_in_several_files_can_be_started_from(tmp_path):
+    (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"")
+    recipe = parse_recipe(swap("start_from: sft", f"start_from: {tmp_path}"), "r.yaml")
+    assert recipe.stages[1].start_from == str(tmp_path)
