@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,16 +23,19 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
     """A grid of ``images`` (n, 3, h, w) in [0, 1], each caption below its image.
 
-    Tiny images are enlarged, without smoothing, to at least 128 px.
+    Tiny images are enlarged, without smoothing, to at least 128 px. Raises ValueError where there is no
+    image, no column, or not one caption an image.
     """
+    if not len(images) or columns < 1:
+        raise ValueError(f"a grid needs images and columns, not {len(images)} and {columns}")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"a grid needs one caption an image, not {len(captions)} for {len(images)}")
     tiles = to_pil(images)
     columns = min(columns, len(tiles))
     factor = max(1, -(-LEAST_TILE // tiles[0].width))
     width, height = tiles[0].width * factor, tiles[0].height * factor
     font = ImageFont.load_default(FONT)
-    lines = (
-        [textwrap.wrap(c, max(8, width // (FONT // 2))) for c in captions] if captions else [[]] * len(tiles)
-    )
+    lines = [_wrapped(c, width, font) for c in captions] if captions else [[]] * len(tiles)
     below = max(len(wrapped) for wrapped in lines) * (FONT + 3) + (4 if captions else 0)
     rows = -(-len(tiles) // columns)
     size = (columns * (width + PADDING) + PADDING, rows * (height + below + PADDING) + PADDING)
@@ -45,6 +47,24 @@ def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) ->
         sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x, y))
         draw.multiline_text((x, y + height + 3), "\n".join(wrapped), "black", font, spacing=2)
     return sheet
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Lines of at most ``width`` pixels, measured: letters differ too much in width to be counted."""
+    lines, line = [], ""
+    for word in text.split():
+        if line and font.getlength(f"{line} {word}") <= width:
+            line = f"{line} {word}"
+            continue
+        if line:
+            lines.append(line)
+        line = ""
+        for letter in word:  # a word longer than a line is cut
+            if line and font.getlength(line + letter) > width:
+                lines.append(line)
+                line = ""
+            line += letter
+    return [*lines, line] if line else lines
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+NARROW = 80
+"""Columns; below, the bar and the rate give way to the step, the loss and the time left."""
 INTERVAL_SECONDS = 10.0
 """Between lines where the output is no terminal."""
 
@@ -27,9 +29,14 @@ def stage_progress(name: str, total: int, start: int, console: Console) -> Itera
     if not console.is_terminal:
         yield _Lines(name, total, start, console)
         return
+    narrow = console.width < NARROW
+    if narrow:
+        # rich would cut every column alike, the step count included: cut the name only
+        room = max(console.width - 2 * len(str(total)) - 27, 4)
+        name = name if len(name) <= room else name[: room - 1] + "…"
     columns = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20 if console.width >= 90 else 8),
+        TextColumn("{task.description}", markup=False),
+        *([] if narrow else [BarColumn(bar_width=20 if console.width >= 100 else 8)]),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
         TextColumn("ETA"),
@@ -37,15 +44,16 @@ def stage_progress(name: str, total: int, start: int, console: Console) -> Itera
     ]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total, completed=start, figures="")
-        yield _Bar(progress, task)
+        yield _Bar(progress, task, narrow)
 
 
 class _Bar:
-    def __init__(self, progress: Progress, task) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, narrow: bool) -> None:
+        self.progress, self.task, self.narrow = progress, task, narrow
 
     def update(self, done: int, *, loss: float | None = None, images_per_second: float | None = None) -> None:
-        self.progress.update(self.task, completed=done, figures=_figures(loss, images_per_second))
+        figures = _figures(loss, None if self.narrow else images_per_second)
+        self.progress.update(self.task, completed=done, figures=figures)
 
 
 class _Lines:

@@ -98,7 +98,8 @@ def recipe_text(name: str) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that loads again to an equal recipe."""
     yaml, text = YAML(typ="safe", pure=True), io.StringIO()  # unlike the default it writes null, not nothing
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated by its default, None
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.width = 110
     yaml.dump(recipe.model_dump(mode="json"), text)

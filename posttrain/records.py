@@ -29,6 +29,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class MetricsFile:
+    """An append-only file with one JSON object a line: step, seconds since the start, and the metrics.
+
+    Each line is flushed as it is written. Opening drops the lines after ``resume_step`` and a torn last
+    line, by an atomic replacement: with the default of 0 the file starts empty.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(_line(row) for row in kept))
+        os.replace(part, path)
+        self._file = path.open("a")
+        self._since = time.monotonic() - (kept[-1]["time"] if kept else 0.0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append ``metrics`` of ``step``. Raises TypeError or ValueError for what is no number."""
+        seconds = time.monotonic() - self._since
+        # float() also takes the scalars of numpy and torch, which json refuses
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_line({"step": step, "time": seconds, **numbers}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; nothing is lost without it."""
+        self._file.close()
+
+
 class Tracker:
     """The records of a stage; a context manager.
 
@@ -37,13 +66,7 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0, tensorboard: bool = True) -> None:
-        self.path = folder / METRICS
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(_line(row) for row in kept))
-        os.replace(part, self.path)
-        self._file = self.path.open("a")
-        self._since = time.monotonic() - (kept[-1]["time"] if kept else 0.0)
+        self.metrics = MetricsFile(folder / METRICS, resume_step=resume_step)
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -52,8 +75,7 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record ``metrics`` of ``step``."""
-        self._file.write(_line({"step": step, "time": time.monotonic() - self._since, **metrics}))
-        self._file.flush()
+        self.metrics.log(step, metrics)
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
@@ -67,7 +89,7 @@ class Tracker:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
+        self.metrics.close()
         if self._writer is not None:
             self._writer.close()
 

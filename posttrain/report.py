@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from posttrain.curves import Series, chart
 from posttrain.results import Results, StageResult, difference, load_results, short, verdict
@@ -19,6 +20,11 @@ LEAST_SHOWN = 96
 """Pixels; tiny images are stored as they are and enlarged by the page."""
 MOST_STORED = 512
 SMALL = ("grad_norm", "learning_rate", "images_per_second")
+NO_CURVE = ("step", "time", "forward_equivalents")
+COSTS = (("forward-eq.", 2), ("images/s", 4), ("peak mem.", 5), ("steps", 7), ("trained", 8))
+"""Heading and rank of what a stage cost, in the order of :func:`_cost`."""
+Column = tuple[Text, list[Text], int]
+"""Heading, a cell for each stage, and rank: the higher, the sooner a narrow terminal goes without."""
 
 
 def write_report(run: Path) -> Path:
@@ -40,19 +46,21 @@ def write_report(run: Path) -> Path:
 
 
 def table(run: Path, width: int = 120) -> Table:
-    """The results as a table for a terminal of ``width`` columns; a narrow one leaves details out."""
+    """The results as a table for a terminal of ``width`` columns.
+
+    A narrow one leaves whole columns out, the least important first, then the intervals: no number is
+    ever cut.
+    """
     results = load_results(run)
-    names = [name for name in results.score_names if width >= 105 or "/" not in name]
-    shown = Table(title=verdict(results), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    shown.add_column("stage", no_wrap=True)
-    for name in names:
-        shown.add_column(f"{name}\n[dim]mean \\[95 %][/dim]", justify="right", no_wrap=True)
-    for name in ("forward-eq.", "images/s", "peak mem."):
-        shown.add_column(name, justify="right", no_wrap=True)
-    best = _best(results)
-    for stage in results.stages:
-        cells = [_interval(stage, name, best.get(name) == stage.name) for name in names]
-        shown.add_row(stage.name, *cells, *_cost(stage))
+    columns = _fitting(_columns(results, intervals=True), width)
+    if _width(columns) > width:
+        columns = _fitting(_columns(results, intervals=False), width)
+    title = Text(verdict(results), "bold")
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for i, (header, _, _) in enumerate(columns):
+        shown.add_column(header, justify="right" if i else "left", no_wrap=True)
+    for cells in zip(*(cells for _, cells, _ in columns), strict=True):
+        shown.add_row(*cells)
     return shown
 
 
@@ -68,11 +76,51 @@ def summary_table(name: str, summary: dict[str, Any]) -> Table:
     return shown
 
 
-def _interval(stage: StageResult, name: str, best: bool) -> str:
+def _columns(results: Results, *, intervals: bool) -> list[Column]:
+    """Every column of the terminal's table, in order of place."""
+    stages, best, names = results.stages, _best(results), results.score_names
+    columns: list[Column] = [(Text("stage"), [Text(stage.name) for stage in stages], 0)]
+    for i, name in enumerate(names):
+        header = Text(f"{name}\n").append("mean [95 %]" if intervals else "mean", "dim")
+        cells = [_score(stage, name, best.get(name) == stage.name, intervals) for stage in stages]
+        # the first score is what the run is about; details of a score can wait
+        columns.append((header, cells, 0 if i == 0 else 6 if "/" in name else 1))
+        if i == 0:
+            columns.append((Text("against\nbase"), [_gain(stages[0], s, name) for s in stages], 3))
+    costs = [[Text(figure) for figure in _cost(stage)] for stage in stages]
+    for i, (header, rank) in enumerate(COSTS):
+        columns.append((Text(header), [cost[i] for cost in costs], rank))
+    return columns
+
+
+def _fitting(columns: list[Column], width: int) -> list[Column]:
+    """``columns`` without those of the highest ranks, so that the rest fits; those of rank 0 stay."""
+    kept = list(columns)
+    while _width(kept) > width and (worst := max(rank for _, _, rank in kept)):
+        del kept[max(i for i, (_, _, rank) in enumerate(kept) if rank == worst)]
+    return kept
+
+
+def _width(columns: list[Column]) -> int:
+    texts = ([header, *cells] for header, cells, _ in columns)
+    return sum(max(line.cell_len for t in column for line in t.split()) for column in texts) + 2 * (
+        len(columns) - 1
+    )
+
+
+def _score(stage: StageResult, name: str, best: bool, interval: bool) -> Text:
     if (score := stage.scores.get(name)) is None:
-        return "–"
-    mean = f"[bold green]{score['mean']:.3f}[/bold green]" if best else f"{score['mean']:.3f}"
-    return f"{mean} [dim]\\[{score['low']:.2f}, {score['high']:.2f}][/dim]"
+        return Text("–")
+    text = Text(f"{score['mean']:.3f}", "bold green" if best else "")
+    return text.append(f" [{score['low']:.2f}, {score['high']:.2f}]", "not bold dim") if interval else text
+
+
+def _gain(base: StageResult, stage: StageResult, name: str) -> Text:
+    """The paired difference from the base model, dim where chance explains it."""
+    if stage is base or (gain := difference(base, stage, name)) is None:
+        return Text("–")
+    change, low, high = gain
+    return Text(f"{change:+.3f} n.s.", "dim") if low <= 0 <= high else Text(f"{change:+.3f}")
 
 
 def _cost(stage: StageResult) -> list[str]:
@@ -82,6 +130,8 @@ def _cost(stage: StageResult) -> list[str]:
         short(account.get("forward_equivalents")),
         "–" if rate is None else f"{rate:.1f}",
         short(account.get("peak_memory_bytes"), "B"),
+        short(account.get("steps")),
+        short(account.get("trainable_parameters")),
     ]
 
 
@@ -102,13 +152,8 @@ def _row(results: Results, stage: StageResult) -> dict[str, Any]:
         score = stage.scores.get(name)
         gain = difference(base, stage, name) if score and stage is not base else None
         scores.append({"score": score, "best": best.get(name) == stage.name, "gain": gain})
-    account = stage.account
-    steps, trained = account.get("steps"), account.get("trainable_parameters")
-    return {
-        "stage": stage,
-        "scores": scores,
-        "cost": [*_cost(stage), short(steps), short(trained), short(account.get("seconds"), "s")],
-    }
+    cost = [*_cost(stage), short(stage.account.get("seconds"), "s")]
+    return {"stage": stage, "scores": scores, "cost": cost}
 
 
 def _tags(results: Results) -> list[dict[str, Any]]:
@@ -116,12 +161,14 @@ def _tags(results: Results) -> list[dict[str, Any]]:
     if not results.score_names:
         return []
     score = results.score_names[0]
+    measured = next(stage.scores[score] for stage in results.stages if score in stage.scores)
+    pick = max if measured.get("higher_is_better", True) else min
     names = dict.fromkeys(tag for stage in results.stages for tag in stage.summary.get("tags", {}))
     rows = []
     for tag in names:
         cells = [stage.summary.get("tags", {}).get(tag, {}).get(score) for stage in results.stages]
         means = [cell["mean"] for cell in cells if cell]
-        rows.append({"tag": tag, "cells": cells, "best": max(means) if means else None})
+        rows.append({"tag": tag, "cells": cells, "best": pick(means) if means else None})
     return rows
 
 
@@ -131,10 +178,10 @@ def _curves(results: Results) -> Iterable[Any]:
     def series(name: str) -> dict[str, Series]:
         return {s.name: [(row["step"], row[name]) for row in s.metrics if name in row] for s in trained}
 
-    own = [
-        n for s in trained for n in s.metrics[-1] if n not in (*SMALL, "step", "time", "forward_equivalents")
-    ]
-    for name in dict.fromkeys(["loss", *own, *SMALL]):
+    # any row, not the last: some metrics are logged only now and then
+    own = dict.fromkeys(name for stage in trained for row in stage.metrics for name in row)
+    first = [name for name in own if name not in (*SMALL, *NO_CURVE)]
+    for name in dict.fromkeys(["loss", *first, *SMALL]):
         if svg := chart(name, series(name)):
             yield svg
 
