@@ -33,7 +33,9 @@ def test_check_loads_no_model_library(tmp_path):
     (tmp_path / "r.yaml").write_text(HEAD + "stages:\n" + stage("sft"))
     probe = "import sys\nfrom posttrain.recipe_file import load_recipe\nfrom posttrain.plan import plan\nplan(load_recipe('r.yaml'))\nprint([m for m in ('diffusers', 'transformers', 'peft', 'tensorboard') if m in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -83,7 +85,9 @@ def test_recipes_are_listed_shown_and_copied(tmp_path):
     posttrain("recipes", "copy", "sd35m-soar", cwd=tmp_path)
     assert (tmp_path / "sd35m-soar.yaml").read_text() == shown
     assert "exists" in posttrain("recipes", "copy", "sd35m-soar", cwd=tmp_path, code=1).stderr
-    assert "did you mean 'sd35m-soar'" in posttrain("recipes", "show", "sd35-soar", cwd=tmp_path, code=1).stderr
+    assert (
+        "did you mean 'sd35m-soar'" in posttrain("recipes", "show", "sd35-soar", cwd=tmp_path, code=1).stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,17 @@ def test_eval_scores_full_and_lora_artifacts(stages, tmp_path, name):
         '{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}\n'
     )
     settings = ("--set", "resolution=16", "--set", "steps=2", "--set", "images_per_prompt=3")
-    arguments = ("eval", stages / name, "--prompts", "p.jsonl", "--reward", "shapes", *settings, "--output", "out")
+    arguments = (
+        "eval",
+        stages / name,
+        "--prompts",
+        "p.jsonl",
+        "--reward",
+        "shapes",
+        *settings,
+        "--output",
+        "out",
+    )
     done = posttrain(*arguments, cwd=tmp_path)
     assert "single_object" in done.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -112,7 +126,16 @@ def test_eval_scores_full_and_lora_artifacts(stages, tmp_path, name):
 def test_sample_writes_images_and_a_grid(stages, tmp_path):
     from PIL import Image
 
-    arguments = ("--prompt", "a red circle", "--prompt", "a blue square", "--images", "2", "--resolution", "16")
+    arguments = (
+        "--prompt",
+        "a red circle",
+        "--prompt",
+        "a blue square",
+        "--images",
+        "2",
+        "--resolution",
+        "16",
+    )
     posttrain("sample", stages / "sft" / "final", *arguments, "--steps", "2", "--output", "out", cwd=tmp_path)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "000-00.png", "000-01.png", "001-00.png", "001-01.png", "grid.png",
@@ -145,5 +168,3 @@ def test_shapes_build_writes_the_published_format(tmp_path):
     assert len(rows) == 12
     assert set(rows[0]) == {"md5", "caption_en", "bw", "bh"}
     assert all((tmp_path / "out" / "images" / f"{row['md5']}.jpg").is_file() for row in rows)
-
-

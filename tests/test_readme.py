@@ -36,7 +36,9 @@ def test_the_algorithm_in_the_readme_trains_from_a_package_outside(tmp_path):
     wrong = (tmp_path / "r.yaml").read_text().replace(f"type: {name}", f"type: {name}x")
     (tmp_path / "w.yaml").write_text(wrong)
     command = [sys.executable, "-m", "posttrain", "check", "w.yaml"]
-    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert refused.returncode == 1
     assert f"did you mean '{name}'" in refused.stderr
 
