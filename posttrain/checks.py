@@ -40,7 +40,9 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _stages(recipe: Recipe) -> Iterator[Problem]:
-    shapes, divisor = recipe.model.transformer_shapes(), recipe.model.divisor()
+    readable = recipe.model.missing() is None
+    shapes = recipe.model.transformer_shapes() if readable else None
+    divisor = recipe.model.divisor() if readable else None
     names: dict[str, str] = {}
     for i, stage in enumerate(recipe.stages):
         at: Place = ("stages", i)
@@ -68,7 +70,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
         return
     if isinstance(evaluation.prompts, Prompts):
         yield from _file(("evaluation", "prompts"), evaluation.prompts.prompts)
-    divisor = recipe.model.divisor()
+    divisor = recipe.model.divisor() if recipe.model.missing() is None else None
     if divisor and evaluation.resolution % divisor:
         yield ("evaluation", "resolution"), _nearest(evaluation.resolution, divisor)
     for i, reward in enumerate(evaluation.rewards):

@@ -17,7 +17,8 @@ from posttrain.model import DtypeName, Model
 from posttrain.reward import Reward
 from posttrain.reward_blocks import reward_blocks
 from posttrain.solvers import Solver
-from posttrain.spec import Spec, union
+from posttrain.spec import Spec, at, union
+from posttrain.spelling import meant
 from posttrain.tuning import Full, Lora
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ BASE = "base"
 
 def _device(value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        raise ValueError(f"no device {value!r}: one of 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'")
+        hint = meant(value, ["auto", "cpu", "cuda", "mps"])
+        raise ValueError(f"no device {value!r}{hint}: one of 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'")
     return value
 
 
@@ -163,23 +165,26 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _stages_form_chains(self) -> Self:
         before: list[str] = [BASE]
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages):
             if stage.name in before:
-                raise ValueError(f"two stages are called {stage.name!r}: each writes a folder of its own")
+                words = f"two stages are called {stage.name!r}: each writes a folder of its own"
+                raise at(("stages", i, "name"), words)
             if (start := stage.start_from) is not None and not is_path(start) and start not in before:
                 later = [s.name for s in self.stages if s.name not in before]
                 why = "does not come before it" if start in later else "does not exist"
                 why = "is itself" if start == stage.name else why
-                raise ValueError(
+                raise at(
+                    ("stages", i, "start_from"),
                     f"stage {stage.name!r} starts from {start!r}, which {why}: one of "
-                    f"{', '.join(map(repr, before))}, or a path such as './{start}'"
+                    f"{', '.join(map(repr, before))}, or a path such as './{start}'",
                 )
             before.append(stage.name)
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages):
             if stage.train.sample_every and self.evaluation is None:
-                raise ValueError(
+                raise at(
+                    ("stages", i, "train", "sample_every"),
                     f"stage {stage.name!r} has train.sample_every, but there is no evaluation whose prompts "
-                    "could be sampled: add one, or remove it"
+                    "could be sampled: add one, or remove it",
                 )
         return self
 

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import RecipeError
+from posttrain.spec import AT
 from posttrain.spelling import meant
 from posttrain.yaml_source import Place, Source
 
@@ -26,6 +27,8 @@ def translated(
         place, owner = _located(entry["loc"], root, source.data)
         words = _told(dict(entry), place, owner, source)
         at = (*place, "type") if entry["type"] == "union_tag_invalid" else place
+        if entry["type"] == AT:
+            at = (*place, *entry.get("ctx", {})["place"])
         problems.append((at, words))
     return listed(problems, source, overrides)
 
@@ -36,8 +39,9 @@ def listed(
     """One RecipeError for (place, words) pairs."""
     rows = []
     for place, words in problems:
-        given = next((text for at, text in overrides.items() if place[: len(at)] == at), None)
-        line = 0 if given else source.line(_raw(place, source.data))
+        raw = _raw(place, source.data)
+        given = next((text for at, text in overrides.items() if raw[: len(at)] == at), None)
+        line = 0 if given else source.line(raw)
         where = f"--set {given}" if given else f"{source.name}:{line}"
         path = ".".join(str(part) for part in place)
         rows.append((line, f"{where}: {path + _stage(place, source.data) + ': ' if path else ''}{words}"))
@@ -98,7 +102,12 @@ def _told(entry: dict[str, Any], place: Place, owner: type[BaseModel] | None, so
     if found is None and kind not in ("value_error", "union_tag_not_found"):
         return "is empty; give it a value or remove it"
     if kind == "union_tag_not_found":
-        return "is empty" if found is None else "a block with a 'type' is expected here"
+        if found is None:
+            return "is empty"
+        field = next((str(part) for part in reversed(place) if isinstance(part, str)), "")
+        known = owner.model_fields.get(field) if owner else None
+        types = [t for c in _classes(known.annotation) for t in _types(c)] if known else []
+        return f"it has no 'type'; one of {', '.join(types)}" if types else "it has no 'type'"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", str(context["expected"]))
         return f"{found!r} is not allowed{meant(found, allowed)}; one of {', '.join(allowed)}"
@@ -107,6 +116,8 @@ def _told(entry: dict[str, Any], place: Place, owner: type[BaseModel] | None, so
     if kind in BLOCKS or kind == "list_type":
         expected = "a list" if kind == "list_type" else "a block of fields"
         return f"expected {expected}, found {_shown(found, place, source)}"
+    if kind == AT:
+        return context["words"]
     if kind == "value_error":
         return str(context["error"])
     return f"{_lower(entry['msg'])} (found {_shown(found, place, source)})"
@@ -118,7 +129,7 @@ def _shown(value: Any, place: Place, source: Source) -> str:
     if isinstance(value, str):
         if _raw(place, source.data) in source.quoted and re.fullmatch(r"[-+.\deE]+", value):
             return f"the text {value!r} in quotes: remove the quotes"
-        return f"the text {value!r}"
+        return f"the text {value if len(value) <= 80 else value[:77] + '...'!r}"
     if isinstance(value, Mapping):
         return f"a block of fields ({', '.join(map(str, value))})" if value else "an empty block"
     if isinstance(value, list):

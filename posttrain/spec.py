@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic_core import PydanticCustomError
 
 Variants = dict[str, "type[Named]"]
 
 AnyPath = Annotated[Path, Strict(False)]
 """A path that YAML may give as a string although specs are strict."""
+
+
+AT = "at"
+"""The kind of a validation error that :func:`at` makes."""
+
+
+def at(place: tuple[str | int, ...], words: str) -> PydanticCustomError:
+    """The error for a validator of a whole block to raise where one field of the block is to blame."""
+    return PydanticCustomError(AT, "{words}", {"place": place, "words": words})
 
 
 class Spec(BaseModel):

@@ -60,11 +60,14 @@ FAULTS = [
     ("17 misspelt dtype", swap("path:", "dtype: bf61, path:"), 3, ["model.dtype", "'bf61'", "did you mean 'bf16'"]),
     ("18 misspelt precision", swap("precision: bf16", "precision: fp8"), 23, ["precision", "'fp8'", "fp32, bf16"]),
     ("19 no such device", swap("seed: 3", "device: gpu"), 2, ["device", "'gpu'", "'cuda'"]),
+    ("19 a device in the wrong case", swap("seed: 3", "device: CUDA"), 2, ["device", "'CUDA'", "did you mean 'cuda'"]),
+    ("no type", swap("algorithm: {type: sft}", "algorithm: {cond_dropout: 0.1}"), 6, ["stages.0.algorithm", "no 'type'", "one of sft, soar"]),
+    ("a folder that the hub could not have", GOOD.replace(str(pipeline_folder()), "models/"), 3, ["model.path", "does not exist"]),
     ("19 a GPU that is not there", swap("seed: 3", "device: cuda:99"), 2, ["device", "'cuda:99'", "CUDA devices"]),
     ("20 a list where a mapping belongs", swap("{steps: 100, precision: bf16}", "[100]"), 23, ["train", "a block of fields", "a list of 1"]),
     ("21 misspelt reward", swap("[shapes]", "[shappes]"), 26, ["rewards", "'shappes'", "did you mean 'shapes'"]),
     ("22 a reward twice", swap("[shapes]", "[shapes, shapes]"), 24, ["shapes is given twice"]),
-    ("22 a stage twice", swap("name: soar", "name: sft"), 1, ["two stages are called 'sft'"]),
+    ("22 a stage twice", swap("name: soar", "name: sft"), 15, ["stages.1.name", "two stages are called 'sft'"]),
     ("22 a key twice", swap("seed: 3", "seed: 3\nseed: 4"), 3, ["'seed' is given twice", "line 2"]),
     ("24 no model", GOOD.replace(GOOD.splitlines()[2] + "\n", ""), 1, ["model", "missing"]),
     ("25 an empty section", swap("{steps: 100, precision: bf16}", ""), 23, ["stages.1.train", "is empty"]),
@@ -77,8 +80,8 @@ FAULTS = [
     ("31 a number in quotes", swap("steps: 100\n", "steps: '100'\n"), 11, ["steps", "'100' in quotes", "remove the quotes"]),
     ("a truth value for a number", swap("batch_size: 8", "batch_size: true"), 12, ["batch_size", "truth value true"]),
     ("a fraction for a count", swap("batch_size: 8", "batch_size: 8.5"), 12, ["batch_size", "a whole number", "8.5"]),
-    ("a stage from itself", swap("start_from: sft", "start_from: soar"), 1, ["starts from 'soar'", "itself", "'sft'"]),
-    ("a stage from a later one", swap("    algorithm: {type: sft}", "    start_from: soar\n    algorithm: {type: sft}"), 1, ["starts from 'soar'", "does not come before"]),
+    ("a stage from itself", swap("start_from: sft", "start_from: soar"), 16, ["stages.1.start_from", "starts from 'soar'", "itself", "'sft'"]),
+    ("a stage from a later one", swap("    algorithm: {type: sft}", "    start_from: soar\n    algorithm: {type: sft}"), 6, ["stages.0.start_from", "starts from 'soar'", "does not come before"]),
     ("two folders that differ in case", swap("name: soar", "name: SFT"), 15, ["'SFT' and 'sft'"]),
     ("a warm-up longer than the run", swap("batch_size: 8", "warmup_steps: 100"), 10, ["warmup_steps 100 must be less than steps 100"]),
     ("a resolution that does not divide", swap("resolution: 64", "resolution: 66"), 27, ["66", "4 pixels", "64 or 68"]),
@@ -89,7 +92,7 @@ FAULTS = [
     ("an infinite number", swap("lambda_aux: 1.0", "lambda_aux: .inf"), 19, ["lambda_aux", "finite number", "inf"]),
     ("an evaluation without prompts", swap("  prompts: {type: shapes, count: 6}\n", ""), 24, ["evaluation.prompts", "missing"]),
     ("a weight that would do nothing", swap("[shapes]", "{shapes: 2.0}"), 24, ["weight of shapes would have no effect"]),
-    ("samples of no prompts", swap("steps: 100\n", "steps: 100\n      sample_every: 5\n").split("evaluation:")[0], 1, ["sample_every", "no evaluation"]),
+    ("samples of no prompts", swap("steps: 100\n", "steps: 100\n      sample_every: 5\n").split("evaluation:")[0], 12, ["stages.0.train.sample_every", "sample_every", "no evaluation"]),
     ("a reserved name", swap("name: soar", "name: base"), 15, ["cannot be called 'base'"]),
     ("a name that is a path", swap("name: soar", "name: ../soar"), 15, ["stages.1.name", "'../soar'"]),
     ("a missing model folder", GOOD.replace(str(pipeline_folder()), "./nowhere"), 3, ["model.path", "does not exist"]),
@@ -348,3 +351,23 @@ def test_a_transformer_in_several_files_can_be_started_from(tmp_path):
     (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"")
     recipe = parse_recipe(swap("start_from: sft", f"start_from: {tmp_path}"), "r.yaml")
     assert recipe.stages[1].start_from == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model_index.json", b"{", "cannot be read"),
+        ("model_index.json", b"[]", "no JSON object"),
+        ("vae/config.json", b"{", "cannot be read"),
+        ("transformer/x.safetensors", b"", "no safetensors file"),
+        ("transformer/x.safetensors", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("transformer/x.safetensors", b"\x02" + bytes(7) + b"{", "only a part"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_a_problem_of_the_recipe(tmp_path, file, content, words):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"^r\.yaml:3: model\.path: .*{words}"):
+        parse_recipe(GOOD.replace(str(pipeline_folder()), str(tmp_path)), "r.yaml")

@@ -214,3 +214,46 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in():
     together = sample_images(policy, PROMPTS, [0, 0], **settings)
     alone = sample_images(policy, PROMPTS[1:], [0], **settings)
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_left_out_text_encoder_stays_out_of_the_artifact(tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    model = load(text_encoder_3=False)
+    model.save(tmp_path / "final", "fp16")
+    assert not (tmp_path / "final" / "text_encoder_3").exists()
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "final")
+    assert pipeline.text_encoder_3 is None
+    own = model.encode_prompts(PROMPTS)["encoder_hidden_states"]
+    other = pipeline.encode_prompt(PROMPTS, PROMPTS, PROMPTS, max_sequence_length=16)[0]
+    torch.testing.assert_close(other, own)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("GatedRepoError", "accept its licence"), ("RepositoryNotFoundError", "check the spelling")],
+)
+def test_what_the_hub_refuses_says_what_to_do(kind, words):
+    from huggingface_hub import errors
+
+    from posttrain.models._weights import explained
+
+    class Response:
+        headers, request, status_code = {}, None, 403
+
+    error = getattr(errors, kind)("refused", response=Response())
+    with pytest.raises(ModelError, match=words), explained("some/model"):
+        raise error
+
+
+def test_text_encoders_that_do_not_fit_are_named(tmp_path):
+    import json
+    import shutil
+
+    folder = shutil.copytree(pipeline_folder(), tmp_path / "wide")
+    config = json.loads((folder / "text_encoder_3" / "config.json").read_text())
+    from transformers import T5Config, T5EncoderModel
+
+    T5EncoderModel(T5Config(**{**config, "d_model": 24})).save_pretrained(folder / "text_encoder_3")
+    with pytest.raises(ModelError, match="text_encoder_3 does not fit: its width is 24"):
+        load(folder)

@@ -6,10 +6,11 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,15 @@ def missing(path: str, component: str) -> str | None:
         return None
     if not (folder / "model_index.json").is_file():
         return f"model.path: {str(folder)!r} holds no model_index.json, so it is no diffusers pipeline folder"
-    kind = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    try:
+        kind = _json((folder / "model_index.json").read_bytes(), folder / "model_index.json").get(
+            "_class_name"
+        )
+        for part in ("vae", component):
+            config(path, part)
+        header_shapes(path, component)
+    except ModelError as error:
+        return f"model.path: {error}"
     if not str(kind).startswith("StableDiffusion3"):
         return f"model.path: {str(folder)!r} is a {kind}, not a StableDiffusion3Pipeline"
     if not (folder / component).is_dir():
@@ -75,7 +84,7 @@ def config(path: str, component: str) -> dict[str, Any] | None:
     folder = local_folder(path)
     if folder is None or not (file := folder / component / "config.json").is_file():
         return None
-    return json.loads(file.read_text())
+    return _json(file.read_bytes(), file)
 
 
 def header_shapes(path: str, component: str) -> dict[str, tuple[int, ...]] | None:
@@ -85,26 +94,34 @@ def header_shapes(path: str, component: str) -> dict[str, tuple[int, ...]] | Non
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 0 < length <= file.stat().st_size - 8:
+                pointer = " (it is a git-lfs pointer: run `git lfs pull`)" if start == b"version " else ""
+                raise ModelError(f"{str(file)!r} is no safetensors file, or only a part of one{pointer}")
+            header = _json(stream.read(length), file)
         shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     return shapes or None
 
 
-def link_other_components(source: str, folder: Path, trained: str) -> None:
-    """Fill ``folder`` with the pipeline at ``source`` but for its ``trained`` component.
+def _json(content: bytes, file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(content)
+    except ValueError as error:
+        raise ModelError(f"{str(file)!r} cannot be read: {error}") from error
+    if not isinstance(read, dict):
+        raise ModelError(f"{str(file)!r} cannot be read: it is no JSON object")
+    return read
 
-    Unchanged files are hard links where the file system allows it, so a stage does not cost the disk
-    another copy of the text encoders.
+
+def link_components(origin: Path, folder: Path, names: Iterable[str]) -> None:
+    """Put the components ``names`` of the pipeline at ``origin`` into ``folder`` as they are.
+
+    They are hard links where the file system allows it, so a stage does not cost the disk another copy of
+    the text encoders.
     """
-    origin = local_folder(source)
-    if origin is None:
-        raise ModelError(f"the pipeline {source!r} is not on this machine any more; cannot copy its parts")
-    for file in sorted(p for p in origin.rglob("*") if p.is_file()):
-        relative = file.relative_to(origin)
-        if relative.parts[0] == trained or relative.parts[0].startswith("."):
-            continue
-        target = folder / relative
+    for file in sorted(p for name in names for p in (origin / name).rglob("*") if p.is_file()):
+        target = folder / file.relative_to(origin)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(file.resolve(), target)
@@ -201,4 +218,7 @@ def quiet() -> Iterator[None]:
 
 
 def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") != 1
+    # a name that the hub would refuse, such as "models/", is a folder that is not there
+    return not re.fullmatch(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", path, re.ASCII) or bool(
+        re.search(r"--|\.\.|\.git$|.{97}", path)
+    )

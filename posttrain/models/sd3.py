@@ -49,10 +49,10 @@ class SD3(Model):
             {} if self.text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
         )
         with _weights.quiet(), _weights.explained(self.path):
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                source, torch_dtype=dtypes, revision=self.revision, **left_out
-            )
-        return SD3FlowModel(pipeline, source, self.max_sequence_length, device)
+            if not Path(source).is_dir():
+                source = StableDiffusion3Pipeline.download(source, revision=self.revision)
+            pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtypes, **left_out)
+        return SD3FlowModel(pipeline, Path(source), self.max_sequence_length, device)
 
     def frozen_dtype(self) -> DtypeName:
         return self.dtype
@@ -73,7 +73,7 @@ class SD3(Model):
 class SD3FlowModel(FlowModel):
     """A loaded Stable Diffusion 3 pipeline."""
 
-    def __init__(self, pipeline: Any, source: str, max_sequence_length: int, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, source: Path, max_sequence_length: int, device: torch.device) -> None:
         self.pipeline, self.source, self.device = pipeline, source, device
         self.max_sequence_length = max_sequence_length
         self.transformer: Any = pipeline.transformer
@@ -140,7 +140,9 @@ class SD3FlowModel(FlowModel):
         )[0].float()
 
     def save(self, folder: Path, dtype: DtypeName) -> None:
-        _weights.link_other_components(self.source, folder, trained="transformer")
+        parts = [n for n, part in self.pipeline.components.items() if part is not None and n != "transformer"]
+        _weights.link_components(self.source, folder, parts)
+        self.pipeline.save_config(folder)  # not linked: it says which text encoders were left out
         _weights.save_component(self.transformer, folder / "transformer", torch_dtype(dtype))
 
     def save_lora(self, folder: Path) -> None:
