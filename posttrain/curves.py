@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -42,8 +43,11 @@ def chart(title: str, series: Mapping[str, Series], width: int = 520, height: in
     for tick in x_ticks:
         x = at(tick, y0).split(",")[0]
         parts.append(f'<text class="tick" x="{x}" y="{height - 8}" text-anchor="middle">{tick:g}</text>')
-    for i, (name, points) in enumerate(kept.items()):
-        color = COLORS[i % len(COLORS)]
+    # a stage keeps its colour in every chart, also where others have no such series
+    colors = dict(zip(series, itertools.cycle(COLORS), strict=False))
+    legend = left
+    for name, points in kept.items():
+        color = colors[name]
         raw = " ".join(at(x, y) for x, y in points)
         mean = " ".join(at(x, y) for x, y in smoothed(points))
         parts.append(f'<polyline points="{raw}" fill="none" stroke="{color}" stroke-opacity="0.25"/>')
@@ -51,9 +55,9 @@ def chart(title: str, series: Mapping[str, Series], width: int = 520, height: in
         if len(points) == 1:
             x, y = at(*points[0]).split(",")
             parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
-        x = left + i * 90
-        parts.append(f'<rect x="{x}" y="21" width="10" height="3" fill="{color}"/>')
-        parts.append(f'<text class="tick" x="{x + 14}" y="26">{escape(name)}</text>')
+        parts.append(f'<rect x="{legend}" y="21" width="10" height="3" fill="{color}"/>')
+        parts.append(f'<text class="tick" x="{legend + 14}" y="26">{escape(name)}</text>')
+        legend += 32 + 7 * len(name)
     return Markup("".join(parts) + "</svg>")
 
 

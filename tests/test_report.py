@@ -1,5 +1,6 @@
 """Does the report say what the records say, alone and offline?"""
 
+import itertools
 import json
 import math
 import re
@@ -122,7 +123,7 @@ def test_metrics_are_json_even_when_they_are_not_finite_and_resume_drops_the_fut
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[-1]["loss"] == 5.0
-    assert all(a["time"] <= b["time"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["time"] <= b["time"] for a, b in itertools.pairwise(rows))
 
 
 def test_tensorboard_gets_scalars_and_images(tmp_path):

@@ -129,6 +129,15 @@ def link_components(origin: Path, folder: Path, names: Iterable[str]) -> None:
             shutil.copyfile(file, target)
 
 
+def write_index(origin: Path, folder: Path, used: Iterable[str]) -> None:
+    """Write ``model_index.json`` as at ``origin``, with the components that are not ``used`` marked so."""
+    index, kept = json.loads((origin / "model_index.json").read_text()), set(used)
+    for name, value in index.items():
+        if isinstance(value, list) and name not in kept:
+            index[name] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def save_component(module: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write ``module`` in the published layout with its floating-point weights in ``dtype``."""
     from huggingface_hub import save_torch_state_dict

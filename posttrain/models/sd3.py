@@ -140,9 +140,9 @@ class SD3FlowModel(FlowModel):
         )[0].float()
 
     def save(self, folder: Path, dtype: DtypeName) -> None:
-        parts = [n for n, part in self.pipeline.components.items() if part is not None and n != "transformer"]
-        _weights.link_components(self.source, folder, parts)
-        self.pipeline.save_config(folder)  # not linked: it says which text encoders were left out
+        used = {name for name, part in self.pipeline.components.items() if part is not None}
+        _weights.link_components(self.source, folder, used - {"transformer"})
+        _weights.write_index(self.source, folder, used)
         _weights.save_component(self.transformer, folder / "transformer", torch_dtype(dtype))
 
     def save_lora(self, folder: Path) -> None:
