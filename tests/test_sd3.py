@@ -222,8 +222,9 @@ def test_a_left_out_text_encoder_stays_out_of_the_artifact(tmp_path):
     model = load(text_encoder_3=False)
     model.save(tmp_path / "final", "fp16")
     assert not (tmp_path / "final" / "text_encoder_3").exists()
-    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "final")
-    assert pipeline.text_encoder_3 is None
+    none = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "final", **none)
+    assert load(tmp_path / "final").pipeline.text_encoder_3 is None  # without being told
     own = model.encode_prompts(PROMPTS)["encoder_hidden_states"]
     other = pipeline.encode_prompt(PROMPTS, PROMPTS, PROMPTS, max_sequence_length=16)[0]
     torch.testing.assert_close(other, own)

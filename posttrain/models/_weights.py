@@ -87,6 +87,12 @@ def config(path: str, component: str) -> dict[str, Any] | None:
     return _json(file.read_bytes(), file)
 
 
+def components(folder: Path) -> set[str]:
+    """The components that a pipeline folder's index says it has."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+
+
 def header_shapes(path: str, component: str) -> dict[str, tuple[int, ...]] | None:
     """Name -> shape of a component's weights, from the headers of its safetensors files alone."""
     folder = local_folder(path)

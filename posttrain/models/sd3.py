@@ -45,12 +45,12 @@ class SD3(Model):
             "vae": torch_dtype("fp32"),
             "transformer": torch_dtype(transformer_dtype),
         }
-        left_out: dict[str, Any] = (
-            {} if self.text_encoder_3 else {"text_encoder_3": None, "tokenizer_3": None}
-        )
         with _weights.quiet(), _weights.explained(self.path):
             if not Path(source).is_dir():
                 source = StableDiffusion3Pipeline.download(source, revision=self.revision)
+            # diffusers wants to be told of the one component that may be missing
+            with_t5 = self.text_encoder_3 and "text_encoder_3" in _weights.components(Path(source))
+            left_out: dict[str, Any] = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
             pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtypes, **left_out)
         return SD3FlowModel(pipeline, Path(source), self.max_sequence_length, device)
 
