@@ -70,8 +70,9 @@ class Train(Spec):
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    sample_every: int | None = Field(None, ge=1)
-    """Steps between image grids of the first evaluation prompts; none by default."""
+    sample_every: int | None = Field(500, ge=1)
+    """Steps between image grids, the first before any training and the last after it; null for none. They
+    show the first prompts of the evaluation, as it samples them, or else captions of the data."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -179,13 +180,6 @@ class Recipe(Spec):
                     f"{', '.join(map(repr, before))}, or a path such as './{start}'",
                 )
             before.append(stage.name)
-        for i, stage in enumerate(self.stages):
-            if stage.train.sample_every and self.evaluation is None:
-                raise at(
-                    ("stages", i, "train", "sample_every"),
-                    f"stage {stage.name!r} has train.sample_every, but there is no evaluation whose prompts "
-                    "could be sampled: add one, or remove it",
-                )
         return self
 
     def parent(self, stage: Stage) -> str:

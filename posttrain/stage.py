@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from posttrain.recipe import Recipe, Stage
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+SHOWN = 8
+"""Prompts in a stage's image grids."""
 
 
 def run_stage(
@@ -87,6 +89,21 @@ def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
     return Batch(model.encode_images(images.pixels, noise), rows, conditions)
 
 
+def samples_shown(recipe: Recipe, source: ImageSource, divisor: int) -> tuple[list[str], dict[str, Any]]:
+    """The prompts of a stage's image grids, and how :func:`posttrain.sampling.sample_images` draws them."""
+    from posttrain.evaluate import prompt_rows
+
+    if (evaluation := recipe.evaluation) is not None:
+        prompts = [row["prompt"] for row in prompt_rows(evaluation)]
+        settings = evaluation.model_dump(include={"resolution", "steps", "guidance", "solver", "seed"})
+    else:
+        prompts = [record.caption for record in source.records.values()]
+        width, height = next(iter(source.buckets))
+        side = round((width * height) ** 0.5 / divisor) * divisor
+        settings = {"resolution": side, "steps": 40, "guidance": 4.5}
+    return list(dict.fromkeys(prompts))[:SHOWN], settings
+
+
 class StageWatch:
     """What happens around the steps of a stage: samples, checkpoints, records, and the bill."""
 
@@ -109,6 +126,7 @@ class StageWatch:
         self.samples, self.seconds, self.next_batch = extra["samples"], extra["seconds"], extra["next_batch"]
         self.since = time.monotonic()
         self.before, self.here = self.samples, 0.0
+        self.shown, self.sampler = samples_shown(recipe, source, policy.model.divisor)
 
     def batches(self) -> Iterator[tuple[Batch, Draws]]:
         """The encoded batches that are still to come, each with its draws."""
@@ -174,25 +192,12 @@ class StageWatch:
         }
 
     def _sample(self, step: int) -> None:
-        from posttrain.evaluate import prompt_rows
-
-        evaluation = self.recipe.evaluation
-        assert evaluation is not None, "the recipe's schema asks for an evaluation beside sample_every"
-        prompts = [row["prompt"] for row in prompt_rows(evaluation)[: max(evaluation.grid, 1)]]
+        """Draw the same prompts from the same noise, with the weights that would be exported."""
         spent = self.policy.forward_equivalents
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            images = sample_images(
-                self.policy,
-                prompts,
-                [0] * len(prompts),
-                resolution=evaluation.resolution,
-                steps=evaluation.steps,
-                guidance=evaluation.guidance,
-                solver=evaluation.solver,
-                seed=evaluation.seed,
-            )
+            images = sample_images(self.policy, self.shown, [0] * len(self.shown), **self.sampler)
         self.policy.forward_equivalents = spent
-        picture = grid(images.cpu(), 4, captions=prompts)
+        picture = grid(images.cpu(), 4, captions=self.shown)
         (self.folder / "samples").mkdir(exist_ok=True)
         picture.save(self.folder / "samples" / f"step-{step:08d}.png")
         self.tracker.image("samples", step, picture)

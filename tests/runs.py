@@ -8,7 +8,7 @@ from rich.console import Console
 from posttrain.chain import run
 from posttrain.recipe_file import parse_recipe
 
-TRAIN = "{steps: 6, batch_size: 4, micro_batch: 4, learning_rate: 1e-3, checkpoint_every: 2, log_every: 1, ema: 0.9}"
+TRAIN = "{steps: 6, batch_size: 4, micro_batch: 4, learning_rate: 1e-3, checkpoint_every: 2, log_every: 1, ema: 0.9, sample_every: null}"
 DATA = "{type: shapes, images: 10, seed: 1}"
 HEAD = f"""
 name: small

@@ -92,7 +92,6 @@ FAULTS = [
     ("an infinite number", swap("lambda_aux: 1.0", "lambda_aux: .inf"), 19, ["lambda_aux", "finite number", "inf"]),
     ("an evaluation without prompts", swap("  prompts: {type: shapes, count: 6}\n", ""), 24, ["evaluation.prompts", "missing"]),
     ("a weight that would do nothing", swap("[shapes]", "{shapes: 2.0}"), 24, ["weight of shapes would have no effect"]),
-    ("samples of no prompts", swap("steps: 100\n", "steps: 100\n      sample_every: 5\n").split("evaluation:")[0], 12, ["stages.0.train.sample_every", "sample_every", "no evaluation"]),
     ("a reserved name", swap("name: soar", "name: base"), 15, ["cannot be called 'base'"]),
     ("a name that is a path", swap("name: soar", "name: ../soar"), 15, ["stages.1.name", "'../soar'"]),
     ("a missing model folder", GOOD.replace(str(pipeline_folder()), "./nowhere"), 3, ["model.path", "does not exist"]),
