@@ -74,31 +74,13 @@ def _build(spec: TinySD3, folder: Path, work: Path) -> None:
     """Write the pipeline to ``folder``."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from transformers import T5Config, T5EncoderModel
 
     from posttrain.shapes.scene import VOCABULARY
 
     torch.manual_seed(spec.seed)
     clip_tokenizer = _clip_tokenizer(list(VOCABULARY), work)
     t5_tokenizer = _t5_tokenizer(list(VOCABULARY))
-
-    def clip(width: int) -> Any:
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(clip_tokenizer),
-                hidden_size=width,
-                intermediate_size=2 * width,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                projection_dim=width,
-                max_position_embeddings=TOKENS,
-                bos_token_id=clip_tokenizer.bos_token_id,
-                eos_token_id=clip_tokenizer.eos_token_id,
-                pad_token_id=clip_tokenizer.pad_token_id,
-                # the published 0.02 suits training; frozen features must be of order 1 to be read
-                initializer_factor=30.0,
-            )
-        )
 
     width = spec.heads * spec.head_dim
     transformer = SD3Transformer2DModel(
@@ -122,14 +104,43 @@ def _build(spec: TinySD3, folder: Path, work: Path) -> None:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=spec.shift),
         vae=_fitted_autoencoder(spec, work),
-        text_encoder=clip(48).half(),
+        text_encoder=_clip(clip_tokenizer, 48, spec.seed),
         tokenizer=clip_tokenizer,
-        text_encoder_2=clip(48).half(),
+        text_encoder_2=_clip(clip_tokenizer, 48, spec.seed + 1),
         tokenizer_2=clip_tokenizer,
         text_encoder_3=t5.half(),
         tokenizer_3=t5_tokenizer,
     )
     pipeline.save_pretrained(folder)
+
+
+def _clip(tokenizer: Any, width: int, seed: int) -> Any:
+    """A random CLIP text encoder whose features are of order 1 and tell words and places apart."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=width,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = CLIPTextModelWithProjection(config)
+        # the usual 0.02 is made for training; here nothing will ever enlarge it
+        for name, parameter in model.named_parameters():
+            if name.endswith("token_embedding.weight"):
+                parameter.normal_(std=1.0)
+            if name.endswith("position_embedding.weight"):
+                parameter.normal_(std=0.5)
+    return model.half()
 
 
 def _fitted_autoencoder(spec: TinySD3, work: Path) -> Any:
