@@ -12,6 +12,7 @@ from posttrain import checkpoint
 from posttrain.artifact import open_artifact
 from posttrain.errors import PosttrainError, RecipeError, TrainingError
 from posttrain.policy import Policy
+from posttrain.recipe_file import load_recipe
 from posttrain.records import read_metrics
 from posttrain.sampling import sample_images
 from posttrain.trainer import train
@@ -311,3 +312,36 @@ def test_cuda_trains_like_the_cpu(tmp_path):
     run_quietly(made.model_copy(update={"device": "cuda"}), tmp_path / "cuda")
     a, b = (read_metrics(tmp_path / n / "soar" / "metrics.jsonl") for n in ("cpu", "cuda"))
     assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], rel=1e-3)
+
+
+def test_the_quickstart_recipe_compares_base_sft_and_soar(tmp_path):
+    """The shipped recipe, model and settings; only the counts are smaller."""
+    small = {"steps": 2, "warmup_steps": 0, "batch_size": 4}
+    overrides = [f"stages.{s}.train.{k}={v}" for s in ("sft", "soar") for k, v in small.items()]
+    overrides += [f"stages.{s}.data.images=24" for s in ("sft", "soar")]
+    made = load_recipe("quickstart", [*overrides, "evaluation.prompts.count=6", "evaluation.steps=2"])
+    printed = run_quietly(made, tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    for name in ("base", "sft", "soar"):
+        assert (tmp_path / "run" / name / "evaluation" / "summary.json").is_file()
+        assert f"\n{name} " in printed
+    accounts = [json.loads((tmp_path / "run" / n / "stage.json").read_text()) for n in ("sft", "soar")]
+    assert accounts[0]["samples"] == accounts[1]["samples"] == 8
+    assert list((tmp_path / "run" / "soar" / "tensorboard").iterdir())
+
+
+def test_the_shipped_model_says_how_it_was_made_and_is_small():
+    import hashlib
+
+    from posttrain.models._weights import ASSETS
+
+    folder = ASSETS / "tiny-sd3"
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    provenance = json.loads((folder / "provenance.json").read_text())
+    weights_ = {f.relative_to(folder).as_posix(): f for f in files if f.suffix == ".safetensors"}
+    assert provenance["sha256"].keys() == weights_.keys()
+    for name, file in weights_.items():
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == provenance["sha256"][name]
+    model, _ = open_artifact("posttrain/tiny-sd3", CPU)
+    assert model.max_sequence_length == 16

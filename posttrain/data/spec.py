@@ -54,8 +54,9 @@ class ShapesData(Data):
     """How many images are rendered."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Which scenes: equal seeds render equal images."""
-    style: Literal["clean", "web"] = "clean"
-    """``clean`` renders what the caption says; ``web`` adds the flaws of images found on the web."""
+    style: Literal["clean", "curated", "web"] = "clean"
+    """``clean`` renders what the caption says; ``web`` adds the flaws of images found on the web, and
+    ``curated`` fewer of them."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode images; 0: the training process does. Never changes what is drawn."""
 

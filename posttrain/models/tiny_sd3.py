@@ -134,12 +134,16 @@ def _clip(tokenizer: Any, width: int, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = CLIPTextModelWithProjection(config)
-        # the usual 0.02 is made for training; here nothing will ever enlarge it
+        # the usual weights of 0.02 are made for training; here nothing will ever enlarge them
         for name, parameter in model.named_parameters():
             if name.endswith("token_embedding.weight"):
                 parameter.normal_(std=1.0)
-            if name.endswith("position_embedding.weight"):
+            elif name.endswith("position_embedding.weight"):
                 parameter.normal_(std=0.5)
+            elif name.endswith(("v_proj.weight", "out_proj.weight")):
+                # attention is nearly uniform, so each token, and the pooled one most, gets the mean of the
+                # words before it: strong enough beside its own embedding to be read
+                torch.nn.init.orthogonal_(parameter, gain=4.0 if "v_proj" in name else 1.0)
     return model.half()
 
 
