@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -65,10 +64,3 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
                 line = ""
             line += letter
     return [*lines, line] if line else lines
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """``image`` as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

@@ -61,6 +61,8 @@ def run_stage(
         start, extra = checkpoint.restore(found[-1], policy, optimizer)
         console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
     source = ImageSource(stage.data.materialise(run / "data"), divisor=model.divisor)
+    for note in source.notes:
+        console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard") as tracker,
         stage_progress(stage.name, settings.steps, start, console) as bar,
