@@ -13,7 +13,7 @@ test: .venv/ready-dev
 check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # torch first and pinned: on a Linux CPU a free range would fetch several GB of CUDA
 .venv/ready: pyproject.toml constraints.txt
