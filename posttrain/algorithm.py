@@ -8,7 +8,7 @@ records belong to the engine and are the same for all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from posttrain.condition import Condition, Conditions
 from posttrain.spec import Named
 
 if TYPE_CHECKING:
+    from posttrain.judge import Judge
     from posttrain.policy import Policy
     from posttrain.randomness import Draws
 
@@ -28,16 +29,29 @@ class Batch:
     """n samples of the data set, each with its prompt."""
 
     latents: Tensor
-    """(n, c, h, w) float32 clean latents, scaled as the model wants them."""
+    """(n, c, h, w) float32 clean latents, scaled as the model wants them; for prompts, whose images are
+    still to be made, a tensor that has the shape only (on torch's meta device)."""
     prompt: Tensor
     """(n,) int64: each sample's row in ``conditions``."""
     conditions: Conditions
     """The encoded prompts; row 0 is the empty prompt."""
     metadata: Sequence[Mapping[str, Any]] = ()
-    """n rows of whatever the prompt file says of each sample, or nothing."""
+    """n rows of whatever the prompt file says of each sample, ``prompt`` included, or nothing."""
+    group: Tensor | None = None
+    """(n,) int64: which samples are of one prompt; for algorithms that need rewards."""
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def take(self, index: slice) -> Batch:
+        """Some of the samples, with the same conditions."""
+        return replace(
+            self,
+            latents=self.latents[index],
+            prompt=self.prompt[index],
+            metadata=self.metadata[index],
+            group=None if self.group is None else self.group[index],
+        )
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,8 @@ class Items:
     """(n,) How much each item counts; the update divides by the global sum."""
     fields: dict[str, Tensor]
     conditions: Conditions
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """What to record of the batch: scalars, and vectors (n,) to be recorded as histograms."""
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -76,6 +92,16 @@ class Items:
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
+    def parts(self, count: int) -> Iterator[Items]:
+        """The items in order, in ``count`` parts of equal size as far as that goes."""
+        for i in range(count):
+            yield self.take(slice(len(self) * i // count, len(self) * (i + 1) // count))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the items hold, the shared conditions aside."""
+        return sum(tensor.nbytes for tensor in (self.weight, *self.fields.values()))
+
     @staticmethod
     def cat(parts: Sequence[Items]) -> Items:
         """All items of ``parts``, which share fields and conditions, in order."""
@@ -93,6 +119,10 @@ class Losses:
     """Name -> (n,) values to record, averaged with the items' weights; NaN where an item has none."""
 
 
+def _no_grid(steps: int) -> list[float]:
+    raise NotImplementedError("only a stage with prompts has a sampling grid")
+
+
 @dataclass(frozen=True)
 class Tools:
     """What a stage lends its algorithm while it collects."""
@@ -101,6 +131,10 @@ class Tools:
     """The trained weights and their roles."""
     draws: Draws
     """Randomness for this batch, a function of the samples' ids."""
+    sigmas: Callable[[int], list[float]] = _no_grid
+    """Number of steps -> the sampling grid of the batch's latents, from 1 down to 0."""
+    judge: Judge | None = None
+    """Scores samples by the stage's rewards; for algorithms that need rewards."""
 
 
 class Algorithm(Named, ABC):
@@ -108,8 +142,17 @@ class Algorithm(Named, ABC):
 
     needs: ClassVar[Literal["images", "rewards"]]
     """What the stage must supply: captioned images, or prompts and rewards to score samples of them."""
-    roles: ClassVar[frozenset[str]] = frozenset()
-    """Frozen copies of the weights that the policy must hold, e.g. {"reference", "old"}."""
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Frozen copies of the weights that the policy must hold: some of "reference", which never moves
+        and is what the stage's ``reference`` names, and "old", which :meth:`after_batch` moves."""
+        return frozenset()
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """How many samples of each prompt a batch must have; 1 for algorithms without groups."""
+        return 1
 
     @abstractmethod
     def collect(self, batch: Batch, tools: Tools) -> Items:
@@ -119,8 +162,15 @@ class Algorithm(Named, ABC):
     def loss(self, items: Items, policy: Policy) -> Losses:
         """The loss of each item (n,), with gradients. A function of its arguments alone."""
 
-    def after_update(self, policy: Policy, step: int) -> None:
-        """Move the roles, if the algorithm moves any, after optimizer step ``step`` (from 1)."""
+    def check_on_policy(self, losses: Losses) -> None:
+        """Raise TrainingError if the first losses on a batch, by the very weights that collected it, are
+        not what they must be."""
+        del losses
+
+    def after_batch(self, policy: Policy, step: int) -> None:
+        """Move the roles, if the algorithm moves any, after the last optimizer step on a batch, which is
+        the ``step``-th of the stage (from 1)."""
+        del policy, step
 
     def items_per_sample(self) -> int:
         """How many items :meth:`collect` makes of one sample, for the plan."""

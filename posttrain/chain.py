@@ -20,8 +20,9 @@ from posttrain.recipe_file import check_or_raise, dump_recipe, parse_recipe
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from torch import Tensor
 
-    from posttrain.model import Model
+    from posttrain.model import FlowModel, Model
 
 PACKAGES = (
     "posttrain",
@@ -78,12 +79,25 @@ def _train(
     from posttrain.stage import run_stage
 
     model = spec.load(device, "fp32" if stage.tune.type == "full" else spec.frozen_dtype())
-    sources = _sources(recipe, stage, folder)
+    reference = _reference(recipe, stage, model, folder)
+    sources = _sources(recipe, recipe.parent(stage), folder)
     for source in sources:
         model.load_weights(source)
-    run_stage(
-        recipe, stage, model, folder, describe(spec, sources, stage, folder / stage.name / "final"), console
-    )
+    description = describe(spec, sources, stage, folder / stage.name / "final")
+    run_stage(recipe, stage, model, folder, description, console, reference)
+
+
+def _reference(recipe: Recipe, stage: Stage, model: FlowModel, folder: Path) -> dict[str, Tensor] | None:
+    """The weights of a ``reference`` that is not what the stage starts from; ``model`` is left as it was."""
+    if stage.reference is None or stage.reference == recipe.parent(stage):
+        return None
+    base = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
+    for source in _sources(recipe, stage.reference, folder):
+        model.load_weights(source)
+    found = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
+    for name, parameter in model.transformer.named_parameters():
+        parameter.data.copy_(base[name])
+    return found
 
 
 def _evaluate(
@@ -99,15 +113,15 @@ def _evaluate(
         return
     model = spec.load(device, "fp32")
     if stage is not None:
-        for source in [*_sources(recipe, stage, folder), folder / stage.name / "final"]:
+        for source in _sources(recipe, stage.name, folder):
             model.load_weights(source)
     weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
     evaluate_artifact(model, recipe.evaluation, target, name, weights, console)
 
 
-def _sources(recipe: Recipe, stage: Stage, folder: Path) -> list[Path]:
-    """The folders whose weights, loaded in order onto the base model, are what ``stage`` starts from."""
-    lineage = [name for name in recipe.lineage(stage) if name != BASE]
+def _sources(recipe: Recipe, name: str, folder: Path) -> list[Path]:
+    """The folders whose weights, loaded in order onto the base model, are those of ``name``."""
+    lineage = [n for n in recipe.lineage_of(name) if n != BASE]
     return [Path(n).expanduser().absolute() if is_path(n) else folder / n / "final" for n in lineage]
 
 

@@ -64,7 +64,7 @@ def save(
     state = {
         "step": step,
         "trained": {name: p.detach() for name, p in policy.trained.items()},
-        "roles": policy.roles,
+        "roles": {name: role for name, role in policy.roles.items() if name not in policy.static},
         "optimizer": optimizer.state_dict(),
         "forward_equivalents": policy.forward_equivalents,
         "extra": extra,
@@ -101,7 +101,7 @@ def restore(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) 
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(kept[name])
-    policy.roles = state["roles"]
+    policy.roles |= state["roles"]
     optimizer.load_state_dict(state["optimizer"])
     policy.forward_equivalents = state["forward_equivalents"]
     return state["step"], state["extra"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.data.spec import Images, Prompts
+from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.recipe import Recipe, is_path
 from posttrain.spelling import meant
 
 if TYPE_CHECKING:
+    from posttrain.reward import Reward
     from posttrain.yaml_source import Place
 
 Problem = tuple["Place", str]
@@ -50,6 +51,13 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
             yield (*at, "name"), f"{stage.name!r} and {same!r} are one folder where case does not count"
         if stage.start_from is not None and is_path(stage.start_from):
             yield from _artifact((*at, "start_from"), Path(stage.start_from).expanduser())
+        if stage.reference is not None and is_path(stage.reference):
+            yield from _artifact((*at, "reference"), Path(stage.reference).expanduser())
+        yield from _rewards((*at, "rewards"), stage.rewards)
+        if isinstance(stage.data, PromptData):
+            yield from _prompts((*at, "data", "prompts"), stage.data.prompts)
+            if divisor and stage.data.resolution % divisor:
+                yield (*at, "data", "resolution"), _nearest(stage.data.resolution, divisor)
         if isinstance(stage.data, Images):
             yield from _file((*at, "data", "images"), stage.data.images)
             folder = stage.data.image_dir
@@ -68,18 +76,24 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
 def _evaluation(recipe: Recipe) -> Iterator[Problem]:
     if (evaluation := recipe.evaluation) is None:
         return
-    if isinstance(evaluation.prompts, Prompts):
-        yield from _file(("evaluation", "prompts"), evaluation.prompts.prompts)
+    yield from _prompts(("evaluation", "prompts"), evaluation.prompts)
     divisor = recipe.model.divisor() if recipe.model.missing() is None else None
     if divisor and evaluation.resolution % divisor:
         yield ("evaluation", "resolution"), _nearest(evaluation.resolution, divisor)
-    for i, reward in enumerate(evaluation.rewards):
+    yield from _rewards(("evaluation", "rewards"), evaluation.rewards)
+
+
+def _prompts(place: Place, prompts: PromptFile | ShapesPrompts) -> Iterator[Problem]:
+    if isinstance(prompts, PromptFile):
+        yield from _file(place, prompts.path)
+
+
+def _rewards(place: Place, rewards: Sequence[Reward]) -> Iterator[Problem]:
+    for i, reward in enumerate(rewards):
         for package in reward.requires:
             if importlib.util.find_spec(package) is None:
-                yield (
-                    ("evaluation", "rewards", i),
-                    f"{reward.type} needs the package {package!r}: pip install 'posttrain[rewards]'",
-                )
+                words = f"{reward.type} needs the package {package!r}: pip install 'posttrain[rewards]'"
+                yield (*place, i), words
 
 
 def _file(place: Place, file: Path) -> Iterator[Problem]:

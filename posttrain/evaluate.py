@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.checkpoint import published
-from posttrain.data.prompts import read_prompts
-from posttrain.data.spec import Prompts
+from posttrain.data.prompts import prompt_rows
 from posttrain.errors import DataError
 from posttrain.grids import to_pil
 from posttrain.policy import Policy
@@ -29,19 +28,6 @@ if TYPE_CHECKING:
     from posttrain.reward import Reward
 
 Row = Mapping[str, Any]
-
-
-def prompt_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The evaluation's prompts with their metadata, in order. Raises DataError where there is none."""
-    if isinstance(evaluation.prompts, Prompts):
-        rows = read_prompts(evaluation.prompts.prompts)
-    else:
-        from posttrain.shapes.dataset import evaluation_prompts
-
-        rows = evaluation_prompts(evaluation.prompts.count, evaluation.prompts.seed)
-    if not rows:
-        raise DataError("evaluation.prompts: there is no prompt in it")
-    return [dict(row) for row in rows]
 
 
 def evaluate(
@@ -61,7 +47,7 @@ def evaluate(
             f"that this model needs; the nearest are {near}"
         )
     scorers = {reward.type: checked(reward.type, reward.load(model.device)) for reward in evaluation.rewards}
-    samples = _samples(prompt_rows(evaluation), evaluation.images_per_prompt)
+    samples = _samples(prompt_rows(evaluation.prompts), evaluation.images_per_prompt)
     shown = _shown(samples, evaluation.grid)
     spent, started, records = policy.forward_equivalents, time.monotonic(), []
     with published(folder) as part, stage_progress(f"evaluate {name}", len(samples), 0, console) as bar:

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Dynamics = Literal["flow_sde", "sde", "cps", "simple"]
-"""Names of the stochastic sampling steps, as HY-SOAR spells them; see :func:`stochastic_step`."""
+Dynamics = Literal["flow_sde", "sde", "cps", "simple", "dance"]
+"""Names of the stochastic sampling steps, most as HY-SOAR spells them; see :func:`stochastic_step`."""
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
@@ -66,12 +66,17 @@ def stochastic_step(
       1 its std diverges; ``sigma_max``, the next lower sigma of the sampling grid, stands in for it.
     - ``cps``: coefficients-preserving sampling (arXiv:2509.05952): the total noise is exactly sigma_next.
     - ``sde``: predicts x0 and noises it again to sigma_next; ``noise_level`` has no part in it.
+    - ``dance``: DanceGRPO's SDE of constant diffusion (arXiv:2505.07818): std noise_level sqrt(sigma -
+      sigma_next).
     - ``simple``: an Euler step plus noise of noise_level sqrt(sigma - sigma_next); marginals drift.
     """
     s, s_next = expand(sigma, x), expand(sigma_next, x)
     dt = s_next - s
     if dynamics == "simple":
         return x + v * dt, noise_level * (-dt).sqrt()
+    if dynamics == "dance":
+        drift = v + 0.5 * noise_level**2 * (x - (1 - s) * predicted_x0(x, v, sigma)) / s**2
+        return x + drift * dt, noise_level * (-dt).sqrt()
     if dynamics == "sde":
         return (1 - s_next) * predicted_x0(x, v, sigma), s_next
     if dynamics == "cps":

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.data.spec import Images, Prompts
+from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.errors import DataError
 from posttrain.results import short
 
@@ -47,7 +47,7 @@ def plan(recipe: Recipe) -> RenderableType:
     )
     lines += [f"{stage.name}: data {_data(stage)}" for stage in recipe.stages]
     if (e := recipe.evaluation) is not None:
-        prompts = e.prompts.prompts if isinstance(e.prompts, Prompts) else f"{e.prompts.count} Shapes prompts"
+        prompts = _prompts(e.prompts)
         names = ", ".join(reward.type for reward in e.rewards)
         lines.append(
             f"evaluation: base and every stage on {prompts}, {e.images_per_prompt} image(s) each at "
@@ -58,7 +58,7 @@ def plan(recipe: Recipe) -> RenderableType:
 
 def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
     train, algorithm = stage.train, stage.algorithm
-    samples = train.steps * train.batch_size
+    samples = train.steps * train.batch_size // train.steps_per_batch
     items = samples * algorithm.items_per_sample()
     figures = [short(float(n)) for n in (train.steps, samples, items)]
     cost = short(samples * algorithm.forward_equivalents_per_sample())
@@ -79,9 +79,21 @@ def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
 
 def _data(stage: Stage) -> str:
     data = stage.data
+    if isinstance(data, PromptData):
+        size = stage.algorithm.samples_per_prompt
+        groups, per_batch = stage.train.batch_size // size, stage.train.steps_per_batch
+        return (
+            f"{_prompts(data.prompts)} at {data.resolution} px; an iteration: {groups} prompts x {size} "
+            f"samples = {stage.train.batch_size} images, {per_batch} optimizer step(s); rewards: "
+            + ", ".join(f"{r.type} x {r.weight:g}" for r in stage.rewards)
+        )
     if isinstance(data, Images):
         return f"{data.images}, resolution {data.resolution or 'as named in its rows'}"
     return f"{data.images} rendered Shapes images ({data.style})"
+
+
+def _prompts(prompts: PromptFile | ShapesPrompts) -> str:
+    return str(prompts.path) if isinstance(prompts, PromptFile) else f"{prompts.count} Shapes prompts"
 
 
 def scan_data(recipe: Recipe, console: Console) -> None:

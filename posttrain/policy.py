@@ -26,7 +26,10 @@ class Policy:
         self.autocast = autocast
         self.chunk = chunk
         """Most rows in one forward without gradients."""
+        self.parameters = dict(model.transformer.named_parameters())
         self.roles: dict[str, dict[str, Tensor]] = {}
+        self.static: set[str] = set()
+        """Roles that never move."""
         self.forward_equivalents = 0
         """Transformer forwards so far, of one sample each; one with its backward counts 3."""
 
@@ -37,17 +40,19 @@ class Policy:
         with torch.autocast(latents.device.type, dtype=self.autocast, enabled=enabled):
             return self.model.velocity(latents, sigma, condition)
 
-    @torch.no_grad()
     def guided_velocity(
         self, latents: Tensor, sigma: Tensor, prompt: Tensor, conditions: Conditions, scale: float
     ) -> Tensor:
-        """The velocity under classifier-free guidance, without gradients, in chunks.
+        """The velocity under classifier-free guidance, in chunks where there are no gradients.
 
-        ``scale`` 1 is the conditional velocity and costs one forward a row; any other costs two.
+        ``scale`` 1 is the conditional velocity and costs one forward a row; any other costs two. Both
+        branches go through the transformer together, so that what is recomputed with gradients, in
+        micro-batches of the same size, is what was computed without.
         """
+        size = len(latents) if torch.is_grad_enabled() else self.chunk
         parts = []
-        for i in range(0, len(latents), self.chunk):
-            x, s, rows = (a[i : i + self.chunk] for a in (latents, sigma, prompt))
+        for i in range(0, len(latents), size):
+            x, s, rows = (a[i : i + size] for a in (latents, sigma, prompt))
             condition = conditions.rows(rows)
             if scale == 1:
                 parts.append(self.velocity(x, s, condition))
@@ -57,9 +62,21 @@ class Policy:
             parts.append(guided(v_cond, v_uncond, scale))
         return torch.cat(parts)
 
-    def add_role(self, name: str) -> None:
-        """Keep a frozen copy of the trained weights as they are now, under ``name``."""
-        self.roles[name] = {n: p.detach().clone() for n, p in self.trained.items()}
+    def add_role(self, name: str, weights: dict[str, Tensor] | None = None, *, moves: bool = True) -> None:
+        """Keep a frozen copy of the trained weights as they are now, under ``name``.
+
+        ``weights``, by parameter name, are held instead where given, and may be of untrained parameters
+        too. A role that never ``moves`` is not part of a checkpoint: the stage makes it again.
+        """
+        kept = self.trained if weights is None else weights
+        self.roles[name] = {n: p.detach().clone() for n, p in kept.items()}
+        if not moves:
+            self.static.add(name)
+
+    def named(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``weights`` of a transformer without adapters, under the names they have beside adapters."""
+        plain = {name.replace(".base_layer.", "."): name for name in self.parameters}
+        return {plain[name]: tensor for name, tensor in weights.items()}
 
     @torch.no_grad()
     def move_role(self, name: str, decay: float) -> None:
@@ -82,5 +99,6 @@ class Policy:
 
     def _swap(self, name: str) -> None:
         role = self.roles[name]
-        for key, parameter in self.trained.items():
+        for key in role:
+            parameter = self.parameters[key]
             parameter.data, role[key] = role[key], parameter.data

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,23 @@ class Draws:
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """(n, *shape) float32 values in [0, 1)."""
         return self._stack(torch.rand, purpose, shape)
+
+    def integer(self, purpose: str, low: int, high: int) -> int:
+        """One integer from ``low`` to ``high``, both included, the same for every sample of the batch."""
+        return int(torch.randint(low, high + 1, (), generator=generator(*self.key, purpose)))
+
+    def order(self, purpose: str) -> Tensor:
+        """(n,) int64: an order of the samples, on the CPU."""
+        return torch.randperm(len(self.ids), generator=generator(*self.key, purpose, *self.ids[:1]))
+
+    def permutations(self, purpose: str, size: int) -> Tensor:
+        """(n, size) int64: an own order of 0 to size - 1 for each sample."""
+        rows = [torch.randperm(size, generator=generator(*self.key, purpose, i)) for i in self.ids]
+        return torch.stack(rows).to(self.device)
+
+    def take(self, index: slice) -> Draws:
+        """The draws of some of the samples."""
+        return replace(self, ids=self.ids[index])
 
     def _stack(self, draw, purpose: str, shape: Sequence[int]) -> Tensor:
         rows = [draw(tuple(shape), generator=generator(*self.key, purpose, i)) for i in self.ids]

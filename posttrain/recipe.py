@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.algorithm import Algorithm
-from posttrain.data.spec import Images, Prompts, ShapesData, with_type
+from posttrain.data.spec import AnyData, AnyPrompts, PromptData
 from posttrain.model import DtypeName, Model
 from posttrain.reward import Reward
 from posttrain.reward_blocks import reward_blocks
@@ -48,7 +48,10 @@ class Train(Spec):
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(32, ge=1)
-    """Samples in one step, over all processes."""
+    """Samples in one batch, over all processes: of images, what one optimizer step sees; of prompts, the
+    samples that one iteration draws and scores."""
+    steps_per_batch: int = Field(1, ge=1)
+    """Optimizer steps on one batch, each on an equal part of it."""
     micro_batch: int = Field(8, ge=1)
     """Items in one forward-backward: bounds the memory, does not change the result. Items are samples, and
     for SOAR their auxiliary points too."""
@@ -80,6 +83,19 @@ class Train(Spec):
             raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
         return self
 
+    @model_validator(mode="after")
+    def _batches_are_whole(self) -> Self:
+        n = self.steps_per_batch
+        if n > self.batch_size:
+            raise at(("steps_per_batch",), f"{n} is more than the batch_size, {self.batch_size}")
+        # a checkpoint or an image grid in the middle of a batch would need the batch itself to go on
+        for name in ("steps", "checkpoint_every", "sample_every"):
+            if (value := getattr(self, name)) is not None and value % n:
+                near = " or ".join(str(v) for v in (value // n * n, value // n * n + n) if v)
+                words = f"{value} is no multiple of steps_per_batch, {n}; the nearest are {near}"
+                raise at((name,), words)
+        return self
+
 
 class Stage(Spec):
     """One algorithm run on one data set from given weights."""
@@ -88,7 +104,12 @@ class Stage(Spec):
     start_from: str | None = None
     """``base``, an earlier stage, or a folder that a stage wrote; the stage before by default."""
     algorithm: AnyAlgorithm
-    data: Annotated[Annotated[Images | ShapesData, Field(discriminator="type")], BeforeValidator(with_type)]
+    data: AnyData
+    rewards: Annotated[list[AnyReward], BeforeValidator(reward_blocks)] = []
+    """What an online algorithm maximises: the weighted sum."""
+    reference: str | None = None
+    """What an online algorithm is held to by its KL term: ``base``, an earlier stage, or a folder that a
+    stage wrote; what the stage starts from by default."""
     tune: Annotated[Full | Lora, Field(discriminator="type")] = Full()
     train: Train
     export_dtype: DtypeName = "fp32"
@@ -100,24 +121,41 @@ class Stage(Spec):
             raise ValueError(f"a stage cannot be called {self.name!r}: that folder of a run has another use")
         return self
 
+    @model_validator(mode="after")
+    def _algorithm_gets_what_it_needs(self) -> Self:
+        kind, online = self.algorithm.type, self.algorithm.needs == "rewards"
+        prompts = isinstance(self.data, PromptData)
+        if online and not prompts:
+            raise at(("data",), f"{kind} makes its own images: give it 'prompts', not images")
+        if not online and prompts:
+            raise at(("data",), f"{kind} trains on given images: give it 'images', not prompts")
+        if online and not self.rewards:
+            raise at(("rewards",), f"{kind} learns from rewards, and there is none")
+        if not online and self.rewards:
+            raise at(("rewards",), f"{kind} does not use rewards, so these would have no effect: remove them")
+        if self.reference is not None and "reference" not in self.algorithm.roles:
+            words = f"{kind}, as it is set here, has no reference, so it would have no effect: remove it"
+            raise at(("reference",), words)
+        _no_reward_twice(self.rewards)
+        size, batch = self.algorithm.samples_per_prompt, self.train.batch_size
+        if batch % size:
+            low = batch // size * size
+            near = " or ".join(str(n) for n in (low, low + size) if n)
+            words = f"{batch} samples cannot be split into groups of {size}; the nearest that can are {near}"
+            raise at(("train", "batch_size"), words)
+        return self
 
-class ShapesPrompts(Spec):
-    """Prompts of the Shapes world, balanced over its six kinds of task.
 
-    The world is so small that training meets most of its prompts; what is held out is the noise."""
-
-    type: Literal["shapes"] = "shapes"
-    count: int = Field(ge=1)
-    seed: int = 0
+def _no_reward_twice(rewards: list[Reward]) -> None:
+    kinds = [reward.type for reward in rewards]
+    if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
+        raise at(("rewards",), f"{', '.join(sorted(twice))} is given twice")
 
 
 class Evaluation(Spec):
     """How the base model and every stage are compared: same prompts, same noise, same sampler."""
 
-    prompts: Annotated[
-        Annotated[Prompts | ShapesPrompts, Field(discriminator="type")],
-        BeforeValidator(lambda v: {"type": "prompts", "prompts": v} if isinstance(v, str) else v),
-    ]
+    prompts: AnyPrompts
     rewards: Annotated[list[AnyReward], Field(min_length=1), BeforeValidator(reward_blocks)]
     images_per_prompt: int = Field(1, ge=1)
     resolution: int = Field(512, ge=8)
@@ -137,9 +175,7 @@ class Evaluation(Spec):
 
     @model_validator(mode="after")
     def _rewards_differ(self) -> Self:
-        kinds = [reward.type for reward in self.rewards]
-        if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
-            raise ValueError(f"rewards: {', '.join(sorted(twice))} is given twice")
+        _no_reward_twice(self.rewards)
         if weighted := [reward.type for reward in self.rewards if reward.weight != 1]:
             raise ValueError(
                 f"rewards: an evaluation reports each score by itself, so the weight of "
@@ -179,6 +215,10 @@ class Recipe(Spec):
                     f"stage {stage.name!r} starts from {start!r}, which {why}: one of "
                     f"{', '.join(map(repr, before))}, or a path such as './{start}'",
                 )
+            reference = stage.reference or BASE
+            if not is_path(reference) and reference not in before:
+                known = ", ".join(map(repr, before))
+                raise at(("stages", i, "reference"), f"no stage {reference!r} before this one: {known}")
             before.append(stage.name)
         return self
 
@@ -191,11 +231,14 @@ class Recipe(Spec):
 
     def lineage(self, stage: Stage) -> list[str]:
         """What came before ``stage`` in its chain, from ``base`` (or a path) to its parent."""
-        parent = self.parent(stage)
+        return self.lineage_of(self.parent(stage))
+
+    def lineage_of(self, name: str) -> list[str]:
+        """What must be loaded in turn to have the weights of ``name``: a stage, ``base`` or a path."""
         for other in self.stages:
-            if other.name == parent:
-                return [*self.lineage(other), parent]
-        return [parent]
+            if other.name == name:
+                return [*self.lineage(other), name]
+        return [name]
 
     def depth(self, stage: Stage) -> int:
         """How many stages came before: part of the key of its draws, so that sibling branches draw alike."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,8 +25,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # only a kill in the middle of a write leaves one
-        rows.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()})
+        rows.append({k: float(v) if isinstance(v, str) else v for k, v in row.items()})
     return rows
+
+
+def binned(values: Sequence[float], count: int = 20) -> dict[str, Any]:
+    """``{"low", "high", "counts"}``: how many of ``values`` lie in each of ``count`` equal bins."""
+    import numpy as np
+
+    counts, edges = np.histogram(np.asarray(values, dtype=float), bins=count)
+    return {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
 
 
 class MetricsFile:
@@ -45,12 +53,15 @@ class MetricsFile:
         self._file = path.open("a")
         self._since = time.monotonic() - (kept[-1]["time"] if kept else 0.0)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append ``metrics`` of ``step``. Raises TypeError or ValueError for what is no number."""
+    def log(
+        self, step: int, metrics: Mapping[str, float], bins: Mapping[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Append ``metrics`` of ``step``, and ``bins`` of histograms as they are. Raises TypeError or
+        ValueError for a metric that is no number."""
         seconds = time.monotonic() - self._since
         # float() also takes the scalars of numpy and torch, which json refuses
         numbers = {name: float(value) for name, value in metrics.items()}
-        self._file.write(_line({"step": step, "time": seconds, **numbers}))
+        self._file.write(_line({"step": step, "time": seconds, **numbers, **(bins or {})}))
         self._file.flush()
 
     def close(self) -> None:
@@ -73,12 +84,22 @@ class Tracker:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record ``metrics`` of ``step``."""
-        self.metrics.log(step, metrics)
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        histograms: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Record ``metrics`` of ``step``, and the values of ``histograms`` as :func:`binned`."""
+        bins = {name: binned(values) for name, values in (histograms or {}).items()}
+        self.metrics.log(step, metrics, bins)
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
+            for name, values in (histograms or {}).items():
+                import numpy as np
+
+                self._writer.add_histogram(name, np.asarray(values), step)
 
     def image(self, name: str, step: int, image: Image) -> None:
         """Show ``image`` in TensorBoard."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -12,19 +13,20 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint
-from posttrain.algorithm import Batch
+from posttrain.algorithm import Batch, Tools
 from posttrain.artifact import DESCRIPTION
-from posttrain.data.loader import ImageBatch, ImageSource
+from posttrain.data.prompts import prompt_rows
 from posttrain.device import peak_memory, reset_peak_memory
 from posttrain.errors import TrainingError
+from posttrain.feeds import Feed, feed_of
 from posttrain.grids import grid
+from posttrain.judge import Judge
 from posttrain.model import FlowModel
 from posttrain.policy import Policy
 from posttrain.progress import StageProgress, stage_progress
-from posttrain.randomness import Draws
 from posttrain.records import Tracker
-from posttrain.sampling import encode, sample_images
-from posttrain.trainer import EMA, adamw, train
+from posttrain.sampling import sample_images
+from posttrain.trainer import EMA, REFERENCE, adamw, train
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,13 +39,20 @@ SHOWN = 8
 
 
 def run_stage(
-    recipe: Recipe, stage: Stage, model: FlowModel, run: Path, description: dict, console: Console
+    recipe: Recipe,
+    stage: Stage,
+    model: FlowModel,
+    run: Path,
+    description: dict,
+    console: Console,
+    reference: dict[str, Tensor] | None = None,
 ) -> None:
     """Train ``model``, which holds the weights the stage starts from, and publish ``run/<stage>/final``.
 
-    ``description`` (see :mod:`posttrain.artifact`) goes into the artifact. Goes on from the last checkpoint
-    where there is one. ``stage.json``, written last, says that the stage is finished. Raises PosttrainError
-    (data, training, disk) with the last good checkpoint untouched.
+    ``description`` (see :mod:`posttrain.artifact`) goes into the artifact. ``reference`` holds the
+    transformer's weights that the reference role stands for, by name, where they are not those. Goes on
+    from the last checkpoint where there is one. ``stage.json``, written last, says that the stage is
+    finished. Raises PosttrainError (data, training, disk) with the last good checkpoint untouched.
     """
     folder, settings, device = run / stage.name, stage.train, model.device
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +61,11 @@ def run_stage(
         model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=max(settings.micro_batch, 1))
     for role in stage.algorithm.roles | ({EMA} if settings.ema is not None else set()):
-        policy.add_role(role)
+        weights = None
+        if role == REFERENCE and reference is not None:
+            # an adapter that has not moved adds nothing to the weights under it
+            weights = policy.named(reference) | policy.trained if stage.tune.type == "lora" else reference
+        policy.add_role(role, weights, moves=role != REFERENCE)
     optimizer = adamw(policy, settings)
     reset_peak_memory(device)
 
@@ -60,14 +73,15 @@ def run_stage(
     if found := checkpoint.saved(folder / "checkpoints"):
         start, extra = checkpoint.restore(found[-1], policy, optimizer)
         console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
-    source = ImageSource(stage.data.materialise(run / "data"), divisor=model.divisor)
-    for note in source.notes:
+    feed = feed_of(stage, model, run / "data")
+    for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard") as tracker,
         stage_progress(stage.name, settings.steps, start, console) as bar,
+        Judge(model, stage.rewards, folder / "failed_reward") as judge,
     ):
-        watch = StageWatch(recipe, stage, policy, optimizer, folder, tracker, bar, start, extra, source)
+        watch = StageWatch(recipe, stage, policy, optimizer, folder, tracker, bar, start, extra, feed, judge)
         if start < settings.steps:
             train(stage.algorithm, policy, optimizer, watch.batches(), settings, watch, start)
         watch.finish()
@@ -83,26 +97,14 @@ def run_stage(
     (folder / "stage.json").write_text(json.dumps(watch.account(), indent=2))
 
 
-def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
-    """Images and captions as the model's latents and conditions; the encoder's noise comes from ``draws``."""
-    height, width = images.pixels.shape[-2:]
-    noise = draws.normal("posterior", model.latent_shape(height, width))
-    conditions, rows = encode(model, images.captions)
-    return Batch(model.encode_images(images.pixels, noise), rows, conditions)
-
-
-def samples_shown(recipe: Recipe, source: ImageSource, divisor: int) -> tuple[list[str], dict[str, Any]]:
+def samples_shown(recipe: Recipe, feed: Feed) -> tuple[list[str], dict[str, Any]]:
     """The prompts of a stage's image grids, and how :func:`posttrain.sampling.sample_images` draws them."""
-    from posttrain.evaluate import prompt_rows
-
     if (evaluation := recipe.evaluation) is not None:
-        prompts = [row["prompt"] for row in prompt_rows(evaluation)]
+        prompts = [row["prompt"] for row in prompt_rows(evaluation.prompts)]
         settings = evaluation.model_dump(include={"resolution", "steps", "guidance", "solver", "seed"})
     else:
-        prompts = [record.caption for record in source.records.values()]
-        width, height = next(iter(source.buckets))
-        side = round((width * height) ** 0.5 / divisor) * divisor
-        settings = {"resolution": side, "steps": 40, "guidance": 4.5}
+        prompts = feed.prompts
+        settings = {"resolution": feed.size[0], "steps": 40, "guidance": 4.5}
     return list(dict.fromkeys(prompts))[:SHOWN], settings
 
 
@@ -120,27 +122,29 @@ class StageWatch:
         bar: StageProgress,
         start: int,
         extra: dict,
-        source: ImageSource,
+        feed: Feed,
+        judge: Judge,
     ) -> None:
         self.recipe, self.stage, self.policy, self.optimizer = recipe, stage, policy, optimizer
-        self.folder, self.tracker, self.bar, self.source = folder, tracker, bar, source
+        self.folder, self.tracker, self.bar = folder, tracker, bar
+        self.feed, self.judge = feed, judge
         self.start = start
         self.samples, self.seconds, self.next_batch = extra["samples"], extra["seconds"], extra["next_batch"]
         self.since = time.monotonic()
         self.before, self.here = self.samples, 0.0
-        self.shown, self.sampler = samples_shown(recipe, source, policy.model.divisor)
+        self.shown, self.sampler = samples_shown(recipe, feed)
 
-    def batches(self) -> Iterator[tuple[Batch, Draws]]:
-        """The encoded batches that are still to come, each with its draws."""
+    def batches(self) -> Iterator[tuple[Batch, Tools]]:
+        """The batches that are still to come, each with the tools to collect it."""
         recipe, model = self.recipe, self.policy.model
         key = (recipe.seed, recipe.depth(self.stage))
-        for images in self.source.batches(self.stage.train.batch_size, key, self.next_batch):
-            # a batch none of whose images can be read is passed over, so this is not the optimizer's step
-            self.next_batch = images.step + 1
-            draws = Draws((*key, images.step), images.ids, model.device)
-            yield encoded(images, model, draws), draws
+        for number, batch, draws in self.feed.batches(key, self.next_batch):
+            # a batch that cannot be used is passed over, so this is not the optimizer's step
+            self.next_batch = number + 1
+            sigmas = functools.partial(model.sigmas, height=self.feed.size[0], width=self.feed.size[1])
+            yield batch, Tools(self.policy, draws, sigmas, self.judge)
 
-    def before_step(self, step: int) -> None:
+    def before_batch(self, step: int) -> bool:
         settings = self.stage.train
         self._pause()
         if settings.sample_every and step % settings.sample_every == 0:
@@ -148,18 +152,20 @@ class StageWatch:
         if step > self.start and step % settings.checkpoint_every == 0:
             self.save(step)
         self._go_on()
+        return True
 
     def after_step(self, step: int, samples: int, metrics: dict[str, Tensor]) -> None:
         self.samples += samples
         if step % self.stage.train.log_every and step not in (1, self.stage.train.steps):
             return
-        values = {name: value.item() for name, value in metrics.items()}
+        values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+        histograms = {name: value.tolist() for name, value in metrics.items() if value.ndim == 1}
         self._pause()
         rate = (self.samples - self.before) / max(self.here, 1e-9)
         values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
         values["forward_equivalents"] = self.policy.forward_equivalents
-        self.tracker.log(step, values)
-        self.bar.update(step, loss=values["loss"], images_per_second=rate)
+        self.tracker.log(step, values, histograms)
+        self.bar.update(step, loss=values.get("loss"), images_per_second=rate)
         self._go_on()
 
     def finish(self) -> None:
@@ -190,7 +196,7 @@ class StageWatch:
             "images_per_second": self.samples / self.seconds,
             "peak_memory_bytes": peak_memory(self.policy.model.device),
             "trainable_parameters": sum(p.numel() for p in self.policy.trained.values()),
-            "skipped": [str(problem) for problem in self.source.skipped],
+            "skipped": self.feed.skipped(),
         }
 
     def _sample(self, step: int) -> None:

@@ -12,20 +12,22 @@ from torch import Tensor
 from posttrain.algorithm import Algorithm, Batch, Items, Tools
 from posttrain.errors import TrainingError
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
 
 if TYPE_CHECKING:
     from posttrain.recipe import Train
 
 EMA = "ema"
 """The role of the moving average that is evaluated and exported."""
+REFERENCE = "reference"
+"""The role that never moves: what an online algorithm is held to."""
 
 
 class Watch(Protocol):
     """What a stage does around the steps: evaluate, save, record."""
 
-    def before_step(self, step: int) -> None:
-        """Called with the number of finished steps, before the next batch is drawn."""
+    def before_batch(self, step: int) -> bool:
+        """Called with the number of finished steps, before the next batch is drawn. False ends the stage."""
+        ...
 
     def after_step(self, step: int, samples: int, metrics: dict[str, Tensor]) -> None:
         """Called after optimizer step ``step`` (from 1) with its metrics, still on the device."""
@@ -35,32 +37,34 @@ def train(
     algorithm: Algorithm,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[tuple[Batch, Draws]],
+    batches: Iterable[tuple[Batch, Tools]],
     settings: Train,
     watch: Watch,
     start: int = 0,
 ) -> None:
-    """Take the optimizer steps from ``start`` to ``settings.steps``.
+    """Take the optimizer steps from ``start`` to ``settings.steps``, some of them on each batch.
 
-    NOTE: the order matters to an exact resume: what ``before_step`` records is the state before the step's
+    NOTE: the order matters to an exact resume: what ``before_batch`` records is the state before a
     batch is drawn, and counters alone say what will be. Raises TrainingError where the batches
     run out or a step is not finite.
     """
-    source = iter(batches)
-    for step in range(start, settings.steps):
-        watch.before_step(step)
+    source, step = iter(batches), start
+    while step < settings.steps and watch.before_batch(step):
         if (drawn := next(source, None)) is None:
             raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
-        batch, draws = drawn
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+        batch, tools = drawn
         with torch.no_grad():
-            items = algorithm.collect(batch, Tools(policy, draws))
-        metrics = update(algorithm, policy, items, optimizer, settings, step + 1)
-        algorithm.after_update(policy, step + 1)
-        if settings.ema is not None:
-            policy.move_role(EMA, settings.ema)
-        watch.after_step(step + 1, len(batch), metrics)
+            items = algorithm.collect(batch, tools)
+        for i, part in enumerate(items.parts(settings.steps_per_batch)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            step += 1
+            metrics = update(algorithm, policy, part, optimizer, settings, step, on_policy=i == 0)
+            if settings.ema is not None:
+                policy.move_role(EMA, settings.ema)
+            seen = [len(batch) * n // settings.steps_per_batch for n in (i, i + 1)]
+            watch.after_step(step, seen[1] - seen[0], {**items.metrics, **metrics})
+        algorithm.after_batch(policy, step)
 
 
 def update(
@@ -70,18 +74,26 @@ def update(
     optimizer: torch.optim.Optimizer,
     settings: Train,
     step: int,
+    *,
+    on_policy: bool = False,
 ) -> dict[str, Tensor]:
     """One optimizer step on the weighted mean of the items' losses, however they are split.
 
     Each micro-batch is back-propagated at once, so activation memory does not grow with the number of
-    items. Returns weighted means of the losses and metrics, and the gradient's norm before clipping.
-    Raises TrainingError, with the weights as they were, where the loss or the gradient is not finite.
+    items. ``on_policy``: the weights are still those that collected the items, which the algorithm checks
+    on the first micro-batch. Returns weighted means of the losses and metrics, and the gradient's norm
+    before clipping; only ``skipped_steps`` where there is no item to train on, and no step then. Raises
+    TrainingError, with the weights as they were, where the loss or the gradient is not finite.
     """
+    if not len(items):
+        return {"skipped_steps": items.weight.new_ones(())}
     total = items.weight.sum()
     sums: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
-    for micro in items.split(settings.micro_batch):
+    for i, micro in enumerate(items.split(settings.micro_batch)):
         losses = algorithm.loss(micro, policy)
+        if on_policy and i == 0:
+            algorithm.check_on_policy(losses)
         share = micro.weight / total
         (losses.per_item * share).sum().backward()
         for name, value in {"loss": losses.per_item, **losses.metrics}.items():

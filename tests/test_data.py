@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from pydantic import TypeAdapter, ValidationError
 
-from posttrain.data import AnyData, Images, Prompts, ShapesData, with_type
+from posttrain.data import AnyData, Images, PromptData, ShapesData, with_type
 from posttrain.data.buckets import bucket_problem, bucket_sizes, cover_resize_and_crop, nearest_bucket
 from posttrain.data.decode import image_size, open_image
 from posttrain.data.loader import ImageSource
@@ -61,7 +61,7 @@ def problems_of(folder, rows, **options):
 def test_the_type_of_a_block_follows_from_its_keys_or_is_asked_for():
     block = TypeAdapter(AnyData)
     assert isinstance(block.validate_python({"images": "a.jsonl"}), Images)
-    assert isinstance(block.validate_python({"prompts": "a.txt"}), Prompts)
+    assert isinstance(block.validate_python({"prompts": "a.txt"}), PromptData)
     assert block.validate_python({"type": "shapes", "images": 5}) == ShapesData(images=5, seed=0)
     assert with_type({"type": "x", "images": "a"}) == {"type": "x", "images": "a"}
     for wrong in ({"images": 5}, {}, {"images": "a", "prompts": "b"}, {"images": "a", "tolerance": 1.5}, 3):

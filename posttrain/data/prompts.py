@@ -1,4 +1,4 @@
-"""Which prompts does a file list, and with which metadata?"""
+"""Which prompts does a recipe name, and with which metadata?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.lines import Problem, json_object, lines, listing, string, text
+from posttrain.data.spec import PromptFile, ShapesPrompts
 from posttrain.errors import DataError
+
+
+def prompt_rows(prompts: PromptFile | ShapesPrompts) -> list[dict[str, Any]]:
+    """One dict with at least ``prompt`` for each, in order. Raises DataError as :func:`read_prompts`."""
+    if isinstance(prompts, PromptFile):
+        return read_prompts(prompts.path)
+    from posttrain.shapes.dataset import evaluation_prompts  # needed in the Shapes world only
+
+    return evaluation_prompts(prompts.count, prompts.seed)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from posttrain.spec import AnyPath, Named
+from posttrain.spec import AnyPath, Named, Spec
 
 
 class Data(Named, ABC):
@@ -54,9 +54,8 @@ class ShapesData(Data):
     """How many images are rendered."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Which scenes: equal seeds render equal images."""
-    style: Literal["clean", "curated", "web"] = "clean"
-    """``clean`` renders what the caption says; ``web`` adds the flaws of images found on the web, and
-    ``curated`` fewer of them."""
+    style: Literal["clean", "web"] = "clean"
+    """``clean`` renders what the caption says; ``web`` adds the flaws of images found on the web."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode images; 0: the training process does. Never changes what is drawn."""
 
@@ -72,13 +71,40 @@ class ShapesData(Data):
         return Images(images=folder / "train.jsonl", image_dir=folder / "images", workers=self.workers)
 
 
-class Prompts(Data):
+class PromptFile(Spec):
+    """Prompts listed in a file."""
+
+    type: Literal["file"] = "file"
+    path: AnyPath
+    """Text, one prompt a line; or ``.jsonl``, one object with ``prompt`` a line, whose other keys go to the
+    rewards (GenEval's metadata)."""
+
+
+class ShapesPrompts(Spec):
+    """Prompts of the Shapes world, balanced over its six kinds of task.
+
+    The world is so small that training meets most of its prompts; what is held out is the noise."""
+
+    type: Literal["shapes"] = "shapes"
+    count: int = Field(ge=1)
+    seed: int = 0
+
+
+AnyPrompts = Annotated[
+    Annotated[PromptFile | ShapesPrompts, Field(discriminator="type")],
+    BeforeValidator(lambda v: {"type": "file", "path": v} if isinstance(v, str | Path) else v),
+]
+"""The type of a recipe's ``prompts`` field: a file's path, or a block."""
+
+
+class PromptData(Data):
     """Prompts, for algorithms that make their own images."""
 
     type: Literal["prompts"] = "prompts"
-    prompts: AnyPath
-    """Text, one prompt a line; or ``.jsonl``, one object with ``prompt`` a line, whose other keys go to the
-    rewards (GenEval's metadata)."""
+    prompts: AnyPrompts
+    """A file's path, or ``{type: shapes, count: N}``."""
+    resolution: Annotated[int, Field(ge=8)] = 512
+    """Side in pixels of the images that are made."""
 
 
 def with_type(block: Any) -> Any:
@@ -92,5 +118,7 @@ def with_type(block: Any) -> Any:
     return block
 
 
-AnyData = Annotated[Images | ShapesData | Prompts, Field(discriminator="type"), BeforeValidator(with_type)]
+AnyData = Annotated[
+    Annotated[Images | ShapesData | PromptData, Field(discriminator="type")], BeforeValidator(with_type)
+]
 """The type of a recipe's ``data`` field."""

@@ -37,7 +37,7 @@ class TinySD3(Model):
     layers: int = Field(5, ge=1)
     heads: int = Field(4, ge=1)
     head_dim: int = Field(32, ge=4, multiple_of=4)
-    autoencoder_steps: int = Field(1200, ge=1)
+    autoencoder_steps: int = Field(1500, ge=1)
     autoencoder_images: int = Field(4000, ge=16)
     shift: float = Field(1.0, gt=0)
     """Of the timestep schedule; SD3's 3 suits images of 1024 px, not of 64."""

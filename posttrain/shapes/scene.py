@@ -55,8 +55,7 @@ class Style:
 
 STYLES = {
     "clean": Style(),
-    "curated": Style(wrong_caption=0.1, clutter=0.15, tint=0.25, sizes=(13.0, 23.0)),
-    "web": Style(wrong_caption=0.35, clutter=0.4, tint=0.5, sizes=(12.0, 24.0)),
+    "web": Style(wrong_caption=0.1, clutter=0.5, tint=0.5, sizes=(12.0, 24.0)),
 }
 
 

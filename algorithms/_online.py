@@ -1,0 +1,90 @@
+"""What Flow-GRPO and DiffusionNFT share: groups of samples of one prompt, scored and compared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from posttrain.advantages import Mixing, has_spread, mean_group_std, mixed_advantages, weighted
+from posttrain.algorithm import Algorithm, Batch, Items, Tools
+from posttrain.judge import Verdict
+
+
+class Online(Algorithm, ABC):
+    """Samples ``group_size`` images of each prompt and learns from how they score beside each other."""
+
+    needs: ClassVar = "rewards"
+
+    group_size: int = Field(24, ge=2)
+    """Samples of one prompt; advantages are relative to them."""
+    num_steps: int = Field(10, ge=2)
+    """Sampling steps of the rollout."""
+    timestep_fraction: float = Field(0.99, gt=0, le=1)
+    """Part of the sampling steps that is trained: the first int(num_steps * timestep_fraction). The last
+    step, to sigma = 0, is too peaked to train."""
+    global_std: bool = True
+    """Divide advantages by the standard deviation of all rewards of the iteration, not of the group."""
+    adv_clip_max: float = Field(5.0, gt=0)
+    """Advantages are clamped to +- this."""
+    reward_mixing: Mixing = "rewards"
+    """Sum several rewards first and compare then (``rewards``), or sum their advantages."""
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self.group_size
+
+    @property
+    def trained_steps(self) -> int:
+        """How many of the sampling steps are trained, from the first."""
+        return int(self.num_steps * self.timestep_fraction)
+
+    @abstractmethod
+    def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clean latents (n, c, h, w) of new samples, and the items' fields, (n, items per sample, ...)."""
+
+    @abstractmethod
+    def kept(self, advantage: Tensor) -> Tensor:
+        """(n,) bool: which samples are trained on."""
+
+    def collect(self, batch: Batch, tools: Tools) -> Items:
+        assert tools.judge is not None, "needs = 'rewards'"
+        assert batch.group is not None, "needs = 'rewards'"
+        pending, parts = [], []
+        for start in range(0, len(batch), tools.policy.chunk):
+            index = slice(start, start + tools.policy.chunk)
+            some = batch.take(index)
+            latents, fields = self.rollout(some, replace(tools, draws=tools.draws.take(index)))
+            pending.append(tools.judge.submit(latents, some))
+            parts.append(fields)
+        verdict = Verdict.cat([future.result() for future in pending])
+        fields = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        group, weights = batch.group.cpu(), tools.judge.weights
+        advantage = mixed_advantages(
+            verdict.rewards, weights, group, global_std=self.global_std, mixing=self.reward_mixing
+        )
+        clipped = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()
+        # one prompt's samples must not all fall into the same optimizer step
+        order = tools.draws.order("order")
+        chosen = order[self.kept(clipped)[order]].to(batch.prompt.device)
+        per_sample = fields["prompt"].shape[1]
+        fields["advantage"] = clipped.to(batch.prompt.device)[:, None].expand(-1, per_sample)
+        flat = {name: value[chosen].flatten(0, 1) for name, value in fields.items()}
+        items = Items(torch.ones_like(flat["advantage"]), flat, batch.conditions)
+        total = weighted(verdict.rewards, weights)
+        metrics = {
+            "reward": total.mean(),
+            "reward_std": total.std(correction=0),
+            "reward_group_std": mean_group_std(total, group),
+            "groups_without_spread": 1 - has_spread(total, group).double().mean(),
+            "samples_trained": torch.tensor(len(chosen) / len(batch)),
+            "advantages": advantage,
+            "item_bytes": torch.tensor(float(items.nbytes)),
+        }
+        each = {**verdict.rewards, **verdict.details}
+        metrics |= {f"reward/{name}": values.mean() for name, values in each.items()}
+        return replace(items, metrics=metrics)

@@ -1,0 +1,142 @@
+"""DiffusionNFT: rewards steer flow matching between two implicit policies (arXiv:2509.16117)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from posttrain.algorithm import Batch, Items, Losses, Tools
+from posttrain.algorithms._online import Online
+from posttrain.flow import interpolate, predicted_x0
+from posttrain.policy import Policy
+from posttrain.sampling import sample_latents
+from posttrain.solvers import Solver
+
+AdvMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+
+
+class DiffusionNFT(Online):
+    """Pulls the velocity towards good samples of an old policy and away from bad ones.
+
+    Items: latents, x0 (n, c, h, w), sigma, r, advantage, prompt (n,).
+    """
+
+    type: Literal["diffusion_nft"] = "diffusion_nft"
+
+    solver: Solver = "dpm2"
+    """Of the rollout: deterministic, of any order, since no step of it is trained."""
+    guidance_scale: float = Field(1.0, ge=0)
+    """Classifier-free guidance of the rollout; training has none, so 1, no guidance, is consistent."""
+    beta: float = Field(0.1, gt=0, le=1)
+    """How far the implicit positive and negative policies stand from the old one."""
+    kl_weight: float = Field(1e-4, ge=0)
+    """Weight of the velocity's squared distance from the reference's."""
+    adv_mode: AdvMode = "all"
+    """What counts of an advantage: all, one sign of it, whether it is positive, or its sign."""
+    decay_type: Literal[0, 1, 2] = 1
+    """How slowly the old policy follows the trained one, by the number t of optimizer steps: decay 0 (0);
+    min(0.001 t, 0.5) (1); 0 up to step 75, then min(0.0075 (t - 75), 0.999) (2)."""
+
+    @property
+    def roles(self) -> frozenset[str]:
+        return frozenset({"old", "reference"} if self.kl_weight else {"old"})
+
+    def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
+        shape, count = batch.latents.shape[1:], self.items_per_sample()
+        sigmas = tools.sigmas(self.num_steps)
+        with tools.policy.using("old"):
+            x0 = sample_latents(
+                tools.policy,
+                batch.conditions,
+                batch.prompt,
+                tools.draws.normal("initial", shape),
+                sigmas,
+                self.guidance_scale,
+                self.solver,
+            )
+        times = torch.tensor(sigmas[:-1], device=x0.device)[tools.draws.permutations("times", self.num_steps)]
+        sigma, noise = times[:, :count], tools.draws.normal("noise", (count, *shape))
+        clean = x0[:, None].expand_as(noise)
+        latents = interpolate(clean.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()).view_as(noise)
+        prompt = batch.prompt[:, None].expand(-1, count)
+        return x0, {"latents": latents, "x0": clean, "sigma": sigma, "prompt": prompt}
+
+    def kept(self, advantage: Tensor) -> Tensor:
+        return torch.ones_like(advantage, dtype=torch.bool)
+
+    def loss(self, items: Items, policy: Policy) -> Losses:
+        at = (items.latents, items.sigma, items.condition)
+        with policy.using("old"):
+            v_old = policy.velocity(*at)
+        reference = None
+        if self.kl_weight:
+            with policy.using("reference"):
+                reference = policy.velocity(*at)
+        v = policy.velocity(*at)
+        r = optimality(items.advantage, self.adv_mode, self.adv_clip_max)
+        positive, negative = implicit_losses(v, v_old, items.latents, items.x0, items.sigma, self.beta)
+        policy_loss = self.adv_clip_max / self.beta * (r * positive + (1 - r) * negative)
+        metrics = {
+            "policy_loss": policy_loss.float(),
+            "positive_loss": positive.float(),
+            "negative_loss": negative.float(),
+            "optimality": r,
+            "old_distance": (v - v_old).square().flatten(1).mean(1),
+        }
+        if reference is None:
+            return Losses(policy_loss, metrics)
+        kl = (v - reference).square().flatten(1).mean(1)
+        return Losses(policy_loss + self.kl_weight * kl, {**metrics, "kl": kl})
+
+    def after_batch(self, policy: Policy, step: int) -> None:
+        policy.move_role("old", old_decay(self.decay_type, step))
+
+    def items_per_sample(self) -> int:
+        return max(self.trained_steps, 1)
+
+    def forward_equivalents_per_sample(self) -> float:
+        branches = 1 if self.guidance_scale == 1 else 2
+        return branches * self.num_steps + (3 + len(self.roles)) * self.items_per_sample()
+
+
+def optimality(advantage: Tensor, mode: AdvMode, clip: float) -> Tensor:
+    """The probability r (n,) in [0, 1] that a sample is a good one, from its advantage (section 3.2)."""
+    modes = {
+        "all": lambda a: a,
+        "positive_only": lambda a: a.clamp(min=0),
+        "negative_only": lambda a: a.clamp(max=0),
+        "one_only": lambda a: (a > 0).to(a),
+        "binary": lambda a: a.sign(),
+    }
+    a = modes[mode](advantage.clamp(-clip, clip))
+    return (a / (2 * clip) + 0.5).clamp(0, 1)
+
+
+def implicit_losses(
+    v: Tensor, v_old: Tensor, x: Tensor, x0: Tensor, sigma: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Losses (n,) float64 of the implicit positive and negative velocities at ``x`` (section 3.1, eq. 5).
+
+    Each is the squared error of the clean sample that (1 - beta) v_old + beta v, or (1 + beta) v_old -
+    beta v, predicts, over its own mean absolute error, which is taken in float64, has no gradient, and is
+    at least 1e-5.
+    """
+
+    def loss(velocity: Tensor) -> Tensor:
+        error = (predicted_x0(x, velocity, sigma) - x0).flatten(1)
+        scale = error.detach().double().abs().mean(1).clamp(min=1e-5)
+        return error.square().double().mean(1) / scale
+
+    return loss(beta * v + (1 - beta) * v_old), loss((1 + beta) * v_old - beta * v)
+
+
+def old_decay(decay_type: int, step: int) -> float:
+    """The old policy's decay after ``step`` optimizer steps, as the published recipes number them."""
+    if decay_type == 0:
+        return 0.0
+    if decay_type == 1:
+        return min(0.001 * step, 0.5)
+    return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)

@@ -1,0 +1,214 @@
+"""Flow-GRPO: policy gradient on the steps of a stochastic sampler (Liu et al. 2025, arXiv:2505.05470)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from posttrain.algorithm import Batch, Items, Losses, Tools
+from posttrain.algorithms._online import Online
+from posttrain.errors import TrainingError
+from posttrain.flow import expand, log_prob, stochastic_step
+from posttrain.policy import Policy
+from posttrain.spec import at
+
+SDE = Literal["flow_sde", "cps", "dance"]
+KL = Literal["without_dt", "with_dt", "velocity_mse"]
+
+
+class FlowGRPO(Online):
+    """Clipped policy gradient, with the sampler's steps as actions.
+
+    Items: latents, next_latents (n, c, h, w), sigma, sigma_next, sigma_max, log_prob, advantage, prompt
+    (n,), and with ``grpo_guard`` mean (n, c, h, w).
+    """
+
+    type: Literal["flow_grpo"] = "flow_grpo"
+
+    sde_type: SDE = "flow_sde"
+    """How the rollout steps; see :func:`posttrain.flow.stochastic_step`."""
+    noise_level: float = Field(0.7, gt=0)
+    """Noise of the rollout: a of flow_sde and cps, eta of dance."""
+    guidance_scale: float = Field(4.5, ge=0)
+    """Classifier-free guidance, in the rollout and in training alike; 1 is none, at half the cost."""
+    sde_window_size: int = Field(0, ge=0)
+    """Only this many consecutive steps are stochastic and trained, drawn anew for each iteration
+    (Flow-GRPO-Fast); 0: all that ``timestep_fraction`` says."""
+    sde_window_range: list[int] | None = Field(None, min_length=2, max_length=2)
+    """Steps [first, end) that the window lies in; all trained steps by default."""
+    clip_range: float = Field(1e-4, gt=0)
+    """The ratio may move by this before its gradient is cut off; small, since log-probabilities are means
+    over the latents' dimensions."""
+    beta: float = Field(0.04, ge=0)
+    """Weight of the KL divergence from the reference."""
+    kl_type: KL = "without_dt"
+    """Squared distance of the two means over 2 std^2: with the std per unit of time, as published, or that
+    of the step (``with_dt``, the paper's eq. 10); or the velocities' squared distance."""
+    grpo_guard: bool = False
+    """Regulated ratio and step weights of GRPO-Guard (arXiv:2510.22319)."""
+    drop_zero_advantage: bool = True
+    """Leave samples whose advantage is exactly 0 out of training, as published."""
+
+    @field_validator("sde_type", mode="before")
+    @classmethod
+    def _stochastic(cls, value: object) -> object:
+        if isinstance(value, str) and value.lower() in ("ode", "euler", "dpm1", "dpm2", "flow"):
+            raise ValueError(
+                f"{value!r} is deterministic: its steps have no probability to train; one of "
+                "'flow_sde', 'cps', 'dance', or the algorithm diffusion_nft"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        last = self.num_steps - 1
+        if self.trained_steps > last and not self.sde_window_size:
+            raise at(
+                ("timestep_fraction",),
+                f"{self.timestep_fraction:g} of {self.num_steps} steps includes the last one, to sigma = 0, "
+                f"which cannot be trained: at most {last / self.num_steps + 0.009:.2f}",
+            )
+        if self.trained_steps < 1:
+            raise at(
+                ("timestep_fraction",), f"{self.timestep_fraction:g} of {self.num_steps} steps trains none"
+            )
+        if self.sde_window_range is not None:
+            first, end = self.sde_window_range
+            if not self.sde_window_size:
+                raise at(("sde_window_range",), "has no effect without an sde_window_size")
+            if not 0 <= first < end:
+                raise at(("sde_window_range",), f"[{first}, {end}] must rise, from 0 or more")
+            if end > last:
+                words = f"its end {end} is beyond {last}: of {self.num_steps} steps the last is never trained"
+                raise at(("sde_window_range",), words)
+        first, end = self.window_range
+        if self.sde_window_size > end - first:
+            words = f"a window of {self.sde_window_size} steps does not fit into the {end - first} steps "
+            raise at(("sde_window_size",), f"{words}[{first}, {end})")
+        return self
+
+    @property
+    def window_range(self) -> tuple[int, int]:
+        """The steps [first, end) that may be trained."""
+        if self.sde_window_range is not None:
+            return self.sde_window_range[0], self.sde_window_range[1]
+        return 0, min(self.trained_steps, self.num_steps - 1)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        return frozenset({"reference"} if self.beta else ())
+
+    def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
+        shape = batch.latents.shape[1:]
+        sigmas = tools.sigmas(self.num_steps)
+        first, end = self.window_range
+        if self.sde_window_size:
+            first = tools.draws.integer("sde_window", first, end - self.sde_window_size)
+            end = first + self.sde_window_size
+        x, rows = tools.draws.normal("initial", shape), []
+        for i, (s, s_next) in enumerate(pairwise(sigmas)):
+            sigma, sigma_next, sigma_max = (torch.full_like(x[:, 0, 0, 0], c) for c in (s, s_next, sigmas[1]))
+            v = tools.policy.guided_velocity(x, sigma, batch.prompt, batch.conditions, self.guidance_scale)
+            if not first <= i < end:
+                x = x + expand(sigma_next - sigma, x) * v
+                continue
+            row = {"latents": x, "sigma": sigma, "sigma_next": sigma_next, "sigma_max": sigma_max}
+            mean, std = self._step(x, v, sigma, sigma_next, sigma_max)
+            x = mean + std * tools.draws.normal(f"step.{i}", shape)
+            row |= {"next_latents": x, "log_prob": self._log_prob(x, mean, std), "prompt": batch.prompt}
+            rows.append(row | ({"mean": mean} if self.grpo_guard else {}))
+        return x, {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}
+
+    def kept(self, advantage: Tensor) -> Tensor:
+        return advantage != 0 if self.drop_zero_advantage else torch.ones_like(advantage, dtype=torch.bool)
+
+    def loss(self, items: Items, policy: Policy) -> Losses:
+        metrics: dict[str, Tensor] = {}
+        reference = None
+        if self.beta:
+            with policy.using("reference"):
+                reference = self._velocity(items, policy)
+        v = self._velocity(items, policy)
+        at_step = (items.sigma, items.sigma_next, items.sigma_max)
+        mean, std = self._step(items.latents, v, *at_step)
+        change = self._log_prob(items.next_latents, mean, std) - items.log_prob
+        if self.grpo_guard:
+            change = guarded(change, mean, items.mean, std)
+        ratio = change.exp()
+        policy_loss = clipped_loss(ratio, items.advantage, self.clip_range)
+        if self.grpo_guard:
+            policy_loss = policy_loss / (items.sigma - items.sigma_next)
+        metrics |= {
+            "policy_loss": policy_loss,
+            "ratio": ratio,
+            "ratio_deviation": (ratio - 1).abs(),
+            "clip_fraction": ((ratio - 1).abs() > self.clip_range).float(),
+        }
+        if reference is None:
+            return Losses(policy_loss, metrics)
+        if self.kl_type == "velocity_mse":
+            kl = (v - reference).square().flatten(1).mean(1)
+        else:
+            mean_reference, _ = self._step(items.latents, reference, *at_step)
+            kl = mean_distance(mean, mean_reference, self._kl_std(std, items))
+        return Losses(policy_loss + self.beta * kl, {**metrics, "kl": kl})
+
+    def check_on_policy(self, losses: Losses) -> None:
+        worst = losses.metrics["ratio_deviation"].max().item()
+        if not worst <= 0.1 * self.clip_range:
+            raise TrainingError(
+                f"the ratio of a sample's own policy must be 1, but it is off by {worst:.3g}, against a "
+                f"clip_range of {self.clip_range:g}: rollout and training disagree on log-probabilities. "
+                "Train in precision fp32, or with a micro_batch that divides the samples of an iteration"
+            )
+
+    def items_per_sample(self) -> int:
+        first, end = self.window_range
+        return self.sde_window_size or end - first
+
+    def forward_equivalents_per_sample(self) -> float:
+        branches = 1 if self.guidance_scale == 1 else 2
+        each = 3 * branches + (branches if self.beta else 0)
+        return branches * self.num_steps + each * self.items_per_sample()
+
+    def _velocity(self, items: Items, policy: Policy) -> Tensor:
+        return policy.guided_velocity(
+            items.latents, items.sigma, items.prompt, items.conditions, self.guidance_scale
+        )
+
+    def _step(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, sigma_max: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return stochastic_step(self.sde_type, x, v, sigma, sigma_next, self.noise_level, expand(sigma_max, x))
+
+    def _log_prob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        if self.sde_type == "cps":  # published without the normaliser and without 1 / (2 std^2)
+            return -(x - mean).square().flatten(1).mean(1)
+        return log_prob(x, mean, std)
+
+    def _kl_std(self, std: Tensor, items: Items) -> Tensor:
+        if self.kl_type == "with_dt" or self.sde_type == "cps":
+            return std
+        return std / expand(items.sigma - items.sigma_next, std).sqrt()
+
+
+def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7) to be minimised, (n,)."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def mean_distance(mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
+    """KL divergence of two Gaussians of equal ``std`` (n, 1, ...), a dimension on average, (n,)."""
+    return ((mean - reference).square() / (2 * std**2)).flatten(1).mean(1)
+
+
+def guarded(change: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor) -> Tensor:
+    """GRPO-Guard's regulated log-ratio (n,): mean(noise * (mean - mean_old)), which is centred at 0 and has
+    the same spread at every step, where the plain one, ``change`` (n,), has neither."""
+    std = std.flatten(1).mean(1)
+    return (change + (mean - mean_old).square().flatten(1).mean(1) / (2 * std**2)) * std

@@ -1,0 +1,104 @@
+"""Where do a stage's batches come from: encoded images with captions, or prompts in groups?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posttrain.algorithm import Batch
+from posttrain.data.loader import ImageBatch, ImageSource
+from posttrain.data.order import batches
+from posttrain.data.prompts import prompt_rows
+from posttrain.data.spec import Images, PromptData, ShapesData
+from posttrain.model import FlowModel
+from posttrain.randomness import Draws
+from posttrain.sampling import encode
+
+if TYPE_CHECKING:
+    from posttrain.recipe import Stage
+
+
+class Feed(ABC):
+    """The batches of a stage, in an order that is a function of its key."""
+
+    notes: Sequence[str] = ()
+    """What a person should know of the data."""
+    prompts: Sequence[str]
+    """Distinct prompts, for image grids."""
+    size: tuple[int, int]
+    """(height, width) in pixels of the images in those grids."""
+
+    @abstractmethod
+    def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
+        """(number, batch, its draws) from batch ``start`` (from 0) on, without end; numbers may be missing,
+        where a batch cannot be used."""
+
+    def skipped(self) -> list[str]:
+        """Samples left out so far, and why."""
+        return []
+
+
+class ImageFeed(Feed):
+    """Images and captions, encoded batch by batch."""
+
+    def __init__(self, data: Images | ShapesData, model: FlowModel, batch_size: int, work: Path) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.source = ImageSource(data.materialise(work), divisor=model.divisor)
+        self.notes = self.source.notes
+        self.prompts = list(dict.fromkeys(record.caption for record in self.source.records.values()))
+        width, height = next(iter(self.source.buckets))
+        side = round((width * height) ** 0.5 / model.divisor) * model.divisor
+        self.size = (side, side)
+
+    def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
+        for images in self.source.batches(self.batch_size, key, start):
+            draws = Draws((*key, images.step), images.ids, self.model.device)
+            yield images.step, encoded(images, self.model, draws), draws
+
+    def skipped(self) -> list[str]:
+        return [str(problem) for problem in self.source.skipped]
+
+
+class PromptFeed(Feed):
+    """Prompts, each ``group_size`` times in its batch; every prompt once an epoch."""
+
+    def __init__(self, data: PromptData, model: FlowModel, batch_size: int, group_size: int) -> None:
+        self.model, self.group_size, self.groups = model, group_size, batch_size // group_size
+        self.rows: list[dict[str, Any]] = prompt_rows(data.prompts)
+        self.prompts = list(dict.fromkeys(row["prompt"] for row in self.rows))
+        self.size = (data.resolution, data.resolution)
+
+    def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
+        shape = self.model.latent_shape(*self.size)
+        order = self._order(key, start * self.groups)
+        for number, chosen in enumerate(iter(lambda: [next(order) for _ in range(self.groups)], None), start):
+            rows = [self.rows[i] for i in chosen for _ in range(self.group_size)]
+            conditions, prompt = encode(self.model, [row["prompt"] for row in rows])
+            latents = torch.empty((len(rows), *shape), device="meta")
+            group = torch.arange(len(chosen)).repeat_interleave(self.group_size)
+            draws = Draws((*key, number), range(len(rows)), self.model.device)
+            yield number, Batch(latents, prompt, conditions, rows, group), draws
+
+    def _order(self, key: tuple[object, ...], start: int) -> Iterator[int]:
+        everything = {(1, 1): range(len(self.rows))}
+        for _, _, ids in batches(everything, 1, key, start):
+            yield ids[0]
+
+
+def feed_of(stage: Stage, model: FlowModel, work: Path) -> Feed:
+    """The feed of a stage's ``data``; what must first be rendered is, in the folder ``work``."""
+    if isinstance(stage.data, PromptData):
+        return PromptFeed(stage.data, model, stage.train.batch_size, stage.algorithm.samples_per_prompt)
+    return ImageFeed(stage.data, model, stage.train.batch_size, work)
+
+
+def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
+    """Images and captions as the model's latents and conditions; the encoder's noise comes from ``draws``."""
+    height, width = images.pixels.shape[-2:]
+    noise = draws.normal("posterior", model.latent_shape(height, width))
+    conditions, rows = encode(model, images.captions)
+    return Batch(model.encode_images(images.pixels, noise), rows, conditions)

@@ -1,0 +1,94 @@
+"""How are a stage's samples scored while the next ones are drawn?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import RewardError
+from posttrain.grids import to_pil
+from posttrain.model import FlowModel
+from posttrain.reward import checked
+
+if TYPE_CHECKING:
+    from posttrain.algorithm import Batch
+    from posttrain.reward import Reward
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The scores of n samples."""
+
+    rewards: dict[str, Tensor]
+    """Reward -> (n,) float32."""
+    details: dict[str, Tensor]
+    """``reward/detail`` -> (n,) float32: recorded, not trained on."""
+
+    @staticmethod
+    def cat(parts: Sequence[Verdict]) -> Verdict:
+        """The scores of all samples, in order."""
+
+        def joined(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
+
+        return Verdict(joined([p.rewards for p in parts]), joined([p.details for p in parts]))
+
+
+class Judge:
+    """A stage's rewards behind one worker thread; a context manager.
+
+    Latents are decoded where they are submitted; the scoring goes on beside what the caller does next.
+    """
+
+    def __init__(self, model: FlowModel, rewards: Sequence[Reward], failures: Path) -> None:
+        self.model, self.failures = model, failures
+        self.scorers = {r.type: checked(r.type, r.load(model.device)) for r in rewards}
+        self.weights = {r.type: r.weight if r.higher_is_better else -r.weight for r in rewards}
+        """Of the weighted sum to maximise: negative for a reward where lower is better."""
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+
+    def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
+        """Score the images of ``latents`` (n, c, h, w) for the prompts in ``batch.metadata``.
+
+        The future's result raises RewardError, by the reward's name, where a score could not be computed;
+        the images and prompts are then in the folder ``failures``.
+        """
+        images = self.model.decode(latents).float().cpu()
+        return self._worker.submit(self._scored, images, batch.metadata)
+
+    def close(self) -> None:
+        """Wait for the worker."""
+        self._worker.shutdown()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _scored(self, images: Tensor, rows: Sequence[Any]) -> Verdict:
+        prompts = [row["prompt"] for row in rows]
+        rewards, details = {}, {}
+        try:
+            for name, score in self.scorers.items():
+                scores = score(images, prompts, rows)
+                rewards[name] = scores.value.float().cpu()
+                details |= {f"{name}/{key}": v.float().cpu() for key, v in scores.details.items()}
+        except RewardError as error:
+            self._keep(images, rows)
+            raise RewardError(f"{error} (its images and prompts are in {str(self.failures)!r})") from error
+        return Verdict(rewards, details)
+
+    def _keep(self, images: Tensor, rows: Sequence[Any]) -> None:
+        self.failures.mkdir(parents=True, exist_ok=True)
+        with (self.failures / "prompts.jsonl").open("w") as file:
+            for i, (row, image) in enumerate(zip(rows, to_pil(images), strict=True)):
+                image.save(self.failures / f"{i:04d}.png")
+                file.write(json.dumps({"image": f"{i:04d}.png", **row}) + "\n")
