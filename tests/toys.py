@@ -1,13 +1,19 @@
 """A velocity model without a network folder: a small net on 2-D "latents", fast enough for laws."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
 from posttrain.algorithm import Batch
 from posttrain.condition import Conditions
+from posttrain.judge import Judge
 from posttrain.model import FlowModel
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
+from posttrain.reward import Scores
+from posttrain.sampling import encode
 
 
 class ToyModel(FlowModel):
@@ -53,3 +59,19 @@ def toy_batch(model, n=6, step=0, seed=0):
 
 def toy_policy(seed=0):
     return Policy(ToyModel(seed), chunk=4)
+
+
+def online_batch(model, prompts=3, group_size=4, step=0):
+    rows = [{"prompt": f"prompt {'a' * i}"} for i in range(prompts) for _ in range(group_size)]
+    conditions, prompt = encode(model, [row["prompt"] for row in rows])
+    latents = torch.empty((len(rows), 1, 2, 2), device="meta")
+    group = torch.arange(prompts).repeat_interleave(group_size)
+    return Batch(latents, prompt, conditions, rows, group), Draws((0, 0, step), range(len(rows)))
+
+
+def toy_judge(model, reward=None):
+    """By default images score the more, the greater their values."""
+    score = reward or (lambda images: images.flatten(1).mean(1))
+    kind = SimpleNamespace(type="toy", weight=1.0, higher_is_better=True)
+    kind.load = lambda device: lambda images, prompts, rows: Scores(score(images))
+    return Judge(model, [kind], Path("unused"))

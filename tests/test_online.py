@@ -1,0 +1,341 @@
+"""Do Flow-GRPO and DiffusionNFT keep the laws of their papers?"""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import online_batch, toy_judge, toy_policy
+
+from posttrain.advantages import group_advantages, has_spread, mixed_advantages
+from posttrain.algorithm import Tools
+from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, old_decay, optimality
+from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
+from posttrain.errors import TrainingError
+from posttrain.flow import log_prob, stochastic_step
+from posttrain.recipe import Train
+from posttrain.trainer import train, update
+
+ONLINE = [
+    FlowGRPO(group_size=4, num_steps=4),
+    FlowGRPO(group_size=4, num_steps=4, sde_type="cps", guidance_scale=1.0),
+    FlowGRPO(group_size=4, num_steps=4, sde_type="dance", kl_type="with_dt"),
+    FlowGRPO(group_size=4, num_steps=4, grpo_guard=True, beta=0.0),
+    FlowGRPO(group_size=4, num_steps=6, sde_window_size=2, kl_type="velocity_mse"),
+    DiffusionNFT(group_size=4, num_steps=4),
+    DiffusionNFT(group_size=4, num_steps=4, solver="euler", guidance_scale=2.0, kl_weight=0.0),
+]
+
+
+def named(algorithm):
+    changed = algorithm.model_dump(exclude_defaults=True, exclude={"group_size", "num_steps"})
+    return f"{algorithm.type}-{'-'.join(map(str, changed.values()))}"
+
+
+each = pytest.mark.parametrize("algorithm", ONLINE, ids=named)
+
+
+def collected(algorithm, policy, *, prompts=3, step=0, reward=None, chunk=4):
+    batch, draws = online_batch(policy.model, prompts, algorithm.group_size, step)
+    for role in algorithm.roles:
+        policy.add_role(role, moves=role != "reference")
+    policy.chunk = chunk
+    with torch.no_grad(), toy_judge(policy.model, reward) as judge:
+        sigmas = lambda steps: policy.model.sigmas(steps, 2, 2)  # noqa: E731
+        return algorithm.collect(batch, Tools(policy, draws, sigmas, judge))
+
+
+@each
+def test_the_items_of_a_sample_stay_together_and_are_what_the_plan_says(algorithm):
+    items = collected(algorithm, toy_policy())
+    assert len(items) == 12 * algorithm.items_per_sample()
+    per_sample = items.advantage.view(12, -1)
+    assert torch.equal(per_sample, per_sample[:, :1].expand_as(per_sample))
+    assert len(per_sample[:, 0].unique()) == 12
+
+
+@each
+def test_forward_equivalents_are_what_the_plan_says(algorithm):
+    policy = toy_policy()
+    algorithm.loss(collected(algorithm, policy), policy)
+    assert policy.forward_equivalents == 12 * algorithm.forward_equivalents_per_sample()
+
+
+@each
+def test_the_rollout_does_not_depend_on_how_it_is_chunked(algorithm):
+    one, other = (collected(algorithm, toy_policy(), chunk=chunk) for chunk in (3, 100))
+    for name in one.fields:
+        torch.testing.assert_close(one.fields[name], other.fields[name], rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_the_gradient_does_not_depend_on_the_micro_batch(algorithm):
+    gradients = []
+    for size in (1000, 7):
+        policy = toy_policy()
+        items = collected(algorithm, policy)
+        settings = Train(steps=1, micro_batch=size, max_grad_norm=1e9)
+        update(algorithm, policy, items, torch.optim.SGD(policy.trained.values(), lr=0.0), settings, 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trained.values()]))
+    assert gradients[0].abs().max() > 1e-4
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+@each
+def test_rewards_and_draws_are_what_the_metrics_say(algorithm):
+    items = collected(algorithm, toy_policy())
+    again = collected(algorithm, toy_policy())
+    assert all(torch.equal(items.fields[k], again.fields[k]) for k in items.fields)
+    assert not torch.equal(items.latents, collected(algorithm, toy_policy(), step=1).latents)
+    assert items.metrics["groups_without_spread"] == 0
+    torch.testing.assert_close(items.metrics["reward"].float(), items.metrics["reward/toy"])
+    assert items.metrics["item_bytes"] == items.nbytes
+    assert len(items.metrics["advantages"]) == 12
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ONLINE if a.type == "flow_grpo"], ids=named)
+def test_replaying_the_rollout_gives_the_very_same_log_probabilities(algorithm):
+    policy = toy_policy()
+    items = collected(algorithm, policy, prompts=1, chunk=4)
+    steps = algorithm.items_per_sample()
+    for j in range(steps):  # the very batches that the rollout had
+        order = items.take(slice(j, None, steps))
+        ratio = algorithm.loss(order, policy).metrics["ratio"]
+        assert (ratio - 1).abs().max() < 1e-6
+
+
+def test_a_step_of_the_rollout_is_replayed_exactly_in_float32():
+    policy, grpo = toy_policy(), FlowGRPO(group_size=4, num_steps=4, drop_zero_advantage=False)
+    batch, draws = online_batch(policy.model, 1, 4)
+    policy.add_role("reference", moves=False)
+    with torch.no_grad():
+        tools = Tools(policy, draws, lambda n: policy.model.sigmas(n, 2, 2))
+        _, fields = grpo.rollout(batch, tools)
+    for j in range(3):
+        row = {name: value[:, j] for name, value in fields.items()}
+        v = policy.guided_velocity(row["latents"], row["sigma"], batch.prompt, batch.conditions, 4.5)
+        mean, std = grpo._step(row["latents"], v, row["sigma"], row["sigma_next"], row["sigma_max"])
+        assert torch.equal(log_prob(row["next_latents"], mean, std), row["log_prob"])
+        if j:
+            assert torch.equal(row["latents"], fields["next_latents"][:, j - 1])
+
+
+def test_a_policy_that_moved_before_its_first_step_is_refused():
+    policy, grpo = toy_policy(), FlowGRPO(group_size=4, num_steps=4)
+    items = collected(grpo, policy)
+    for parameter in policy.trained.values():
+        parameter.data += 0.05
+    optimizer = torch.optim.SGD(policy.trained.values(), lr=0.0)
+    settings = Train(steps=1, micro_batch=100)
+    with pytest.raises(TrainingError, match="must be 1, but it is off by"):
+        update(grpo, policy, items, optimizer, settings, 1, on_policy=True)
+    update(grpo, policy, items, optimizer, settings, 1)  # a later step on the batch may have another policy
+
+
+def test_members_of_a_group_start_from_noise_of_their_own():
+    policy, grpo = toy_policy(), FlowGRPO(group_size=4, num_steps=4)
+    items = collected(grpo, policy)
+    first = items.latents[items.sigma == 1]
+    assert len(first.flatten(1).unique(dim=0)) == 12
+
+
+def test_a_window_is_one_for_the_batch_and_moves_between_batches():
+    grpo = FlowGRPO(group_size=2, num_steps=10, sde_window_size=2, sde_window_range=[0, 6])
+    starts = set()
+    for step in range(20):
+        sigma = collected(grpo, toy_policy(), prompts=2, step=step, chunk=1).sigma.view(-1, 2)
+        assert torch.equal(sigma, sigma[:1].expand_as(sigma))
+        starts.add(round(1 - sigma[0, 0].item(), 3))
+    assert starts == {0.0, 0.1, 0.2, 0.3, 0.4}
+
+
+def test_equal_rewards_train_nothing_and_take_no_step():
+    policy, grpo = toy_policy(), FlowGRPO(group_size=4, num_steps=4)
+    items = collected(grpo, policy, reward=lambda images: torch.ones(len(images)))
+    assert len(items) == 0
+    assert items.metrics["groups_without_spread"] == 1
+    before = [p.clone() for p in policy.trained.values()]
+    optimizer = torch.optim.AdamW(policy.trained.values(), lr=1.0)
+    metrics = update(grpo, policy, items, optimizer, Train(steps=1), 1, on_policy=True)
+    assert list(metrics) == ["skipped_steps"]
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trained.values(), strict=True))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("adv", [-3.0, 0.5, 5.0])
+def test_with_the_old_policy_nft_is_advantage_weighted_regression(beta, adv):
+    """Where old equals current, the policy gradient is adv_clip_max (2 r - 1) times that of the adaptive
+    regression, for any beta."""
+    torch.manual_seed(0)
+    v, x, x0 = (torch.randn(4, 2, 3, 3, dtype=torch.float64) for _ in range(3))
+    v.requires_grad_()
+    sigma = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
+    r = optimality(torch.full((4,), adv), "all", 5.0)
+    positive, negative = implicit_losses(v, v.detach(), x, x0, sigma, beta)
+    (5 / beta * (r * positive + (1 - r) * negative)).sum().backward()
+    steered, v.grad = v.grad, None
+    plain, _ = implicit_losses(v, v.detach(), x, x0, sigma, 1.0)
+    (5 * (2 * r - 1) * plain).sum().backward()
+    torch.testing.assert_close(steered, v.grad)
+
+
+def test_optimality_is_a_probability_in_every_mode():
+    a = torch.tensor([-9.0, -5.0, -1.0, 0.0, 2.0, 7.0])
+    expected = {
+        "all": [0, 0, 0.4, 0.5, 0.7, 1],
+        "positive_only": [0.5, 0.5, 0.5, 0.5, 0.7, 1],
+        "negative_only": [0, 0, 0.4, 0.5, 0.5, 0.5],
+        "one_only": [0.5, 0.5, 0.5, 0.5, 0.6, 0.6],
+        "binary": [0.4, 0.4, 0.4, 0.5, 0.6, 0.6],
+    }
+    for mode, values in expected.items():
+        torch.testing.assert_close(optimality(a, mode, 5.0), torch.tensor(values))
+
+
+def test_the_published_decay_schedules():
+    assert [old_decay(0, s) for s in (1, 500)] == [0, 0]
+    assert [old_decay(1, s) for s in (1, 100, 500, 2000)] == [0.001, 0.1, 0.5, 0.5]
+    assert [old_decay(2, s) for s in (74, 75, 76, 209)] == [0, 0, 0.0075, 0.999]
+
+
+def test_the_old_policy_moves_once_a_batch_and_by_optimizer_steps():
+    moves = []
+
+    class Watched(type(toy_policy())):
+        def move_role(self, name, decay):
+            moves.append((name, decay))
+
+    policy = toy_policy()
+    policy.__class__ = Watched
+    nft = DiffusionNFT(group_size=4, num_steps=4)
+    for role in nft.roles:
+        policy.add_role(role)
+
+    def batches():
+        for step in range(3):
+            batch, draws = online_batch(policy.model, 2, 4, step)
+            yield batch, Tools(policy, draws, lambda n: policy.model.sigmas(n, 2, 2), judge)
+
+    class Nothing:
+        def before_batch(self, step):
+            return True
+
+        def after_step(self, step, samples, metrics):
+            assert samples == 4
+
+    with toy_judge(policy.model) as judge:
+        settings = Train(steps=6, batch_size=8, steps_per_batch=2, checkpoint_every=2, sample_every=None)
+        optimizer = torch.optim.SGD(policy.trained.values(), lr=1e-3)
+        train(nft, policy, optimizer, batches(), settings, Nothing())
+    assert moves == [("old", 0.002), ("old", 0.004), ("old", 0.006)]
+
+
+rewards = st.lists(st.floats(-10, 10, width=32), min_size=12, max_size=12).map(torch.tensor)
+GROUP = torch.arange(3).repeat_interleave(4)
+
+
+@given(rewards, st.booleans())
+def test_advantages_are_centred_in_each_group_and_keep_its_order(reward, global_std):
+    a = group_advantages(reward, GROUP, global_std=global_std)
+    assert a.view(3, 4).mean(1).abs().max() < 1e-9
+    for g in range(3):
+        r, x = reward.view(3, 4)[g], a.view(3, 4)[g]
+        assert bool(((r[:, None] > r[None]) <= (x[:, None] >= x[None])).all())
+        if r.max() == r.min():
+            assert torch.equal(x, torch.zeros(4, dtype=torch.float64))
+    assert has_spread(reward, GROUP).view(3, 4).all(1).tolist() == [
+        bool(g.max() > g.min()) for g in reward.view(3, 4)
+    ]
+
+
+@given(rewards, st.permutations(list(range(12))))
+def test_advantages_go_with_their_samples(reward, order):
+    a = group_advantages(reward, GROUP, global_std=True)
+    b = group_advantages(reward[order], GROUP[order], global_std=True)
+    torch.testing.assert_close(a[order], b)
+
+
+def test_mixed_advantages_do_not_depend_on_a_rewards_scale():
+    torch.manual_seed(0)
+    rewards, weights = {"a": torch.randn(12), "b": torch.randn(12)}, {"a": 1.0, "b": 2.0}
+    scaled = {"a": rewards["a"] * 1000, "b": rewards["b"]}
+    by_advantage, after = (
+        mixed_advantages(r, weights, GROUP, global_std=False, mixing="advantages") for r in (rewards, scaled)
+    )
+    torch.testing.assert_close(by_advantage, after, rtol=1e-2, atol=1e-2)
+    summed = mixed_advantages(rewards, weights, GROUP, global_std=False, mixing="rewards")
+    plain = group_advantages(rewards["a"].double() + 2 * rewards["b"].double(), GROUP, global_std=False)
+    torch.testing.assert_close(summed, plain)
+    assert not torch.allclose(summed, by_advantage)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "moves"), [(1, 1.2, 0), (1, 0.8, -1), (-1, 1.2, 1), (-1, 0.8, 0)]
+)
+def test_the_clipped_loss_stops_where_the_policy_gained_enough(advantage, ratio, moves):
+    r = torch.tensor([ratio], requires_grad=True)
+    clipped_loss(r, torch.tensor([float(advantage)]), 0.1).sum().backward()
+    assert r.grad.item() == moves
+
+
+def test_the_guarded_log_ratio_is_the_mean_of_noise_times_the_move():
+    torch.manual_seed(0)
+    mean_old, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    mean, std = mean_old + 0.01 * torch.randn(3, 2, 4, 4), torch.full((3, 1, 1, 1), 0.3)
+    x = mean_old + std * noise
+    change = log_prob(x, mean, std) - log_prob(x, mean_old, std)
+    expected = (noise * (mean - mean_old)).flatten(1).mean(1)
+    torch.testing.assert_close(guarded(change, mean, mean_old, std), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_kl_is_that_of_two_gaussians():
+    mean, other, std = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3), torch.full((2, 1, 1, 1), 0.7)
+    p, q = (torch.distributions.Normal(m, std) for m in (mean, other))
+    expected = torch.distributions.kl_divergence(p, q).flatten(1).mean(1)
+    torch.testing.assert_close(mean_distance(mean, other, std), expected)
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "dance"])
+def test_the_sde_keeps_a_gaussians_marginals(dynamics):
+    """Data N(0, 0.25): x_sigma has variance (1 - sigma)^2 / 4 + sigma^2 and a velocity in closed form."""
+    torch.manual_seed(0)
+    grid = torch.linspace(1, 0.05, 400)
+    x = torch.randn(20000, 1)
+    for s, s_next in pairwise(grid):
+        variance = (1 - s) ** 2 / 4 + s**2
+        v = x * (s - (1 - s) / 4) / variance
+        at = (s.expand(len(x)), s_next.expand(len(x)))
+        mean, std = stochastic_step(dynamics, x, v, *at, 0.5, grid[1])
+        x = mean + std * torch.randn_like(x)
+    expected = ((1 - grid[-1]) ** 2 / 4 + grid[-1] ** 2).sqrt()
+    assert abs(x.std() / expected - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        FlowGRPO(group_size=8, num_steps=4, beta=0.0, guidance_scale=1.0, clip_range=1e-2),
+        DiffusionNFT(group_size=8, num_steps=4, beta=1.0, decay_type=0),
+    ],
+    ids=named,
+)
+def test_it_learns_to_please_a_simple_reward(algorithm):
+    policy, rewards = toy_policy(), []
+    optimizer = torch.optim.Adam(policy.trained.values(), lr=3e-3)
+    settings = Train(steps=40, micro_batch=1000)
+    for step in range(40):
+        items = collected(algorithm, policy, prompts=4, step=step, chunk=1000)
+        rewards.append(items.metrics["reward"].item())
+        update(algorithm, policy, items, optimizer, settings, step + 1, on_policy=True)
+        algorithm.after_batch(policy, step + 1)
+        policy.roles = {k: v for k, v in policy.roles.items() if k == "none"}
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.5
+
+
+def test_items_in_parts_are_all_there_once():
+    items = replace(collected(ONLINE[0], toy_policy()), metrics={})
+    parts = list(items.parts(5))
+    assert [len(p) for p in parts] == [7, 7, 7, 7, 8]
+    assert torch.equal(torch.cat([p.latents for p in parts]), items.latents)
