@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,10 +89,8 @@ def _prompts(place: Place, prompts: PromptFile | ShapesPrompts) -> Iterator[Prob
 
 def _rewards(place: Place, rewards: Sequence[Reward]) -> Iterator[Problem]:
     for i, reward in enumerate(rewards):
-        for package in reward.requires:
-            if importlib.util.find_spec(package) is None:
-                words = f"{reward.type} needs the package {package!r}: pip install 'posttrain[rewards]'"
-                yield (*place, i), words
+        if (words := reward.problem()) is not None:
+            yield (*place, i), words
 
 
 def _file(place: Place, file: Path) -> Iterator[Problem]:

@@ -46,7 +46,9 @@ def evaluate(
             f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels "
             f"that this model needs; the nearest are {near}"
         )
-    scorers = {reward.type: checked(reward.type, reward.load(model.device)) for reward in evaluation.rewards}
+    scorers = {
+        reward.label: checked(reward.label, reward.load(model.device)) for reward in evaluation.rewards
+    }
     samples = _samples(prompt_rows(evaluation.prompts), evaluation.images_per_prompt)
     shown = _shown(samples, evaluation.grid)
     spent, started, records = policy.forward_equivalents, time.monotonic(), []
@@ -125,7 +127,7 @@ def _summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, d
     groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
     found = {}
     for name in records[0]["scores"]:
-        reward = next(r for r in rewards if r.type == name.split("/")[0])
+        reward = next(r for r in rewards if r.label == name.split("/")[0])
         values = np.array([record["scores"][name] for record in records])
         low, high = bootstrap_interval(values, groups=groups)
         found[name] = {

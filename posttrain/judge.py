@@ -49,8 +49,8 @@ class Judge:
 
     def __init__(self, model: FlowModel, rewards: Sequence[Reward], failures: Path) -> None:
         self.model, self.failures = model, failures
-        self.scorers = {r.type: checked(r.type, r.load(model.device)) for r in rewards}
-        self.weights = {r.type: r.weight if r.higher_is_better else -r.weight for r in rewards}
+        self.scorers = {r.label: checked(r.label, r.load(model.device)) for r in rewards}
+        self.weights = {r.label: r.weight if r.higher_is_better else -r.weight for r in rewards}
         """Of the weighted sum to maximise: negative for a reward where lower is better."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
 

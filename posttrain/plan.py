@@ -48,7 +48,7 @@ def plan(recipe: Recipe) -> RenderableType:
     lines += [f"{stage.name}: data {_data(stage)}" for stage in recipe.stages]
     if (e := recipe.evaluation) is not None:
         prompts = _prompts(e.prompts)
-        names = ", ".join(reward.type for reward in e.rewards)
+        names = ", ".join(reward.label for reward in e.rewards)
         lines.append(
             f"evaluation: base and every stage on {prompts}, {e.images_per_prompt} image(s) each at "
             f"{e.resolution} px, {e.steps} {e.solver} steps, guidance {e.guidance}; scores: {names}"
@@ -85,7 +85,7 @@ def _data(stage: Stage) -> str:
         return (
             f"{_prompts(data.prompts)} at {data.resolution} px; an iteration: {groups} prompts x {size} "
             f"samples = {stage.train.batch_size} images, {per_batch} optimizer step(s); rewards: "
-            + ", ".join(f"{r.type} x {r.weight:g}" for r in stage.rewards)
+            + ", ".join(f"{r.label} x {r.weight:g}" for r in stage.rewards)
         )
     if isinstance(data, Images):
         return f"{data.images}, resolution {data.resolution or 'as named in its rows'}"

@@ -147,7 +147,7 @@ class Stage(Spec):
 
 
 def _no_reward_twice(rewards: list[Reward]) -> None:
-    kinds = [reward.type for reward in rewards]
+    kinds = [reward.label for reward in rewards]
     if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
         raise at(("rewards",), f"{', '.join(sorted(twice))} is given twice")
 
@@ -176,7 +176,7 @@ class Evaluation(Spec):
     @model_validator(mode="after")
     def _rewards_differ(self) -> Self:
         _no_reward_twice(self.rewards)
-        if weighted := [reward.type for reward in self.rewards if reward.weight != 1]:
+        if weighted := [reward.label for reward in self.rewards if reward.weight != 1]:
             raise ValueError(
                 f"rewards: an evaluation reports each score by itself, so the weight of "
                 f"{', '.join(weighted)} would have no effect: remove it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,19 @@ class Reward(Named, ABC):
 
     weight: float = Field(1.0, gt=0)
     """How much this reward counts in the weighted sum that an online algorithm maximises."""
+
+    @property
+    def label(self) -> str:
+        """What the scores are called in tables and records."""
+        return self.type
+
+    def problem(self) -> str | None:
+        """Why the reward cannot be loaded, as far as can be seen without loading; None if it can."""
+        missing = [package for package in self.requires if importlib.util.find_spec(package) is None]
+        if not missing:
+            return None
+        names = ", ".join(map(repr, missing))
+        return f"{self.type} needs the package(s) {names}: pip install 'posttrain[rewards]'"
 
     @abstractmethod
     def load(self, device: torch.device) -> Scorer:

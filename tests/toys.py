@@ -72,6 +72,6 @@ def online_batch(model, prompts=3, group_size=4, step=0):
 def toy_judge(model, reward=None):
     """By default images score the more, the greater their values."""
     score = reward or (lambda images: images.flatten(1).mean(1))
-    kind = SimpleNamespace(type="toy", weight=1.0, higher_is_better=True)
+    kind = SimpleNamespace(label="toy", weight=1.0, higher_is_better=True)
     kind.load = lambda device: lambda images, prompts, rows: Scores(score(images))
     return Judge(model, [kind], Path("unused"))
