@@ -82,7 +82,7 @@ def _train(
     reference = _reference(recipe, stage, model, folder)
     sources = _sources(recipe, recipe.parent(stage), folder)
     for source in sources:
-        model.load_weights(source)
+        model.load_weights(source, merge=stage.tune.merges)
     description = describe(spec, sources, stage, folder / stage.name / "final")
     run_stage(recipe, stage, model, folder, description, console, reference)
 

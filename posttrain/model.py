@@ -102,6 +102,6 @@ class FlowModel(ABC):
         """Write the trained adapter as other tools load it."""
 
     @abstractmethod
-    def load_weights(self, source: Path) -> None:
-        """Replace the transformer's weights by those of a folder that :meth:`save` or :meth:`save_lora`
-        wrote; an adapter is merged. Raises ModelError where anything is missing or does not fit."""
+    def load_weights(self, source: Path, merge: bool = True) -> None:
+        """Replace the transformer's weights by those of a folder that :meth:`save` wrote, or add an adapter
+        that :meth:`save_lora` wrote: merged into the weights, or kept beside them, active. Raises ModelError where anything is missing or does not fit."""

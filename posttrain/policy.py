@@ -74,9 +74,11 @@ class Policy:
             self.static.add(name)
 
     def named(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``weights`` of a transformer without adapters, under the names they have beside adapters."""
+        """``weights`` of a transformer without adapters, under the names they have beside adapters, and
+        adapters that add nothing to them."""
         plain = {name.replace(".base_layer.", "."): name for name in self.parameters}
-        return {plain[name]: tensor for name, tensor in weights.items()}
+        silent = {name: torch.zeros_like(p) for name, p in self.parameters.items() if ".lora_B." in name}
+        return {plain[name]: tensor for name, tensor in weights.items()} | silent
 
     @torch.no_grad()
     def move_role(self, name: str, decay: float) -> None:

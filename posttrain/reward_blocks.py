@@ -9,8 +9,9 @@ def reward_blocks(value: Any) -> Any:
     """``value`` as a list of reward blocks, each with its ``type``.
 
     A name, a list of names and blocks, and a mapping from names to a weight, a block of settings or
-    nothing are all taken, and ``module:function`` is the name of a function of one's own; anything else is returned as it is, for the schema to refuse. Raises ValueError
-    for a block that does not say which reward it is: a schema that knows only one would take it for that.
+    nothing are all taken, and ``module:function`` is the name of a function of one's own; anything else
+    is returned as it is, for the schema to refuse. Raises ValueError for a block that does not say which
+    reward it is: a schema that knows only one would take it for that.
     """
     if isinstance(value, str):
         return [_block(value, None)]

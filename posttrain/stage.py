@@ -63,8 +63,7 @@ def run_stage(
     for role in stage.algorithm.roles | ({EMA} if settings.ema is not None else set()):
         weights = None
         if role == REFERENCE and reference is not None:
-            # an adapter that has not moved adds nothing to the weights under it
-            weights = policy.named(reference) | policy.trained if stage.tune.type == "lora" else reference
+            weights = policy.named(reference)
         policy.add_role(role, weights, moves=role != REFERENCE)
     optimizer = adamw(policy, settings)
     reset_peak_memory(device)

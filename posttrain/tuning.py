@@ -21,6 +21,11 @@ ADAPTER = "default"
 class Tune(Named, ABC):
     """A stage's ``tune`` block."""
 
+    @property
+    def merges(self) -> bool:
+        """Whether adapters of the stages before are to be merged into the weights."""
+        return True
+
     @abstractmethod
     def apply(self, transformer: nn.Module, seed: int) -> None:
         """Mark what is trained (``requires_grad``, float32) and freeze the rest."""
@@ -66,12 +71,17 @@ class Lora(Tune):
         min_length=1,
     )
     """Name endings of the linear layers that get an adapter (whole dotted parts)."""
+    before: Literal["merge", "stack"] = "merge"
+    """Adapters of the stages before are merged into the weights, or kept beside them, frozen (``stack``),
+    so that weights of half precision are not rounded again."""
 
     def apply(self, transformer: nn.Module, seed: int) -> None:
         import torch
         from peft import LoraConfig
 
-        names = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+        linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+        # beside adapters of the stages before, a layer is called <name>.base_layer
+        names = [n.removesuffix(".base_layer") for n in linear if ".lora_" not in n]
         if unmatched := [t for t in self.targets if not any(self._matches(n, t) for n in names)]:
             raise ModelError(
                 f"tune.targets: no linear layer of the transformer ends in "
@@ -90,9 +100,17 @@ class Lora(Tune):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+        if len(adapters := list(transformer.peft_config)) > 1:  # type: ignore[arg-type]
+            transformer.set_adapters(adapters)  # type: ignore[operator]
+            for name, parameter in transformer.named_parameters():
+                parameter.requires_grad_(f".{ADAPTER}." in name)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+    @property
+    def merges(self) -> bool:
+        return self.before == "merge"
 
     def trainable_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         matched = [

@@ -157,15 +157,17 @@ class SD3FlowModel(FlowModel):
             transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
         )
 
-    def load_weights(self, source: Path) -> None:
+    def load_weights(self, source: Path, merge: bool = True) -> None:
         lora = source / "pytorch_lora_weights.safetensors"
         if not lora.is_file():
             _weights.load_component(self.transformer, source)
             return
         with _weights.quiet(), _weights.explained(str(lora)):
-            self.pipeline.load_lora_weights(str(source), adapter_name="parent")
-            self.pipeline.fuse_lora(components=["transformer"], adapter_names=["parent"])
-            self.pipeline.unload_lora_weights()
+            name = f"before_{len(getattr(self.transformer, 'peft_config', {}))}"
+            self.pipeline.load_lora_weights(str(source), adapter_name=name)
+            if merge:
+                self.pipeline.fuse_lora(components=["transformer"], adapter_names=[name])
+                self.pipeline.unload_lora_weights()
 
     def _text_encoders(self) -> list[Any]:
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
