@@ -58,8 +58,10 @@ def save(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
     keep: int,
+    protected: int | None = None,
 ) -> Path:
-    """Write the complete training state after ``step`` steps and remove all but the last ``keep``."""
+    """Write the complete training state after ``step`` steps, and remove all but the last ``keep`` and the
+    one of step ``protected``."""
     target = folder / f"step-{step:08d}"
     state = {
         "step": step,
@@ -72,7 +74,8 @@ def save(
     with published(target) as part:
         torch.save(state, part / STATE)
     for old in saved(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != f"step-{protected if protected is not None else -1:08d}":
+            shutil.rmtree(old)
     return target
 
 

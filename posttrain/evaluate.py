@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,11 @@ from posttrain.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
+    from posttrain.model import FlowModel
     from posttrain.recipe import Evaluation
-    from posttrain.reward import Reward
+    from posttrain.reward import Reward, Scorer
 
 Row = Mapping[str, Any]
 
@@ -46,41 +48,17 @@ def evaluate(
             f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels "
             f"that this model needs; the nearest are {near}"
         )
-    scorers = {
-        reward.label: checked(reward.label, reward.load(model.device)) for reward in evaluation.rewards
-    }
     samples = _samples(prompt_rows(evaluation.prompts), evaluation.images_per_prompt)
     shown = _shown(samples, evaluation.grid)
     spent, started, records = policy.forward_equivalents, time.monotonic(), []
     with published(folder) as part, stage_progress(f"evaluate {name}", len(samples), 0, console) as bar:
         (part / "grid").mkdir()
-        for start in range(0, len(samples), evaluation.batch_size):
-            chunk = samples[start : start + evaluation.batch_size]
-            prompts = [row["prompt"] for row, _ in chunk]
-            images = sample_images(
-                policy,
-                prompts,
-                [index for _, index in chunk],
-                resolution=evaluation.resolution,
-                steps=evaluation.steps,
-                guidance=evaluation.guidance,
-                solver=evaluation.solver,
-                seed=evaluation.seed,
-            ).cpu()
-            scores = {
-                kind: score(images, prompts, [row for row, _ in chunk]) for kind, score in scorers.items()
-            }
-            for i, (row, index) in enumerate(chunk):
-                values = {}
-                for kind, result in scores.items():
-                    values[kind] = float(result.value[i])
-                    values |= {f"{kind}/{detail}": float(v[i]) for detail, v in result.details.items()}
-                records.append(
-                    {"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values}
-                )
-                if start + i in shown:
-                    to_pil(images[i : i + 1])[0].save(part / "grid" / f"{shown[start + i]:03d}.png")
-            bar.update(min(start + len(chunk), len(samples)))
+        for found, images in scored(policy, evaluation, samples, scorers_of(evaluation, model)):
+            for i, image in enumerate(to_pil(images), len(records)):
+                if i in shown:
+                    image.save(part / "grid" / f"{shown[i]:03d}.png")
+            records += found
+            bar.update(len(records))
         summary = {
             "images": len(records),
             "prompts": len({record["prompt"] for record in records}),
@@ -99,6 +77,43 @@ def evaluate(
         (part / "summary.json").write_text(json.dumps(summary, indent=2))
     policy.forward_equivalents = spent
     return summary
+
+
+def scorers_of(evaluation: Evaluation, model: FlowModel) -> dict[str, Scorer]:
+    """The evaluation's rewards, loaded, by name."""
+    return {r.label: checked(r.label, r.load(model.device)) for r in evaluation.rewards}
+
+
+def scored(
+    policy: Policy,
+    evaluation: Evaluation,
+    samples: Sequence[tuple[Row, int]],
+    scorers: Mapping[str, Scorer],
+) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+    """Records and images (n, 3, h, w) of the samples, (prompt row, image index), a batch at a time."""
+    for start in range(0, len(samples), evaluation.batch_size):
+        chunk = samples[start : start + evaluation.batch_size]
+        rows = [row for row, _ in chunk]
+        prompts = [row["prompt"] for row in rows]
+        images = sample_images(
+            policy,
+            prompts,
+            [index for _, index in chunk],
+            resolution=evaluation.resolution,
+            steps=evaluation.steps,
+            guidance=evaluation.guidance,
+            solver=evaluation.solver,
+            seed=evaluation.seed,
+        ).cpu()
+        scores = {name: score(images, prompts, rows) for name, score in scorers.items()}
+        records = []
+        for i, (row, index) in enumerate(chunk):
+            values = {}
+            for name, result in scores.items():
+                values[name] = float(result.value[i])
+                values |= {f"{name}/{detail}": float(v[i]) for detail, v in result.details.items()}
+            records.append({"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values})
+        yield records, images
 
 
 def _samples(rows: Sequence[Row], images_per_prompt: int) -> list[tuple[Row, int]]:

@@ -104,4 +104,5 @@ class FlowModel(ABC):
     @abstractmethod
     def load_weights(self, source: Path, merge: bool = True) -> None:
         """Replace the transformer's weights by those of a folder that :meth:`save` wrote, or add an adapter
-        that :meth:`save_lora` wrote: merged into the weights, or kept beside them, active. Raises ModelError where anything is missing or does not fit."""
+        that :meth:`save_lora` wrote: merged into the weights, or kept beside them, active. Raises
+        ModelError where anything is missing or does not fit."""

@@ -19,7 +19,14 @@ INTERVAL_SECONDS = 10.0
 class StageProgress(Protocol):
     """A running display."""
 
-    def update(self, done: int, *, loss: float | None = None, images_per_second: float | None = None) -> None:
+    def update(
+        self,
+        done: int,
+        *,
+        loss: float | None = None,
+        reward: float | None = None,
+        images_per_second: float | None = None,
+    ) -> None:
         """Show that ``done`` of the total are done."""
 
 
@@ -51,8 +58,15 @@ class _Bar:
     def __init__(self, progress: Progress, task: TaskID, narrow: bool) -> None:
         self.progress, self.task, self.narrow = progress, task, narrow
 
-    def update(self, done: int, *, loss: float | None = None, images_per_second: float | None = None) -> None:
-        figures = _figures(loss, None if self.narrow else images_per_second)
+    def update(
+        self,
+        done: int,
+        *,
+        loss: float | None = None,
+        reward: float | None = None,
+        images_per_second: float | None = None,
+    ) -> None:
+        figures = _figures(loss, reward, None if self.narrow else images_per_second)
         self.progress.update(self.task, completed=done, figures=figures)
 
 
@@ -61,19 +75,28 @@ class _Lines:
         self.name, self.total, self.start, self.console = name, total, start, console
         self.began = self.printed = time.monotonic()
 
-    def update(self, done: int, *, loss: float | None = None, images_per_second: float | None = None) -> None:
+    def update(
+        self,
+        done: int,
+        *,
+        loss: float | None = None,
+        reward: float | None = None,
+        images_per_second: float | None = None,
+    ) -> None:
         now = time.monotonic()
         if done < self.total and now - self.printed < INTERVAL_SECONDS:
             return
         self.printed = now
         left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
-        figures = _figures(loss, images_per_second)
+        figures = _figures(loss, reward, images_per_second)
         line = f"{self.name}  {done}/{self.total}  {figures + '  ' if figures else ''}ETA {_clock(left)}"
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _figures(loss: float | None, rate: float | None) -> str:
-    parts = [f"loss {loss:.4f}"] if loss is not None else []
+def _figures(loss: float | None, reward: float | None, rate: float | None) -> str:
+    # a policy gradient's loss hovers around 0 and says nothing; its reward does
+    parts = [f"reward {reward:.3f}"] if reward is not None else []
+    parts += [f"loss {loss:.4f}"] if loss is not None and reward is None else []
     return "  ".join(parts + ([f"{rate:.1f} images/s"] if rate is not None else []))
 
 

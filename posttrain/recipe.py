@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from posttrain.algorithm import Algorithm
 from posttrain.data.spec import AnyData, AnyPrompts, PromptData
 from posttrain.model import DtypeName, Model
+from posttrain.monitor import Monitor
 from posttrain.reward import Reward
 from posttrain.reward_blocks import reward_blocks
 from posttrain.solvers import Solver
@@ -110,6 +111,8 @@ class Stage(Spec):
     reference: str | None = None
     """What an online algorithm is held to by its KL term: ``base``, an earlier stage, or a folder that a
     stage wrote; what the stage starts from by default."""
+    monitor: Monitor | None = None
+    """Held-out scores while the stage trains, and alarms; none by default."""
     tune: Annotated[Full | Lora, Field(discriminator="type")] = Full()
     train: Train
     export_dtype: DtypeName = "fp32"
@@ -136,6 +139,11 @@ class Stage(Spec):
         if self.reference is not None and "reference" not in self.algorithm.roles:
             words = f"{kind}, as it is set here, has no reference, so it would have no effect: remove it"
             raise at(("reference",), words)
+        if self.monitor is not None and self.monitor.every % self.train.steps_per_batch:
+            words = (
+                f"{self.monitor.every} is no multiple of train.steps_per_batch, {self.train.steps_per_batch}"
+            )
+            raise at(("monitor", "every"), words)
         _no_reward_twice(self.rewards)
         size, batch = self.algorithm.samples_per_prompt, self.train.batch_size
         if batch % size:
@@ -219,6 +227,9 @@ class Recipe(Spec):
             if not is_path(reference) and reference not in before:
                 known = ", ".join(map(repr, before))
                 raise at(("stages", i, "reference"), f"no stage {reference!r} before this one: {known}")
+            if stage.monitor is not None and self.evaluation is None:
+                words = "reads the evaluation's prompts and rewards, and the recipe has no evaluation"
+                raise at(("stages", i, "monitor"), words)
             before.append(stage.name)
         return self
 

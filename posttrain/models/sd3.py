@@ -160,6 +160,8 @@ class SD3FlowModel(FlowModel):
     def load_weights(self, source: Path, merge: bool = True) -> None:
         lora = source / "pytorch_lora_weights.safetensors"
         if not lora.is_file():
+            if getattr(self.transformer, "peft_config", None):
+                self.pipeline.unload_lora_weights()  # the new weights have what they were started from
             _weights.load_component(self.transformer, source)
             return
         with _weights.quiet(), _weights.explained(str(lora)):

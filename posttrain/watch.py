@@ -1,0 +1,260 @@
+"""What happens around the steps of a stage: samples, held-out scores, checkpoints, records, and the bill."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from posttrain import checkpoint
+from posttrain.algorithm import Batch, Tools
+from posttrain.data.prompts import prompt_rows
+from posttrain.device import peak_memory
+from posttrain.errors import TrainingError
+from posttrain.evaluate import scored, scorers_of
+from posttrain.feeds import Feed
+from posttrain.grids import grid
+from posttrain.judge import Judge
+from posttrain.monitor import Action, collapsed, hacking
+from posttrain.policy import Policy
+from posttrain.progress import StageProgress
+from posttrain.records import Tracker
+from posttrain.sampling import sample_images
+from posttrain.trainer import EMA
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posttrain.recipe import Recipe, Stage
+
+SHOWN = 8
+"""Prompts in a stage's image grids."""
+
+
+@dataclass
+class Account:
+    """What a stage did so far: the part of a checkpoint that is neither weights nor optimizer."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    next_batch: int = 0
+    updates: int = 0
+    """Optimizer steps that were taken, those without an item to train on not counted."""
+    rewards: list[float] = field(default_factory=list)
+    """The training reward's mean between readings."""
+    spreads: list[float] = field(default_factory=list)
+    """The reward's spread within groups, of each batch."""
+    readings: list[dict[str, list[float]]] = field(default_factory=list)
+    """The held-out scores of each reading."""
+    good: int | None = None
+    """Step of the last reading without an alarm."""
+    alarms: list[str] = field(default_factory=list)
+
+
+def samples_shown(recipe: Recipe, feed: Feed) -> tuple[list[str], dict[str, Any]]:
+    """The prompts of a stage's image grids, and how :func:`posttrain.sampling.sample_images` draws them."""
+    if (evaluation := recipe.evaluation) is not None:
+        prompts = [row["prompt"] for row in prompt_rows(evaluation.prompts)]
+        settings = evaluation.model_dump(include={"resolution", "steps", "guidance", "solver", "seed"})
+    else:
+        prompts = feed.prompts
+        settings = {"resolution": feed.size[0], "steps": 40, "guidance": 4.5}
+    return list(dict.fromkeys(prompts))[:SHOWN], settings
+
+
+class StageWatch:
+    """The loop's :class:`posttrain.trainer.Watch`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        folder: Path,
+        tracker: Tracker,
+        bar: StageProgress,
+        account: Account,
+        feed: Feed,
+        judge: Judge,
+        console: Console,
+    ) -> None:
+        self.recipe, self.stage, self.policy, self.optimizer = recipe, stage, policy, optimizer
+        self.folder, self.tracker, self.bar, self.console = folder, tracker, bar, console
+        self.feed, self.judge, self.account = feed, judge, account
+        self.since = time.monotonic()
+        self.before, self.here = account.samples, 0.0
+        self.shown, self.sampler = samples_shown(recipe, feed)
+        self.ended_at: int | None = None
+        self._pending: dict[int, list[Tensor]] = {}
+
+    def batches(self) -> Iterator[tuple[Batch, Tools]]:
+        """The batches that are still to come, each with the tools to collect it."""
+        recipe, model = self.recipe, self.policy.model
+        key = (recipe.seed, recipe.depth(self.stage))
+        for number, batch, draws in self.feed.batches(key, self.account.next_batch):
+            # a batch that cannot be used is passed over, so this is not the optimizer's step
+            self.account.next_batch = number + 1
+            sigmas = functools.partial(model.sigmas, height=self.feed.size[0], width=self.feed.size[1])
+            yield batch, Tools(self.policy, draws, sigmas, self.judge)
+
+    def before_batch(self, step: int) -> bool:
+        settings = self.stage.train
+        self._pause()
+        if settings.sample_every and step % settings.sample_every == 0:
+            self._sample(step)
+        monitor = self.stage.monitor
+        if monitor is not None and step % monitor.every == 0:
+            self._read(step)
+        if step and step % settings.checkpoint_every == 0 and self.ended_at is None:
+            self.save(step)
+        self._go_on()
+        return self.ended_at is None
+
+    def after_step(self, step: int, samples: int, metrics: dict[str, Tensor]) -> None:
+        self.account.samples += samples
+        self.account.updates += "skipped_steps" not in metrics
+        if self.stage.monitor is not None and "reward" in metrics and (step - 1) % self._steps_per_batch == 0:
+            self._pending[step] = [metrics["reward"], metrics["reward_group_std"]]
+        if step % self.stage.train.log_every and step not in (1, self.stage.train.steps):
+            return
+        values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+        histograms = {name: value.tolist() for name, value in metrics.items() if value.ndim == 1}
+        self._pause()
+        rate = (self.account.samples - self.before) / max(self.here, 1e-9)
+        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
+        values["forward_equivalents"] = self.policy.forward_equivalents
+        self.tracker.log(step, values, histograms)
+        self.bar.update(step, loss=values.get("loss"), reward=values.get("reward"), images_per_second=rate)
+        self._go_on()
+
+    def finish(self) -> None:
+        """Show, read and save the trained weights: the last step always is."""
+        if self.ended_at is not None:
+            return
+        self._pause()
+        last = self.stage.train.steps
+        if self.stage.train.sample_every:
+            self._sample(last)
+        if self.stage.monitor is not None:
+            self._read(last)
+        if self.ended_at is None:
+            self.save(last)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of the state after ``step`` steps, unless there is one."""
+        folder, keep = self.folder / "checkpoints", self.stage.train.keep_checkpoints
+        if not any(p.name == f"step-{step:08d}" for p in checkpoint.saved(folder)):
+            extra = asdict(self.account)
+            checkpoint.save(folder, step, self.policy, self.optimizer, extra, keep, self.account.good)
+
+    def summary(self) -> dict:
+        """What the stage cost and did, for ``stage.json``. Raises TrainingError where nothing was trained."""
+        if not self.account.updates or not self.policy.trained:
+            raise TrainingError(
+                f"stage {self.stage.name!r} trained nothing"
+                + (": no group of samples had a spread of rewards" if self.account.samples else "")
+            )
+        return {
+            "steps": self.stage.train.steps if self.ended_at is None else self.ended_at,
+            "updates": self.account.updates,
+            "samples": self.account.samples,
+            "seconds": self.account.seconds,
+            "forward_equivalents": self.policy.forward_equivalents,
+            "images_per_second": self.account.samples / self.account.seconds,
+            "peak_memory_bytes": peak_memory(self.policy.model.device),
+            "trainable_parameters": sum(p.numel() for p in self.policy.trained.values()),
+            "skipped": self.feed.skipped(),
+            "alarms": self.account.alarms,
+        }
+
+    @property
+    def _steps_per_batch(self) -> int:
+        return self.stage.train.steps_per_batch
+
+    def _sample(self, step: int) -> None:
+        """Draw the same prompts from the same noise, with the weights that would be exported."""
+        spent = self.policy.forward_equivalents
+        with self.policy.using(EMA if EMA in self.policy.roles else None):
+            images = sample_images(self.policy, self.shown, [0] * len(self.shown), **self.sampler)
+        self.policy.forward_equivalents = spent
+        picture = grid(images.cpu(), 4, captions=self.shown)
+        (self.folder / "samples").mkdir(exist_ok=True)
+        picture.save(self.folder / "samples" / f"step-{step:08d}.png")
+        self.tracker.image("samples", step, picture)
+
+    @functools.cached_property
+    def _scorers(self) -> dict:
+        assert self.recipe.evaluation is not None, "the recipe's validation requires it"
+        return scorers_of(self.recipe.evaluation, self.policy.model)
+
+    def _read(self, step: int) -> None:
+        """Score held-out prompts, and act on an alarm."""
+        evaluation, monitor, account = self.recipe.evaluation, self.stage.monitor, self.account
+        assert evaluation is not None, "the recipe's validation requires it"
+        assert monitor is not None, "called where there is one"
+        samples = [(row, 0) for row in prompt_rows(evaluation.prompts)[: monitor.prompts]]
+        spent = self.policy.forward_equivalents
+        with self.policy.using(EMA if EMA in self.policy.roles else None):
+            records = [
+                r for found, _ in scored(self.policy, evaluation, samples, self._scorers) for r in found
+            ]
+        self.policy.forward_equivalents = spent
+        reading = {
+            r.label: [record["scores"][r.label] * (1 if r.higher_is_better else -1) for record in records]
+            for r in evaluation.rewards
+        }
+        means = {f"heldout/{name}": sum(values) / len(values) for name, values in reading.items()}
+        self.tracker.log(step, means)
+        account.readings.append(reading)
+        pending = [[value.item() for value in pair] for _, pair in sorted(self._pending.items())]
+        self._pending.clear()
+        account.spreads += [spread for _, spread in pending]
+        account.rewards.append(sum(r for r, _ in pending) / len(pending) if pending else float("-inf"))
+        for kind, action, words in (
+            (
+                "reward_hacking",
+                monitor.reward_hacking,
+                hacking(account.rewards, account.readings, monitor.window),
+            ),
+            ("spread_collapse", monitor.spread_collapse, collapsed(account.spreads, monitor.spread_fraction)),
+        ):
+            if words is not None:
+                self._alarm(step, kind, action, words)
+                return
+        if "rollback" in (monitor.reward_hacking, monitor.spread_collapse):
+            account.good = step
+            self.save(step)
+
+    def _alarm(self, step: int, kind: str, action: Action, words: str) -> None:
+        text = f"{self.stage.name}, step {step}: {kind}: {words}"
+        self.tracker.log(step, {f"alarm/{kind}": 1.0})
+        if action == "stop":
+            raise TrainingError(f"{text} (monitor.{kind}: stop)")
+        self.account.alarms.append(text)
+        self.console.print(f"[yellow]{text}[/yellow]", highlight=False)
+        good = self.account.good
+        if action == "warn" or good is None:
+            return
+        folder, alarms = self.folder / "checkpoints", self.account.alarms
+        for later in checkpoint.saved(folder):
+            if int(later.name.removeprefix("step-")) > good:
+                shutil.rmtree(later)
+        _, extra = checkpoint.restore(checkpoint.saved(folder)[-1], self.policy, self.optimizer)
+        self.account, self.ended_at = Account(**{**extra, "alarms": alarms}), good
+        self.console.print(f"[yellow]{self.stage.name}: rolled back to step {good}, where it ends[/yellow]")
+
+    def _pause(self) -> None:
+        passed = time.monotonic() - self.since
+        self.account.seconds += passed
+        self.here += passed
+
+    def _go_on(self) -> None:
+        self.since = time.monotonic()
