@@ -42,8 +42,8 @@ def hacking(
 ) -> str | None:
     """What to say where the reward rose and a held-out score fell; None where all is well.
 
-    ``rewards`` has the training reward's mean up to each reading (-inf where there was no batch), and ``readings`` each score's values, the
-    higher the better, of the same samples in the same order.
+    ``rewards`` has the training reward's mean up to each reading (-inf where there was no batch), and
+    ``readings`` each score's values, the higher the better, of the same samples in the same order.
     """
     if len(readings) < window or not rewards[-1] > rewards[-window] > -inf:
         return None

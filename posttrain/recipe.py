@@ -140,9 +140,7 @@ class Stage(Spec):
             words = f"{kind}, as it is set here, has no reference, so it would have no effect: remove it"
             raise at(("reference",), words)
         if self.monitor is not None and self.monitor.every % self.train.steps_per_batch:
-            words = (
-                f"{self.monitor.every} is no multiple of train.steps_per_batch, {self.train.steps_per_batch}"
-            )
+            words = f"{self.monitor.every} is no multiple of steps_per_batch, {self.train.steps_per_batch}"
             raise at(("monitor", "every"), words)
         _no_reward_twice(self.rewards)
         size, batch = self.algorithm.samples_per_prompt, self.train.batch_size

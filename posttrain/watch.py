@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -51,6 +52,10 @@ class Account:
     """The training reward's mean between readings."""
     spreads: list[float] = field(default_factory=list)
     """The reward's spread within groups, of each batch."""
+    pending: list[float] = field(default_factory=list)
+    """The training reward of each batch since the last reading."""
+    read_at: int | None = None
+    """Step of the last reading."""
     readings: list[dict[str, list[float]]] = field(default_factory=list)
     """The held-out scores of each reading."""
     good: int | None = None
@@ -93,7 +98,6 @@ class StageWatch:
         self.before, self.here = account.samples, 0.0
         self.shown, self.sampler = samples_shown(recipe, feed)
         self.ended_at: int | None = None
-        self._pending: dict[int, list[Tensor]] = {}
 
     def batches(self) -> Iterator[tuple[Batch, Tools]]:
         """The batches that are still to come, each with the tools to collect it."""
@@ -111,7 +115,7 @@ class StageWatch:
         if settings.sample_every and step % settings.sample_every == 0:
             self._sample(step)
         monitor = self.stage.monitor
-        if monitor is not None and step % monitor.every == 0:
+        if monitor is not None and step % monitor.every == 0 and self.account.read_at != step:
             self._read(step)
         if step and step % settings.checkpoint_every == 0 and self.ended_at is None:
             self.save(step)
@@ -121,8 +125,10 @@ class StageWatch:
     def after_step(self, step: int, samples: int, metrics: dict[str, Tensor]) -> None:
         self.account.samples += samples
         self.account.updates += "skipped_steps" not in metrics
-        if self.stage.monitor is not None and "reward" in metrics and (step - 1) % self._steps_per_batch == 0:
-            self._pending[step] = [metrics["reward"], metrics["reward_group_std"]]
+        first = (step - 1) % self.stage.train.steps_per_batch == 0
+        if self.stage.monitor is not None and "reward" in metrics and first:
+            self.account.pending.append(metrics["reward"].item())
+            self.account.spreads.append(metrics["reward_group_std"].item())
         if step % self.stage.train.log_every and step not in (1, self.stage.train.steps):
             return
         values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
@@ -143,7 +149,7 @@ class StageWatch:
         last = self.stage.train.steps
         if self.stage.train.sample_every:
             self._sample(last)
-        if self.stage.monitor is not None:
+        if self.stage.monitor is not None and self.account.read_at != last:
             self._read(last)
         if self.ended_at is None:
             self.save(last)
@@ -175,10 +181,6 @@ class StageWatch:
             "alarms": self.account.alarms,
         }
 
-    @property
-    def _steps_per_batch(self) -> int:
-        return self.stage.train.steps_per_batch
-
     def _sample(self, step: int) -> None:
         """Draw the same prompts from the same noise, with the weights that would be exported."""
         spent = self.policy.forward_equivalents
@@ -203,9 +205,8 @@ class StageWatch:
         samples = [(row, 0) for row in prompt_rows(evaluation.prompts)[: monitor.prompts]]
         spent = self.policy.forward_equivalents
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            records = [
-                r for found, _ in scored(self.policy, evaluation, samples, self._scorers) for r in found
-            ]
+            batches = scored(self.policy, evaluation, samples, self._scorers)
+            records = [record for found, _ in batches for record in found]
         self.policy.forward_equivalents = spent
         reading = {
             r.label: [record["scores"][r.label] * (1 if r.higher_is_better else -1) for record in records]
@@ -214,22 +215,13 @@ class StageWatch:
         means = {f"heldout/{name}": sum(values) / len(values) for name, values in reading.items()}
         self.tracker.log(step, means)
         account.readings.append(reading)
-        pending = [[value.item() for value in pair] for _, pair in sorted(self._pending.items())]
-        self._pending.clear()
-        account.spreads += [spread for _, spread in pending]
-        account.rewards.append(sum(r for r, _ in pending) / len(pending) if pending else float("-inf"))
-        for kind, action, words in (
-            (
-                "reward_hacking",
-                monitor.reward_hacking,
-                hacking(account.rewards, account.readings, monitor.window),
-            ),
-            ("spread_collapse", monitor.spread_collapse, collapsed(account.spreads, monitor.spread_fraction)),
-        ):
-            if words is not None:
-                self._alarm(step, kind, action, words)
-                return
-        if "rollback" in (monitor.reward_hacking, monitor.spread_collapse):
+        account.rewards.append(sum(account.pending) / len(account.pending) if account.pending else -math.inf)
+        account.pending, account.read_at = [], step
+        if words := hacking(account.rewards, account.readings, monitor.window):
+            self._alarm(step, "reward_hacking", monitor.reward_hacking, words)
+        elif words := collapsed(account.spreads, monitor.spread_fraction):
+            self._alarm(step, "spread_collapse", monitor.spread_collapse, words)
+        elif "rollback" in (monitor.reward_hacking, monitor.spread_collapse):
             account.good = step
             self.save(step)
 
