@@ -109,8 +109,8 @@ def _told(entry: dict[str, Any], place: Place, owner: type[BaseModel] | None, so
         types = [t for c in _classes(known.annotation) for t in _types(c)] if known else []
         return f"it has no 'type'; one of {', '.join(types)}" if types else "it has no 'type'"
     if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", str(context["expected"]))
-        return f"{found!r} is not allowed{meant(found, allowed)}; one of {', '.join(allowed)}"
+        allowed = re.findall(r"[\w.-]+", str(context["expected"]).replace(" or ", " "))
+        return f"{found!r} is not allowed{meant(str(found), allowed)}; one of {', '.join(allowed)}"
     if kind in NUMBERS:
         return f"expected {NUMBERS[kind]}, found {_shown(found, place, source)}"
     if kind in BLOCKS or kind == "list_type":

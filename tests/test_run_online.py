@@ -1,0 +1,200 @@
+"""Do online stages chain, hold to their reference, resume, and say what they did?"""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from runs import EVALUATION, recipe, run_quietly, stage
+
+from posttrain import checkpoint
+from posttrain.errors import RewardError, TrainingError
+from posttrain.monitor import collapsed, hacking
+from posttrain.records import read_metrics
+
+LORA = "{type: lora, rank: 2, alpha: 4}"
+SOAR = "{type: soar, trajectory_length: 1}"
+GRPO = "{type: flow_grpo, group_size: 4, num_steps: 4, guidance_scale: 2.0}"
+NFT = "{type: diffusion_nft, group_size: 4, num_steps: 4}"
+PROMPTS = "{prompts: {type: shapes, count: 12}, resolution: 16}"
+TRAIN = (
+    "{steps: 4, batch_size: 8, steps_per_batch: 2, micro_batch: 8, learning_rate: 1e-2, checkpoint_every: 2, "
+    "log_every: 1, sample_every: null}"
+)
+
+
+def online(name, algorithm=GRPO, train=TRAIN, rewards="brightness_of:score", **fields):
+    made = stage(name, algorithm, train, rewards=f"['{rewards}']", **fields)
+    return made.replace("{type: shapes, images: 10, seed: 1}", PROMPTS)
+
+
+@pytest.fixture(autouse=True)
+def brightness(monkeypatch):
+    module = types.ModuleType("brightness_of")
+    module.__spec__ = types.SimpleNamespace(name="brightness_of")
+    module.calls = []
+
+    def score(images, prompts, metadata):
+        module.calls.append((len(prompts), metadata))
+        return images.mean((1, 2, 3))
+
+    module.score = score
+    monkeypatch.setitem(sys.modules, "brightness_of", module)
+    return module
+
+
+def first_kl(folder, name):
+    return read_metrics(folder / name / "metrics.jsonl")[0]["kl"]
+
+
+@pytest.mark.parametrize("before", ["merge", "stack"])
+def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, before):
+    """After soar (LoRA) then grpo (LoRA), the KL at step 0 is exactly 0 to soar, and not to base."""
+    lora = f"{{type: lora, rank: 2, alpha: 4, before: {before}}}"
+    made = recipe(
+        stage("soar", SOAR, TRAIN.replace("steps: 4,", "steps: 6,"), tune=LORA),
+        online("to-soar", start_from="soar", reference="soar", tune=lora),
+        online("to-parent", start_from="soar", tune=lora),
+        online("to-base", start_from="soar", reference="base", tune=lora),
+        online("full-to-base", start_from="soar", reference="base"),
+        online("nft-to-base", NFT, start_from="to-base", reference="base", tune=lora),
+    )
+    run_quietly(made, tmp_path / "run")
+    assert first_kl(tmp_path / "run", "to-soar") == 0
+    assert first_kl(tmp_path / "run", "to-parent") == 0
+    assert first_kl(tmp_path / "run", "to-base") > 0
+    full = first_kl(tmp_path / "run", "full-to-base")
+    assert full == pytest.approx(first_kl(tmp_path / "run", "to-base"), rel=1e-2)
+    assert first_kl(tmp_path / "run", "nft-to-base") > 0
+
+
+def test_a_stacked_adapter_starts_from_the_very_model_that_a_merged_one_does(tmp_path):
+    lora = "{type: lora, rank: 2, alpha: 4, before: "
+    made = recipe(
+        stage("soar", SOAR, TRAIN, tune=LORA),
+        online("merged", start_from="soar", tune=lora + "merge}"),
+        online("stacked", start_from="soar", tune=lora + "stack}"),
+    )
+    run_quietly(made, tmp_path / "run")
+    one, two = (read_metrics(tmp_path / "run" / n / "metrics.jsonl")[0] for n in ("merged", "stacked"))
+    assert one["reward"] == pytest.approx(two["reward"], abs=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO, NFT])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path, algorithm, monkeypatch):
+    made = recipe(online("rl", algorithm, TRAIN.replace("steps: 4,", "steps: 6,")), evaluation=EVALUATION)
+    run_quietly(made, tmp_path / "whole")
+    from posttrain.watch import StageWatch
+
+    def cut(self, step, samples, metrics, original=StageWatch.after_step):
+        original(self, step, samples, metrics)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageWatch, "after_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_quietly(made, tmp_path / "cut")
+    run_quietly(made, tmp_path / "cut")
+    states = [
+        torch.load(checkpoint.saved(tmp_path / n / "rl" / "checkpoints")[-1] / "state.pt", weights_only=True)
+        for n in ("whole", "cut")
+    ]
+    for name, tensor in states[0]["trained"].items():
+        assert torch.equal(tensor, states[1]["trained"][name])
+    assert "reference" not in states[0]["roles"], "a role that never moves is not kept twice"
+    assert [r["step"] for r in read_metrics(tmp_path / "cut" / "rl" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_records_what_its_samples_earned(tmp_path, brightness):
+    run_quietly(recipe(online("rl")), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "rl" / "metrics.jsonl")
+    for key in (
+        "reward",
+        "reward/score",
+        "reward_group_std",
+        "groups_without_spread",
+        "ratio",
+        "kl",
+        "item_bytes",
+    ):
+        assert key in rows[0], key
+    assert rows[0]["ratio"] == pytest.approx(1, abs=1e-6)
+    assert rows[1]["ratio_deviation"] > 0, "the second step on a batch is off its policy"
+    assert sum(rows[0]["advantages"]["counts"]) == 8
+    account = json.loads((tmp_path / "run" / "rl" / "stage.json").read_text())
+    assert (account["samples"], account["updates"]) == (16, 4)
+    rows = [row for n, metadata in brightness.calls for row in metadata]
+    assert len(rows) == 16
+    assert all("include" in row for row in rows)
+
+
+def test_a_reward_that_fails_stops_the_run_and_keeps_what_it_failed_on(tmp_path, brightness):
+    brightness.score = lambda images, prompts, metadata: [float("nan")] * len(prompts)
+    with pytest.raises(RewardError, match=r"reward 'score' returned nan for prompt 'a photo .*failed_reward"):
+        run_quietly(recipe(online("rl")), tmp_path / "run")
+    kept = (tmp_path / "run" / "rl" / "failed_reward" / "prompts.jsonl").read_text().splitlines()
+    assert len(kept) == 8
+    assert (tmp_path / "run" / "rl" / "failed_reward" / json.loads(kept[0])["image"]).is_file()
+    brightness.score = lambda images, prompts, metadata: [1.0]
+    with pytest.raises(RewardError, match="for 8 images"):
+        run_quietly(recipe(online("rl")), tmp_path / "run")
+
+
+def test_a_stage_whose_groups_never_differ_is_an_error(tmp_path, brightness):
+    brightness.score = lambda images, prompts, metadata: [1.0] * len(prompts)
+    with pytest.raises(TrainingError, match="trained nothing: no group of samples had a spread"):
+        run_quietly(recipe(online("rl")), tmp_path / "run")
+
+
+def test_held_out_scores_are_read_and_an_alarm_acts(tmp_path, brightness):
+    """The spread within groups is made to vanish after ten batches."""
+    train = "{steps: 14, batch_size: 8, micro_batch: 8, learning_rate: 1e-3, log_every: 1, checkpoint_every: 4, sample_every: null}"
+
+    def score(images, prompts, metadata):
+        brightness.calls.append((len(prompts), metadata))
+        scale = 1.0 if len(brightness.calls) <= 8 else 1e-4
+        return scale * images.mean((1, 2, 3))
+
+    brightness.score = score
+    monitor = "{every: 2, prompts: 4, spread_collapse: ACTION, reward_hacking: ACTION}"
+
+    def run(action):
+        brightness.calls.clear()
+        made = recipe(
+            online("rl", train=train, monitor=monitor.replace("ACTION", action)), evaluation=EVALUATION
+        )
+        printed = run_quietly(made, tmp_path / action)
+        return printed, json.loads((tmp_path / action / "rl" / "stage.json").read_text())
+
+    printed, account = run("warn")
+    assert account["steps"] == 14
+    assert "spread_collapse: the reward's spread within groups fell" in printed
+    rows = read_metrics(tmp_path / "warn" / "rl" / "metrics.jsonl")
+    assert [r["step"] for r in rows if "heldout/shapes" in r] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert any("alarm/spread_collapse" in r for r in rows)
+    with pytest.raises(TrainingError, match=r"spread_collapse.*monitor.spread_collapse: stop"):
+        run("stop")
+    printed, account = run("rollback")
+    assert "rolled back to step" in printed
+    assert account["steps"] < 14
+    last = checkpoint.saved(tmp_path / "rollback" / "rl" / "checkpoints")[-1]
+    assert last.name == f"step-{account['steps']:08d}"
+
+
+def test_reward_hacking_is_a_rising_reward_and_a_falling_score():
+    good = {"score": [0.5, 0.6, 0.7, 0.6]}
+    worse = {"score": [0.3, 0.4, 0.45, 0.5]}
+    noisy = {"score": [0.1, 0.9, 0.9, 0.4]}
+    assert "'score' fell by 0.1875" in hacking([0.1, 0.2, 0.3], [good, good, worse], 3)
+    assert hacking([0.1, 0.2, 0.3], [good, good, noisy], 3) is None, "within the noise"
+    assert hacking([0.3, 0.2, 0.1], [good, good, worse], 3) is None, "the reward fell too"
+    assert hacking([float("-inf"), 0.1], [good, worse], 2) is None, "there was no reward before"
+    assert hacking([0.1, 0.2], [good, worse], 3) is None, "too few readings"
+
+
+def test_a_collapse_is_a_small_part_of_the_first_spread():
+    assert "fell from 0.2 to 0.01" in collapsed([0.2] * 5 + [0.01] * 5, 0.1)
+    assert collapsed([0.2] * 5 + [0.05] * 5, 0.1) is None
+    assert collapsed([0.2] * 4 + [0.01] * 5, 0.1) is None
