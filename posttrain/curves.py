@@ -61,6 +61,26 @@ def chart(title: str, series: Mapping[str, Series], width: int = 520, height: in
     return Markup("".join(parts) + "</svg>")
 
 
+def histogram(
+    title: str, low: float, high: float, counts: Sequence[int], width: int = 520, height: int = 240
+) -> Markup:
+    """An inline SVG with a bar for each of ``counts``, over equal bins from ``low`` to ``high``."""
+    left, right, top, bottom = 52, 12, 34, 28
+    each, most = (width - left - right) / len(counts), max(*counts, 1)
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
+    parts.append(f'<text class="title" x="{left}" y="14">{escape(title)}</text>')
+    for i, count in enumerate(counts):
+        tall = count / most * (height - top - bottom)
+        x, y = left + i * each, height - bottom - tall
+        bar = f'<rect x="{x:.1f}" y="{y:.1f}" width="{each - 1:.1f}" height="{tall:.1f}" fill="{COLORS[0]}"/>'
+        parts.append(bar)
+    for x, value, anchor in ((left, low, "start"), (width - right, high, "end")):
+        tick = f'<text class="tick" x="{x}" y="{height - 8}" text-anchor="{anchor}">{value:.3g}</text>'
+        parts.append(tick)
+    parts.append(f'<text class="tick" x="{left - 6}" y="{top + 4}" text-anchor="end">{most}</text>')
+    return Markup("".join(parts) + "</svg>")
+
+
 def smoothed(points: Series) -> list[tuple[float, float]]:
     """The running mean over about a tenth of the curve."""
     reach = max(1, len(points) // 20)

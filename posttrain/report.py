@@ -13,7 +13,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.curves import Series, chart
+from posttrain.curves import Series, chart, histogram
 from posttrain.results import Results, StageResult, difference, load_results, short, verdict
 
 LEAST_SHOWN = 96
@@ -38,6 +38,7 @@ def write_report(run: Path) -> Path:
         tags=_tags(results),
         curves=list(_curves(results)),
         grid=_grid(results),
+        alarms=[line for s in results.stages for line in s.account.get("alarms", [])],
         skipped=[(s.name, line) for s in results.stages for line in s.account.get("skipped", [])],
     )
     target = run / "report.html"
@@ -176,14 +177,21 @@ def _curves(results: Results) -> Iterable[Any]:
     trained = [stage for stage in results.stages if stage.metrics]
 
     def series(name: str) -> dict[str, Series]:
-        return {s.name: [(row["step"], row[name]) for row in s.metrics if name in row] for s in trained}
+        return {
+            s.name: [(row["step"], row[name]) for row in s.metrics if isinstance(row.get(name), int | float)]
+            for s in trained
+        }
 
     # any row, not the last: some metrics are logged only now and then
     own = dict.fromkeys(name for stage in trained for row in stage.metrics for name in row)
     first = [name for name in own if name not in (*SMALL, *NO_CURVE)]
-    for name in dict.fromkeys(["loss", *first, *SMALL]):
+    for name in dict.fromkeys(["reward", "loss", *first, *SMALL]):
         if svg := chart(name, series(name)):
             yield svg
+        for stage in trained:
+            binned = [row[name] for row in stage.metrics if isinstance(row.get(name), dict)]
+            if binned:
+                yield histogram(f"{name}, {stage.name}, last batch recorded", **binned[-1])
 
 
 def _grid(results: Results) -> dict[str, Any]:
