@@ -27,7 +27,7 @@ from posttrain.condition import Conditions
 from posttrain.flow import expand, guided, interpolate, shift_sigma
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
-from posttrain.recipe import Train
+from posttrain.train_settings import Train
 from posttrain.trainer import update
 
 WIDTH, TOKENS = 96, 32

@@ -14,7 +14,7 @@ from posttrain.errors import TrainingError
 from posttrain.policy import Policy
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Train
+    from posttrain.train_settings import Train
 
 EMA = "ema"
 """The role of the moving average that is evaluated and exported."""

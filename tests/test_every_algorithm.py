@@ -9,8 +9,8 @@ from toys import toy_batch, toy_policy
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
-from posttrain.recipe import Train
 from posttrain.spec import discover
+from posttrain.train_settings import Train
 from posttrain.trainer import update
 
 ALL = sorted(discover(Algorithm, "posttrain.algorithms"))

@@ -15,7 +15,7 @@ from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, ol
 from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
 from posttrain.errors import TrainingError
 from posttrain.flow import log_prob, stochastic_step
-from posttrain.recipe import Train
+from posttrain.train_settings import Train
 from posttrain.trainer import train, update
 
 ONLINE = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
             return
         what = f"another Shapes data set ({found})" if found else "something else"
         raise DataError(f"{str(folder)!r} holds {what}, not {settings}: give another folder or remove it")
-    part = folder.with_name(f".{folder.name}.part")
+    # a name of its own, since two runs may want the same folder at once
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         (part / "images").mkdir(parents=True)
@@ -56,11 +58,13 @@ def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
                 rows.write(json.dumps(row) + "\n")
                 metadata.write(json.dumps(scene.metadata) + "\n")
         (part / "shapes.json").write_text(json.dumps(settings))
-        if folder.exists():
+        if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
         part.rename(folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
+        if folder.is_dir() and _settings(folder) == settings:
+            return  # another run was faster
         raise DataError(f"cannot write the Shapes data set {str(folder)!r}: {error}") from error
 
 

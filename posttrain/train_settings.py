@@ -1,0 +1,64 @@
+"""How is a stage optimised? The ``train`` block of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from posttrain.spec import Spec, at
+
+
+class Train(Spec):
+    """How a stage is optimised."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(32, ge=1)
+    """Samples in one batch, over all processes: of images, what one optimizer step sees; of prompts, the
+    samples that one iteration draws and scores."""
+    steps_per_batch: int = Field(1, ge=1)
+    """Optimizer steps on one batch, each on an equal part of it."""
+    micro_batch: int = Field(8, ge=1)
+    """Items in one forward-backward: bounds the memory, does not change the result. Items are samples, and
+    for SOAR their auxiliary points too."""
+    learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Of the learning rate after the warm-up; ``cosine`` and ``linear`` end at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(1e-2, ge=0)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient's norm is clipped to this."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of the moving average that is evaluated and exported; none by default."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the transformer's forward; bf16 is autocast, with trained weights and optimizer in float32."""
+    gradient_checkpointing: bool = False
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_every: int | None = Field(500, ge=1)
+    """Steps between image grids, the first before any training and the last after it; null for none. They
+    show the first prompts of the evaluation, as it samples them, or else captions of the data."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_are_whole(self) -> Self:
+        n = self.steps_per_batch
+        if n > self.batch_size:
+            raise at(("steps_per_batch",), f"{n} is more than the batch_size, {self.batch_size}")
+        # a checkpoint or an image grid in the middle of a batch would need the batch itself to go on
+        for name in ("steps", "checkpoint_every", "sample_every"):
+            if (value := getattr(self, name)) is not None and value % n:
+                near = " or ".join(str(v) for v in (value // n * n, value // n * n + n) if v)
+                words = f"{value} is no multiple of steps_per_batch, {n}; the nearest are {near}"
+                raise at((name,), words)
+        return self
