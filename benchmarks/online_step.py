@@ -59,9 +59,7 @@ def main() -> None:
         stored = items.nbytes / samples
         print(f"{name:48} {each:11.0f} {allowed:8.0f} {stored / latent:15.1f} {stored:13,.0f}")
         assert each <= allowed, name
-    print(
-        "Latents stored: float32, those of trained steps only, each with what it became (flow_grpo) or its x0."
-    )
+    print("Latents stored: float32, of trained steps only, each with what it became (flow_grpo) or its x0.")
 
 
 if __name__ == "__main__":
