@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.data.prompts import read_prompts
 from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
+from posttrain.errors import DataError
 from posttrain.recipe import Recipe, is_path
 from posttrain.spelling import meant
 
@@ -54,7 +56,7 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
             yield from _artifact((*at, "reference"), Path(stage.reference).expanduser())
         yield from _rewards((*at, "rewards"), stage.rewards)
         if isinstance(stage.data, PromptData):
-            yield from _prompts((*at, "data", "prompts"), stage.data.prompts)
+            yield from _prompts((*at, "data", "prompts"), stage.data.prompts, stage.rewards)
             if divisor and stage.data.resolution % divisor:
                 yield (*at, "data", "resolution"), _nearest(stage.data.resolution, divisor)
         if isinstance(stage.data, Images):
@@ -75,16 +77,24 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
 def _evaluation(recipe: Recipe) -> Iterator[Problem]:
     if (evaluation := recipe.evaluation) is None:
         return
-    yield from _prompts(("evaluation", "prompts"), evaluation.prompts)
+    yield from _prompts(("evaluation", "prompts"), evaluation.prompts, evaluation.rewards)
     divisor = recipe.model.divisor() if recipe.model.missing() is None else None
     if divisor and evaluation.resolution % divisor:
         yield ("evaluation", "resolution"), _nearest(evaluation.resolution, divisor)
     yield from _rewards(("evaluation", "rewards"), evaluation.rewards)
 
 
-def _prompts(place: Place, prompts: PromptFile | ShapesPrompts) -> Iterator[Problem]:
+def _prompts(
+    place: Place, prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward]
+) -> Iterator[Problem]:
     if isinstance(prompts, PromptFile):
-        yield from _file(place, prompts.path)
+        missing = list(_file(place, prompts.path))
+        yield from missing
+        if not missing:
+            try:
+                read_prompts(prompts.path, rewards)
+            except DataError as error:
+                yield place, " ".join(str(error).split())
 
 
 def _rewards(place: Place, rewards: Sequence[Reward]) -> Iterator[Problem]:

@@ -48,7 +48,7 @@ def evaluate(
             f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels "
             f"that this model needs; the nearest are {near}"
         )
-    samples = _samples(prompt_rows(evaluation.prompts), evaluation.images_per_prompt)
+    samples = _samples(prompt_rows(evaluation.prompts, evaluation.rewards), evaluation.images_per_prompt)
     shown = _shown(samples, evaluation.grid)
     spent, started, records = policy.forward_equivalents, time.monotonic(), []
     with published(folder) as part, stage_progress(f"evaluate {name}", len(samples), 0, console) as bar:

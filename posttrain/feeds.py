@@ -20,6 +20,7 @@ from posttrain.sampling import encode
 
 if TYPE_CHECKING:
     from posttrain.recipe import Stage
+    from posttrain.reward import Reward
 
 
 class Feed(ABC):
@@ -66,9 +67,16 @@ class ImageFeed(Feed):
 class PromptFeed(Feed):
     """Prompts, each ``group_size`` times in its batch; every prompt once an epoch."""
 
-    def __init__(self, data: PromptData, model: FlowModel, batch_size: int, group_size: int) -> None:
+    def __init__(
+        self,
+        data: PromptData,
+        model: FlowModel,
+        batch_size: int,
+        group_size: int,
+        rewards: Sequence[Reward] = (),
+    ) -> None:
         self.model, self.group_size, self.groups = model, group_size, batch_size // group_size
-        self.rows: list[dict[str, Any]] = prompt_rows(data.prompts)
+        self.rows: list[dict[str, Any]] = prompt_rows(data.prompts, rewards)
         self.prompts = list(dict.fromkeys(row["prompt"] for row in self.rows))
         self.size = (data.resolution, data.resolution)
 
@@ -92,7 +100,8 @@ class PromptFeed(Feed):
 def feed_of(stage: Stage, model: FlowModel, work: Path) -> Feed:
     """The feed of a stage's ``data``; what must first be rendered is, in the folder ``work``."""
     if isinstance(stage.data, PromptData):
-        return PromptFeed(stage.data, model, stage.train.batch_size, stage.algorithm.samples_per_prompt)
+        size = stage.algorithm.samples_per_prompt
+        return PromptFeed(stage.data, model, stage.train.batch_size, size, stage.rewards)
     return ImageFeed(stage.data, model, stage.train.batch_size, work)
 
 

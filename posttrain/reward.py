@@ -56,6 +56,11 @@ class Reward(Named, ABC):
         names = ", ".join(map(repr, missing))
         return f"{self.type} needs the package(s) {names}: pip install 'posttrain[rewards]'"
 
+    def unusable(self, row: Mapping[str, Any]) -> str | None:
+        """Why a prompt, with its metadata, cannot be scored; None if it can."""
+        del row
+        return None
+
     @abstractmethod
     def load(self, device: torch.device) -> Scorer:
         """The scoring function, its networks on ``device``. Heavy imports happen here."""

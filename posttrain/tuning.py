@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -97,7 +98,8 @@ class Lora(Tune):
             target_modules=[n for n in names if any(self._matches(n, t) for t in self.targets)],
         )
         # A's draw belongs to the recipe's seed, whatever ran before in this process
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # stacking is meant
             torch.manual_seed(seed)
             transformer.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
         if len(adapters := list(transformer.peft_config)) > 1:  # type: ignore[arg-type]

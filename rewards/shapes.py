@@ -29,6 +29,9 @@ class Shapes(Reward):
     """``graded``: how far each thing asked for is there, negative where there are far too many;
     ``strict``: exactly what was asked for; ``lenient``: GenEval's own verdict."""
 
+    def unusable(self, row: Mapping[str, Any]) -> str | None:
+        return None if "include" in row else "shapes: it has no GenEval metadata ('include') to judge by"
+
     def load(self, device: torch.device) -> Scorer:
         del device  # plain image analysis on the CPU
         return self._scores

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.data.lines import Problem, json_object, lines, listing, string, text
 from posttrain.data.spec import PromptFile, ShapesPrompts
 from posttrain.errors import DataError
 
+if TYPE_CHECKING:
+    from posttrain.reward import Reward
 
-def prompt_rows(prompts: PromptFile | ShapesPrompts) -> list[dict[str, Any]]:
-    """One dict with at least ``prompt`` for each, in order. Raises DataError as :func:`read_prompts`."""
+
+def prompt_rows(prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward] = ()) -> list[dict[str, Any]]:
+    """One dict with at least ``prompt`` for each, in order.
+
+    Raises DataError as :func:`read_prompts`, also for prompts that one of ``rewards`` cannot score.
+    """
     if isinstance(prompts, PromptFile):
-        return read_prompts(prompts.path)
+        return read_prompts(prompts.path, rewards)
     from posttrain.shapes.dataset import evaluation_prompts  # needed in the Shapes world only
 
     return evaluation_prompts(prompts.count, prompts.seed)
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
+def read_prompts(path: Path, rewards: Sequence[Reward] = ()) -> list[dict[str, Any]]:
     """One dict with at least a non-empty ``prompt`` a row, in the order of the file, repetitions kept.
 
     A ``.jsonl`` file has one object a line, whose other keys are kept as they are; any other file is text
     with one prompt a line. Blank lines are skipped. Raises DataError with the numbers of the lines that
-    cannot be used: a prompt is never dropped.
+    cannot be used, those that one of ``rewards`` cannot score among them: a prompt is never dropped.
     """
     rows: list[dict[str, Any]] = []
     problems: list[Problem] = []
     parse = _json_row if path.suffix.lower() == ".jsonl" else _text_row
     for line, raw in lines(path):
         try:
-            rows.append(parse(raw))
+            row = parse(raw)
+            if reasons := [reason for reward in rewards if (reason := reward.unusable(row)) is not None]:
+                raise ValueError("; ".join(reasons))
+            rows.append(row)
         except ValueError as error:
             problems.append(Problem(line, None, str(error)))
     if problems:

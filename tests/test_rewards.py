@@ -1,0 +1,169 @@
+"""Do the rewards give the published scores, and say what they cannot score?"""
+
+import io
+import json
+import string
+
+import numpy as np
+import pytest
+import torch
+from parity_vectors import FOLDER
+from PIL import Image, ImageDraw, ImageFont
+
+from posttrain.data.prompts import read_prompts
+from posttrain.errors import DataError, RewardError
+from posttrain.grids import to_pil
+from posttrain.reward import Reward, checked
+from posttrain.rewards.callable import Callable
+from posttrain.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from posttrain.rewards.ocr import OCR, quoted, similarity
+from posttrain.rewards.pickscore import SCALE, PickScore
+from posttrain.rewards.shapes import Shapes
+from posttrain.spec import discover
+
+CPU = torch.device("cpu")
+RECORDED = [json.loads(line) for line in (FOLDER / "ocr_reward.jsonl").read_text().splitlines()]
+
+
+def test_parity_ocr_reward():
+    assert len(RECORDED) == 120
+    for row in RECORDED:
+        got = similarity(quoted(row["prompt"]), row["recognized"])
+        assert got == pytest.approx(row["reward"], abs=1e-9), row
+
+
+def written(word, width, height, size):
+    image = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(image).text(
+        (width / 2, height / 2), word, fill="black", anchor="mm", font=ImageFont.load_default(size)
+    )
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(64, 32, 16), (128, 128, 24), (256, 256, 40), (512, 512, 64)]
+)
+def test_ocr_reads_words_that_were_drawn(width, height, size):
+    words = ["STOP", "OPEN", "CAFE", "EXIT"]
+    images = torch.stack([written(w, width, height, size) for w in words])
+    prompts = [f'a sign that says "{w.lower()}"' for w in words]
+    ocr = OCR().load(CPU)
+    assert ocr(images, prompts, [{}] * 4).value.tolist() == [1.0] * 4
+    wrong = ocr(images, prompts[1:] + prompts[:1], [{}] * 4).value
+    assert wrong.max() < 0.8
+    assert ocr(torch.ones(1, 3, height, width), prompts[:1], [{}]).value.tolist() == [0.0]
+
+
+def test_a_prompt_that_a_reward_cannot_score_is_refused_by_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text('a sign "A"\n\na sign without words\na sign ""\n')
+    with pytest.raises(DataError) as caught:
+        read_prompts(file, [OCR()])
+    message = str(caught.value)
+    assert "2 prompts cannot be used" in message
+    assert "3: ocr: there is no text between double quotes" in message
+    assert "4: ocr: the text between the double quotes is empty" in message
+    with pytest.raises(DataError, match="no GenEval metadata"):
+        read_prompts(file, [Shapes()])
+
+
+def test_jpeg_sizes_are_pillows():
+    images = torch.rand(3, 3, 32, 48)
+    images[1] = 0.5
+    sizes = []
+    for image in to_pil(images):
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=95)
+        sizes.append(len(file.getvalue()) / 1000)
+    rich = JpegIncompressibility().load(CPU)(images, [""] * 3, [{}] * 3).value
+    plain = JpegCompressibility().load(CPU)(images, [""] * 3, [{}] * 3).value
+    torch.testing.assert_close(rich, torch.tensor(sizes))
+    torch.testing.assert_close(plain, -rich / 500)
+    assert rich.argmin() == 1
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
+    vocabulary = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    end = len(vocabulary) - 1
+    text = {**sizes, "vocab_size": end + 1, "bos_token_id": end - 1, "eos_token_id": end}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_pickscore_is_the_scaled_cosine_over_26(clip_folder):
+    from transformers import CLIPModel, CLIPProcessor
+
+    images, prompts = torch.rand(5, 3, 40, 56), ["a cat", "two dogs", "a red hat", "a cat", "trees"]
+    score = PickScore(path=clip_folder, processor=clip_folder, batch_size=2).load(CPU)
+    got = score(images, prompts, [{}] * 5).value
+    processor, model = CLIPProcessor.from_pretrained(clip_folder), CLIPModel.from_pretrained(clip_folder)
+    for i in range(5):
+        inputs = processor(
+            text=[prompts[i]], images=to_pil(images[i : i + 1]), return_tensors="pt", padding=True
+        )
+        with torch.no_grad():
+            expected = model(**inputs).logits_per_image[0, 0] / SCALE
+        torch.testing.assert_close(got[i], expected, rtol=1e-4, atol=1e-5)
+    assert len(got.unique()) == 5
+
+
+def test_pickscore_without_its_weights_says_what_to_give():
+    with pytest.raises(RewardError, match=r"cannot load 'nowhere/at-all'.*local folders as 'path'"):
+        PickScore(path="nowhere/at-all", processor="nowhere/at-all").load(CPU)
+
+
+def test_a_function_of_ones_own_is_found_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_taste.py").write_text(
+        "def redness(images, prompts, metadata):\n    return [float(i[0].mean() - i[1:].mean()) for i in images]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = Callable(function="my_taste:redness")
+    assert reward.problem() is None
+    assert reward.label == "redness"
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert reward.load(CPU)(red, ["", ""], [{}, {}]).value.tolist() == [1, 1]
+    with pytest.raises(RewardError, match="has no attribute 'blueness'"):
+        Callable(function="my_taste:blueness").load(CPU)
+    assert "no module 'my_tasto'" in Callable(function="my_tasto:redness").problem()
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda n: [1.0] * (n - 1), "for 3 images"),
+        (lambda n: [1.0, float("inf"), 0.0], "returned inf for prompt 'b'"),
+        (lambda n: 1 / 0, "failed on prompts such as 'a'"),
+        (lambda n: ["good"] * n, "failed on prompts such as 'a'"),
+    ],
+)
+def test_what_is_no_score_is_refused(returned, words):
+    def own(images, prompts, metadata):
+        from posttrain.reward import Scores
+
+        return Scores(torch.as_tensor(returned(len(prompts)), dtype=torch.float32))
+
+    with pytest.raises(RewardError, match=words):
+        checked("own", own)(torch.zeros(3, 3, 4, 4), ["a", "b", "c"], [{}] * 3)
+
+
+@pytest.mark.parametrize("name", sorted(discover(Reward, "posttrain.rewards")))
+def test_every_reward_says_its_range_and_what_it_needs(name):
+    kind = Reward.variants[name]
+    low, high = kind.range
+    assert low < high
+    assert isinstance(kind.requires, tuple)
+    assert kind.__doc__
