@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from posttrain import checks
+from posttrain.data.prompts import read_prompts
+from posttrain.data.spec import PromptFile
 from posttrain.errors import RecipeError
 from posttrain.recipe import Evaluation, Recipe
 from posttrain.recipe_errors import listed, translated
@@ -75,9 +77,10 @@ def evaluation_settings(
         raise RecipeError("say what to evaluate: --like RECIPE, or --prompts FILE and --reward NAME")
     source = Source("evaluation", data)
     settings = _validated(Evaluation, source, _override(source, overrides))
-    found = settings.prompts.model_dump().get("prompts")
-    if found is not None and not Path(found).is_file():
-        raise RecipeError(f"--prompts: no file {str(found)!r}")
+    if isinstance(file := settings.prompts, PromptFile):
+        if not file.path.is_file():
+            raise RecipeError(f"--prompts: no file {str(file.path)!r}")
+        read_prompts(file.path, settings.rewards)  # what cannot be scored is told before a weight is loaded
     return settings
 
 
