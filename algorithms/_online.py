@@ -25,8 +25,8 @@ class Online(Algorithm, ABC):
     num_steps: int = Field(10, ge=2)
     """Sampling steps of the rollout."""
     timestep_fraction: float = Field(0.99, gt=0, le=1)
-    """Part of the sampling steps that is trained: the first int(num_steps * timestep_fraction). The last
-    step, to sigma = 0, is too peaked to train."""
+    """How many of the sampling steps are trained: int(num_steps * timestep_fraction). Flow-GRPO trains the
+    first ones, since its last, to sigma = 0, is too peaked; DiffusionNFT a random choice for each sample."""
     global_std: bool = True
     """Divide advantages by the standard deviation of all rewards of the iteration, not of the group."""
     adv_clip_max: float = Field(5.0, gt=0)
@@ -56,13 +56,16 @@ class Online(Algorithm, ABC):
         assert batch.group is not None, "needs = 'rewards'"
         pending, parts = [], []
         for start in range(0, len(batch), tools.policy.chunk):
+            for future in pending:
+                if future.done():
+                    future.result()  # a reward that fails stops the rollout
             index = slice(start, start + tools.policy.chunk)
             some = batch.take(index)
             latents, fields = self.rollout(some, replace(tools, draws=tools.draws.take(index)))
             pending.append(tools.judge.submit(latents, some))
             parts.append(fields)
         verdict = Verdict.cat([future.result() for future in pending])
-        fields = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        fields = {name: torch.cat([p.pop(name) for p in parts]) for name in list(parts[0])}
         group, weights = batch.group.cpu(), tools.judge.weights
         advantage = mixed_advantages(
             verdict.rewards, weights, group, global_std=self.global_std, mixing=self.reward_mixing
@@ -73,7 +76,7 @@ class Online(Algorithm, ABC):
         chosen = order[self.kept(clipped)[order]].to(batch.prompt.device)
         per_sample = fields["prompt"].shape[1]
         fields["advantage"] = clipped.to(batch.prompt.device)[:, None].expand(-1, per_sample)
-        flat = {name: value[chosen].flatten(0, 1) for name, value in fields.items()}
+        flat = {name: fields.pop(name)[chosen].flatten(0, 1) for name in list(fields)}
         items = Items(torch.ones_like(flat["advantage"]), flat, batch.conditions)
         total = weighted(verdict.rewards, weights)
         metrics = {

@@ -121,14 +121,15 @@ def implicit_losses(
     """Losses (n,) float64 of the implicit positive and negative velocities at ``x`` (section 3.1, eq. 5).
 
     Each is the squared error of the clean sample that (1 - beta) v_old + beta v, or (1 + beta) v_old -
-    beta v, predicts, over its own mean absolute error, which is taken in float64, has no gradient, and is
-    at least 1e-5.
+    beta v, predicts, over its own mean absolute error, which is taken in float64 (float32 on MPS), has no
+    gradient, and is at least 1e-5.
     """
 
     def loss(velocity: Tensor) -> Tensor:
         error = (predicted_x0(x, velocity, sigma) - x0).flatten(1)
-        scale = error.detach().double().abs().mean(1).clamp(min=1e-5)
-        return error.square().double().mean(1) / scale
+        wide = torch.float32 if error.device.type == "mps" else torch.float64  # which MPS does not have
+        scale = error.detach().to(wide).abs().mean(1).clamp(min=1e-5)
+        return error.square().to(wide).mean(1) / scale
 
     return loss(beta * v + (1 - beta) * v_old), loss((1 + beta) * v_old - beta * v)
 

@@ -47,7 +47,8 @@ class FlowGRPO(Online):
     """Weight of the KL divergence from the reference."""
     kl_type: KL = "without_dt"
     """Squared distance of the two means over 2 std^2: with the std per unit of time, as published, or that
-    of the step (``with_dt``, the paper's eq. 10); or the velocities' squared distance."""
+    of the step (``with_dt``, the paper's eq. 10; for cps, whose std has no dt, the same); or the
+    velocities' squared distance."""
     grpo_guard: bool = False
     """Regulated ratio and step weights of GRPO-Guard (arXiv:2510.22319)."""
     drop_zero_advantage: bool = True
@@ -70,7 +71,7 @@ class FlowGRPO(Online):
             raise at(
                 ("timestep_fraction",),
                 f"{self.timestep_fraction:g} of {self.num_steps} steps includes the last one, to sigma = 0, "
-                f"which cannot be trained: at most {last / self.num_steps + 0.009:.2f}",
+                "which cannot be trained: it must be less than 1",
             )
         if self.trained_steps < 1:
             raise at(
@@ -163,7 +164,7 @@ class FlowGRPO(Online):
             raise TrainingError(
                 f"the ratio of a sample's own policy must be 1, but it is off by {worst:.3g}, against a "
                 f"clip_range of {self.clip_range:g}: rollout and training disagree on log-probabilities. "
-                "Train in precision fp32, or with a micro_batch that divides the samples of an iteration"
+                "Train in precision fp32 with tf32 off, or with a wider clip_range"
             )
 
     def items_per_sample(self) -> int:
@@ -186,7 +187,8 @@ class FlowGRPO(Online):
         return stochastic_step(self.sde_type, x, v, sigma, sigma_next, self.noise_level, expand(sigma_max, x))
 
     def _log_prob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        if self.sde_type == "cps":  # published without the normaliser and without 1 / (2 std^2)
+        # published without the normaliser and without 1 / (2 std^2); the guard's formula needs both
+        if self.sde_type == "cps" and not self.grpo_guard:
             return -(x - mean).square().flatten(1).mean(1)
         return log_prob(x, mean, std)
 

@@ -163,8 +163,8 @@ class Algorithm(Named, ABC):
         """The loss of each item (n,), with gradients. A function of its arguments alone."""
 
     def check_on_policy(self, losses: Losses) -> None:
-        """Raise TrainingError if the first losses on a batch, by the very weights that collected it, are
-        not what they must be."""
+        """Raise TrainingError if the first losses of a run, by the very weights that collected the items,
+        are not what they must be."""
         del losses
 
     def after_batch(self, policy: Policy, step: int) -> None:

@@ -72,9 +72,16 @@ def open_artifact(path: str, device: torch.device, base: str | None = None) -> t
             f"{str(folder)!r} is a LoRA without {DESCRIPTION}: say with --base which model it is for"
         )
     model = spec.load(device, "fp32")
-    for parent in [*(described["parents"] if described else []), "."]:
-        model.load_weights(folder / parent)
+    for source in with_parents(folder):
+        model.load_weights(source)
     return model, described["weights"] if described else "raw"
+
+
+def with_parents(folder: Path) -> list[Path]:
+    """What must be loaded in turn to have the weights of ``folder``: a LoRA's parents come before it."""
+    if not (folder / LORA).is_file() or not (folder / DESCRIPTION).is_file():
+        return [folder]
+    return [*(folder / parent for parent in json.loads(_text(folder / DESCRIPTION))["parents"]), folder]
 
 
 def evaluate_artifact(

@@ -121,8 +121,15 @@ def _evaluate(
 
 def _sources(recipe: Recipe, name: str, folder: Path) -> list[Path]:
     """The folders whose weights, loaded in order onto the base model, are those of ``name``."""
-    lineage = [n for n in recipe.lineage_of(name) if n != BASE]
-    return [Path(n).expanduser().absolute() if is_path(n) else folder / n / "final" for n in lineage]
+    from posttrain.artifact import with_parents
+
+    sources: list[Path] = []
+    for n in recipe.lineage_of(name):
+        if is_path(n):
+            sources += with_parents(Path(n).expanduser().absolute())
+        elif n != BASE:
+            sources.append(folder / n / "final")
+    return sources
 
 
 def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.data.prompts import read_prompts
+from posttrain.data.prompts import prompt_rows
 from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.errors import DataError
 from posttrain.recipe import Recipe, is_path
@@ -87,14 +87,13 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
 def _prompts(
     place: Place, prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward]
 ) -> Iterator[Problem]:
-    if isinstance(prompts, PromptFile):
-        missing = list(_file(place, prompts.path))
-        yield from missing
-        if not missing:
-            try:
-                read_prompts(prompts.path, rewards)
-            except DataError as error:
-                yield place, " ".join(str(error).split())
+    missing = list(_file(place, prompts.path)) if isinstance(prompts, PromptFile) else []
+    yield from missing
+    if not missing:
+        try:
+            prompt_rows(prompts, rewards)
+        except DataError as error:
+            yield place, " ".join(str(error).split())
 
 
 def _rewards(place: Place, rewards: Sequence[Reward]) -> Iterator[Problem]:

@@ -48,7 +48,7 @@ def evaluate(
             f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels "
             f"that this model needs; the nearest are {near}"
         )
-    samples = _samples(prompt_rows(evaluation.prompts, evaluation.rewards), evaluation.images_per_prompt)
+    samples = numbered(prompt_rows(evaluation.prompts, evaluation.rewards), evaluation.images_per_prompt)
     shown = _shown(samples, evaluation.grid)
     spent, started, records = policy.forward_equivalents, time.monotonic(), []
     with published(folder) as part, stage_progress(f"evaluate {name}", len(samples), 0, console) as bar:
@@ -116,7 +116,7 @@ def scored(
         yield records, images
 
 
-def _samples(rows: Sequence[Row], images_per_prompt: int) -> list[tuple[Row, int]]:
+def numbered(rows: Sequence[Row], images_per_prompt: int) -> list[tuple[Row, int]]:
     """(row, image index) of every sample; a prompt that comes again goes on counting its images."""
     seen: Counter[str] = Counter()
     samples = []

@@ -52,6 +52,7 @@ class Judge:
         self.scorers = {r.label: checked(r.label, r.load(model.device)) for r in rewards}
         self.weights = {r.label: r.weight if r.higher_is_better else -r.weight for r in rewards}
         """Of the weighted sum to maximise: negative for a reward where lower is better."""
+        self._failed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
 
     def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
@@ -64,8 +65,8 @@ class Judge:
         return self._worker.submit(self._scored, images, batch.metadata)
 
     def close(self) -> None:
-        """Wait for the worker."""
-        self._worker.shutdown()
+        """Drop what is not yet begun, and wait for the worker."""
+        self._worker.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Judge:
         return self
@@ -82,7 +83,9 @@ class Judge:
                 rewards[name] = scores.value.float().cpu()
                 details |= {f"{name}/{key}": v.float().cpu() for key, v in scores.details.items()}
         except RewardError as error:
-            self._keep(images, rows)
+            if not self._failed:
+                self._keep(images, rows)
+            self._failed = True
             raise RewardError(f"{error} (its images and prompts are in {str(self.failures)!r})") from error
         return Verdict(rewards, details)
 

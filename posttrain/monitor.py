@@ -48,6 +48,8 @@ def hacking(
     if len(readings) < window or not rewards[-1] > rewards[-window] > -inf:
         return None
     for name, now in readings[-1].items():
+        if len(now) < 2:
+            continue  # no error can be told from one
         change = [a - b for a, b in zip(now, readings[-window][name], strict=True)]
         error = stdev(change) / len(change) ** 0.5
         if fmean(change) < -2 * error:

@@ -65,11 +65,13 @@ class Policy:
     def add_role(self, name: str, weights: dict[str, Tensor] | None = None, *, moves: bool = True) -> None:
         """Keep a frozen copy of the trained weights as they are now, under ``name``.
 
-        ``weights``, by parameter name, are held instead where given, and may be of untrained parameters
-        too. A role that never ``moves`` is not part of a checkpoint: the stage makes it again.
+        ``weights``, by parameter name, are held instead where given (they are not copied), and may be of
+        untrained parameters too. A role that never ``moves`` is not part of a checkpoint: the stage makes
+        it again.
         """
-        kept = self.trained if weights is None else weights
-        self.roles[name] = {n: p.detach().clone() for n, p in kept.items()}
+        if weights is None:
+            weights = {n: p.detach().clone() for n, p in self.trained.items()}
+        self.roles[name] = dict(weights)
         if not moves:
             self.static.add(name)
 

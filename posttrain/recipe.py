@@ -167,7 +167,7 @@ class Recipe(Spec):
                     f"stage {stage.name!r} starts from {start!r}, which {why}: one of "
                     f"{', '.join(map(repr, before))}, or a path such as './{start}'",
                 )
-            reference = stage.reference or BASE
+            reference = BASE if stage.reference is None else stage.reference
             if not is_path(reference) and reference not in before:
                 known = ", ".join(map(repr, before))
                 raise at(("stages", i, "reference"), f"no stage {reference!r} before this one: {known}")

@@ -74,8 +74,11 @@ def checked(name: str, score: Scorer) -> Scorer:
     """
 
     def call(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        import torch
+
         try:
-            scores = score(images, prompts, metadata)
+            with torch.no_grad():  # which does not reach from the training thread into a worker
+                scores = score(images, prompts, metadata)
         except Exception as error:
             shown = prompts[0] if prompts else ""
             raise RewardError(f"reward {name!r} failed on prompts such as {shown!r}: {error}") from error

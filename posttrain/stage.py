@@ -77,6 +77,7 @@ def run_stage(
         )
         train(stage.algorithm, policy, optimizer, watch.batches(), settings, watch, start)
         watch.finish()
+    summary = watch.summary()  # which refuses a stage that trained nothing, before it is published
     with (
         policy.using(EMA if settings.ema is not None else None),
         checkpoint.published(folder / "final") as part,
@@ -86,4 +87,4 @@ def run_stage(
         else:
             model.save(part, stage.export_dtype)
         (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
-    (folder / "stage.json").write_text(json.dumps(watch.summary(), indent=2))
+    (folder / "stage.json").write_text(json.dumps(summary, indent=2))

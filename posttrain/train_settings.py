@@ -20,8 +20,9 @@ class Train(Spec):
     steps_per_batch: int = Field(1, ge=1)
     """Optimizer steps on one batch, each on an equal part of it."""
     micro_batch: int = Field(8, ge=1)
-    """Items in one forward-backward: bounds the memory, does not change the result. Items are samples, and
-    for SOAR their auxiliary points too."""
+    """Items in one forward-backward, and samples in one forward of a rollout: bounds the memory, does not
+    change the result but for rounding. Items are samples, for SOAR their auxiliary points too, and for
+    online algorithms their trained steps."""
     learning_rate: float = Field(2e-5, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Of the learning rate after the warm-up; ``cosine`` and ``linear`` end at 0."""

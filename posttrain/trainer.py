@@ -55,16 +55,18 @@ def train(
         batch, tools = drawn
         with torch.no_grad():
             items = algorithm.collect(batch, tools)
-        for i, part in enumerate(items.parts(settings.steps_per_batch)):
+        parts = list(items.parts(settings.steps_per_batch))
+        for i in range(len(parts)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
             step += 1
-            metrics = update(algorithm, policy, part, optimizer, settings, step, on_policy=i == 0)
+            metrics = update(algorithm, policy, parts[i], optimizer, settings, step, on_policy=step == 1)
             if settings.ema is not None:
                 policy.move_role(EMA, settings.ema)
             seen = [len(batch) * n // settings.steps_per_batch for n in (i, i + 1)]
             watch.after_step(step, seen[1] - seen[0], {**items.metrics, **metrics})
         algorithm.after_batch(policy, step)
+        del items, parts  # not to be held while the next ones are made
 
 
 def update(
@@ -81,9 +83,9 @@ def update(
 
     Each micro-batch is back-propagated at once, so activation memory does not grow with the number of
     items. ``on_policy``: the weights are still those that collected the items, which the algorithm checks
-    on the first micro-batch. Returns weighted means of the losses and metrics, and the gradient's norm
-    before clipping; only ``skipped_steps`` where there is no item to train on, and no step then. Raises
-    TrainingError, with the weights as they were, where the loss or the gradient is not finite.
+    on the first micro-batch if that is a full one. Returns weighted means of the losses and metrics, and
+    the gradient's norm before clipping; only ``skipped_steps`` where there is no item to train on, and no
+    step then. Raises TrainingError, with the weights as they were, where the gradient is not finite.
     """
     if not len(items):
         return {"skipped_steps": items.weight.new_ones(())}
@@ -92,7 +94,8 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     for i, micro in enumerate(items.split(settings.micro_batch)):
         losses = algorithm.loss(micro, policy)
-        if on_policy and i == 0:
+        # a smaller batch than the rollout's is computed by other kernels, with other rounding
+        if on_policy and i == 0 and len(micro) == min(settings.micro_batch, policy.chunk):
             algorithm.check_on_policy(losses)
         share = micro.weight / total
         (losses.per_item * share).sum().backward()

@@ -19,7 +19,7 @@ from posttrain.algorithm import Batch, Tools
 from posttrain.data.prompts import prompt_rows
 from posttrain.device import peak_memory
 from posttrain.errors import TrainingError
-from posttrain.evaluate import scored, scorers_of
+from posttrain.evaluate import numbered, scored, scorers_of
 from posttrain.feeds import Feed
 from posttrain.grids import grid
 from posttrain.judge import Judge
@@ -164,10 +164,9 @@ class StageWatch:
     def summary(self) -> dict:
         """What the stage cost and did, for ``stage.json``. Raises TrainingError where nothing was trained."""
         if not self.account.updates or not self.policy.trained:
-            raise TrainingError(
-                f"stage {self.stage.name!r} trained nothing"
-                + (": no group of samples had a spread of rewards" if self.account.samples else "")
-            )
+            why = ": no group of samples had a spread of rewards" if self.account.samples else ""
+            why = ": it was rolled back to its start" if self.ended_at == 0 else why
+            raise TrainingError(f"stage {self.stage.name!r} trained nothing{why}")
         return {
             "steps": self.stage.train.steps if self.ended_at is None else self.ended_at,
             "updates": self.account.updates,
@@ -202,7 +201,7 @@ class StageWatch:
         evaluation, monitor, account = self.recipe.evaluation, self.stage.monitor, self.account
         assert evaluation is not None, "the recipe's validation requires it"
         assert monitor is not None, "called where there is one"
-        samples = [(row, 0) for row in prompt_rows(evaluation.prompts)[: monitor.prompts]]
+        samples = numbered(prompt_rows(evaluation.prompts, evaluation.rewards)[: monitor.prompts], 1)
         spent = self.policy.forward_equivalents
         with self.policy.using(EMA if EMA in self.policy.roles else None):
             batches = scored(self.policy, evaluation, samples, self._scorers)
@@ -217,11 +216,20 @@ class StageWatch:
         account.readings.append(reading)
         account.rewards.append(sum(account.pending) / len(account.pending) if account.pending else -math.inf)
         account.pending, account.read_at = [], step
-        if words := hacking(account.rewards, account.readings, monitor.window):
-            self._alarm(step, "reward_hacking", monitor.reward_hacking, words)
-        elif words := collapsed(account.spreads, monitor.spread_fraction):
-            self._alarm(step, "spread_collapse", monitor.spread_collapse, words)
-        elif "rollback" in (monitor.reward_hacking, monitor.spread_collapse):
+        alarms: list[tuple[str, Action, str | None]] = [
+            (
+                "reward_hacking",
+                monitor.reward_hacking,
+                hacking(account.rewards, account.readings, monitor.window),
+            ),
+            ("spread_collapse", monitor.spread_collapse, collapsed(account.spreads, monitor.spread_fraction)),
+        ]
+        for kind, action, words in alarms:
+            if words is not None and self.ended_at is None:
+                self._alarm(step, kind, action, words)
+        if "rollback" in (monitor.reward_hacking, monitor.spread_collapse) and not any(
+            words for _, _, words in alarms
+        ):
             account.good = step
             self.save(step)
 

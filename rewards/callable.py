@@ -53,7 +53,7 @@ class Callable(Reward):
         _find_here()
         try:
             function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever a person's own file may raise when it is run
             raise RewardError(f"cannot load the reward {self.function!r}: {error}") from error
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:

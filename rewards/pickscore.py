@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from posttrain.errors import RewardError
@@ -29,7 +31,14 @@ class PickScore(Reward):
     """Weights: a hub name or a folder."""
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Tokenizer and image preprocessing: a hub name or a folder."""
-    batch_size: int = 16
+    batch_size: int = Field(16, ge=1)
+
+    def problem(self) -> str | None:
+        for name in ("path", "processor"):
+            folder = Path(getattr(self, name)).expanduser()
+            if str(folder).startswith((".", "/")) and not folder.is_dir():
+                return f"{name}: no folder {str(folder)!r}"
+        return super().problem()
 
     def load(self, device: torch.device) -> Scorer:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer

@@ -24,7 +24,12 @@ def prompt_rows(prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward] =
         return read_prompts(prompts.path, rewards)
     from posttrain.shapes.dataset import evaluation_prompts  # needed in the Shapes world only
 
-    return evaluation_prompts(prompts.count, prompts.seed)
+    rows = evaluation_prompts(prompts.count, prompts.seed)
+    if reasons := sorted(
+        {r for reward in rewards for row in rows if (r := reward.unusable(row)) is not None}
+    ):
+        raise DataError(f"Shapes prompts cannot be scored: {'; '.join(sorted(reasons))}")
+    return rows
 
 
 def read_prompts(path: Path, rewards: Sequence[Reward] = ()) -> list[dict[str, Any]]:
