@@ -95,7 +95,7 @@ def update(
     for i, micro in enumerate(items.split(settings.micro_batch)):
         losses = algorithm.loss(micro, policy)
         # a smaller batch than the rollout's is computed by other kernels, with other rounding
-        if on_policy and i == 0 and len(micro) == min(settings.micro_batch, policy.chunk):
+        if on_policy and i == 0 and len(micro) >= min(settings.micro_batch, policy.chunk):
             algorithm.check_on_policy(losses)
         share = micro.weight / total
         (losses.per_item * share).sum().backward()

@@ -69,6 +69,30 @@ def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, be
     assert first_kl(tmp_path / "run", "nft-to-base") > 0
 
 
+def test_a_lora_named_by_its_folder_brings_its_parents(tmp_path):
+    """base -> soar (LoRA) -> grpo (LoRA), and then another run from the folder of the last."""
+    chain = recipe(
+        stage("soar", SOAR, TRAIN, tune=LORA), online("grpo", tune=LORA), online("more", tune=LORA)
+    )
+    run_quietly(chain, tmp_path / "one")
+    final = tmp_path / "one" / "grpo" / "final"
+    other = recipe(online("more", tune=LORA, start_from=str(final)))
+    run_quietly(other, tmp_path / "two")
+    held = recipe(
+        online("more", tune=LORA, start_from=str(final), reference=str(tmp_path / "one" / "soar" / "final"))
+    )
+    run_quietly(held, tmp_path / "three")
+    from posttrain.artifact import open_artifact
+
+    opened, _ = open_artifact(str(tmp_path / "two" / "more"), torch.device("cpu"))
+    assert (
+        len(json.loads((tmp_path / "two" / "more" / "final" / "posttrain.json").read_text())["parents"]) == 2
+    )
+    assert opened is not None
+    assert first_kl(tmp_path / "two", "more") == 0
+    assert first_kl(tmp_path / "three", "more") > 0
+
+
 def test_a_stacked_adapter_starts_from_the_very_model_that_a_merged_one_does(tmp_path):
     lora = "{type: lora, rank: 2, alpha: 4, before: "
     made = recipe(
