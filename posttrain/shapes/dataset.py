@@ -17,7 +17,7 @@ from posttrain.errors import DataError
 from posttrain.shapes.render import render
 from posttrain.shapes.scene import SIZE, STYLES, TASKS, Scene, sample_scene, sample_task
 
-VERSION = 3
+VERSION = 4
 """Raised whenever the same settings would render other images."""
 EVALUATION = 0xE7A1
 """Keeps the stream of held-out prompts apart from those of the images."""
