@@ -40,7 +40,7 @@ class Online(Algorithm, ABC):
 
     @property
     def trained_steps(self) -> int:
-        """How many of the sampling steps are trained, from the first."""
+        """How many of the sampling steps are trained."""
         return int(self.num_steps * self.timestep_fraction)
 
     @abstractmethod

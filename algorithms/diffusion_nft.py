@@ -21,7 +21,7 @@ AdvMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 class DiffusionNFT(Online):
     """Pulls the velocity towards good samples of an old policy and away from bad ones.
 
-    Items: latents, x0 (n, c, h, w), sigma, r, advantage, prompt (n,).
+    Items: latents, x0 (n, c, h, w), sigma, advantage, prompt (n,).
     """
 
     type: Literal["diffusion_nft"] = "diffusion_nft"
