@@ -6,12 +6,14 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from posttrain.errors import RewardError
 from posttrain.spec import Named
+from posttrain.weights import Weights, is_path
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,8 @@ class Reward(Named, ABC):
     higher_is_better: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ()
     """Packages, beyond posttrain's own dependencies, that :meth:`load` imports."""
+    weights: ClassVar[Mapping[str, Weights]] = {}
+    """Field -> what is needed of the repository, or of the local copy, that the field names."""
 
     weight: float = Field(1.0, gt=0)
     """How much this reward counts in the weighted sum that an online algorithm maximises."""
@@ -51,15 +55,29 @@ class Reward(Named, ABC):
     def problem(self) -> str | None:
         """Why the reward cannot be loaded, as far as can be seen without loading; None if it can."""
         missing = [package for package in self.requires if importlib.util.find_spec(package) is None]
-        if not missing:
-            return None
-        names = ", ".join(map(repr, missing))
-        return f"{self.type} needs the package(s) {names}: pip install 'posttrain[rewards]'"
+        if missing:
+            names = ", ".join(map(repr, missing))
+            return f"{self.type} needs the package(s) {names}: pip install 'posttrain[rewards]'"
+        for name, weights in self.weights.items():
+            source = getattr(self, name)
+            if is_path(source) and weights.local(source) is None:
+                return f"{name}: no {' and '.join(weights.files)} at {source!r}"
+        return None
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
         """Why a prompt, with its metadata, cannot be scored; None if it can."""
         del row
         return None
+
+    def located(self, name: str) -> Path:
+        """The folder, or the file, of the weights that field ``name`` stands for, fetched if need be.
+
+        Raises RewardError, which says how to give a local copy."""
+        try:
+            return self.weights[name].located(getattr(self, name))
+        except RewardError as error:
+            words = f"{self.type}: {error}. Run 'posttrain rewards fetch {self.type}' on a machine that can"
+            raise RewardError(f"{words}, or give a local copy as '{name}'") from error
 
     @abstractmethod
     def load(self, device: torch.device) -> Scorer:

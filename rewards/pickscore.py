@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from posttrain.errors import RewardError
 from posttrain.reward import Reward, Scores
+from posttrain.weights import Weights
 
 if TYPE_CHECKING:
     from posttrain.reward import Scorer
@@ -27,18 +26,16 @@ class PickScore(Reward):
     type: Literal["pickscore"] = "pickscore"
     range: ClassVar = (-100 / SCALE, 100 / SCALE)
 
+    weights: ClassVar = {
+        "path": Weights(("config.json", "model.safetensors"), 3_944_517_836, "MIT"),
+        "processor": Weights(("preprocessor_config.json", "tokenizer*.json"), 3_644_497, "MIT"),
+    }
+
     path: str = "yuvalkirstain/PickScore_v1"
     """Weights: a hub name or a folder."""
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Tokenizer and image preprocessing: a hub name or a folder."""
     batch_size: int = Field(16, ge=1)
-
-    def problem(self) -> str | None:
-        for name in ("path", "processor"):
-            folder = Path(getattr(self, name)).expanduser()
-            if str(folder).startswith((".", "/")) and not folder.is_dir():
-                return f"{name}: no folder {str(folder)!r}"
-        return super().problem()
 
     def load(self, device: torch.device) -> Scorer:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -46,17 +43,12 @@ class PickScore(Reward):
         from posttrain.grids import to_pil
         from posttrain.models._weights import quiet
 
-        try:
-            with quiet():
-                # by name, so that machines with and without torchvision see the same pixels
-                pixels_of = CLIPImageProcessorPil.from_pretrained(self.processor)
-                tokenizer = CLIPTokenizer.from_pretrained(self.processor)
-                model: Any = CLIPModel.from_pretrained(self.path, dtype=torch.float32)
-        except OSError as error:
-            raise RewardError(
-                f"pickscore: cannot load {self.path!r} with the processor {self.processor!r}: "
-                f"{str(error).splitlines()[0]}. Give local folders as 'path' and 'processor'"
-            ) from error
+        processor = self.located("processor")
+        with quiet():
+            # by name, so that machines with and without torchvision see the same pixels
+            pixels_of = CLIPImageProcessorPil.from_pretrained(processor)
+            tokenizer = CLIPTokenizer.from_pretrained(processor)
+            model: Any = CLIPModel.from_pretrained(self.located("path"), dtype=torch.float32)
         model = model.to(device).eval().requires_grad_(False)
         longest = min(model.config.text_config.max_position_embeddings, 77)
 

@@ -122,7 +122,9 @@ def test_pickscore_is_the_scaled_cosine_over_26(clip_folder):
 
 
 def test_pickscore_without_its_weights_says_what_to_give():
-    with pytest.raises(RewardError, match=r"cannot load 'nowhere/at-all'.*local folders as 'path'"):
+    with pytest.raises(
+        RewardError, match=r"of 'nowhere/at-all'.*rewards fetch pickscore.*local copy as 'processor'"
+    ):
         PickScore(path="nowhere/at-all", processor="nowhere/at-all").load(CPU)
 
 
