@@ -40,6 +40,9 @@ class FlowGRPO(Online):
     (Flow-GRPO-Fast); 0: all that ``timestep_fraction`` says."""
     sde_window_range: list[int] | None = Field(None, min_length=2, max_length=2)
     """Steps [first, end) that the window lies in; all trained steps by default."""
+    init_same_noise: bool = False
+    """Start all samples of a prompt from the same noise (DanceGRPO, arXiv:2505.07818), so that their rewards
+    differ by the noise of the trained steps alone."""
     clip_range: float = Field(1e-4, gt=0)
     """The ratio may move by this before its gradient is cut off; small, since log-probabilities are means
     over the latents' dimensions."""
@@ -110,7 +113,9 @@ class FlowGRPO(Online):
         if self.sde_window_size:
             first = tools.draws.integer("sde_window", first, end - self.sde_window_size)
             end = first + self.sde_window_size
-        x, rows = tools.draws.normal("initial", shape), []
+        assert batch.group is not None, "needs = 'rewards'"
+        initial = tools.draws.of(batch.group.tolist()) if self.init_same_noise else tools.draws
+        x, rows = initial.normal("initial", shape), []
         for i, (s, s_next) in enumerate(pairwise(sigmas)):
             sigma, sigma_next, sigma_max = (torch.full_like(x[:, 0, 0, 0], c) for c in (s, s_next, sigmas[1]))
             v = tools.policy.guided_velocity(x, sigma, batch.prompt, batch.conditions, self.guidance_scale)

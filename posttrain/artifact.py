@@ -85,15 +85,23 @@ def with_parents(folder: Path) -> list[Path]:
 
 
 def evaluate_artifact(
-    model: FlowModel, evaluation: Evaluation, target: Path, name: str, weights: str, console: Console
-) -> dict[str, Any]:
+    model: FlowModel,
+    evaluation: Evaluation,
+    target: Path,
+    name: str,
+    source: str,
+    weights: str,
+    console: Console,
+) -> dict[str, Any] | None:
     """Evaluate ``model`` into ``target``; see :func:`posttrain.evaluate.evaluate`."""
     from posttrain.evaluate import evaluate
     from posttrain.policy import Policy
+    from posttrain.sampling import FlowSampler
     from posttrain.stage import AUTOCAST
 
     policy = Policy(model, autocast=AUTOCAST[evaluation.precision], chunk=evaluation.batch_size)
-    return evaluate(policy, evaluation, target, name=name, weights=weights, console=console)
+    sampler = FlowSampler(policy, source)
+    return evaluate(sampler, evaluation, target, name=name, weights=weights, console=console)
 
 
 def _text(path: Path) -> str:

@@ -109,14 +109,15 @@ def _evaluate(
     assert recipe.evaluation is not None, "called for recipes with an evaluation"
     name = stage.name if stage else BASE
     target = folder / name / "evaluation"
-    if (target / "summary.json").is_file():
+    if (target / "eval.json").is_file():
         return
     model = spec.load(device, "fp32")
     if stage is not None:
         for source in _sources(recipe, stage.name, folder):
             model.load_weights(source)
     weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
-    evaluate_artifact(model, recipe.evaluation, target, name, weights, console)
+    source = spec.model_dump(mode="json").get("path", spec.type) if stage is None else f"{name}/final"
+    evaluate_artifact(model, recipe.evaluation, target, name, source, weights, console)
 
 
 def _sources(recipe: Recipe, name: str, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The command line: ``posttrain run | check | recipes | eval | sample | shapes``."""
+"""The command line: ``posttrain run | check | recipes | eval | compare | sample | shapes``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from posttrain import cli_eval
 
 app = typer.Typer(
     help="Post-train rectified-flow text-to-image models: SFT, SOAR and chains of them, from one recipe.",
@@ -23,6 +25,8 @@ shapes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
+app.command("eval")(cli_eval.evaluate)
+app.command("compare")(cli_eval.compare)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
@@ -114,49 +118,6 @@ def recipes_copy(
         raise PosttrainError(f"{str(target)!r} exists; give another target")
     target.write_text(text)
     _console().print(f"wrote {target}; run it with: posttrain run {target}", highlight=False)
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A stage's folder, a diffusers folder, or a hub name.")],
-    like: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Take the settings of its evaluation.")
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="A text file, one prompt a line, or GenEval-format JSONL.")
-    ] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="What to score with. Repeatable.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A=B", help="A field of the evaluation, e.g. steps=20."),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write; runs/eval-MODEL by default.")] = None,
-    device: DeviceOption = "auto",
-    debug: DebugOption = False,
-) -> None:
-    """Sample prompts, score the images, and write records, summary and images."""
-    del debug
-    from posttrain.artifact import evaluate_artifact, open_artifact
-    from posttrain.device import resolve
-    from posttrain.errors import PosttrainError
-    from posttrain.recipe_file import evaluation_settings
-    from posttrain.report import summary_table
-
-    console = _console()
-    settings = evaluation_settings(like, prompts, reward or (), overrides or ())
-    parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
-    target = output or Path("runs") / f"eval-{'-'.join(parts[-2:])}"
-    if target.exists() and not (target / "summary.json").is_file() and any(target.iterdir()):
-        raise PosttrainError(
-            f"{str(target)!r} holds something else than an evaluation; give another --output"
-        )
-    opened, weights = open_artifact(model, resolve(device), base)
-    summary = evaluate_artifact(opened, settings, target, target.name, weights, console)
-    console.print(summary_table(target.name, summary))
-    console.print(f"records and images: {target}", highlight=False)
 
 
 @app.command()

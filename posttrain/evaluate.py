@@ -1,155 +1,162 @@
-"""How good is a model? Prompts and scorers in; one record a sample, means with intervals, and images out."""
+"""How good is a model? Prompts and scorers in; one record a sample, means with intervals, and images out.
+
+The samples are cut into batches by their number alone. Each batch is published when it is done, so a
+killed evaluation goes on, and several processes (``RANK`` of ``WORLD_SIZE``) share one, to the same result.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from posttrain.card import card, differing, result
 from posttrain.checkpoint import published
 from posttrain.data.prompts import prompt_rows
-from posttrain.errors import DataError
-from posttrain.grids import to_pil
-from posttrain.policy import Policy
+from posttrain.errors import DataError, PosttrainError
+from posttrain.grids import save_image, to_pil
 from posttrain.progress import stage_progress
-from posttrain.reward import checked
-from posttrain.sampling import sample_images
-from posttrain.statistics import bootstrap_interval
+from posttrain.scoring import numbered, scored, scorers_of, shown_of
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
-    from posttrain.model import FlowModel
     from posttrain.recipe import Evaluation
-    from posttrain.reward import Reward, Scorer
+    from posttrain.reward import Scorer
+    from posttrain.sampling import Sampler
+    from posttrain.scoring import Row
 
-Row = Mapping[str, Any]
+CARD, RECORDS, CLAIM, PARTS = "eval.json", "records.jsonl", "claim.json", "parts"
 
 
 def evaluate(
-    policy: Policy, evaluation: Evaluation, folder: Path, *, name: str, weights: str, console: Console
-) -> dict[str, Any]:
-    """Sample every prompt, score every sample, and publish ``folder`` (records, summary, images) at once.
+    sampler: Sampler, evaluation: Evaluation, folder: Path, *, name: str, weights: str, console: Console
+) -> dict[str, Any] | None:
+    """Sample every prompt, score every sample, and write ``folder``: records, result card, images.
 
     ``weights`` says which weights these are ("base", "raw" or "ema"). Every sample is counted once; a
-    reward that fails stops the evaluation (RewardError). Returns the summary.
+    reward that fails stops the evaluation (RewardError). Goes on with what an earlier try left; raises
+    PosttrainError where ``folder`` holds something else. Returns the result card, or None where other
+    processes are still at it.
     """
-    model = policy.model
-    if evaluation.resolution % model.divisor:
-        low = evaluation.resolution // model.divisor * model.divisor
-        near = " or ".join(str(r) for r in (low, low + model.divisor) if r)
+    if evaluation.resolution % sampler.divisor:
+        low = evaluation.resolution // sampler.divisor * sampler.divisor
+        near = " or ".join(str(r) for r in (low, low + sampler.divisor) if r)
         raise DataError(
-            f"evaluation.resolution: {evaluation.resolution} is no multiple of the {model.divisor} pixels "
+            f"evaluation.resolution: {evaluation.resolution} is no multiple of the {sampler.divisor} pixels "
             f"that this model needs; the nearest are {near}"
         )
-    samples = numbered(prompt_rows(evaluation.prompts, evaluation.rewards), evaluation.images_per_prompt)
-    shown = _shown(samples, evaluation.grid)
-    spent, started, records = policy.forward_equivalents, time.monotonic(), []
-    with published(folder) as part, stage_progress(f"evaluate {name}", len(samples), 0, console) as bar:
-        (part / "grid").mkdir()
-        for found, images in scored(policy, evaluation, samples, scorers_of(evaluation, model)):
-            for i, image in enumerate(to_pil(images), len(records)):
-                if i in shown:
-                    image.save(part / "grid" / f"{shown[i]:03d}.png")
-            records += found
-            bar.update(len(records))
-        summary = {
-            "images": len(records),
-            "prompts": len({record["prompt"] for record in records}),
-            "sampler": evaluation.model_dump(exclude={"prompts", "rewards", "grid"}),
-            "weights": weights,
-            "scores": _summaries(records, evaluation.rewards),
-            "tags": {
-                tag: _summaries([r for r in records if r["tag"] == tag], evaluation.rewards)
-                for tag in dict.fromkeys(r["tag"] for r in records if r["tag"] is not None)
-            },
-            "forward_equivalents": policy.forward_equivalents - spent,
-            "seconds": time.monotonic() - started,
-            "grid_prompts": [samples[i][0]["prompt"] for i in shown],
-        }
-        (part / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        (part / "summary.json").write_text(json.dumps(summary, indent=2))
-    policy.forward_equivalents = spent
-    return summary
+    rows = prompt_rows(evaluation.prompts, evaluation.rewards)
+    samples = numbered(rows, evaluation.images_per_prompt)
+    described = card(sampler, evaluation, rows, weights)
+    if (before := _claimed(folder, described)) is not None:
+        return before
+    batches = range(-(-len(samples) // evaluation.batch_size))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [b for b in batches[rank::world] if not _part(folder, b).is_dir()]
+    if missing:
+        scorers = scorers_of(evaluation.rewards, sampler.device)
+        shown = shown_of(samples, evaluation.grid)
+        mine = len(batches[rank::world]) * evaluation.batch_size
+        done = min(mine, len(samples)) - len(missing) * evaluation.batch_size
+        with stage_progress(f"evaluate {name}", min(mine, len(samples)), max(done, 0), console) as bar:
+            for b in missing:
+                _measure(sampler, evaluation, folder, samples, b, scorers, shown)
+                done += evaluation.batch_size
+                bar.update(max(min(done, mine, len(samples)), 0))
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, the last to finish puts the parts together
+        if (folder / CARD).is_file():
+            return json.loads((folder / CARD).read_text())
+        if not all(_part(folder, b).is_dir() for b in batches):
+            return None
+        return _finish(folder, evaluation, described, samples, len(batches))
 
 
-def scorers_of(evaluation: Evaluation, model: FlowModel) -> dict[str, Scorer]:
-    """The evaluation's rewards, loaded, by name."""
-    return {r.label: checked(r.label, r.load(model.device)) for r in evaluation.rewards}
-
-
-def scored(
-    policy: Policy,
+def _measure(
+    sampler: Sampler,
     evaluation: Evaluation,
+    folder: Path,
     samples: Sequence[tuple[Row, int]],
+    batch: int,
     scorers: Mapping[str, Scorer],
-) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
-    """Records and images (n, 3, h, w) of the samples, (prompt row, image index), a batch at a time."""
-    for start in range(0, len(samples), evaluation.batch_size):
-        chunk = samples[start : start + evaluation.batch_size]
-        rows = [row for row, _ in chunk]
-        prompts = [row["prompt"] for row in rows]
-        images = sample_images(
-            policy,
-            prompts,
-            [index for _, index in chunk],
-            resolution=evaluation.resolution,
-            steps=evaluation.steps,
-            guidance=evaluation.guidance,
-            solver=evaluation.solver,
-            seed=evaluation.seed,
-        ).cpu()
-        scores = {name: score(images, prompts, rows) for name, score in scorers.items()}
-        records = []
-        for i, (row, index) in enumerate(chunk):
-            values = {}
-            for name, result in scores.items():
-                values[name] = float(result.value[i])
-                values |= {f"{name}/{detail}": float(v[i]) for detail, v in result.details.items()}
-            records.append({"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values})
-        yield records, images
-
-
-def numbered(rows: Sequence[Row], images_per_prompt: int) -> list[tuple[Row, int]]:
-    """(row, image index) of every sample; a prompt that comes again goes on counting its images."""
-    seen: Counter[str] = Counter()
-    samples = []
-    for row in rows:
-        for _ in range(images_per_prompt):
-            samples.append((row, seen[row["prompt"]]))
-            seen[row["prompt"]] += 1
-    return samples
-
-
-def _shown(samples: Sequence[tuple[Row, int]], count: int) -> dict[int, int]:
-    """Sample -> place in the grid: first images of prompts, taking each tag in turn."""
-    by_tag: dict[Any, list[int]] = {}
-    for i, (row, index) in enumerate(samples):
-        if index == 0:
-            by_tag.setdefault(row.get("tag"), []).append(i)
-    turns = max((len(v) for v in by_tag.values()), default=0)
-    order = [v[turn] for turn in range(turns) for v in by_tag.values() if turn < len(v)]
-    return {sample: place for place, sample in enumerate(order[:count])}
-
-
-def _summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
-    groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
-    found = {}
-    for name in records[0]["scores"]:
-        reward = next(r for r in rewards if r.label == name.split("/")[0])
-        values = np.array([record["scores"][name] for record in records])
-        low, high = bootstrap_interval(values, groups=groups)
-        found[name] = {
-            "mean": float(values.mean()),
-            "low": low,
-            "high": high,
-            "count": len(values),
-            "higher_is_better": reward.higher_is_better,
+    shown: Mapping[int, int],
+) -> None:
+    """Sample and score one batch, and publish it."""
+    first, started, spent = batch * evaluation.batch_size, time.monotonic(), sampler.forward_equivalents
+    chunk = samples[first : first + evaluation.batch_size]
+    with published(_part(folder, batch)) as part:
+        ((records, images),) = scored(sampler, evaluation, chunk, scorers)
+        for i, (record, image) in enumerate(zip(records, to_pil(images), strict=True), first):
+            if i in shown:
+                (part / "grid").mkdir(exist_ok=True)
+                image.save(part / "grid" / f"{shown[i]:03d}.png")
+            if evaluation.keep != "grid":
+                (part / "images").mkdir(exist_ok=True)
+                file = save_image(image, part / "images", i, record, evaluation.keep)
+                record["image"] = f"images/{file.name}"
+        cost = {
+            "seconds": time.monotonic() - started,
+            "forward_equivalents": sampler.forward_equivalents - spent,
         }
+        (part / "cost.json").write_text(json.dumps(cost))
+        (part / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _finish(
+    folder: Path, evaluation: Evaluation, described: Row, samples: Sequence[tuple[Row, int]], batches: int
+) -> dict[str, Any]:
+    """Put the parts together; what is there already, from a try that was killed here, is overwritten."""
+    records, costs = [], []
+    for b in range(batches):
+        part = _part(folder, b)
+        records += [json.loads(line) for line in (part / RECORDS).read_text().splitlines()]
+        costs.append(json.loads((part / "cost.json").read_text()))
+        for file in (*part.glob("grid/*"), *part.glob("images/*")):
+            target = folder / file.relative_to(part)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    shown = shown_of(samples, evaluation.grid)
+    (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = {
+        **described,
+        **result(records, evaluation.rewards),
+        "forward_equivalents": sum(cost["forward_equivalents"] for cost in costs),
+        "seconds": sum(cost["seconds"] for cost in costs),
+        "grid_prompts": [samples[i][0]["prompt"] for i in shown],
+    }
+    part = folder / f".{CARD}.part"
+    part.write_text(json.dumps(found, indent=2))
+    part.rename(folder / CARD)
+    shutil.rmtree(folder / PARTS)
+    (folder / CLAIM).unlink()
     return found
+
+
+def _claimed(folder: Path, described: Row) -> dict[str, Any] | None:
+    """The result card, if the folder holds this very evaluation finished; else claim the folder for it."""
+    for file in (folder / CARD, folder / CLAIM):
+        if file.is_file():
+            found = json.loads(file.read_text())
+            if names := differing(found, described):
+                raise PosttrainError(
+                    f"{str(folder)!r} holds another evaluation; it differs in: {'; '.join(names)}. "
+                    "Give another folder, or remove this one"
+                )
+            return found if file.name == CARD else None
+    if folder.exists() and any(folder.iterdir()):
+        raise PosttrainError(f"{str(folder)!r} holds something else than an evaluation; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{CLAIM}.{os.getpid()}"
+    part.write_text(json.dumps(described, indent=2))
+    part.rename(folder / CLAIM)
+    return None
+
+
+def _part(folder: Path, batch: int) -> Path:
+    return folder / PARTS / f"{batch:06d}"

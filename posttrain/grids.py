@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +21,27 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """``images`` (n, 3, h, w) in [0, 1] as 8-bit RGB, rounded (not cut off) and clamped."""
     data = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(pixels) for pixels in data]
+
+
+def save_image(
+    image: Image.Image, folder: Path, number: int, record: Mapping[str, Any], kind: Literal["png", "jpeg"]
+) -> Path:
+    """Write one sample, named by number, prompt and index, with ``record`` as JSON in its metadata.
+
+    PNG has it as the text ``posttrain``, JPEG (quality 95, 4:4:4) as the EXIF image description.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", record["prompt"].lower()).strip("-")[:60]
+    file = folder / f"{number:05d}-{slug}-{record['index']}.{'png' if kind == 'png' else 'jpg'}"
+    text = json.dumps(record)
+    if kind == "png":
+        info = PngInfo()
+        info.add_text("posttrain", text)
+        image.save(file, pnginfo=info)
+        return file
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = text
+    image.save(file, quality=95, subsampling=0, exif=exif)
+    return file
 
 
 def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:

@@ -59,6 +59,10 @@ class Draws:
         """The draws of some of the samples."""
         return replace(self, ids=self.ids[index])
 
+    def of(self, ids: Sequence[int | str]) -> Draws:
+        """The draws of other ids: samples of equal id draw alike."""
+        return replace(self, ids=ids)
+
     def _stack(self, draw, purpose: str, shape: Sequence[int]) -> Tensor:
         rows = [draw(tuple(shape), generator=generator(*self.key, purpose, i)) for i in self.ids]
         return torch.stack(rows).to(self.device)

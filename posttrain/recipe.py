@@ -124,6 +124,8 @@ class Evaluation(Spec):
     batch_size: int = Field(16, ge=1)
     grid: int = Field(8, ge=0)
     """How many prompts are shown as images in the report."""
+    keep: Literal["grid", "png", "jpeg"] = "grid"
+    """Which images stay: those that the report shows, or all, with prompt and scores in their metadata."""
 
     @model_validator(mode="after")
     def _rewards_differ(self) -> Self:

@@ -20,6 +20,7 @@ from posttrain.errors import RecipeError
 from posttrain.recipe import Evaluation, Recipe
 from posttrain.recipe_errors import listed, translated
 from posttrain.spelling import meant
+from posttrain.suites import suite_prompts
 from posttrain.yaml_source import Place, Source, parse, read_file
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -60,21 +61,31 @@ def check_or_raise(
 
 
 def evaluation_settings(
-    like: str | None, prompts: str | None, rewards: Sequence[str], overrides: Sequence[str]
+    suite: str | None,
+    like: str | None,
+    prompts: str | None,
+    rewards: Sequence[str],
+    overrides: Sequence[str],
 ) -> Evaluation:
-    """The evaluation of recipe ``like`` (or the defaults), changed as ``posttrain eval``'s options say."""
+    """The evaluation of recipe ``like``, or the defaults, with the prompts and rewards of a published
+    ``suite``, changed as ``posttrain eval``'s other options say."""
     data: dict[str, Any] = {}
     if like is not None:
         evaluation = load_recipe(like).evaluation
         if evaluation is None:
             raise RecipeError(f"the recipe {like!r} has no evaluation")
         data = evaluation.model_dump(mode="json")
+    data["keep"] = "png"
+    if suite is not None:
+        prompts, scores = suite_prompts(suite, prompts)
+        data["rewards"] = list(scores)
     if prompts is not None:
         data["prompts"] = prompts
     if rewards:
         data["rewards"] = list(rewards)
     if "prompts" not in data or "rewards" not in data:
-        raise RecipeError("say what to evaluate: --like RECIPE, or --prompts FILE and --reward NAME")
+        words = "--suite NAME, --like RECIPE, or --prompts FILE and --reward NAME"
+        raise RecipeError(f"say what to evaluate: {words}")
     source = Source("evaluation", data)
     settings = _validated(Evaluation, source, _override(source, overrides))
     if isinstance(file := settings.prompts, PromptFile):

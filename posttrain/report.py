@@ -65,15 +65,17 @@ def table(run: Path, width: int = 120) -> Table:
     return shown
 
 
-def summary_table(name: str, summary: dict[str, Any]) -> Table:
+def card_table(name: str, card: dict[str, Any]) -> Table:
     """One evaluation's scores, in all and by kind of task."""
     shown = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
     shown.add_column("prompts", no_wrap=True)
-    for score in summary["scores"]:
+    for score in card["scores"]:
         shown.add_column(f"{score}\n[dim]mean \\[95 %][/dim]", justify="right", no_wrap=True)
-    for label, scores in {"all": summary["scores"], **summary["tags"]}.items():
+    for label, scores in {"all": card["scores"], **card["tags"]}.items():
         cells = (f"{s['mean']:.3f} [dim]\\[{s['low']:.3f}, {s['high']:.3f}][/dim]" for s in scores.values())
         shown.add_row(label, *cells)
+    if card["tag_means"]:
+        shown.add_row("mean of kinds", *(f"{mean:.3f}" for mean in card["tag_means"].values()))
     return shown
 
 
@@ -164,10 +166,10 @@ def _tags(results: Results) -> list[dict[str, Any]]:
     score = results.score_names[0]
     measured = next(stage.scores[score] for stage in results.stages if score in stage.scores)
     pick = max if measured.get("higher_is_better", True) else min
-    names = dict.fromkeys(tag for stage in results.stages for tag in stage.summary.get("tags", {}))
+    names = dict.fromkeys(tag for stage in results.stages for tag in stage.card.get("tags", {}))
     rows = []
     for tag in names:
-        cells = [stage.summary.get("tags", {}).get(tag, {}).get(score) for stage in results.stages]
+        cells = [stage.card.get("tags", {}).get(tag, {}).get(score) for stage in results.stages]
         means = [cell["mean"] for cell in cells if cell]
         rows.append({"tag": tag, "cells": cells, "best": pick(means) if means else None})
     return rows

@@ -20,8 +20,8 @@ class StageResult:
     parent: str | None
     account: dict[str, Any] = field(default_factory=dict)
     """``stage.json``: steps, forward_equivalents, images_per_second, peak_memory_bytes, ..."""
-    summary: dict[str, Any] = field(default_factory=dict)
-    """``evaluation/summary.json``."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """``evaluation/eval.json``."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """``evaluation/records.jsonl``."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -31,7 +31,7 @@ class StageResult:
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
         """Score -> its mean, low, high, count and direction."""
-        return self.summary.get("scores", {})
+        return self.card.get("scores", {})
 
 
 @dataclass
@@ -110,7 +110,7 @@ def short(value: float | None, unit: str = "") -> str:
 
 def _stage(folder: Path, row: dict[str, Any]) -> StageResult:
     evaluation = folder / "evaluation"
-    summary = _json(evaluation / "summary.json")
+    summary = _json(evaluation / "eval.json")
     files = sorted((evaluation / "grid").glob("*.png"))
     records = evaluation / "records.jsonl"
     return StageResult(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from posttrain.model import FlowModel
 from posttrain.policy import Policy
 from posttrain.randomness import generator
 from posttrain.solvers import Solver, solve
+
+if TYPE_CHECKING:
+    from posttrain.recipe import Evaluation
 
 
 def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor]:
@@ -67,3 +73,61 @@ def sample_images(
     noise = torch.stack([prompt_noise(seed, p, i, shape) for p, i in pairs]).to(model.device)
     sigmas = model.sigmas(steps, resolution, resolution)
     return model.decode(sample_latents(policy, conditions, rows, noise, sigmas, guidance, solver))
+
+
+class Sampler(ABC):
+    """What an evaluation needs of a model: images for prompts."""
+
+    device: torch.device
+    divisor: int
+    """Image sides must be multiples of this many pixels."""
+    source: str
+    """Where the weights come from, for the result card."""
+    forward_equivalents: int
+    """Forwards of the denoiser so far, of one sample each."""
+
+    @abstractmethod
+    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Evaluation) -> Tensor:
+        """Images (n, 3, h, w) in [0, 1], the ``indices[i]``-th of ``prompts[i]``, each from its own noise."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """The sha256 of the denoiser's weights."""
+
+
+class FlowSampler(Sampler):
+    """Samples a :class:`FlowModel` by the policy's role in use; what it costs is not the policy's."""
+
+    def __init__(self, policy: Policy, source: str = "") -> None:
+        self.policy, self.source = policy, source
+        self.device, self.divisor = policy.model.device, policy.model.divisor
+        self.forward_equivalents = 0
+
+    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Evaluation) -> Tensor:
+        spent = self.policy.forward_equivalents
+        images = sample_images(
+            self.policy,
+            prompts,
+            indices,
+            resolution=settings.resolution,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            solver=settings.solver,
+            seed=settings.seed,
+        )
+        self.forward_equivalents += self.policy.forward_equivalents - spent
+        self.policy.forward_equivalents = spent
+        return images
+
+    def fingerprint(self) -> str:
+        return hash_of(self.policy.parameters)
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 over name, shape and float32 values of each tensor, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().float().cpu().contiguous().numpy()
+        digest.update(values.data)  # a view: a large model's bytes are not copied
+    return digest.hexdigest()

@@ -19,7 +19,6 @@ from posttrain.algorithm import Batch, Tools
 from posttrain.data.prompts import prompt_rows
 from posttrain.device import peak_memory
 from posttrain.errors import TrainingError
-from posttrain.evaluate import numbered, scored, scorers_of
 from posttrain.feeds import Feed
 from posttrain.grids import grid
 from posttrain.judge import Judge
@@ -27,7 +26,8 @@ from posttrain.monitor import Action, collapsed, hacking
 from posttrain.policy import Policy
 from posttrain.progress import StageProgress
 from posttrain.records import Tracker
-from posttrain.sampling import sample_images
+from posttrain.sampling import FlowSampler, sample_images
+from posttrain.scoring import numbered, scored, scorers_of
 from posttrain.trainer import EMA
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class StageWatch:
     @functools.cached_property
     def _scorers(self) -> dict:
         assert self.recipe.evaluation is not None, "the recipe's validation requires it"
-        return scorers_of(self.recipe.evaluation, self.policy.model)
+        return scorers_of(self.recipe.evaluation.rewards, self.policy.model.device)
 
     def _read(self, step: int) -> None:
         """Score held-out prompts, and act on an alarm."""
@@ -202,11 +202,9 @@ class StageWatch:
         assert evaluation is not None, "the recipe's validation requires it"
         assert monitor is not None, "called where there is one"
         samples = numbered(prompt_rows(evaluation.prompts, evaluation.rewards)[: monitor.prompts], 1)
-        spent = self.policy.forward_equivalents
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            batches = scored(self.policy, evaluation, samples, self._scorers)
+            batches = scored(FlowSampler(self.policy), evaluation, samples, self._scorers)
             records = [record for found, _ in batches for record in found]
-        self.policy.forward_equivalents = spent
         reading = {
             r.label: [record["scores"][r.label] * (1 if r.higher_is_better else -1) for record in records]
             for r in evaluation.rewards

@@ -117,9 +117,9 @@ def test_eval_scores_full_and_lora_artifacts(stages, tmp_path, name):
     )
     done = posttrain(*arguments, cwd=tmp_path)
     assert "single_object" in done.stdout
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert summary["images"] == 3
-    assert summary["weights"] == "ema"
+    assert summary["model"]["weights"] == "ema"
     assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == 3
 
 

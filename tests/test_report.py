@@ -35,7 +35,7 @@ def write_stage(folder, values, account=True):
         "higher_is_better": True,
     }
     summary = {"scores": {"shapes": score}, "tags": {"counting": {"shapes": score}}, "grid_prompts": [EVIL]}
-    (evaluation / "summary.json").write_text(json.dumps(summary))
+    (evaluation / "eval.json").write_text(json.dumps(summary))
     rows = [
         {"prompt": f"p{i}", "index": 0, "tag": None, "scores": {"shapes": v}} for i, v in enumerate(values)
     ]

@@ -37,7 +37,7 @@ def evaluated(folder, scores, higher=True):
     ]
     values, prompts = [r["scores"]["shapes"] for r in rows], [r["prompt"] for r in rows]
     dump(
-        folder / "evaluation" / "summary.json",
+        folder / "evaluation" / "eval.json",
         {
             "images": len(rows),
             "scores": {"shapes": summary(values, prompts, higher_is_better=higher, range=[0, 1])},
@@ -162,7 +162,7 @@ def test_the_numbers_are_those_given(run):
     cells = {row[0].split()[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert list(cells) == list(STAGES)
     for name in STAGES:
-        given = json.loads((run / name / "evaluation" / "summary.json").read_text())["scores"]["shapes"]
+        given = json.loads((run / name / "evaluation" / "eval.json").read_text())["scores"]["shapes"]
         shown = [float(n) for n in re.findall(r"\d\.\d+", cells[name]["shapes"])][:3]
         assert shown == pytest.approx([given["mean"], given["low"], given["high"]], abs=0.0005)
     soar = cells["soar"]
@@ -188,7 +188,7 @@ def test_the_best_is_marked_and_alone(run):
 
 def test_where_lower_is_better_the_lowest_is_best(run):
     for name in STAGES:
-        path = run / name / "evaluation" / "summary.json"
+        path = run / name / "evaluation" / "eval.json"
         found = json.loads(path.read_text())
         found["scores"]["shapes"]["higher_is_better"] = False
         dump(path, found)
@@ -299,7 +299,7 @@ def test_figures_carry_si_prefixes():
 def test_a_narrow_terminal_gives_up_columns_before_intervals(run):
     full = printed(run, 140)
     assert max(len(line.rstrip()) for line in full.splitlines()[1:]) > 60
-    given = json.loads((run / "soar/evaluation/summary.json").read_text())["scores"]["shapes"]
+    given = json.loads((run / "soar/evaluation/eval.json").read_text())["scores"]["shapes"]
     assert f"0.819 [{given['low']:.2f}, {given['high']:.2f}]" in printed(run, 60)
 
 

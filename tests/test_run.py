@@ -54,7 +54,7 @@ def test_a_run_writes_everything_that_the_design_promises(finished):
         account = json.loads((folder / name / "stage.json").read_text())
         assert account["steps"] == 6
         assert account["peak_memory_bytes"] > 1e6
-        assert (folder / name / "evaluation" / "summary.json").is_file()
+        assert (folder / name / "evaluation" / "eval.json").is_file()
     assert "report:" in printed
     assert printed.index("base") < printed.index("soar")
 
@@ -87,11 +87,11 @@ def test_every_sample_is_recorded_once_with_its_score(finished):
         json.loads(line)
         for line in (folder / "soar" / "evaluation" / "records.jsonl").read_text().splitlines()
     ]
-    summary = json.loads((folder / "soar" / "evaluation" / "summary.json").read_text())
+    summary = json.loads((folder / "soar" / "evaluation" / "eval.json").read_text())
     assert len(rows) == len({(row["prompt"], row["index"]) for row in rows}) == summary["images"] == 6
     mean = sum(row["scores"]["shapes"] for row in rows) / 6
     assert summary["scores"]["shapes"]["mean"] == pytest.approx(mean)
-    assert summary["weights"] == "ema"
+    assert summary["model"]["weights"] == "ema"
 
 
 def test_the_same_command_again_skips_what_is_finished(finished):
@@ -323,7 +323,7 @@ def test_the_quickstart_recipe_compares_base_sft_and_soar(tmp_path):
     printed = run_quietly(made, tmp_path / "run")
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     for name in ("base", "sft", "soar"):
-        assert (tmp_path / "run" / name / "evaluation" / "summary.json").is_file()
+        assert (tmp_path / "run" / name / "evaluation" / "eval.json").is_file()
         assert f"\n{name} " in printed
     accounts = [json.loads((tmp_path / "run" / n / "stage.json").read_text()) for n in ("sft", "soar")]
     assert accounts[0]["samples"] == accounts[1]["samples"] == 8

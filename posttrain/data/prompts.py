@@ -24,7 +24,7 @@ def prompt_rows(prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward] =
         return read_prompts(prompts.path, rewards)
     from posttrain.shapes.dataset import evaluation_prompts  # needed in the Shapes world only
 
-    rows = evaluation_prompts(prompts.count, prompts.seed)
+    rows = evaluation_prompts(prompts.count, prompts.seed, prompts.tasks)
     if reasons := sorted(
         {r for reward in rewards for row in rows if (r := reward.unusable(row)) is not None}
     ):

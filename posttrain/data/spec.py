@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from posttrain.spec import AnyPath, Named, Spec
 
@@ -71,6 +71,9 @@ class ShapesData(Data):
         return Images(images=folder / "train.jsonl", image_dir=folder / "images", workers=self.workers)
 
 
+Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+
+
 class PromptFile(Spec):
     """Prompts listed in a file."""
 
@@ -81,13 +84,22 @@ class PromptFile(Spec):
 
 
 class ShapesPrompts(Spec):
-    """Prompts of the Shapes world, balanced over its six kinds of task.
+    """Prompts of the Shapes world, balanced over its kinds of task.
 
     The world is so small that training meets most of its prompts; what is held out is the noise."""
 
     type: Literal["shapes"] = "shapes"
     count: int = Field(ge=1)
     seed: int = 0
+    tasks: list[Task] = Field(default=[*get_args(Task)], min_length=1)
+    """Which of GenEval's kinds."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _no_task_twice(cls, tasks: list[str]) -> list[str]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"{', '.join(sorted({t for t in tasks if tasks.count(t) > 1}))} is given twice")
+        return tasks
 
 
 AnyPrompts = Annotated[

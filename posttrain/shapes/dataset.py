@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,14 @@ def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
         raise DataError(f"cannot write the Shapes data set {str(folder)!r}: {error}") from error
 
 
-def evaluation_prompts(count: int, seed: int) -> list[dict[str, Any]]:
-    """``count`` metadata rows, balanced over the six kinds of task; a kind repeats a prompt only once it
+def evaluation_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[dict[str, Any]]:
+    """``count`` metadata rows, balanced over ``tasks``; a kind repeats a prompt only once it
     has used all that it has."""
     rng = Generator(Philox(key=[seed, EVALUATION]))
-    used: dict[str, set[str]] = {tag: set() for tag in TASKS}
+    used: dict[str, set[str]] = {tag: set() for tag in tasks}
     rows = []
     for index in range(count):
-        tag = TASKS[index % len(TASKS)]
+        tag = tasks[index % len(tasks)]
         row = sample_task(rng, tag)
         for _ in range(200):
             if row["prompt"] not in used[tag]:

@@ -1,0 +1,89 @@
+"""``posttrain eval`` and ``compare``: how good is a model, and is it better than another?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A stage's folder, a diffusers folder, or a hub name.")],
+    suite: Annotated[
+        str | None, typer.Option(help="A published evaluation: geneval, ocr, pickscore or drawbench.")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Take the settings of its evaluation.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A text file, one prompt a line, or GenEval-format JSONL.")
+    ] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="What to score with. Repeatable.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A=B", help="A field of the evaluation, e.g. steps=20."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write; runs/eval-MODEL by default.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="How many share the work, each on its GPU.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Sample prompts, score the images, and write records, result card and images.
+
+    Given again, it goes on where it stopped.
+    """
+    del debug
+    from posttrain.artifact import evaluate_artifact, open_artifact
+    from posttrain.device import resolve
+    from posttrain.launch import CHILD, share
+    from posttrain.recipe_file import evaluation_settings
+    from posttrain.report import card_table
+
+    console = _console()
+    settings = evaluation_settings(suite, like, prompts, reward or (), overrides or ())
+    parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
+    name = "-".join(["eval", *parts[-2:], *([suite] if suite else [])])
+    target = output or Path("runs") / name
+    if processes > 1:
+        share(processes)
+    opened, weights = open_artifact(model, resolve(device), base)
+    card = evaluate_artifact(opened, settings, target, target.name, model, weights, console)
+    if card is not None and CHILD not in os.environ:
+        console.print(card_table(target.name, card))
+        console.print(f"records, result card and images: {target}", highlight=False)
+
+
+def compare(
+    evaluations: Annotated[
+        list[Path], typer.Argument(metavar="A B [C...]", help="Folders of evaluations, or of stages.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Write a page with the images side by side.")] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="How many prompts the page shows.")] = 24,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare evaluations on the samples that they share: differences from A, with 95 % intervals."""
+    del debug
+    from posttrain.compare import compare_table, load, write_page
+
+    console = _console()
+    loaded = load(evaluations)
+    console.print(compare_table(loaded))
+    for line in loaded.remarks:
+        console.print(f"[yellow]{line}[/yellow]", highlight=False)
+    if output is not None:
+        write_page(loaded, output, prompts)
+        console.print(f"page: {output}", highlight=False)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,235 @@
+"""Is an evaluation complete and the same, whatever kills it and however many share it?"""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import ExifTags, Image
+from rich.console import Console
+from test_cli import posttrain
+
+from posttrain.card import differing
+from posttrain.compare import compare_table, load, worded, write_page
+from posttrain.errors import PosttrainError, RecipeError, RewardError
+from posttrain.evaluate import evaluate
+from posttrain.recipe import Evaluation
+from posttrain.sampling import Sampler, hash_of, prompt_noise
+from posttrain.suites import SUITES, published_as, suite_prompts
+
+
+class NoiseSampler(Sampler):
+    """Its images are their own noise, brighter by ``light``; it dies after ``lives`` batches."""
+
+    def __init__(self, lives=None, light=0.0):
+        self.device, self.divisor, self.source, self.forward_equivalents = torch.device("cpu"), 8, "noise", 0
+        self.lives, self.light, self.calls = lives, light, 0
+
+    def images(self, prompts, indices, settings):
+        if self.lives is not None and self.calls >= self.lives:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.forward_equivalents += len(prompts)
+        pairs = zip(prompts, indices, strict=True)
+        noise = torch.stack([prompt_noise(settings.seed, p, i, (3, 16, 16)) for p, i in pairs])
+        return (noise.sigmoid() * (1 - self.light) + self.light).clamp(0, 1)
+
+    def fingerprint(self):
+        return f"light {self.light}"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [
+        {"prompt": f"a photo of {n} cats", "tag": "few" if n < 5 else "many", "include": []} for n in range(7)
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    return file
+
+
+def settings(prompts, **changes):
+    data = {"prompts": {"type": "file", "path": str(prompts)}, "rewards": ["jpeg_incompressibility"]}
+    data |= {"resolution": 16, "batch_size": 3, "images_per_prompt": 2, "grid": 2, **changes}
+    return Evaluation.model_validate(data)
+
+
+def run(sampler, evaluation, folder):
+    console = Console(file=io.StringIO())
+    return evaluate(sampler, evaluation, folder, name="x", weights="raw", console=console)
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same(prompts, tmp_path):
+    whole = run(NoiseSampler(), settings(prompts), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(NoiseSampler(lives=2), settings(prompts), tmp_path / "cut")
+    assert not (tmp_path / "cut" / "eval.json").exists()
+    second = NoiseSampler()
+    card = run(second, settings(prompts), tmp_path / "cut")
+    assert second.calls == 4, "6 batches of 3, of which 2 were done"
+    records = (tmp_path / "cut" / "records.jsonl").read_text()
+    assert records == (tmp_path / "whole" / "records.jsonl").read_text()
+    assert {k: v for k, v in card.items() if k != "seconds"} == {
+        k: v for k, v in whole.items() if k != "seconds"
+    }
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir() if p.name[0] != ".") == [
+        "eval.json",
+        "grid",
+        "records.jsonl",
+    ]
+    third = NoiseSampler()
+    assert run(third, settings(prompts), tmp_path / "cut") == card
+    assert third.calls == 0
+
+
+def test_every_sample_is_counted_once_whoever_measures_it(prompts, tmp_path, monkeypatch):
+    whole = run(NoiseSampler(), settings(prompts), tmp_path / "whole")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # the last one's share is one batch
+    cards = []
+    for rank in (2, 0, 3, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        cards.append(run(NoiseSampler(), settings(prompts), tmp_path / "shared"))
+    assert cards[:3] == [None] * 3, "the last to finish puts the parts together"
+    assert cards[3]["scores"] == whole["scores"]
+    rows = [json.loads(line) for line in (tmp_path / "shared" / "records.jsonl").read_text().splitlines()]
+    assert len(rows) == len({(r["prompt"], r["index"]) for r in rows}) == 16
+    assert {r["index"] for r in rows if r["prompt"] == "a photo of 0 cats"} == {0, 1, 2, 3}
+
+
+def test_another_evaluation_in_the_folder_is_refused_by_what_differs(prompts, tmp_path):
+    run(NoiseSampler(), settings(prompts), tmp_path / "e")
+    with pytest.raises(PosttrainError, match=r"sampler\.steps \(was 40, now 10\)"):
+        run(NoiseSampler(), settings(prompts, steps=10), tmp_path / "e")
+    with pytest.raises(PosttrainError, match=r"model\.sha256"):
+        run(NoiseSampler(light=0.5), settings(prompts), tmp_path / "e")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(PosttrainError, match="something else than an evaluation"):
+        run(NoiseSampler(), settings(prompts), tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt):
+        run(NoiseSampler(lives=1), settings(prompts), tmp_path / "half")
+    with pytest.raises(PosttrainError, match=r"sampler\.seed"):
+        run(NoiseSampler(), settings(prompts, seed=1), tmp_path / "half")
+
+
+def test_the_card_says_what_was_measured(prompts, tmp_path):
+    card = run(NoiseSampler(), settings(prompts), tmp_path / "e")
+    assert card["prompts"]["rows"] == 8
+    assert card["prompts"]["distinct"] == 7
+    assert card["model"] == {"source": "noise", "weights": "raw", "sha256": "light 0.0"}
+    assert card["forward_equivalents"] == 16
+    values = [json.loads(line) for line in (tmp_path / "e" / "records.jsonl").read_text().splitlines()]
+    few = [r["scores"]["jpeg_incompressibility"] for r in values if r["tag"] == "few"]
+    many = [r["scores"]["jpeg_incompressibility"] for r in values if r["tag"] == "many"]
+    assert card["tags"]["few"]["jpeg_incompressibility"]["mean"] == pytest.approx(sum(few) / len(few))
+    means = (sum(few) / len(few) + sum(many) / len(many)) / 2
+    assert card["tag_means"]["jpeg_incompressibility"] == pytest.approx(means)
+    assert differing(card, {**card, "versions": {}, "seconds": 0}) == []
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_kept_images_carry_their_record(prompts, tmp_path, kind):
+    run(NoiseSampler(), settings(prompts, keep=kind), tmp_path / "e")
+    rows = [json.loads(line) for line in (tmp_path / "e" / "records.jsonl").read_text().splitlines()]
+    assert len({row["image"] for row in rows}) == 16
+    row = rows[5]
+    with Image.open(tmp_path / "e" / row["image"]) as image:
+        text = image.text["posttrain"] if kind == "png" else image.getexif()[ExifTags.Base.ImageDescription]
+    inside = json.loads(text)
+    assert (inside["prompt"], inside["index"]) == (row["prompt"], row["index"])
+    assert inside["scores"] == row["scores"]
+    assert row["image"] == f"images/00005-a-photo-of-2-cats-1.{'png' if kind == 'png' else 'jpg'}"
+
+
+def test_a_reward_that_fails_stops_it_and_what_was_done_stays(prompts, tmp_path, monkeypatch):
+    (tmp_path / "picky.py").write_text(
+        "def score(images, prompts, metadata):\n"
+        "    assert not any('6' in p for p in prompts), 'six'\n    return [0.0] * len(prompts)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RewardError, match="six"):
+        run(NoiseSampler(), settings(prompts, rewards=["picky:score"]), tmp_path / "e")
+    assert len(list((tmp_path / "e" / "parts").iterdir())) == 4
+
+
+def test_the_fingerprint_is_of_values_not_of_storage():
+    weights = {"b": torch.randn(3, 2).bfloat16(), "a": torch.arange(4.0)}
+    assert hash_of(weights) == hash_of({"a": weights["a"].double(), "b": weights["b"].float()})
+    assert hash_of(weights) != hash_of({**weights, "a": weights["a"] + 1e-6})
+    assert hash_of(weights) != hash_of({"b": weights["b"].T.contiguous(), "a": weights["a"]})
+
+
+def test_suites_say_where_their_prompts_are_published(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"2212 rows\).*DiffusionNFT.*--prompts"):
+        suite_prompts("geneval", None)
+    with pytest.raises(RecipeError, match="did you mean 'drawbench'"):
+        suite_prompts("drawbnch", None)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "ocr_test.txt").write_text('a sign "A"\n')
+    assert suite_prompts("ocr", None) == ("prompts/ocr_test.txt", ("ocr",))
+    assert published_as(SUITES["ocr"].sha256) == "ocr"
+    assert published_as("0") is None
+
+
+def test_compare_pairs_samples_and_says_what_is_not_significant(prompts, tmp_path):
+    run(NoiseSampler(), settings(prompts), tmp_path / "a" / "evaluation")
+    run(NoiseSampler(), settings(prompts), tmp_path / "same")
+    run(NoiseSampler(light=0.7), settings(prompts, keep="png"), tmp_path / "light")
+    found = load([tmp_path / "a", tmp_path / "same", tmp_path / "light"])
+    assert [one.name for one in found.evaluations] == ["a", "same", "light"]
+    assert found.remarks == []
+    assert len(found.keys) == 16
+    change, low, high = found.difference(found.evaluations[2], "jpeg_incompressibility")
+    assert low <= change <= high < 0, "less contrast, fewer bytes"
+    assert worded(found.difference(found.evaluations[1], "jpeg_incompressibility")).endswith(
+        "not significant"
+    )
+    text = io.StringIO()
+    Console(file=text, width=100).print(compare_table(found))
+    assert text.getvalue().count("not significant") == 1
+    write_page(found, tmp_path / "page" / "c.html", 3)
+    page = (tmp_path / "page" / "c.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 + 2 * 2, "all of one, the grid's two of the others"
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_compare_refuses_or_remarks_what_is_not_comparable(prompts, tmp_path):
+    run(NoiseSampler(), settings(prompts), tmp_path / "a")
+    run(NoiseSampler(), settings(prompts, guidance=1.0, images_per_prompt=1), tmp_path / "b")
+    found = load([tmp_path / "a", tmp_path / "b"])
+    assert len(found.keys) == 8
+    assert "compared on the 8 samples that all have (16 in a, 8 in b)" in found.remarks[0]
+    assert "sampler.guidance (a: 4.5, b: 1.0)" in found.remarks[1]
+    other = tmp_path / "p.txt"
+    other.write_text("a dog\n")
+    run(NoiseSampler(), settings(other), tmp_path / "c")
+    with pytest.raises(PosttrainError, match="share no sample"):
+        load([tmp_path / "a", tmp_path / "c"])
+    with pytest.raises(PosttrainError, match="no finished evaluation"):
+        load([tmp_path / "a", tmp_path])
+    with pytest.raises(PosttrainError, match="one folder twice"):
+        load([tmp_path / "a", tmp_path / "a"])
+
+
+def test_processes_of_the_command_line_share_an_evaluation(tmp_path):
+    (tmp_path / "p.txt").write_text("a circle\na square\na triangle\n")
+    small = ["--prompts", "p.txt", "--reward", "jpeg_compressibility"]
+    for pair in ("resolution=64", "steps=1", "batch_size=1", "guidance=1"):
+        small += ["--set", pair]
+    posttrain("eval", "posttrain/tiny-sd3", *small, "--output", "one", cwd=tmp_path)
+    done = posttrain(
+        "eval", "posttrain/tiny-sd3", *small, "--output", "two", "--processes", "2", cwd=tmp_path
+    )
+    assert done.stdout.count("result card and images: two") == 1
+    assert (tmp_path / "one" / "records.jsonl").read_text() == (
+        tmp_path / "two" / "records.jsonl"
+    ).read_text()
+    compared = posttrain("compare", "one", "two", "--output", "c.html", cwd=tmp_path).stdout
+    assert "+0.000 [+0.000, +0.000] not significant" in compared
+    failed = posttrain(
+        "eval", "posttrain/tiny-sd3", *small, "--set", "steps=2", "--output", "two", "--processes=2",
+        cwd=tmp_path, code=1,
+    )  # fmt: skip
+    assert "of 2 failed" in failed.stderr
+    assert "sampler.steps (was 1, now 2)" in failed.stderr
