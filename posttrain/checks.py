@@ -11,6 +11,7 @@ from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.errors import DataError
 from posttrain.recipe import Recipe, is_path
 from posttrain.spelling import meant
+from posttrain.suites import published_where
 
 if TYPE_CHECKING:
     from posttrain.reward import Reward
@@ -88,6 +89,8 @@ def _prompts(
     place: Place, prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward]
 ) -> Iterator[Problem]:
     missing = list(_file(place, prompts.path)) if isinstance(prompts, PromptFile) else []
+    if missing and isinstance(prompts, PromptFile) and (where := published_where(prompts.path)) is not None:
+        missing = [(at, f"{words}; it is published as {where}") for at, words in missing]
     yield from missing
     if not missing:
         try:

@@ -165,9 +165,9 @@ def test_suites_say_where_their_prompts_are_published(tmp_path, monkeypatch):
         suite_prompts("geneval", None)
     with pytest.raises(RecipeError, match="did you mean 'drawbench'"):
         suite_prompts("drawbnch", None)
-    (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts" / "ocr_test.txt").write_text('a sign "A"\n')
-    assert suite_prompts("ocr", None) == ("prompts/ocr_test.txt", ("ocr",))
+    (tmp_path / "data" / "ocr").mkdir(parents=True)
+    (tmp_path / "data" / "ocr" / "test.txt").write_text('a sign "A"\n')
+    assert suite_prompts("ocr", None) == ("data/ocr/test.txt", ("ocr",))
     assert published_as(SUITES["ocr"].sha256) == "ocr"
     assert published_as("0") is None
 
