@@ -19,9 +19,9 @@ from posttrain.model import FlowModel, Model
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
-    from posttrain.recipe import Evaluation, Stage
+    from posttrain.recipe import Sampling, Stage
+    from posttrain.sampling import Sampler
 
 DESCRIPTION = "posttrain.json"
 LORA = "pytorch_lora_weights.safetensors"
@@ -44,8 +44,29 @@ def open_artifact(path: str, device: torch.device, base: str | None = None) -> t
     ``base`` replaces the model that a LoRA was trained on. Returns the model and which weights they are
     ("raw", "ema", or "base" for a pipeline that no stage wrote). Raises ModelError.
     """
+    spec, adapters, weights = _described(path, base)
+    model = spec.load(device, "fp32")
+    for source in adapters:
+        model.load_weights(source)
+    return model, weights
+
+
+def open_sampler(
+    path: str, device: torch.device, settings: Sampling, base: str | None = None
+) -> tuple[Sampler, str]:
+    """As :func:`open_artifact`, ready to draw images; also of models that cannot be trained."""
+    from posttrain.sampling import flow_sampler
+
+    spec, _, weights = _described(path, base)
+    if not spec.trainable:
+        return spec.sampler(device, settings), weights
+    return flow_sampler(open_artifact(path, device, base)[0], settings, path), weights
+
+
+def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
+    """The model that ``path`` is or builds on, the adapters to load onto it, and which weights they are."""
     from posttrain.models._weights import local_folder
-    from posttrain.models.sd3 import SD3
+    from posttrain.models.pipelines import model_of
     from posttrain.recipe import AnyModel
 
     folder = local_folder(path)
@@ -54,27 +75,23 @@ def open_artifact(path: str, device: torch.device, base: str | None = None) -> t
     described = (
         json.loads(_text(folder / DESCRIPTION)) if folder and (folder / DESCRIPTION).is_file() else None
     )
-    spec: Model = (
-        TypeAdapter(AnyModel).validate_python(described["model"])
-        if described
-        else SD3.model_validate({"path": path})
-    )
-    if folder is None or not (folder / LORA).is_file():
-        if base is not None:
-            raise ModelError(f"--base is for a LoRA; {path!r} is a whole pipeline")
-        if folder is not None:
-            spec = spec.model_copy(update={"path": str(folder)})
-        return spec.load(device, "fp32"), described["weights"] if described else "base"
-    if base is not None:
-        spec = spec.model_copy(update={"path": base})
-    elif described is None:
-        raise ModelError(
-            f"{str(folder)!r} is a LoRA without {DESCRIPTION}: say with --base which model it is for"
-        )
-    model = spec.load(device, "fp32")
-    for source in with_parents(folder):
-        model.load_weights(source)
-    return model, described["weights"] if described else "raw"
+    lora = folder is not None and (folder / LORA).is_file()
+    if described is not None:
+        spec: Model = TypeAdapter(AnyModel).validate_python(described["model"])
+    elif lora:
+        if base is None:
+            raise ModelError(
+                f"{str(folder)!r} is a LoRA without {DESCRIPTION}: say with --base which model it is for"
+            )
+        spec = model_of(base)
+    else:
+        spec = model_of(path)
+    if not lora and base is not None:
+        raise ModelError(f"--base is for a LoRA; {path!r} is a whole pipeline")
+    if (source := base if lora else folder and str(folder)) is not None:
+        spec = spec.model_copy(update={"path": source})
+    weights = described["weights"] if described else "raw" if lora else "base"
+    return spec, with_parents(folder) if lora and folder else [], weights
 
 
 def with_parents(folder: Path) -> list[Path]:
@@ -82,26 +99,6 @@ def with_parents(folder: Path) -> list[Path]:
     if not (folder / LORA).is_file() or not (folder / DESCRIPTION).is_file():
         return [folder]
     return [*(folder / parent for parent in json.loads(_text(folder / DESCRIPTION))["parents"]), folder]
-
-
-def evaluate_artifact(
-    model: FlowModel,
-    evaluation: Evaluation,
-    target: Path,
-    name: str,
-    source: str,
-    weights: str,
-    console: Console,
-) -> dict[str, Any] | None:
-    """Evaluate ``model`` into ``target``; see :func:`posttrain.evaluate.evaluate`."""
-    from posttrain.evaluate import evaluate
-    from posttrain.policy import Policy
-    from posttrain.sampling import FlowSampler
-    from posttrain.stage import AUTOCAST
-
-    policy = Policy(model, autocast=AUTOCAST[evaluation.precision], chunk=evaluation.batch_size)
-    sampler = FlowSampler(policy, source)
-    return evaluate(sampler, evaluation, target, name=name, weights=weights, console=console)
 
 
 def _text(path: Path) -> str:

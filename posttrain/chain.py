@@ -104,20 +104,23 @@ def _evaluate(
     recipe: Recipe, spec: Model, stage: Stage | None, folder: Path, device: torch.device, console: Console
 ) -> None:
     """Evaluate what a stage wrote (the base model for None), reading it as any other tool would."""
-    from posttrain.artifact import evaluate_artifact
+    from posttrain.evaluate import evaluate
+    from posttrain.sampling import flow_sampler
 
     assert recipe.evaluation is not None, "called for recipes with an evaluation"
     name = stage.name if stage else BASE
     target = folder / name / "evaluation"
     if (target / "eval.json").is_file():
         return
-    model = spec.load(device, "fp32")
-    if stage is not None:
+    weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
+    if stage is None:
+        sampler = spec.sampler(device, recipe.evaluation)
+    else:
+        model = spec.load(device, "fp32")
         for source in _sources(recipe, stage.name, folder):
             model.load_weights(source)
-    weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
-    source = spec.model_dump(mode="json").get("path", spec.type) if stage is None else f"{name}/final"
-    evaluate_artifact(model, recipe.evaluation, target, name, source, weights, console)
+        sampler = flow_sampler(model, recipe.evaluation, f"{name}/final")
+    evaluate(sampler, recipe.evaluation, target, name=name, weights=weights, console=console)
 
 
 def _sources(recipe: Recipe, name: str, folder: Path) -> list[Path]:

@@ -25,8 +25,8 @@ shapes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
-app.command("eval")(cli_eval.evaluate)
-app.command("compare")(cli_eval.compare)
+app.command("eval")(cli_eval.evaluate_model)
+app.command("compare")(cli_eval.compare_evaluations)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")

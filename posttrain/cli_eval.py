@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def evaluate(
+def evaluate_model(
     model: Annotated[str, typer.Argument(help="A stage's folder, a diffusers folder, or a hub name.")],
     suite: Annotated[
         str | None, typer.Option(help="A published evaluation: geneval, ocr, pickscore or drawbench.")
@@ -41,8 +41,9 @@ def evaluate(
     Given again, it goes on where it stopped.
     """
     del debug
-    from posttrain.artifact import evaluate_artifact, open_artifact
+    from posttrain.artifact import open_sampler
     from posttrain.device import resolve
+    from posttrain.evaluate import evaluate
     from posttrain.launch import CHILD, share
     from posttrain.recipe_file import evaluation_settings
     from posttrain.report import card_table
@@ -54,14 +55,14 @@ def evaluate(
     target = output or Path("runs") / name
     if processes > 1:
         share(processes)
-    opened, weights = open_artifact(model, resolve(device), base)
-    card = evaluate_artifact(opened, settings, target, target.name, model, weights, console)
+    sampler, weights = open_sampler(model, resolve(device), settings, base)
+    card = evaluate(sampler, settings, target, name=target.name, weights=weights, console=console)
     if card is not None and CHILD not in os.environ:
         console.print(card_table(target.name, card))
         console.print(f"records, result card and images: {target}", highlight=False)
 
 
-def compare(
+def compare_evaluations(
     evaluations: Annotated[
         list[Path], typer.Argument(metavar="A B [C...]", help="Folders of evaluations, or of stages.")
     ],

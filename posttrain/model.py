@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from posttrain.spec import Named
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.condition import Condition
+    from posttrain.recipe import Sampling
+    from posttrain.sampling import Sampler
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 
@@ -32,6 +34,11 @@ def torch_dtype(name: DtypeName) -> torch.dtype:
 class Model(Named, ABC):
     """A recipe's ``model`` block."""
 
+    trainable: ClassVar[bool] = True
+    """Whether stages can train it; otherwise :meth:`sampler` is all it offers."""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """The names that diffusers gives to the pipelines that this model reads."""
+
     def materialise(self, folder: Path) -> Model:
         """The model to load; one that must first be made is made under ``folder``, once."""
         del folder
@@ -40,6 +47,13 @@ class Model(Named, ABC):
     @abstractmethod
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         """Read the weights. Raises ModelError where they are missing, gated or do not fit together."""
+
+    def sampler(self, device: torch.device, settings: Sampling) -> Sampler:
+        """What draws images as ``settings`` say. Raises ModelError as :meth:`load`."""
+        from posttrain.sampling import flow_sampler
+
+        source = self.model_dump(mode="json").get("path", self.type)
+        return flow_sampler(self.load(device, "fp32"), settings, source)
 
     def frozen_dtype(self) -> DtypeName:
         """Of a transformer that is not fully trained."""

@@ -104,12 +104,9 @@ def _no_reward_twice(rewards: list[Reward]) -> None:
         raise at(("rewards",), f"{', '.join(sorted(twice))} is given twice")
 
 
-class Evaluation(Spec):
-    """How the base model and every stage are compared: same prompts, same noise, same sampler."""
+class Sampling(Spec):
+    """How images are drawn for prompts."""
 
-    prompts: AnyPrompts
-    rewards: Annotated[list[AnyReward], Field(min_length=1), BeforeValidator(reward_blocks)]
-    images_per_prompt: int = Field(1, ge=1)
     resolution: int = Field(512, ge=8)
     """Side of the images, in pixels."""
     steps: int = Field(40, ge=1)
@@ -121,6 +118,14 @@ class Evaluation(Spec):
     """Of the transformer's forward (bf16 is autocast)."""
     seed: int = 0
     """Of the noise, which belongs to the prompt: equal for every stage, on any number of processes."""
+
+
+class Evaluation(Sampling):
+    """How the base model and every stage are compared: same prompts, same noise, same sampler."""
+
+    prompts: AnyPrompts
+    rewards: Annotated[list[AnyReward], Field(min_length=1), BeforeValidator(reward_blocks)]
+    images_per_prompt: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)
     grid: int = Field(8, ge=0)
     """How many prompts are shown as images in the report."""
@@ -150,8 +155,18 @@ class Recipe(Spec):
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and image grids go besides metrics.jsonl, which is always written."""
     model: AnyModel
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage]
+    """What the model goes through; none, to evaluate it as it is."""
     evaluation: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _there_is_something_to_do(self) -> Self:
+        if not self.stages and self.evaluation is None:
+            raise at(("stages",), "there is neither a stage nor an evaluation")
+        if self.stages and not self.model.trainable:
+            words = f"{self.model.type} can be evaluated, not trained: give it no stages, or another model"
+            raise at(("model", "type"), words)
+        return self
 
     @model_validator(mode="after")
     def _stages_form_chains(self) -> Self:

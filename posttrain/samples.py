@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from posttrain.artifact import open_artifact
+from posttrain.artifact import open_sampler
 from posttrain.device import resolve
 from posttrain.errors import PosttrainError
 from posttrain.grids import grid, to_pil
-from posttrain.policy import Policy
 from posttrain.progress import stage_progress
-from posttrain.sampling import sample_images
+from posttrain.recipe import Sampling
 from posttrain.solvers import Solver
 
 if TYPE_CHECKING:
@@ -41,23 +40,21 @@ def draw(
 
     if solver not in get_args(Solver):
         raise PosttrainError(f"--solver: no solver {solver!r}; there are {', '.join(get_args(Solver))}")
-    opened, _ = open_artifact(model, resolve(device), base)
-    if resolution % opened.divisor:
-        raise PosttrainError(f"--resolution: {resolution} is no multiple of {opened.divisor}")
-    policy, files, drawn = Policy(opened, chunk=8), [], []
+    settings = Sampling(
+        resolution=resolution,
+        steps=steps,
+        guidance=guidance,
+        solver=solver,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    sampler, _ = open_sampler(model, resolve(device), settings, base)
+    if resolution % sampler.divisor:
+        raise PosttrainError(f"--resolution: {resolution} is no multiple of {sampler.divisor}")
+    files, drawn = [], []
     output.mkdir(parents=True, exist_ok=True)
     with stage_progress("sample", len(prompts) * images, 0, console) as bar:
         for number, prompt in enumerate(prompts):
-            batch = sample_images(
-                policy,
-                [prompt] * images,
-                range(images),
-                resolution=resolution,
-                steps=steps,
-                guidance=guidance,
-                solver=solver,  # type: ignore[arg-type]
-                seed=seed,
-            ).cpu()
+            batch = sampler.images([prompt] * images, range(images), settings).cpu()
             drawn.append(batch)
             for index, image in enumerate(to_pil(batch)):
                 files.append(output / f"{number:03d}-{index:02d}.png")

@@ -17,7 +17,7 @@ from posttrain.randomness import generator
 from posttrain.solvers import Solver, solve
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Evaluation
+    from posttrain.recipe import Sampling
 
 
 def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor]:
@@ -87,7 +87,7 @@ class Sampler(ABC):
     """Forwards of the denoiser so far, of one sample each."""
 
     @abstractmethod
-    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Evaluation) -> Tensor:
+    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
         """Images (n, 3, h, w) in [0, 1], the ``indices[i]``-th of ``prompts[i]``, each from its own noise."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ class FlowSampler(Sampler):
         self.device, self.divisor = policy.model.device, policy.model.divisor
         self.forward_equivalents = 0
 
-    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Evaluation) -> Tensor:
+    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
         spent = self.policy.forward_equivalents
         images = sample_images(
             self.policy,
@@ -121,6 +121,12 @@ class FlowSampler(Sampler):
 
     def fingerprint(self) -> str:
         return hash_of(self.policy.parameters)
+
+
+def flow_sampler(model: FlowModel, settings: Sampling, source: str) -> FlowSampler:
+    """A sampler of ``model`` as it is, in the precision that ``settings`` ask for."""
+    autocast = None if settings.precision == "fp32" else torch.bfloat16
+    return FlowSampler(Policy(model, autocast=autocast), source)
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

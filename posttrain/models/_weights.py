@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from posttrain.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+SD3_PIPELINES = ("StableDiffusion3Pipeline",)
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = "posttrain/"
 """Names that begin so are models that come with the package."""
@@ -27,7 +28,7 @@ SHIPPED = "posttrain/"
 def locate(path: str) -> str:
     """A local folder as an absolute path, or the hub name unchanged. Raises ModelError for a local
     folder or shipped model that is not there."""
-    if reason := missing(path, "transformer"):
+    if reason := missing(path, "transformer", SD3_PIPELINES):
         raise ModelError(reason)
     if (folder := local_folder(path)) is not None:
         return str(folder)
@@ -49,8 +50,9 @@ def local_folder(path: str) -> Path | None:
     return Path(index).parent if isinstance(index, str) else None
 
 
-def missing(path: str, component: str) -> str | None:
-    """What is wrong with ``path`` as far as can be seen without loading or network; None if nothing is."""
+def missing(path: str, component: str, pipelines: Sequence[str]) -> str | None:
+    """What is wrong with ``path``, to be one of ``pipelines``, as far as can be seen without loading or
+    network; None if nothing is."""
     folder = local_folder(path)
     if folder is None:
         if path.startswith(SHIPPED):
@@ -72,11 +74,24 @@ def missing(path: str, component: str) -> str | None:
         header_shapes(path, component)
     except ModelError as error:
         return f"model.path: {error}"
-    if not str(kind).startswith("StableDiffusion3"):
-        return f"model.path: {str(folder)!r} is a {kind}, not a StableDiffusion3Pipeline"
+    if kind not in pipelines:
+        return f"model.path: {str(folder)!r} is a {kind}, not a {' or '.join(pipelines)}"
     if not (folder / component).is_dir():
         return f"model.path: {str(folder)!r} has no folder {component!r}"
     return None
+
+
+def index_of(path: str) -> dict[str, Any] | None:
+    """A pipeline's ``model_index.json``, fetched where ``path`` is a hub name; None where there is none."""
+    folder = local_folder(path)
+    if folder is None and not _looks_local(path) and not path.startswith(SHIPPED):
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(OSError, ValueError):
+            folder = Path(hf_hub_download(path, "model_index.json")).parent
+    if folder is None or not (file := folder / "model_index.json").is_file():
+        return None
+    return _json(file.read_bytes(), file)
 
 
 def config(path: str, component: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ class SD3(Model):
     """A Stable Diffusion 3 / 3.5 pipeline."""
 
     type: Literal["sd3"] = "sd3"
+    pipelines: ClassVar = _weights.SD3_PIPELINES
+
     path: str = Field(min_length=1)
     """A diffusers folder, a hub name such as ``stabilityai/stable-diffusion-3.5-medium``, or
     ``posttrain/tiny-sd3``, the small model of the Shapes world that comes with the package."""
@@ -58,7 +60,7 @@ class SD3(Model):
         return self.dtype
 
     def missing(self) -> str | None:
-        return _weights.missing(self.path, "transformer")
+        return _weights.missing(self.path, "transformer", self.pipelines)
 
     def divisor(self) -> int | None:
         vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))

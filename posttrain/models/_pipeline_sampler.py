@@ -1,0 +1,52 @@
+"""How does a diffusers pipeline draw the images of an evaluation?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from posttrain.randomness import generator
+from posttrain.sampling import Sampler, hash_of
+
+if TYPE_CHECKING:
+    from posttrain.recipe import Sampling
+
+
+class PipelineSampler(Sampler):
+    """Calls a pipeline with a generator for each image, seeded by its prompt and index."""
+
+    def __init__(self, pipeline: Any, denoiser: str, source: str, arguments: dict[str, Any]) -> None:
+        self.pipeline, self.source, self.arguments = pipeline, source, arguments
+        self.device = pipeline.device
+        self.denoiser = getattr(pipeline, denoiser)
+        # FLUX packs 2 x 2 latents into a token
+        self.divisor = pipeline.vae_scale_factor * (2 if denoiser == "transformer" else 1)
+        self.forward_equivalents = 0
+        self.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    @torch.no_grad()
+    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
+        pairs = zip(prompts, indices, strict=True)
+        generators = [generator(settings.seed, "evaluation", p, i) for p, i in pairs]
+        made = self.pipeline(
+            prompt=list(prompts),
+            height=settings.resolution,
+            width=settings.resolution,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=generators,
+            output_type="pt",
+            **self.arguments,
+        )
+        return made.images.float().clamp(0, 1)
+
+    def fingerprint(self) -> str:
+        return hash_of(dict(self.denoiser.named_parameters()))
+
+    def _count(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        del module
+        rows: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.forward_equivalents += len(rows)

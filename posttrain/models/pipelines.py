@@ -1,0 +1,108 @@
+"""Models that are evaluated as diffusers runs them, and not trained: Stable Diffusion XL and FLUX."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.errors import DataError, ModelError
+from posttrain.model import DtypeName, FlowModel, Model, torch_dtype
+from posttrain.models import _weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from posttrain.recipe import Sampling
+    from posttrain.sampling import Sampler
+
+
+class Pipeline(Model, ABC):
+    """A diffusers pipeline, with the scheduler that comes with it."""
+
+    trainable: ClassVar = False
+    denoiser: ClassVar[str]
+    """The component that is called at every step."""
+
+    path: str = Field(min_length=1)
+    """A diffusers folder or a hub name."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    dtype: DtypeName | None = None
+    """Of all components; that of the evaluation's ``precision`` by default."""
+
+    def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
+        raise ModelError(f"a model of type {self.type!r} can be evaluated and sampled, not trained")
+
+    def sampler(self, device: torch.device, settings: Sampling) -> Sampler:
+        from diffusers import DiffusionPipeline
+
+        from posttrain.models._pipeline_sampler import PipelineSampler
+
+        if settings.solver != "euler":
+            raise DataError(
+                f"solver {settings.solver!r}: {self.type} is sampled by the scheduler that it comes with; "
+                "leave the solver at 'euler'"
+            )
+        dtype = torch_dtype(self.dtype or settings.precision)
+        with _weights.quiet(), _weights.explained(self.path):
+            folder = _weights.local_folder(self.path)
+            pipeline = DiffusionPipeline.from_pretrained(
+                self.path if folder is None else folder, revision=self.revision, torch_dtype=dtype
+            )
+        name = type(pipeline).__name__
+        if name not in self.pipelines:
+            raise ModelError(f"{self.path!r} is a {name}, not a {' or '.join(self.pipelines)}")
+        pipeline.set_progress_bar_config(disable=True)
+        return PipelineSampler(pipeline.to(device), self.denoiser, self.path, self.arguments(settings))
+
+    def arguments(self, settings: Sampling) -> dict[str, Any]:
+        """What the pipeline is called with besides prompts, size, steps and guidance."""
+        del settings
+        return {}
+
+    def missing(self) -> str | None:
+        return _weights.missing(self.path, self.denoiser, self.pipelines)
+
+    def divisor(self) -> int | None:
+        return None
+
+    def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        return None
+
+
+class SDXL(Pipeline):
+    """Stable Diffusion XL (1024 px, guidance 5 to 7)."""
+
+    type: Literal["sdxl"] = "sdxl"
+    pipelines: ClassVar = ("StableDiffusionXLPipeline",)
+    denoiser: ClassVar = "unet"
+
+
+class Flux(Pipeline):
+    """FLUX.1, whose guidance is an input of the network (dev: 3.5; schnell takes none)."""
+
+    type: Literal["flux"] = "flux"
+    pipelines: ClassVar = ("FluxPipeline",)
+    denoiser: ClassVar = "transformer"
+
+    max_sequence_length: int = Field(512, ge=1, le=512)
+    """Tokens of the T5 prompt."""
+
+    def arguments(self, settings: Sampling) -> dict[str, Any]:
+        return {"max_sequence_length": self.max_sequence_length}
+
+
+def model_of(path: str) -> Model:
+    """The recipe's ``model`` for a diffusers folder or hub name, by the pipeline that its index names.
+
+    What is not known, or not there, is taken for Stable Diffusion 3, whose loader says what is wrong.
+    """
+    from posttrain.models.sd3 import SD3
+
+    index = _weights.index_of(path)
+    for variant in (SDXL, Flux):
+        if index is not None and index.get("_class_name") in variant.pipelines:
+            return variant.model_validate({"path": path})
+    return SD3.model_validate({"path": path})
