@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from posttrain.errors import RewardError
-from posttrain.rewards._state import fill
+from posttrain.rewards._state import fill, layers
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -66,14 +66,10 @@ def _tower(state: Mapping[str, Tensor], prefix: str, width: int, head: int) -> d
     return {
         "hidden_size": width,
         "intermediate_size": len(state[f"{prefix}0.mlp.c_fc.weight"]),
-        "num_hidden_layers": _layers(state, prefix),
+        "num_hidden_layers": layers(state, prefix),
         "num_attention_heads": width // head,
         "hidden_act": "gelu",
     }
-
-
-def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix))
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,14 +95,14 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "mlp.c_proj.": "mlp.fc2.",
     }
     for old, new in ((TEXT, text), (VISION, vision)):
-        for i in range(_layers(state, old)):
+        for i in range(layers(state, old)):
             norms |= {f"{old}{i}.{a}": f"{new}encoder.layers.{i}.{b}" for a, b in parts.items()}
     renamed = {new: state[old] for old, new in whole.items()}
     renamed |= {b + part: state[a + part] for a, b in norms.items() for part in ("weight", "bias")}
     renamed["text_projection.weight"] = state["text_projection"].T
     renamed["visual_projection.weight"] = state["visual.proj"].T
     for old, new in ((TEXT, text), (VISION, vision)):
-        for i in range(_layers(state, old)):
+        for i in range(layers(state, old)):
             for part in ("weight", "bias"):
                 three = state[f"{old}{i}.attn.in_proj_{part}"].chunk(3)
                 attention = f"{new}encoder.layers.{i}.self_attn."

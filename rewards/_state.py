@@ -50,6 +50,11 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     module.load_state_dict(state)
 
 
+def layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many blocks, numbered from 0 after ``prefix``, the names of ``state`` tell of."""
+    return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix))
+
+
 def linear_head(state: Mapping[str, Tensor], width: int, file: Path) -> nn.Sequential:
     """The five linear layers, without activations, that the aesthetic predictor and ImageReward end in.
 
