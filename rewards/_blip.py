@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from posttrain.errors import RewardError
-from posttrain.rewards._clip import frozen
-from posttrain.rewards._state import fill, layers, linear_head
+from posttrain.rewards._state import fill, frozen, layers, linear_head
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain.reward import Scores
+from posttrain.rewards._state import loaded
 from posttrain.weights import Weights
 
 if TYPE_CHECKING:
@@ -62,11 +63,7 @@ def load_clip(weights: Path, processor: Path, device: torch.device) -> Clip:
     """The CLIP in folder ``weights``, with the tokenizer in folder ``processor``."""
     from transformers import CLIPModel
 
-    from posttrain.models._weights import quiet
-
-    with quiet():
-        model = CLIPModel.from_pretrained(weights, dtype=torch.float32)
-    return Clip(frozen(model, device), load_tokenizer(processor), device)
+    return Clip(loaded(CLIPModel, weights, device), load_tokenizer(processor), device)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -89,10 +86,6 @@ def load_pixels(folder: Path) -> Callable[[Tensor], Tensor]:
         # by name, so that machines with and without torchvision see the same pixels
         processor = CLIPImageProcessorPil.from_pretrained(folder)
     return lambda images: processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
-
-
-def frozen(model: Any, device: torch.device) -> Any:
-    return model.to(device).eval().requires_grad_(False)
 
 
 def in_batches(some: Callable[[Tensor, Sequence[str]], Tensor], size: int) -> Scorer:

@@ -1,4 +1,4 @@
-"""How are the tensors of a published torch file read, checked, and put into a network?"""
+"""How are published weights read, checked, and put into a network that then only scores?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,27 @@ def read(file: Path, key: str | None = None) -> dict[str, Tensor]:
         where = "" if key is None else f" under {key!r}"
         raise RewardError(f"{str(file)!r} holds no weights{where}")
     return dict(state)
+
+
+def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
+    """transformers' model of class ``kind`` in ``folder``, frozen, in float32. Raises RewardError where
+    weights are missing: transformers makes up random ones."""
+    from posttrain.models._weights import quiet
+
+    try:
+        with quiet():
+            model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RewardError(f"the weights in {str(folder)!r} cannot be loaded: {first}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise RewardError(f"the weights in {str(folder)!r} do not fit: no {missing[0]}{more}")
+    return frozen(model, device)
+
+
+def frozen(model: Any, device: torch.device) -> Any:
+    return model.to(device).eval().requires_grad_(False)
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from posttrain.reward import Reward
-from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, frozen, in_batches, load_clip, load_pixels
-from posttrain.rewards._state import linear_head, read
+from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, in_batches, load_clip, load_pixels
+from posttrain.rewards._state import frozen, linear_head, read
 from posttrain.weights import Weights
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from posttrain.errors import RewardError
 from posttrain.reward import Reward
-from posttrain.rewards._clip import Clip, frozen, in_batches, load_tokenizer
+from posttrain.rewards._clip import Clip, in_batches, load_tokenizer
 from posttrain.rewards._open_clip import clip_of
 from posttrain.rewards._pixels import by_longer_side
-from posttrain.rewards._state import read
+from posttrain.rewards._state import frozen, read
 from posttrain.weights import Weights
 
 if TYPE_CHECKING:
