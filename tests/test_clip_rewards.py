@@ -14,7 +14,7 @@ from posttrain.errors import RewardError
 from posttrain.grids import to_pil
 from posttrain.rewards._clip import load_clip
 from posttrain.rewards._open_clip import clip_of
-from posttrain.rewards._pixels import MEAN, STD, by_longer_side, by_shorter_side, of_pil
+from posttrain.rewards._pixels import by_longer_side, by_shorter_side, of_pil
 from posttrain.rewards.aesthetic import Aesthetic
 from posttrain.rewards.clipscore import CLIPScore
 from posttrain.rewards.hpsv2 import HPSv2
@@ -40,7 +40,8 @@ def resized(image, height, width, how):
 
 
 def normal(image):
-    return (image - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return (image - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
 
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
@@ -100,9 +101,9 @@ def test_clipscore_is_the_logit_over_100(clip_folder, images):
 
 def test_a_prompt_of_more_than_77_tokens_is_cut_off(clip_folder, images):
     score = CLIPScore(path=str(clip_folder)).load(CPU)
-    long = "abcdefghij " * 20
-    values = score(images[:1].expand(3, -1, -1, -1), [long, long + "more", long[:60]], [{}] * 3).value
-    assert values[0] == values[1]
+    words = ["a b c d e " * 15, "a b c d e " * 15 + "f", "a b c d e " * 14 + "a b c d"]
+    values = score(images[:1].expand(3, -1, -1, -1), words, [{}] * 3).value
+    assert values[0] == values[1]  # 75 words, and the tokens of start and end
     assert values[0] != values[2]
 
 

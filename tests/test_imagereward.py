@@ -68,11 +68,14 @@ class Reference:
             self.linear(f"mlp.layers.{place}", sizes[i + 1], sizes[i])
 
     def add(self, name, *shape):
-        self.state[name] = torch.randn(shape) * 0.1
+        self.state[name] = torch.randn(shape)
 
     def linear(self, name, *shape):
+        """A layer, or a norm, that keeps its input's size: or attention would have nothing to tell."""
         self.add(name + ".weight", *shape)
+        self.state[name + ".weight"] *= 1.5 / math.prod(shape[1:]) ** 0.5
         self.add(name + ".bias", shape[0])
+        self.state[name + ".bias"] *= 0.1
 
     def __getitem__(self, name):
         return self.state["blip." + name]
