@@ -27,4 +27,30 @@ def scores(found: Sequence[Objects], tasks: Sequence[Task], verdict: Verdict) ->
 
 def untold(row: Mapping[str, Any]) -> str | None:
     """Why a prompt cannot be judged by GenEval's rules; None if it can."""
-    return None if "include" in row else "it has no GenEval metadata ('include') to judge by"
+    if "include" not in row:
+        return "it has no GenEval metadata ('include') to judge by"
+    include, exclude = row["include"], row.get("exclude", [])
+    listed = isinstance(include, Sequence) and isinstance(exclude, Sequence)
+    if not listed or not include or not all(map(_is_clause, (*include, *exclude))):
+        return "its 'include' or 'exclude' is no list of objects with a 'class' and a 'count' from 1"
+    for i, clause in enumerate(include):
+        position = clause.get("position")
+        if position is not None and not _is_position(position, i):
+            return f"the position {position!r} is no relation and the number of an object before it"
+    return None
+
+
+def _is_clause(clause: Any) -> bool:
+    return (
+        isinstance(clause, Mapping)
+        and isinstance(clause.get("class"), str)
+        and isinstance(clause.get("count"), int)
+        and clause["count"] >= 1
+    )
+
+
+def _is_position(position: Any, index: int) -> bool:
+    match position:
+        case ["left of" | "right of" | "above" | "below", int(target)]:
+            return 0 <= target < index
+    return False

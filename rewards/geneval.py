@@ -65,7 +65,7 @@ class GenEval(Reward):
     """Pixels that the shorter side of an image is made before detection, if the longer allows it."""
     longer_side: int = Field(1333, ge=32)
     """Most pixels of the longer side."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
     """Images that go through the detector at a time."""
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
@@ -74,7 +74,7 @@ class GenEval(Reward):
         if "tag" not in row:
             return "geneval: it has no 'tag', which sets how sure the detector has to be"
         for clause in (*row["include"], *row.get("exclude", ())):
-            if (kind := clause.get("class")) not in CLASSES:
+            if (kind := clause["class"]) not in CLASSES:
                 return f"geneval: the detector knows no {kind!r}{meant(kind, CLASSES)}"
             if (color := clause.get("color", COLORS[0])) not in COLORS:
                 return f"geneval: {color!r} is none of the colours {', '.join(COLORS)}"

@@ -336,6 +336,28 @@ def test_a_recipe_whose_prompts_geneval_cannot_judge_is_refused():
         parse_recipe(HEAD + ONLINE.format(prompts="{type: shapes, count: 6}", reward="geneval"), "r.yaml")
 
 
+CAT_CLAUSE = {"class": "cat", "count": 1}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        task(),
+        task("cat"),
+        task({"class": "cat"}),
+        task({"class": "cat", "count": 0}),
+        task(CAT_CLAUSE, exclude=[{"count": 2}]),
+        task(CAT_CLAUSE) | {"include": CAT_CLAUSE},
+        task({**CAT_CLAUSE, "position": ["left of", 0]}),
+        task(CAT_CLAUSE, {**CAT_CLAUSE, "position": ["near", 0]}),
+        task(CAT_CLAUSE, {**CAT_CLAUSE, "position": ["left of", -1]}),
+    ],
+)
+def test_metadata_that_no_rule_fits_are_refused_before_an_image_is_made(row):
+    for reward in (GenEval(), Shapes()):
+        assert reward.unusable(row).startswith(f"{reward.type}: ")
+
+
 def test_shapes_and_geneval_give_the_same_details():
     scene = task({"class": "circle", "count": 1})
     scores = Shapes(score="strict").load(CPU)(torch.ones(1, 3, 64, 64), ["p"], [scene])
