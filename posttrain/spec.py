@@ -61,12 +61,13 @@ class Named(Spec):
 
 
 def discover(family: type[Named], package: str) -> Variants:
-    """Import every module of ``package`` and every entry point of the group of that name.
+    """Import every public module of ``package`` and every entry point of the group of that name.
 
     Returns the family's variants by name. Raises ImportError where a module cannot be imported.
     """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+        if not module.name.startswith("_"):  # what variants share is none, and may import heavy libraries
+            importlib.import_module(f"{package}.{module.name}")
     for plugin in entry_points(group=package):
         plugin.load()
     return family.variants

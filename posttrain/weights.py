@@ -46,10 +46,9 @@ class Weights:
         try:
             folder = Path(snapshot_download(repo, allow_patterns=list(self.files)))
         except (OSError, ValueError) as error:  # what huggingface_hub raises, all of it
-            why = str(error).splitlines()[0].rstrip(".")
-            raise RewardError(
-                f"cannot fetch {', '.join(self.files)} of {repo!r} from the hub: {why}"
-            ) from error
+            reason = str(error).splitlines()[0].rstrip(".")
+            files = ", ".join(self.files)
+            raise RewardError(f"cannot fetch {files} of {repo!r} from the hub: {reason}") from error
         if (found := self.local(str(folder))) is None:
             raise RewardError(f"the hub's {repo!r} does not have all of {', '.join(self.files)}")
         return found

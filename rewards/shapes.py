@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from posttrain.reward import Reward, Scores
-from posttrain.rewards._geneval import graded, lenient, strict
+from posttrain.rewards._geneval_scores import Verdict, scores, untold
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from posttrain.reward import Scorer
 
 
@@ -25,12 +25,12 @@ class Shapes(Reward):
     type: Literal["shapes"] = "shapes"
     range: ClassVar = (-float("inf"), 1.0)
 
-    score: Literal["graded", "lenient", "strict"] = "graded"
+    score: Verdict = "graded"
     """``graded``: how far each thing asked for is there, negative where there are far too many;
     ``strict``: exactly what was asked for; ``lenient``: GenEval's own verdict."""
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
-        return None if "include" in row else "shapes: it has no GenEval metadata ('include') to judge by"
+        return None if (reason := untold(row)) is None else f"shapes: {reason}"
 
     def load(self, device: torch.device) -> Scorer:
         del device  # plain image analysis on the CPU
@@ -41,15 +41,8 @@ class Shapes(Reward):
     ) -> Scores:
         from posttrain.shapes.detect import detect
 
-        verdicts: dict[str, list[float]] = {"graded": [], "lenient": [], "strict": []}
-        for image, prompt, task in zip(images.float().cpu().numpy(), prompts, metadata, strict=True):
-            if "include" not in task:
-                raise ValueError(
-                    f"prompt {prompt!r} has no GenEval metadata ('include'), so there is nothing to judge"
-                )
-            objects = detect(image)
-            verdicts["graded"].append(graded(objects, task))
-            verdicts["lenient"].append(float(lenient(objects, task)))
-            verdicts["strict"].append(float(strict(objects, task)))
-        tensors = {name: torch.tensor(values) for name, values in verdicts.items()}
-        return Scores(tensors.pop(self.score), tensors)
+        for prompt, task in zip(prompts, metadata, strict=True):
+            if (reason := untold(task)) is not None:
+                raise ValueError(f"prompt {prompt!r} cannot be judged: {reason}")
+        found = [detect(image) for image in images.float().cpu().numpy()]
+        return scores(found, metadata, self.score)

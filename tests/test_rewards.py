@@ -2,13 +2,13 @@
 
 import io
 import json
-import string
 
 import numpy as np
 import pytest
 import torch
 from parity_vectors import FOLDER
 from PIL import Image, ImageDraw, ImageFont
+from tiny_clip import tiny_clip
 
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError, RewardError
@@ -84,24 +84,7 @@ def test_jpeg_sizes_are_pillows():
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase)]
-    vocabulary = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        folder
-    )
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    end = len(vocabulary) - 1
-    text = {**sizes, "vocab_size": end + 1, "bos_token_id": end - 1, "eos_token_id": end}
-    vision = {**sizes, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    return str(folder)
+    return str(tiny_clip(tmp_path_factory.mktemp("clip")))
 
 
 def test_pickscore_is_the_scaled_cosine_over_26(clip_folder):

@@ -1,0 +1,24 @@
+"""How does transformers' Mask2Former run without its training loss, which will not be built without scipy?"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, Mask2FormerModel, Mask2FormerPreTrainedModel
+
+
+class Segmenter(Mask2FormerPreTrainedModel):
+    """Mask2FormerForUniversalSegmentation's forward, under the same names of weights."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^criterion\."]
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_predictor = nn.Linear(config.hidden_dim, len(config.id2label or ()) + 1)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of classes (n, queries, labels + 1) and of masks (n, queries, h / 4, w / 4)."""
+        output = self.model(pixel_values, output_hidden_states=True)
+        queries = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+        return self.class_predictor(queries), output.masks_queries_logits[-1]

@@ -1,0 +1,54 @@
+"""Aesthetic: how beautiful is the image, whatever its prompt (LAION's predictor, version 2)?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.reward import Reward
+from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, in_batches, load_clip, load_pixels
+from posttrain.rewards._state import frozen, linear_head, read
+from posttrain.weights import Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from posttrain.reward import Scorer
+
+
+class Aesthetic(Reward):
+    """A linear function of the normalised CLIP ViT-L/14 features of the image (about 5.4; people's ratings,
+    which it was fitted to, go from 1 to 10)."""
+
+    type: Literal["aesthetic"] = "aesthetic"
+    range: ClassVar = (-float("inf"), float("inf"))
+
+    weights: ClassVar = {
+        "path": CLIP_L_WEIGHTS,
+        "head": Weights(("aesthetic-model.pth",), 3_714_000, "Apache-2.0"),
+    }
+
+    path: str = CLIP_L
+    """CLIP's weights and image preprocessing: a hub name or a folder."""
+    head: str = "trl-lib/ddpo-aesthetic-predictor"
+    """The head: a hub name, or a file such as LAION's own ``sac+logos+ava1-l14-linearMSE.pth``, which that
+    repository holds under another name."""
+    batch_size: int = Field(16, ge=1)
+    """Images that go through the network at a time."""
+
+    def load(self, device: torch.device) -> Scorer:
+        import torch
+
+        folder, file = self.located("path"), self.located("head")
+        pixels, clip = load_pixels(folder), load_clip(folder, folder, device)
+        head = frozen(linear_head(read(file), clip.model.config.projection_dim, file), device)
+
+        def some(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            del prompts
+            return head(torch.nn.functional.normalize(clip.of_images(pixels(images)))).squeeze(1)
+
+        return in_batches(some, self.batch_size)

@@ -1,0 +1,63 @@
+"""HPSv2: which image would people prefer for the prompt (Wu et al. 2023, arXiv:2306.09341), version 2.1?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.errors import RewardError
+from posttrain.reward import Reward
+from posttrain.rewards._clip import Clip, in_batches, load_tokenizer
+from posttrain.rewards._open_clip import clip_of
+from posttrain.rewards._pixels import by_longer_side
+from posttrain.rewards._state import frozen, read
+from posttrain.weights import Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from posttrain.reward import Scorer
+
+
+class HPSv2(Reward):
+    """The cosine of image and prompt under a CLIP ViT-H tuned on people's choices (about 0.28).
+
+    The published code computes it in 16 bits where the GPU can; here it is float32.
+    """
+
+    type: Literal["hpsv2"] = "hpsv2"
+    range: ClassVar = (-1.0, 1.0)
+
+    weights: ClassVar = {
+        "path": Weights(("HPS_v2.1_compressed.pt",), 1_972_000_000, "Apache-2.0"),
+        "tokenizer": Weights(("tokenizer.json", "tokenizer_config.json"), 3_644_000, "MIT"),
+    }
+
+    path: str = "xswu/HPSv2"
+    """Weights: a hub name, a folder with ``HPS_v2.1_compressed.pt``, or such a file."""
+    tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """Any CLIP tokenizer of the standard vocabulary: a hub name or a folder."""
+    batch_size: int = Field(16, ge=1)
+    """Images that go through the network at a time."""
+
+    def load(self, device: torch.device) -> Scorer:
+        tokenizer = load_tokenizer(self.located("tokenizer"))
+        file = self.located("path")
+        state = read(file, "state_dict")
+        model = clip_of(state, file)
+        last = len(state["token_embedding.weight"]) - 1
+        if tokenizer.eos_token_id != last:
+            raise RewardError(
+                f"hpsv2: the tokenizer {self.tokenizer!r} ends a text with token {tokenizer.eos_token_id}, "
+                f"the weights expect {last}: give another 'tokenizer'"
+            )
+        clip = Clip(frozen(model, device), tokenizer, device)
+
+        def some(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return clip.cosine(by_longer_side(images.to(device), clip.image_size), prompts)
+
+        return in_batches(some, self.batch_size)

@@ -1,0 +1,76 @@
+"""ImageReward: which image would people prefer for the prompt (Xu et al. 2023, arXiv:2304.05977)?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.errors import RewardError
+from posttrain.reward import Reward
+from posttrain.rewards._blip import blip_of
+from posttrain.rewards._clip import in_batches
+from posttrain.rewards._pixels import of_pil
+from posttrain.rewards._state import read
+from posttrain.weights import Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from posttrain.reward import Scorer
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the head's values on the published training data: scores are in standard deviations from it."""
+LONGEST = 35
+"""Tokens of a prompt; what is longer is cut off, as it was in training."""
+
+
+class ImageReward(Reward):
+    """ImageReward v1.0: BLIP reads the prompt with the image before it, a linear head scores (about -2 to 2).
+
+    Each image is read with its own prompt only: pairing all with all, as some code does, costs the square.
+    """
+
+    type: Literal["imagereward"] = "imagereward"
+    range: ClassVar = (-float("inf"), float("inf"))
+
+    weights: ClassVar = {
+        "path": Weights(("ImageReward.pt",), 1_790_000_000, "Apache-2.0"),
+        "tokenizer": Weights(("tokenizer.json", "tokenizer_config.json"), 466_110, "Apache-2.0"),
+    }
+
+    path: str = "zai-org/ImageReward"
+    """Weights: a hub name, a folder with ``ImageReward.pt``, or such a file."""
+    tokenizer: str = "google-bert/bert-base-uncased"
+    """BERT's tokenizer: a hub name or a folder."""
+    batch_size: int = Field(16, ge=1)
+    """Images that go through the network at a time."""
+
+    def load(self, device: torch.device) -> Scorer:
+        from transformers import BertTokenizer
+
+        from posttrain.grids import to_pil
+        from posttrain.models._weights import quiet
+
+        with quiet():
+            tokenizer = BertTokenizer.from_pretrained(self.located("tokenizer"))
+        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # which BLIP adds to BERT's
+        file = self.located("path")
+        blip = blip_of(read(file), file, device)
+        if len(tokenizer) != blip.vocabulary:
+            raise RewardError(
+                f"imagereward: the tokenizer {self.tokenizer!r} has {len(tokenizer)} tokens with BLIP's two, "
+                f"the weights expect {blip.vocabulary}: give another 'tokenizer'"
+            )
+
+        def some(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            text = tokenizer(
+                list(prompts), padding="max_length", truncation=True, max_length=LONGEST, return_tensors="pt"
+            ).to(device)
+            pixels = of_pil(to_pil(images), blip.image_size).to(device)
+            return (blip(pixels, text["input_ids"], text["attention_mask"]) - MEAN) / STD
+
+        return in_batches(some, self.batch_size)
