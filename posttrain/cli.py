@@ -1,4 +1,4 @@
-"""The command line: ``posttrain run | check | recipes | eval | sample | shapes``."""
+"""The command line: ``posttrain run | check | recipes | eval | sample | shapes``, and those about rewards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from posttrain import cli_rewards
 
 app = typer.Typer(
     help="Post-train rectified-flow text-to-image models: SFT, SOAR and chains of them, from one recipe.",
@@ -23,6 +25,7 @@ shapes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
+cli_rewards.register(app)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
