@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,10 +13,21 @@ rewards_app = typer.Typer(
 )
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="A=B",
+        help="A field of the reward, or NAME.FIELD=VALUE of one of several. Repeatable.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.add_typer(rewards_app, name="rewards")
+    app.command("score")(score)
 
 
 @rewards_app.callback(invoke_without_command=True)
@@ -32,13 +45,94 @@ def rewards_fetch(
     name: Annotated[str, typer.Argument(help="A reward's name, as 'posttrain rewards' lists it.")],
     debug: DebugOption = False,
 ) -> None:
-    """Download a reward's weights into the hub's cache, going on where it was cut off, and check their hashes."""
+    """Download a reward's weights into the hub's cache, going on after a cut, and check their hashes."""
     del debug
     from posttrain.catalogue import fetch
 
     for source, path in fetch(name):
         _console().print(
             f"{source.repo} ({source.weights.licence}): complete and as published, in {path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def score(
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")
+    ] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="What to score with. Repeatable.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text file, one prompt an image; or GenEval-format JSONL, 'image' names the file."
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt of all images.")] = None,
+    overrides: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the scores: JSONL.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    conformance: Annotated[
+        bool,
+        typer.Option("--conformance", help="Score fixed images instead, to compare machines; writes JSON."),
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="With --conformance: compare with this file; differences are an error."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0, help="With --against: how far scores may be apart (of 1, or of their size)."),
+    ] = 1e-5,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Score images on disk: means with intervals, and with --output a line for each image."""
+    del debug
+    from posttrain.device import resolve
+    from posttrain.errors import PosttrainError
+    from posttrain.recipe_file import chosen_rewards
+
+    if conformance and (images or prompts or prompt is not None):
+        raise PosttrainError("--conformance has images and prompts of its own: give none")
+    if against is not None and not conformance:
+        raise PosttrainError("--against compares conformance files: give --conformance too")
+    rewards = chosen_rewards(reward or (), overrides or ())
+    if conformance:
+        return _conform(rewards, resolve(device), output, against, tolerance)
+    from posttrain.report import summary_table
+    from posttrain.score import found_images, score_files, summary, with_prompts
+
+    if not images:
+        raise PosttrainError("say which images to score: files, or folders of them")
+    items = with_prompts(found_images(images), prompts, prompt, rewards)
+    records = score_files(items, rewards, resolve(device), batch_size)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    _console().print(summary_table(f"{len(records)} images", summary(records, rewards)))
+    return None
+
+
+def _conform(rewards, device, output: Path | None, against: Path | None, tolerance: float) -> None:
+    from posttrain.conformance import conformance, differences, read
+    from posttrain.errors import PosttrainError, RewardError
+
+    if len(rewards) != 1:
+        raise PosttrainError("--conformance is of one reward at a time")
+    there = None if against is None else read(against)
+    here = conformance(rewards[0], device)
+    text = json.dumps(here, indent=1) + "\n"
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text)
+    elif there is None:
+        typer.echo(text, nl=False)
+    if there is not None:
+        if found := differences(here, there, tolerance):
+            raise RewardError(f"{here['reward']} differs from {against}:\n  " + "\n  ".join(found))
+        _console().print(
+            f"{here['reward']}: {len(here['cases'])} scores as in {against}, to {tolerance:g}",
             highlight=False,
             soft_wrap=True,
         )

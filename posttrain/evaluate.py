@@ -64,9 +64,9 @@ def evaluate(
             "prompts": len({record["prompt"] for record in records}),
             "sampler": evaluation.model_dump(exclude={"prompts", "rewards", "grid"}),
             "weights": weights,
-            "scores": _summaries(records, evaluation.rewards),
+            "scores": summaries(records, evaluation.rewards),
             "tags": {
-                tag: _summaries([r for r in records if r["tag"] == tag], evaluation.rewards)
+                tag: summaries([r for r in records if r["tag"] == tag], evaluation.rewards)
                 for tag in dict.fromkeys(r["tag"] for r in records if r["tag"] is not None)
             },
             "forward_equivalents": policy.forward_equivalents - spent,
@@ -138,8 +138,12 @@ def _shown(samples: Sequence[tuple[Row, int]], count: int) -> dict[int, int]:
     return {sample: place for place, sample in enumerate(order[:count])}
 
 
-def _summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
+def summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
+    """Each score's mean, its interval (prompts are resampled, or the images of a single one), and its
+    direction."""
     groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
+    if not groups.any():
+        groups = None  # drawing the one prompt again and again would make an interval of no width
     found = {}
     for name in records[0]["scores"]:
         reward = next(r for r in rewards if r.label == name.split("/")[0])

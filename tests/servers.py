@@ -52,7 +52,7 @@ class Hub:
         self.ranges = []
         """The Range header of each download."""
 
-    def handler(hub):  # noqa: N805
+    def handler(hub):
         class Handler(Quiet):
             def do_HEAD(self):
                 self.do_GET()
