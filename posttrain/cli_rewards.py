@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.add_typer(rewards_app, name="rewards")
     app.command("score")(score)
+    app.command("serve-reward")(serve_reward)
 
 
 @rewards_app.callback(invoke_without_command=True)
@@ -112,6 +113,50 @@ def score(
         output.write_text("".join(json.dumps(record) + "\n" for record in records))
     _console().print(summary_table(f"{len(records)} images", summary(records, rewards)))
     return None
+
+
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="A reward's name, or module:function.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; others can reach all but loopback.")
+    ] = "127.0.0.1",
+    token_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="The environment variable with the token to ask for.")
+    ] = None,
+    max_mb: Annotated[int, typer.Option(min=1, help="The largest request, in units of 1000000 bytes.")] = 256,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images of waiting requests to score together.")
+    ] = 64,
+    overrides: SetOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Serve a reward over HTTP, for recipes with 'type: remote'."""
+    del debug
+    import os
+    from importlib.util import find_spec
+
+    from posttrain.device import resolve
+    from posttrain.errors import PosttrainError
+    from posttrain.recipe_file import chosen_rewards
+
+    if missing := [package for package in ("fastapi", "uvicorn") if find_spec(package) is None]:
+        raise PosttrainError(f"serve-reward needs {', '.join(missing)}: pip install 'posttrain[rewards]'")
+    from posttrain.serve import application, check_exposure, serve
+
+    token = None if token_env is None else os.environ.get(token_env)
+    if token_env is not None and not token:
+        raise PosttrainError(f"--token-env: there is no environment variable {token_env!r}, or it is empty")
+    check_exposure(host, token)
+    (reward,) = chosen_rewards([name], overrides or ())
+    app = application(
+        reward, resolve(device), token=token, max_bytes=max_mb * 1_000_000, batch_size=batch_size
+    )
+    try:
+        serve(app, host, port, lambda url: typer.echo(f"{reward.label}: {url}"))
+    except KeyboardInterrupt:
+        typer.echo("stopped")
 
 
 def _conform(rewards, device, output: Path | None, against: Path | None, tolerance: float) -> None:

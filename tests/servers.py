@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import uvicorn
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,6 +25,20 @@ def serving(handler):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def running(app, port=0):
+    """The address of a server that runs the ASGI application ``app`` in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join()
 
 
 class Quiet(BaseHTTPRequestHandler):
