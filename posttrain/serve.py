@@ -99,6 +99,8 @@ def serve(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> N
         listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise PosttrainError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    # connections inherit it; an answer's head and body would otherwise be 40 ms apart (Nagle, delayed ACK)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with listening:
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listening.getsockname()[1]}")
