@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from runs import recipe, run_quietly, stage
 from servers import Quiet, running, serving
 
 from posttrain.errors import PosttrainError, RecipeError, RewardError
@@ -403,6 +404,28 @@ def test_a_recipe_names_a_remote_reward():
     assert remote("http://x").higher_is_better
     with pytest.raises(RecipeError, match="url"):
         chosen_rewards(["remote"], ["url=ftp://x", "name=a"])
+
+
+def test_a_run_learns_the_same_from_a_remote_reward_and_stops_when_it_is_gone(tmp_path):
+    grpo = "{type: flow_grpo, group_size: 4, num_steps: 2, guidance_scale: 1.0, noise_level: 0.5}"
+    train = "{steps: 2, batch_size: 8, micro_batch: 8, learning_rate: 1e-2, log_every: 1, sample_every: null}"
+
+    def of(rewards):
+        made = stage("grpo", grpo, train, rewards=rewards)
+        prompts = "{prompts: {type: shapes, count: 12}, resolution: 16}"
+        return recipe(made.replace("{type: shapes, images: 10, seed: 1}", prompts))
+
+    def learned(folder):
+        (file,) = (folder / "grpo" / "final").rglob("*transformer*/*.safetensors")
+        return file.read_bytes()
+
+    run_quietly(of("jpeg_incompressibility"), tmp_path / "here")
+    block = "{remote: {url: 'URL', name: jpeg_incompressibility, retries: 1, backoff_seconds: 0}}"
+    with running(app_of(JpegIncompressibility())) as url:
+        run_quietly(of(block.replace("URL", url)), tmp_path / "there")
+    assert learned(tmp_path / "here") == learned(tmp_path / "there")
+    with pytest.raises(RewardError, match=f"{url}/health: asked 2 times"):
+        run_quietly(of(block.replace("URL", url)), tmp_path / "gone")
 
 
 def test_the_command_serves_until_it_is_ended(tmp_path):
