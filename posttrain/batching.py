@@ -91,14 +91,13 @@ class Batcher:
         return batch
 
     def _scored(self, jobs: Sequence[Job]) -> list[tuple[Job, Scores | Exception]]:
-        images = torch.cat([job.images for job in jobs])
         prompts = [prompt for job in jobs for prompt in job.prompts]
         rows = [row for job in jobs for row in job.rows]
         try:
-            scores = self.score(images, prompts, rows)
-        except RewardError as error:
+            scores = self.score(torch.cat([job.images for job in jobs]), prompts, rows)
+        except Exception as error:  # nobody who waits may be left without an answer
             if len(jobs) == 1:
-                return [(jobs[0], error)]
+                return [(jobs[0], error if isinstance(error, RewardError) else RewardError(str(error)))]
             # one request's fault must not be the others'
             return [pair for job in jobs for pair in self._scored([job])]
         sizes = [len(job.prompts) for job in jobs]

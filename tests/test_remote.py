@@ -299,6 +299,12 @@ class Gate:
     def __init__(self):
         self.entered, self.open, self.sizes = threading.Semaphore(0), threading.Event(), []
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.open.set()  # a test that fails must not wait
+
     def __call__(self, images, prompts, metadata):
         self.sizes.append(len(prompts))
         self.entered.release()
@@ -333,7 +339,7 @@ def held(monkeypatch):
 
 def test_requests_that_wait_are_scored_together_and_each_gets_its_own(monkeypatch):
     gate, waiting = Gate(), held(monkeypatch)
-    with running(app_of(own(monkeypatch, gate), batch_size=8)) as url, ThreadPoolExecutor(8) as pool:
+    with running(app_of(own(monkeypatch, gate), batch_size=8)) as url, ThreadPoolExecutor(8) as pool, gate:
         score = remote(url, "judge", timeout_seconds=20).load(CPU)
 
         def ask(i, size=8, prompt=None):
@@ -360,7 +366,7 @@ def test_requests_that_wait_are_scored_together_and_each_gets_its_own(monkeypatc
 
 def test_nothing_is_scored_for_a_client_that_has_gone(monkeypatch):
     gate, waiting = Gate(), held(monkeypatch)
-    with running(app_of(own(monkeypatch, gate))) as url, ThreadPoolExecutor(2) as pool:
+    with running(app_of(own(monkeypatch, gate))) as url, ThreadPoolExecutor(2) as pool, gate:
         patient = remote(url, "judge", timeout_seconds=20).load(CPU)
         impatient = remote(url, "judge", timeout_seconds=0.2, retries=0).load(CPU)
         first = pool.submit(patient, *THREE)
@@ -377,8 +383,8 @@ def test_nothing_is_scored_for_a_client_that_has_gone(monkeypatch):
 def test_when_too_much_waits_clients_are_told_to_ask_again(monkeypatch):
     gate, size = Gate(), len(packed(*THREE))
     app = app_of(own(monkeypatch, gate), max_bytes=size)
-    with running(app) as url, ThreadPoolExecutor(8) as pool:
-        score = remote(url, "judge", timeout_seconds=20, retries=50, backoff_seconds=0.02).load(CPU)
+    with running(app) as url, ThreadPoolExecutor(8) as pool, gate:
+        score = remote(url, "judge", timeout_seconds=20, retries=8, backoff_seconds=0.02).load(CPU)
         futures = [pool.submit(score, *THREE) for _ in range(4)]
         gate.entered.acquire()
         until(lambda: httpx.post(f"{url}/score", content=packed(*THREE), trust_env=False).status_code == 503)
