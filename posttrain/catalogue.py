@@ -52,7 +52,7 @@ def sources(reward: type[Reward]) -> list[Source]:
 def missing(reward: type[Reward]) -> list[str]:
     """What has to be installed or fetched before the reward can be used."""
     absent = [package for package in reward.requires if importlib.util.find_spec(package) is None]
-    words = [f"pip install {package}" for package in absent]
+    words = [f"{', '.join(absent)} (pip install 'posttrain[rewards]')"] if absent else []
     if any(source.weights.local(source.repo) is None for source in sources(reward)):
         words.append(f"posttrain rewards fetch {reward.model_fields['type'].default}")
     return words
@@ -76,17 +76,21 @@ def table() -> Table:
 
     shown = Table(box=None, pad_edge=False)
     for column in ("reward", "range", "weights", "size", "licence", "here?"):
-        shown.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
-    for name, reward in kinds().items():
-        lacking, found = missing(reward), sources(reward)
-        shown.add_row(
-            f"[bold]{name}[/bold]",
-            "{:.4g} to {:.4g}".format(*reward.range),
-            "\n".join(source.repo for source in found) or "none",
-            "\n".join(size(source.weights.size) for source in found),
-            "\n".join(source.weights.licence for source in found),
-            "yes" if not lacking else "no: " + "; ".join(lacking),
+        shown.add_column(
+            column,
+            justify="right" if column == "size" else "left",
+            overflow="fold",
+            no_wrap=column in ("reward", "size"),
         )
+    for name, reward in kinds().items():
+        lacking = missing(reward)
+        weights = [(s.repo, size(s.weights.size), s.weights.licence) for s in sources(reward)]
+        here = "yes" if not lacking else "no: " + "; ".join(lacking)
+        reach = "{:.4g} to {:.4g}".format(*reward.range)
+        for i, cells in enumerate(weights or [("none", "", "")]):
+            # one row for each set of weights, so that what belongs together stays so when cells wrap
+            shown.add_row(*((f"[bold]{name}[/bold]", reach) if i == 0 else ("", "")), *cells, here)
+            here = ""
     return shown
 
 

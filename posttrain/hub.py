@@ -40,6 +40,8 @@ def fetch(repo: str, patterns: Sequence[str], endpoint: str | None = None) -> Pa
     except Exception as error:  # of the hub's client, and of the HTTP library that its version happens to use
         words = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise RewardError(f"cannot fetch {', '.join(patterns)} of {repo!r} from the hub: {words}") from error
+    if folder.name != info.sha:
+        raise RewardError(f"{repo!r} changed on the hub while it was fetched; fetch it again")
     for file in files:
         _check(repo, file, folder / file.rfilename)
     return folder

@@ -18,6 +18,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from posttrain.batching import Batcher
 from posttrain.errors import PosttrainError, RewardError
@@ -80,8 +81,8 @@ def application(
         try:
             try:
                 images, prompts, rows = unpacked(await request.body())
-            except ValueError as error:
-                raise Refused(400, str(error)) from error
+            except (ValueError, ClientDisconnect) as error:
+                raise Refused(400, str(error) or "the request ended too early") from error
             try:
                 return answer(await batcher.scores(images, prompts, rows, request.is_disconnected))
             except RewardError as error:

@@ -35,7 +35,7 @@ class OverHttp(Reward, ABC):
     token_env: str | None = None
     """The environment variable that holds the server's bearer token; none is sent by default."""
     timeout_seconds: float = Field(120.0, gt=0)
-    """How long one answer may take."""
+    """How long the server may be silent before a request counts as failed."""
     retries: int = Field(6, ge=0)
     """How often a request that failed is sent again."""
     backoff_seconds: float = Field(0.5, ge=0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -284,6 +285,19 @@ def test_a_request_that_is_too_large_or_of_unknown_length_is_refused_unread():
             remote(url).load(CPU)(*scenes(1))
         assert httpx.post(f"{url}/score", content=iter([b"x"]), trust_env=False).status_code == 411
         assert httpx.post(f"{url}/score", content=b"x", trust_env=False).status_code == 400
+
+
+def test_uploads_that_break_off_leave_nothing_behind(caplog):
+    body = packed(*THREE)
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    reward = JpegIncompressibility()
+    with running(app_of(reward, max_bytes=len(body))) as url:
+        for _ in range(9):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as upload:
+                upload.sendall(head + body[: len(body) // 2])
+        score = remote(url, "jpeg_incompressibility").load(CPU)
+        same(score(*THREE), reward.load(CPU)(*THREE))
+    assert "Traceback" not in caplog.text
 
 
 def test_a_server_is_not_open_to_the_network_without_a_token():
