@@ -73,6 +73,10 @@ class Hub:
         """File -> what is sent in place of its bytes."""
         self.cuts = []
         """Bytes after which the next downloads' connections are cut; None: not."""
+        self.elsewhere = None
+        """Where downloads of LFS files are sent on to, as hubs do: this server under another name."""
+        self.tokens = []
+        """(path, token) of each download."""
         self.ranges = []
         """The Range header of each download."""
 
@@ -91,7 +95,7 @@ class Hub:
                         rows = [hub.described(name, *files[name], "path") for name in files]
                         return self.reply([{"type": "file", "oid": r.pop("blobId"), **r} for r in rows])
                     for name in files:
-                        if path == f"/{repo}/resolve/{COMMIT}/{name}":
+                        if path in (f"/{repo}/resolve/{COMMIT}/{name}", f"/elsewhere/{name}"):
                             return self.download(name, *files[name])
                 return self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
@@ -99,6 +103,9 @@ class Hub:
                 headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hub.hash(content, lfs)}"'}
                 if self.command == "HEAD":
                     return self.reply(content, 200, "application/octet-stream", **headers)
+                hub.tokens.append((self.path, self.headers.get("Authorization")))
+                if lfs and hub.elsewhere and not self.path.startswith("/elsewhere"):
+                    return self.reply(b"", 302, Location=f"{hub.elsewhere}/elsewhere/{name}")
                 asked = self.headers.get("Range")
                 hub.ranges.append(asked)
                 body = hub.sent.get(name, content)

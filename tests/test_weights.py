@@ -72,6 +72,17 @@ def test_a_later_call_goes_on_where_an_earlier_one_gave_up(hub, tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_large_files_come_from_elsewhere_which_is_not_told_the_token(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.elsewhere = hub.url.replace("127.0.0.1", "localhost")
+    hub.cuts = [None, 400_000]
+    folder = fetch("some/model", WANTED, hub.url)
+    assert (folder / "model.safetensors").read_bytes() == BIG
+    told = [(path.startswith("/elsewhere"), token) for path, token in hub.tokens]
+    assert set(told) == {(False, "Bearer hf_secret"), (True, None)}
+    assert hub.ranges[-1].startswith("bytes=3")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_damaged_file_is_deleted_and_an_error(hub, tmp_path, name):
     content = FILES[name][0]
