@@ -42,7 +42,11 @@ def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights:
         "model": {"source": sampler.source, "weights": weights, "sha256": sampler.fingerprint()},
         "sampler": evaluation.model_dump(mode="json", exclude={"prompts", "rewards", "grid", "keep"}),
         "shown": evaluation.model_dump(mode="json", include={"grid", "keep"}),
-        "scorers": {r.label: r.model_dump(mode="json", exclude={"weight"}) for r in evaluation.rewards},
+        "scorers": {
+            # where weights lie is no setting: what they hold is told by their hashes
+            r.label: {**r.model_dump(mode="json", exclude={*r.weights, "weight"}), "weights": r.hashes()}
+            for r in evaluation.rewards
+        },
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
@@ -50,14 +54,14 @@ def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights:
 def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:
     """The scores of all samples: over all, by tag, and, where there are tags, the mean of their means."""
     tags = {
-        tag: _scores([r for r in records if r["tag"] == tag], rewards)
+        tag: summaries([r for r in records if r["tag"] == tag], rewards)
         for tag in dict.fromkeys(r["tag"] for r in records if r["tag"] is not None)
     }
     names = records[0]["scores"] if tags else ()
     means = {name: float(np.mean([scores[name]["mean"] for scores in tags.values()])) for name in names}
     return {
         "images": len(records),
-        "scores": _scores(records, rewards),
+        "scores": summaries(records, rewards),
         "tags": tags,
         "tag_means": means,
     }
@@ -79,8 +83,12 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
         yield f"{path} (was {before!r}, now {now!r})"
 
 
-def _scores(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
+def summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
+    """Each score's mean, its interval (prompts are resampled, or the images of a single one), and its
+    direction."""
     groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
+    if not groups.any():
+        groups = None  # drawing the one prompt again and again would make an interval of no width
     found = {}
     for name in records[0]["scores"]:
         reward = next(r for r in rewards if r.label == name.split("/")[0])

@@ -1,4 +1,4 @@
-"""The command line: ``posttrain run | check | recipes | eval | compare | sample | shapes``."""
+"""The command line: runs and recipes here, evaluations and rewards in modules of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain import cli_eval
+from posttrain import cli_eval, cli_rewards
 
 app = typer.Typer(
     help="Post-train rectified-flow text-to-image models: SFT, SOAR and chains of them, from one recipe.",
@@ -27,6 +27,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
 app.command("eval")(cli_eval.evaluate_model)
 app.command("compare")(cli_eval.compare_evaluations)
+cli_rewards.register(app)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")

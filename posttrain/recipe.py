@@ -134,12 +134,18 @@ class Evaluation(Sampling):
 
     @model_validator(mode="after")
     def _rewards_differ(self) -> Self:
-        _no_reward_twice(self.rewards)
-        if weighted := [reward.label for reward in self.rewards if reward.weight != 1]:
-            raise ValueError(
-                f"rewards: an evaluation reports each score by itself, so the weight of "
-                f"{', '.join(weighted)} would have no effect: remove it"
-            )
+        _each_reported(self.rewards)
+        return self
+
+
+class Scoring(Spec):
+    """Rewards that are reported, each by itself, for images that are there already."""
+
+    rewards: Annotated[list[AnyReward], Field(min_length=1), BeforeValidator(reward_blocks)]
+
+    @model_validator(mode="after")
+    def _rewards_differ(self) -> Self:
+        _each_reported(self.rewards)
         return self
 
 
@@ -215,6 +221,15 @@ class Recipe(Spec):
     def depth(self, stage: Stage) -> int:
         """How many stages came before: part of the key of its draws, so that sibling branches draw alike."""
         return len(self.lineage(stage)) - 1
+
+
+def _each_reported(rewards: list[AnyReward]) -> None:
+    _no_reward_twice(rewards)
+    if weighted := [reward.label for reward in rewards if reward.weight != 1]:
+        raise ValueError(
+            f"rewards: an evaluation reports each score by itself, so the weight of "
+            f"{', '.join(weighted)} would have no effect: remove it"
+        )
 
 
 def is_path(start_from: str) -> bool:

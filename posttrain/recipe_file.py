@@ -17,8 +17,10 @@ from posttrain import checks
 from posttrain.data.prompts import read_prompts
 from posttrain.data.spec import PromptFile
 from posttrain.errors import RecipeError
-from posttrain.recipe import Evaluation, Recipe
+from posttrain.recipe import Evaluation, Recipe, Scoring
 from posttrain.recipe_errors import listed, translated
+from posttrain.reward import Reward
+from posttrain.reward_blocks import reward_blocks
 from posttrain.spelling import meant
 from posttrain.suites import suite_prompts
 from posttrain.yaml_source import Place, Source, parse, read_file
@@ -93,6 +95,28 @@ def evaluation_settings(
             raise RecipeError(f"--prompts: no file {str(file.path)!r}")
         read_prompts(file.path, settings.rewards)  # what cannot be scored is told before a weight is loaded
     return settings
+
+
+def chosen_rewards(names: Sequence[str], overrides: Sequence[str]) -> list[Reward]:
+    """The rewards that ``--reward`` names, with their fields as ``--set`` says.
+
+    ``field=value`` is for the one reward, ``NAME.field=value`` for one of several. Raises RecipeError.
+    """
+    if not names:
+        raise RecipeError("say what to score with: --reward NAME; 'posttrain rewards' lists them")
+    source, placed = Source("--reward", {"rewards": reward_blocks(list(names))}), []
+    for text in overrides:
+        first, dot, _ = text.partition("=")[0].partition(".")
+        if dot and first in names:
+            placed.append(f"rewards.{list(names).index(first)}.{text[len(first) + 1 :]}")
+        elif len(names) == 1:
+            placed.append(f"rewards.0.{text}")
+        else:
+            raise RecipeError(f"--set {text}: say of which reward: {' or '.join(n + '.' for n in names)}")
+    rewards = _validated(Scoring, source, _override(source, placed)).rewards
+    if problems := [words for reward in rewards if (words := reward.problem()) is not None]:
+        raise RecipeError("\n".join(problems))
+    return rewards
 
 
 def shipped_recipes() -> dict[str, str]:

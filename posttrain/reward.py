@@ -79,6 +79,10 @@ class Reward(Named, ABC):
             words = f"{self.type}: {error}. Run 'posttrain rewards fetch {self.type}' on a machine that can"
             raise RewardError(f"{words}, or give a local copy as '{name}'") from error
 
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """For each field of :attr:`weights`: file -> SHA-256 of what :meth:`load` reads."""
+        return {name: weights.hashes(self.located(name)) for name, weights in self.weights.items()}
+
     @abstractmethod
     def load(self, device: torch.device) -> Scorer:
         """The scoring function, its networks on ``device``. Heavy imports happen here."""

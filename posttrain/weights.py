@@ -40,18 +40,21 @@ class Weights:
         return self.fetch(source)
 
     def fetch(self, repo: str) -> Path:
-        """Download the files of ``repo``, going on with what an earlier try left. Raises RewardError."""
-        from huggingface_hub import snapshot_download
+        """As :meth:`located` of a repository, its files downloaded where need be and checked by their hash.
+        Raises RewardError."""
+        from posttrain.hub import fetch
 
-        try:
-            folder = Path(snapshot_download(repo, allow_patterns=list(self.files)))
-        except (OSError, ValueError) as error:  # what huggingface_hub raises, all of it
-            reason = str(error).splitlines()[0].rstrip(".")
-            files = ", ".join(self.files)
-            raise RewardError(f"cannot fetch {files} of {repo!r} from the hub: {reason}") from error
-        if (found := self.local(str(folder))) is None:
-            raise RewardError(f"the hub's {repo!r} does not have all of {', '.join(self.files)}")
-        return found
+        folder = fetch(repo, self.files)
+        return folder / self.files[0] if len(self.files) == 1 else folder
+
+    def hashes(self, found: Path) -> dict[str, str]:
+        """File -> SHA-256, of what :meth:`located` found."""
+        from posttrain.hub import sha256
+
+        if found.is_file():
+            return {self.files[0]: sha256(found)}
+        files = (file for pattern in self.files for file in sorted(found.glob(pattern)))
+        return {file.relative_to(found).as_posix(): sha256(file) for file in files}
 
 
 def is_path(source: str) -> bool:

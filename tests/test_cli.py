@@ -22,7 +22,7 @@ def posttrain(*arguments, cwd, code=0, **environment):
 
 def test_help_needs_no_torch(tmp_path):
     done = posttrain("--help", cwd=tmp_path)
-    for word in ("run", "check", "recipes", "eval", "sample", "shapes"):
+    for word in ("run", "check", "recipes", "eval", "sample", "shapes", "rewards", "score", "serve-reward"):
         assert word in done.stdout
     probe = "import sys; sys.argv = ['posttrain', '--help']\nimport posttrain.cli as c\ntry: c.app()\nexcept SystemExit: pass\nprint([m for m in ('torch', 'pydantic', 'diffusers') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT).stdout

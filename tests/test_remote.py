@@ -1,0 +1,477 @@
+"""Does a reward behind HTTP give the scores that it gives in this process, or one clear error?"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from runs import recipe, run_quietly, stage
+from servers import Quiet, running, serving
+
+from posttrain.errors import PosttrainError, RecipeError, RewardError
+from posttrain.recipe_file import chosen_rewards
+from posttrain.reward import Scores, checked
+from posttrain.rewards.callable import Callable
+from posttrain.rewards.jpeg import JpegIncompressibility
+from posttrain.rewards.remote import Remote
+from posttrain.rewards.shapes import Shapes
+from posttrain.serve import application, check_exposure
+from posttrain.shapes.dataset import scene_at
+from posttrain.shapes.render import render
+from posttrain.wire import answer, packed, scores_of, unpacked
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+MB = 1_000_000
+
+
+def app_of(reward, **settings):
+    return application(reward, CPU, **{"max_bytes": 64 * MB, "batch_size": 64, **settings})
+
+
+def own(monkeypatch, function):
+    """A reward that calls ``function(images, prompts, metadata)``, called ``judge``."""
+    module = types.ModuleType("served")
+    module.judge = function
+    monkeypatch.setitem(sys.modules, "served", module)
+    return Callable(function="served:judge")
+
+
+def remote(url, name="shapes", **settings):
+    quick = {"timeout_seconds": 5.0, "retries": 2, "backoff_seconds": 0.01}
+    return Remote(url=url, name=name, **{**quick, **settings})
+
+
+def scenes(count):
+    found = [scene_at(3, i) for i in range(count)]
+    images = torch.from_numpy(np.stack([np.asarray(render(s)) for s in found])).permute(0, 3, 1, 2) / 255
+    # no image that a VAE decodes has 8 bits; the last bits must arrive too
+    images = (images + 1e-3 * torch.randn(images.shape, generator=torch.manual_seed(0))).clamp(0, 1)
+    rows = [s.metadata for s in found]
+    return images, [row["prompt"] for row in rows], rows[1:] + rows[:1]  # so that some score badly
+
+
+def same(a, b):
+    assert torch.equal(a.value, b.value)
+    assert a.value.dtype == b.value.dtype
+    assert a.details.keys() == b.details.keys()
+    assert all(torch.equal(a.details[name], b.details[name]) for name in a.details)
+
+
+def test_scores_and_details_equal_those_in_process_bit_for_bit():
+    images, prompts, rows = scenes(12)
+    expected = Shapes().load(CPU)(images, prompts, rows)
+    assert len(expected.value.unique()) > 2
+    with running(app_of(Shapes())) as url:
+        same(remote(url, batch_size=5).load(CPU)(images, prompts, rows), expected)
+
+
+def test_every_bit_of_the_images_arrives(monkeypatch):
+    def judge(images, prompts, metadata):
+        return [float(image.double().sum()) for image in images]
+
+    reward = own(monkeypatch, judge)
+    images = torch.rand(7, 3, 8, 24, generator=torch.manual_seed(1))
+    expected = reward.load(CPU)(images, [""] * 7, [{}] * 7)
+    with running(app_of(reward)) as url:
+        same(remote(url, "judge").load(CPU)(images, ["ä\n\"'"] * 7, [{}] * 7), expected)
+
+
+def test_what_is_packed_comes_out_unchanged():
+    images = torch.randn(2, 3, 4, 5)
+    prompts, rows = ["ä \U0001f600", ""], [{"include": [{"class": "x", "count": 2}]}, {}]
+    back, texts, metadata = unpacked(packed(images.requires_grad_(), prompts, rows))
+    assert torch.equal(back, images)
+    assert (texts, metadata) == (prompts, rows)
+    scores = Scores(torch.tensor([1 / 3, -1e-30]), {"x": torch.tensor([0.1, 1e30])})
+    same(scores_of(json.loads(json.dumps(answer(scores))), 2), scores)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"garbage", "not a safetensors file"),
+        (b"", "not a safetensors file"),
+        (packed(torch.zeros(2, 3, 4, 4), ["a"], [{}]), "2 images, 1 prompts and 1 rows do not match"),
+        (packed(torch.zeros(1, 1, 4, 4), ["a"], [{}]), r"images must be \(n, 3, h, w\) float32"),
+        (packed(torch.zeros(1, 3, 4, 4), [1], [{}]), "prompts must be a list of texts"),
+        (packed(torch.zeros(0, 3, 4, 4), [], []), "images must be"),
+    ],
+)
+def test_a_request_that_is_none_is_refused_in_words(body, words):
+    with pytest.raises(ValueError, match=words):
+        unpacked(body)
+
+
+class Faulty(Quiet):
+    """Answers /health as shapes would, and /score as ``script`` says, one item a request."""
+
+    def do_GET(self):
+        self.reply({"name": "shapes", "range": [None, 1.0], "higher_is_better": True})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen.append(self.path)
+        action = self.script.pop(0) if self.script else "right"
+        if callable(action):
+            action(self)
+        else:
+            self.reply(
+                {"value": [0.25] * 3, "details": {"strict": [1.0] * 3}} if action == "right" else action
+            )
+
+
+@pytest.fixture
+def faulty():
+    class Handler(Faulty):
+        script, seen = [], []
+
+    with serving(Handler) as Handler.url:
+        yield Handler
+
+
+def hang(handler):
+    time.sleep(0.6)
+    handler.close_connection = True
+
+
+def cut(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+    handler.close_connection = True
+
+
+def late(handler):
+    time.sleep(0.35)
+    handler.reply({"value": [9.0] * 3})
+
+
+def status(code):
+    return lambda handler: handler.reply({"error": f"a reason for {code}"}, code)
+
+
+THREE = (torch.zeros(3, 3, 8, 8), ["a", "b", "c"], [{}] * 3)
+
+
+@pytest.mark.parametrize("fault", [hang, cut, late, status(500), status(503), status(429)])
+def test_a_fault_that_passes_is_asked_again(faulty, fault):
+    score = remote(faulty.url, timeout_seconds=0.25).load(CPU)
+    faulty.script += [fault, fault]
+    assert score(*THREE).value.tolist() == [0.25] * 3
+    assert len(faulty.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (hang, "asked 3 times, the last time: no answer within 0.25 s"),
+        (cut, "asked 3 times, the last time: "),
+        (status(502), "asked 3 times, the last time: status 502: .*a reason for 502"),
+    ],
+)
+def test_a_fault_that_stays_is_an_error_after_the_retries(faulty, fault, words):
+    score = checked("shapes", remote(faulty.url, timeout_seconds=0.25).load(CPU))
+    faulty.script += [fault] * 9
+    with pytest.raises(RewardError, match=rf"'shapes' failed.*{faulty.url}/score: {words}"):
+        score(*THREE)
+    assert len(faulty.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"value": [1.0, 2.0]}, "value: 2 numbers for 3 images"),
+        ({"value": [1.0, float("nan"), 2.0]}, "value: nan is no score"),
+        ({"value": [1.0, 1e60, 2.0]}, "value: 1e\\+60 is no score"),
+        ({"value": [1.0, "good", 2.0]}, "'good' is no number"),
+        ({"value": [1.0, True, 2.0]}, "True is no number"),
+        ({"value": [1.0, 10**400, 2.0]}, "too large"),
+        ({"value": [1.0] * 3, "details": {"x": [1.0]}}, "details.x: 1 numbers for 3 images"),
+        ({"values": [1.0] * 3}, "no list 'value'"),
+        (["x"], "no list 'value'"),
+        (lambda handler: handler.reply(b"<html>login</html>"), "not scores: .*login"),
+        (status(400), "status 400: .*a reason for 400"),
+        (status(404), "status 404"),
+        (lambda handler: handler.reply(b"", 302, Location="/elsewhere"), "status 302"),
+    ],
+)
+def test_an_answer_that_is_no_score_is_an_error_at_once(faulty, fault, words):
+    score = remote(faulty.url).load(CPU)
+    faulty.script += [fault]
+    with pytest.raises(RewardError, match=rf"{faulty.url}/score: .*{words}"):
+        score(*THREE)
+    assert len(faulty.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "ocr"}, "has the reward 'shapes'; the recipe says name: ocr"),
+        ({"better": "lower"}, "higher scores are better; the recipe says better: lower"),
+        ({"lowest": 0}, "scores lie in -inf to 1; the recipe says lowest: 0"),
+        ({"highest": 0.5}, "highest: 0.5"),
+    ],
+)
+def test_what_the_recipe_says_is_compared_with_the_server(settings, words):
+    with running(app_of(Shapes())) as url:
+        with pytest.raises(RewardError, match=words):
+            remote(url, **settings).load(CPU)
+        remote(url, highest=1).load(CPU)
+
+
+def test_another_program_and_no_program_at_the_address_are_told(faulty):
+    faulty.do_GET = lambda self: self.reply(b"<html>")
+    with pytest.raises(RewardError, match=f"{faulty.url}: no reward server"):
+        remote(faulty.url).load(CPU)
+    with running(app_of(Shapes())) as url:
+        pass
+    with pytest.raises(RewardError, match=f"{url}/health: asked 3 times, .*refused"):
+        remote(url).load(CPU)
+
+
+def test_a_reward_that_fails_on_the_server_is_told_in_its_words():
+    with (
+        running(app_of(Shapes())) as url,
+        pytest.raises(RewardError, match=r"status 422: .*no GenEval metadata"),
+    ):
+        remote(url).load(CPU)(*THREE)
+
+
+def test_a_server_that_comes_back_is_found_again():
+    images, prompts, rows = scenes(2)
+    with running(app_of(Shapes())) as url:
+        score = remote(url, retries=9, backoff_seconds=0.05).load(CPU)
+        expected = score(images, prompts, rows)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(score, images, prompts, rows)
+        time.sleep(0.1)
+        assert not waiting.done()
+        with running(app_of(Shapes()), int(url.rpartition(":")[2])):
+            same(waiting.result(), expected)
+
+
+def test_without_the_token_nothing_is_told_and_nothing_is_scored(monkeypatch):
+    monkeypatch.setenv("GIVEN", "secret")
+    monkeypatch.setenv("WRONG", "secre")
+    with running(app_of(Shapes(), token="secret")) as url:
+        remote(url, token_env="GIVEN").load(CPU)(*scenes(1))
+        for settings in ({}, {"token_env": "WRONG"}):
+            with pytest.raises(RewardError, match="status 401"):
+                remote(url, **settings).load(CPU)
+        assert httpx.post(f"{url}/score", content=packed(*THREE), trust_env=False).status_code == 401
+    assert "no environment variable 'ABSENT'" in remote(url, token_env="ABSENT").problem()
+    assert remote(url, token_env="GIVEN").problem() is None
+
+
+def test_proxies_of_the_environment_are_not_used(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with running(app_of(Shapes())) as url:
+        remote(url, retries=0).load(CPU)
+
+
+def test_a_request_that_is_too_large_or_of_unknown_length_is_refused_unread():
+    with running(app_of(Shapes(), max_bytes=10_000)) as url:
+        with pytest.raises(RewardError, match=r"status 413: .*at most 10000 are taken \(--max-mb\)"):
+            remote(url).load(CPU)(*scenes(1))
+        assert httpx.post(f"{url}/score", content=iter([b"x"]), trust_env=False).status_code == 411
+        assert httpx.post(f"{url}/score", content=b"x", trust_env=False).status_code == 400
+
+
+def test_uploads_that_break_off_leave_nothing_behind(caplog):
+    body = packed(*THREE)
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    reward = JpegIncompressibility()
+    with running(app_of(reward, max_bytes=len(body))) as url:
+        for _ in range(9):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as upload:
+                upload.sendall(head + body[: len(body) // 2])
+        score = remote(url, "jpeg_incompressibility").load(CPU)
+        same(score(*THREE), reward.load(CPU)(*THREE))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_server_is_not_open_to_the_network_without_a_token():
+    check_exposure("127.0.0.1", None)
+    check_exposure("0.0.0.0", "secret")
+    with pytest.raises(PosttrainError, match=r"--host 0\.0\.0\.0 is open to the network"):
+        check_exposure("0.0.0.0", None)
+
+
+class Gate:
+    """A judge that waits to be let through, and remembers how many images came at a time."""
+
+    def __init__(self):
+        self.entered, self.open, self.sizes = threading.Semaphore(0), threading.Event(), []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.open.set()  # a test that fails must not wait
+
+    def __call__(self, images, prompts, metadata):
+        self.sizes.append(len(prompts))
+        self.entered.release()
+        assert self.open.wait(20)
+        if "bad" in prompts:
+            raise ValueError("a bad prompt")
+        return [float(image.mean()) + len(prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("never came true")
+
+
+def held(monkeypatch):
+    """Numbers of jobs that wait, of the batcher that is made next."""
+    import posttrain.serve as serve
+
+    made = []
+
+    class Seen(serve.Batcher):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(serve, "Batcher", Seen)
+    return lambda: len(made[-1]._waiting)
+
+
+def test_requests_that_wait_are_scored_together_and_each_gets_its_own(monkeypatch):
+    gate, waiting = Gate(), held(monkeypatch)
+    with running(app_of(own(monkeypatch, gate), batch_size=8)) as url, ThreadPoolExecutor(8) as pool, gate:
+        score = remote(url, "judge", timeout_seconds=20).load(CPU)
+
+        def ask(i, size=8, prompt=None):
+            prompts = [prompt or "p" * i] * 2
+            images = torch.full((2, 3, size, size), i / 16)
+            return pool.submit(score, images, prompts, [{}] * 2)
+
+        first = ask(1)
+        gate.entered.acquire()
+        others = [ask(i) for i in (2, 3, 4)]
+        until(lambda: waiting() == 3)
+        large = ask(5, size=16)
+        until(lambda: waiting() == 4)
+        bad = ask(6, prompt="bad")
+        until(lambda: waiting() == 5)
+        gate.open.set()
+        for i, future in enumerate([first, *others, large], 1):
+            assert future.result().value.tolist() == [i / 16 + i] * 2
+        with pytest.raises(RewardError, match="a bad prompt"):
+            bad.result()
+    # the four of one size together, and each by itself once that had failed; the larger images apart
+    assert gate.sizes == [2, 8, 2, 2, 2, 2, 2]
+
+
+def test_nothing_is_scored_for_a_client_that_has_gone(monkeypatch):
+    gate, waiting = Gate(), held(monkeypatch)
+    with running(app_of(own(monkeypatch, gate))) as url, ThreadPoolExecutor(2) as pool, gate:
+        patient = remote(url, "judge", timeout_seconds=20).load(CPU)
+        impatient = remote(url, "judge", timeout_seconds=0.2, retries=0).load(CPU)
+        first = pool.submit(patient, *THREE)
+        gate.entered.acquire()
+        with pytest.raises(RewardError, match="no answer within"):
+            impatient(*THREE)
+        assert waiting() == 1
+        gate.open.set()
+        first.result()
+        patient(*THREE)
+    assert gate.sizes == [3, 3]
+
+
+def test_when_too_much_waits_clients_are_told_to_ask_again(monkeypatch):
+    gate, size = Gate(), len(packed(*THREE))
+    app = app_of(own(monkeypatch, gate), max_bytes=size)
+    with running(app) as url, ThreadPoolExecutor(8) as pool, gate:
+        score = remote(url, "judge", timeout_seconds=20, retries=8, backoff_seconds=0.02).load(CPU)
+        futures = [pool.submit(score, *THREE) for _ in range(4)]
+        gate.entered.acquire()
+        until(lambda: httpx.post(f"{url}/score", content=packed(*THREE), trust_env=False).status_code == 503)
+        futures.append(pool.submit(score, *THREE))
+        gate.open.set()
+        assert [f.result().value.tolist() for f in futures] == [[1.0] * 3] * 5
+
+
+def test_many_clients_at_once_get_their_own_scores():
+    reward = JpegIncompressibility()
+    images = torch.rand(32, 3, 24, 24, generator=torch.manual_seed(2))
+    expected = reward.load(CPU)(images, [""] * 32, [{}] * 32).value
+    assert len(expected.unique()) > 16
+    with running(app_of(reward)) as url, ThreadPoolExecutor(16) as pool:
+        score = remote(url, "jpeg_incompressibility", timeout_seconds=30).load(CPU)
+        found = pool.map(lambda i: score(images[i : i + 1], [""], [{}]).value, list(range(32)) * 4)
+        assert torch.equal(torch.cat(list(found)), expected.repeat(4))
+
+
+def test_a_recipe_names_a_remote_reward():
+    (reward,) = chosen_rewards(["remote"], ["url=http://127.0.0.1:1", "name=hpsv2", "better=lower"])
+    assert (reward.label, reward.higher_is_better) == ("hpsv2", False)
+    assert remote("http://x").higher_is_better
+    with pytest.raises(RecipeError, match="url"):
+        chosen_rewards(["remote"], ["url=ftp://x", "name=a"])
+
+
+def test_a_run_learns_the_same_from_a_remote_reward_and_stops_when_it_is_gone(tmp_path):
+    grpo = "{type: flow_grpo, group_size: 4, num_steps: 2, guidance_scale: 1.0, noise_level: 0.5}"
+    train = "{steps: 2, batch_size: 8, micro_batch: 8, learning_rate: 1e-2, log_every: 1, sample_every: null}"
+
+    def of(rewards):
+        made = stage("grpo", grpo, train, rewards=rewards)
+        prompts = "{prompts: {type: shapes, count: 12}, resolution: 16}"
+        return recipe(made.replace("{type: shapes, images: 10, seed: 1}", prompts))
+
+    def learned(folder):
+        (file,) = (folder / "grpo" / "final").rglob("*transformer*/*.safetensors")
+        return file.read_bytes()
+
+    run_quietly(of("jpeg_incompressibility"), tmp_path / "here")
+    block = "{remote: {url: 'URL', name: jpeg_incompressibility, retries: 1, backoff_seconds: 0}}"
+    with running(app_of(JpegIncompressibility())) as url:
+        run_quietly(of(block.replace("URL", url)), tmp_path / "there")
+    assert learned(tmp_path / "here") == learned(tmp_path / "there")
+    with pytest.raises(RewardError, match=f"{url}/health: asked 2 times"):
+        run_quietly(of(block.replace("URL", url)), tmp_path / "gone")
+
+
+def test_the_command_serves_until_it_is_ended(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "SECRET": "s"}
+    command = [
+        sys.executable,
+        "-m",
+        "posttrain",
+        "serve-reward",
+        "shapes",
+        "--port",
+        "0",
+        "--token-env",
+        "SECRET",
+    ]
+    images, prompts, rows = scenes(2)
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        try:
+            name, url = server.stdout.readline().split()
+            assert name == "shapes:"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SECRET", "s")
+                score = remote(url, token_env="SECRET").load(CPU)
+            same(score(images, prompts, rows), Shapes().load(CPU)(images, prompts, rows))
+        finally:
+            server.kill()
+        server.wait()
+        with pytest.raises(RewardError, match=f"{url}/score: asked 3 times"):
+            score(images, prompts, rows)
