@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import RewardError
 
+_COLLECTED: ContextVar[list[nn.Module] | None] = ContextVar("collected", default=None)
 LAYERS = (0, 2, 4, 6, 7)
 """Places of the linear layers in the published heads; dropout, which scoring leaves out, lies between."""
 
@@ -52,7 +55,21 @@ def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
 
 
 def frozen(model: Any, device: torch.device) -> Any:
+    """``model`` on ``device``, for scoring only."""
+    if (networks := _COLLECTED.get()) is not None:
+        networks.append(model)
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[nn.Module]]:
+    """The networks that :func:`frozen` is given within the block."""
+    networks: list[nn.Module] = []
+    token = _COLLECTED.set(networks)
+    try:
+        yield networks
+    finally:
+        _COLLECTED.reset(token)
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:

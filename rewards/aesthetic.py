@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from posttrain.reward import Reward
 from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, in_batches, load_clip, load_pixels
+from posttrain.rewards._neural import Neural
 from posttrain.rewards._state import frozen, linear_head, read
 from posttrain.weights import Weights
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from posttrain.reward import Scorer
 
 
-class Aesthetic(Reward):
+class Aesthetic(Neural):
     """A linear function of the normalised CLIP ViT-L/14 features of the image (about 5.4; people's ratings,
     which it was fitted to, go from 1 to 10)."""
 
@@ -37,10 +35,8 @@ class Aesthetic(Reward):
     head: str = "trl-lib/ddpo-aesthetic-predictor"
     """The head: a hub name, or a file such as LAION's own ``sac+logos+ava1-l14-linearMSE.pth``, which that
     repository holds under another name."""
-    batch_size: int = Field(16, ge=1)
-    """Images that go through the network at a time."""
 
-    def load(self, device: torch.device) -> Scorer:
+    def scorer(self, device: torch.device) -> Scorer:
         import torch
 
         folder, file = self.located("path"), self.located("head")

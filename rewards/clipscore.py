@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from posttrain.reward import Reward
 from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, in_batches, load_clip
+from posttrain.rewards._neural import Neural
 from posttrain.rewards._pixels import by_shorter_side
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ SCALE = 100
 """By which the published tables divide CLIP's logits; CLIP ViT-L's own scale, so that a cosine remains."""
 
 
-class CLIPScore(Reward):
+class CLIPScore(Neural):
     """The cosine of image and prompt under OpenAI's CLIP ViT-L/14 (about 0.28)."""
 
     type: Literal["clipscore"] = "clipscore"
@@ -32,10 +30,8 @@ class CLIPScore(Reward):
 
     path: str = CLIP_L
     """Weights and tokenizer: a hub name or a folder."""
-    batch_size: int = Field(16, ge=1)
-    """Images that go through the network at a time."""
 
-    def load(self, device: torch.device) -> Scorer:
+    def scorer(self, device: torch.device) -> Scorer:
         folder = self.located("path")
         clip = load_clip(folder, folder, device)
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from posttrain.reward import Reward, Scores
+from posttrain.reward import Scores
 from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, load_clip
 from posttrain.rewards._colors import COLORS, colored, load_colors
 from posttrain.rewards._detector import CLASSES, load_detector
 from posttrain.rewards._geneval_scores import Verdict, scores, untold
+from posttrain.rewards._neural import Neural
 from posttrain.spelling import meant
 from posttrain.weights import Weights
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from posttrain.reward import Scorer
 
 
-class GenEval(Reward):
+class GenEval(Neural):
     """GenEval's verdict on real images, with a detector of the same architecture as the published one but of
     another training run: comparable with published scores, not identical.
 
@@ -80,7 +81,7 @@ class GenEval(Reward):
                 return f"geneval: {color!r} is none of the colours {', '.join(COLORS)}"
         return None
 
-    def load(self, device: torch.device) -> Scorer:
+    def scorer(self, device: torch.device) -> Scorer:
         from posttrain.grids import to_pil
 
         sides = (self.shorter_side, self.longer_side)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
 from posttrain.errors import RewardError
-from posttrain.reward import Reward
 from posttrain.rewards._clip import Clip, in_batches, load_tokenizer
+from posttrain.rewards._neural import Neural
 from posttrain.rewards._open_clip import clip_of
 from posttrain.rewards._pixels import by_longer_side
 from posttrain.rewards._state import frozen, read
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from posttrain.reward import Scorer
 
 
-class HPSv2(Reward):
+class HPSv2(Neural):
     """The cosine of image and prompt under a CLIP ViT-H tuned on people's choices (about 0.28).
 
     The published code computes it in 16 bits where the GPU can; here it is float32.
@@ -41,10 +39,8 @@ class HPSv2(Reward):
     """Weights: a hub name, a folder with ``HPS_v2.1_compressed.pt``, or such a file."""
     tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Any CLIP tokenizer of the standard vocabulary: a hub name or a folder."""
-    batch_size: int = Field(16, ge=1)
-    """Images that go through the network at a time."""
 
-    def load(self, device: torch.device) -> Scorer:
+    def scorer(self, device: torch.device) -> Scorer:
         tokenizer = load_tokenizer(self.located("tokenizer"))
         file = self.located("path")
         state = read(file, "state_dict")

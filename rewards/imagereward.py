@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
 from posttrain.errors import RewardError
-from posttrain.reward import Reward
 from posttrain.rewards._blip import blip_of
 from posttrain.rewards._clip import in_batches
+from posttrain.rewards._neural import Neural
 from posttrain.rewards._pixels import of_pil
 from posttrain.rewards._state import read
 from posttrain.weights import Weights
@@ -28,7 +26,7 @@ LONGEST = 35
 """Tokens of a prompt; what is longer is cut off, as it was in training."""
 
 
-class ImageReward(Reward):
+class ImageReward(Neural):
     """ImageReward v1.0: BLIP reads the prompt with the image before it, a linear head scores (about -2 to 2).
 
     Each image is read with its own prompt only: pairing all with all, as some code does, costs the square.
@@ -46,10 +44,8 @@ class ImageReward(Reward):
     """Weights: a hub name, a folder with ``ImageReward.pt``, or such a file."""
     tokenizer: str = "google-bert/bert-base-uncased"
     """BERT's tokenizer: a hub name or a folder."""
-    batch_size: int = Field(16, ge=1)
-    """Images that go through the network at a time."""
 
-    def load(self, device: torch.device) -> Scorer:
+    def scorer(self, device: torch.device) -> Scorer:
         from transformers import BertTokenizer
 
         from posttrain.grids import to_pil

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from posttrain.reward import Reward
 from posttrain.rewards._clip import in_batches, load_clip, load_pixels
+from posttrain.rewards._neural import Neural
 from posttrain.weights import Weights
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ SCALE = 26
 """By which Flow-GRPO, DiffusionNFT and SOAR divide in training; their tables show the score times it."""
 
 
-class PickScore(Reward):
+class PickScore(Neural):
     """The scaled cosine of image and prompt under a CLIP ViT-H tuned on people's choices, over 26 (about
     0.86; tables show 26 times that, about 22)."""
 
@@ -35,9 +33,8 @@ class PickScore(Reward):
     """Weights: a hub name or a folder."""
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     """Tokenizer and image preprocessing: a hub name or a folder."""
-    batch_size: int = Field(16, ge=1)
 
-    def load(self, device: torch.device) -> Scorer:
+    def scorer(self, device: torch.device) -> Scorer:
         processor = self.located("processor")
         pixels = load_pixels(processor)
         clip = load_clip(self.located("path"), processor, device)

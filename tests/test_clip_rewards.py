@@ -18,6 +18,7 @@ from posttrain.rewards._pixels import by_longer_side, by_shorter_side, of_pil
 from posttrain.rewards.aesthetic import Aesthetic
 from posttrain.rewards.clipscore import CLIPScore
 from posttrain.rewards.hpsv2 import HPSv2
+from posttrain.rewards.pickscore import PickScore
 
 CPU = torch.device("cpu")
 SHAPES = [(40, 56), (57, 40), (16, 16), (96, 33), (32, 32)]
@@ -284,6 +285,25 @@ def test_aesthetic_is_the_linear_head_on_normalised_features(clip_folder, images
         expected = head(nn.functional.normalize(features))[:, 0]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     assert len(got.unique()) == 5
+
+
+def test_offloaded_networks_are_on_the_device_only_while_they_score(clip_folder, images, monkeypatch):
+    stays = PickScore(path=str(clip_folder), processor=str(clip_folder)).load(CPU)(images, PROMPTS, [{}] * 5).value
+    moves = []
+    to = nn.Module.to
+    monkeypatch.setattr(
+        nn.Module, "to", lambda self, where: (moves.append((type(self).__name__, where)), to(self, where))[1]
+    )
+    device = torch.device("cpu", 0)  # another name of the CPU, to tell the two places apart
+    score = PickScore(path=str(clip_folder), processor=str(clip_folder), offload=True).load(device)
+    assert moves[-1] == ("CLIPModel", CPU), "it waits in main memory"
+    moves.clear()
+    torch.testing.assert_close(score(images, PROMPTS, [{}] * 5).value, stays)
+    assert moves == [("CLIPModel", device), ("CLIPModel", CPU)]
+    moves.clear()
+    with pytest.raises((TypeError, ValueError, IndexError)):
+        score(images, [None] * 5, [{}] * 5)
+    assert moves[-1] == ("CLIPModel", CPU), "also after a failure"
 
 
 def test_an_aesthetic_head_for_another_clip_is_refused(clip_folder, tmp_path):
