@@ -15,7 +15,7 @@ from posttrain.spelling import meant
 from posttrain.weights import Weights, is_path
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
 assert AnyReward is not None  # importing it has registered every reward
 
@@ -70,28 +70,26 @@ def fetch(name: str) -> Iterator[tuple[Source, Path]]:
         yield source, source.weights.fetch(source.repo)
 
 
-def table() -> Table:
-    """Every reward: its range, its weights and whether all that it needs is here."""
-    from rich.table import Table
+def listing() -> Text:
+    """Every reward with its range and whether all that it needs is here, its weights below it."""
+    from rich.text import Text
 
-    shown = Table(box=None, pad_edge=False)
-    for column in ("reward", "range", "weights", "size", "licence", "here?"):
-        shown.add_column(
-            column,
-            justify="right" if column == "size" else "left",
-            overflow="fold",
-            no_wrap=column in ("reward", "size"),
-        )
+    lines = []
     for name, reward in kinds().items():
-        lacking = missing(reward)
-        weights = [(s.repo, size(s.weights.size), s.weights.licence) for s in sources(reward)]
-        here = "yes" if not lacking else "no: " + "; ".join(lacking)
-        reach = "{:.4g} to {:.4g}".format(*reward.range)
-        for i, cells in enumerate(weights or [("none", "", "")]):
-            # one row for each set of weights, so that what belongs together stays so when cells wrap
-            shown.add_row(*((f"[bold]{name}[/bold]", reach) if i == 0 else ("", "")), *cells, here)
-            here = ""
-    return shown
+        lacking = "; ".join(missing(reward))
+        low, high = reward.range
+        lines.append(
+            Text.assemble(
+                (f"{name:<24}", "bold"),
+                f"{low:>6.4g} to {high:<6.4g}  ",
+                (f"missing: {lacking}", "yellow") if lacking else ("ready", "green"),
+            )
+        )
+        for source in sources(reward):
+            weights = source.weights
+            words = f"    {source.repo:<48} {size(weights.size):>8}  {weights.licence}"
+            lines.append(Text(words, "dim"))
+    return Text("\n").join(lines)
 
 
 def size(number: int) -> str:

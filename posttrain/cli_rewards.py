@@ -36,9 +36,9 @@ def rewards_list(context: typer.Context) -> None:
     """List the rewards: range, weights, licence, and whether all that they need is here."""
     if context.invoked_subcommand is not None:
         return
-    from posttrain.catalogue import table
+    from posttrain.catalogue import listing
 
-    _console().print(table())
+    _console().print(listing(), soft_wrap=True, highlight=False)
 
 
 @rewards_app.command("fetch")

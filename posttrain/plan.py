@@ -23,9 +23,9 @@ Shapes = dict[str, tuple[int, ...]]
 def plan(recipe: Recipe) -> RenderableType:
     """The stages in order with their cost, and the memory and disk that their weights need."""
     shapes = recipe.model.transformer_shapes()
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in ("stage", "from", "algorithm"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=len(column))
     for column in ("steps", "samples", "items", "params", "forwards", "memory", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in recipe.stages:

@@ -288,7 +288,11 @@ def test_aesthetic_is_the_linear_head_on_normalised_features(clip_folder, images
 
 
 def test_offloaded_networks_are_on_the_device_only_while_they_score(clip_folder, images, monkeypatch):
-    stays = PickScore(path=str(clip_folder), processor=str(clip_folder)).load(CPU)(images, PROMPTS, [{}] * 5).value
+    stays = (
+        PickScore(path=str(clip_folder), processor=str(clip_folder))
+        .load(CPU)(images, PROMPTS, [{}] * 5)
+        .value
+    )
     moves = []
     to = nn.Module.to
     monkeypatch.setattr(
