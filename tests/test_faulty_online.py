@@ -76,6 +76,7 @@ FAULTS = [
     ("a misspelt mode", swap("adv_mode: all", "adv_mode: al"), 19, ["adv_mode", "did you mean 'all'"]),
     ("a misspelt solver", swap("solver: dpm2", "solver: dmp2"), 19, ["solver", "did you mean 'dpm2'"]),
     ("an unknown decay", swap("adv_mode: all", "decay_type: 3"), 19, ["decay_type", "0, 1, 2"]),
+    ("published prompts that are not there", swap("data: {prompts: {type: shapes, count: 12}, resolution: 16}\n    rewards: shapes", "data: {prompts: x/ocr/train.txt, resolution: 16}\n    rewards: shapes"), 20, ["no file 'x/ocr/train.txt'", "published as github.com/yifan123/flow_grpo, dataset/ocr/train.txt"]),
     ("prompts that are not there", swap("data: {prompts: {type: shapes, count: 12}, resolution: 16}\n    rewards: shapes", "data: {prompts: no.txt, resolution: 16}\n    rewards: shapes"), 20, ["no file 'no.txt'"]),
     ("a resolution that does not fit", swap("resolution: 16}\n    rewards: shapes", "resolution: 18}\n    rewards: shapes"), 20, ["18", "16 or 20"]),
     ("a function that is not there", swap("rewards: shapes", "rewards: 'no_such_module:score'"), 21, ["no module 'no_such_module'"]),

@@ -142,6 +142,17 @@ def test_members_of_a_group_start_from_noise_of_their_own():
     assert len(first.flatten(1).unique(dim=0)) == 12
 
 
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_members_of_a_group_may_start_alike_and_groups_do_not(chunk):
+    grpo = FlowGRPO(group_size=4, num_steps=4, init_same_noise=True, drop_zero_advantage=False)
+    items = collected(grpo, toy_policy(), chunk=chunk)
+    first = items.latents[items.sigma == items.sigma.max()]
+    assert len(first) == 12
+    assert len(first.flatten(1).unique(dim=0)) == 3
+    again = collected(grpo, toy_policy(), step=1)
+    assert not torch.equal(again.latents[again.sigma == again.sigma.max()].unique(dim=0), first.unique(dim=0))
+
+
 def test_a_window_is_one_for_the_batch_and_moves_between_batches():
     grpo = FlowGRPO(group_size=2, num_steps=10, sde_window_size=2, sde_window_range=[0, 6])
     starts = set()

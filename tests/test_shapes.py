@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+from posttrain.data.prompts import prompt_rows
+from posttrain.data.spec import ShapesPrompts
 from posttrain.errors import DataError, RewardError
 from posttrain.reward import checked
 from posttrain.rewards._geneval import graded, lenient, strict
@@ -213,6 +215,10 @@ def test_evaluation_prompts_are_balanced_and_repeat_only_when_used_up(tmp_path):
         prompts = [row["prompt"] for row in rows if row["tag"] == tag]
         assert len(prompts) == 20
         assert len(set(prompts)) == min(distinct, 20)
+    some = prompt_rows(ShapesPrompts(count=8, tasks=["colors", "counting"]))
+    assert [row["tag"] for row in some] == ["colors", "counting"] * 4
+    with pytest.raises(ValueError, match="colors is given twice"):
+        ShapesPrompts(count=8, tasks=["colors", "colors"])
     write_prompts(tmp_path / "rows.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
 
