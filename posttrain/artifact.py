@@ -16,11 +16,12 @@ from pydantic import TypeAdapter
 
 from posttrain.errors import ModelError
 from posttrain.model import FlowModel, Model
+from posttrain.snapshot import is_checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.recipe import Sampling, Stage
+    from posttrain.recipe import Recipe, Sampling, Stage
     from posttrain.sampling import Sampler
 
 DESCRIPTION = "posttrain.json"
@@ -38,29 +39,55 @@ def describe(spec: Model, parents: Sequence[Path], stage: Stage, final: Path) ->
     }
 
 
-def open_artifact(path: str, device: torch.device, base: str | None = None) -> tuple[FlowModel, str]:
-    """Load what ``path`` names: a stage's folder, its ``final`` folder, a diffusers folder, or a hub name.
+def open_artifact(
+    path: str, device: torch.device, base: str | None = None, weights: str | None = None
+) -> tuple[FlowModel, str]:
+    """Load what ``path`` names: a stage's folder, its ``final`` folder, one of its checkpoints, a diffusers
+    folder, or a hub name.
 
-    ``base`` replaces the model that a LoRA was trained on. Returns the model and which weights they are
-    ("raw", "ema", or "base" for a pipeline that no stage wrote). Raises ModelError.
+    ``base`` replaces the model that a LoRA was trained on; ``weights``, of a checkpoint, chooses "raw" or
+    "ema". Returns the model and which weights they are ("base" for a pipeline that no stage wrote). Raises
+    ModelError.
     """
-    spec, adapters, weights = _described(path, base)
-    model = spec.load(device, "fp32")
-    for source in adapters:
-        model.load_weights(source)
-    return model, weights
+    model, _, found = _opened(path, device, base, weights)
+    return model, found
 
 
 def open_sampler(
-    path: str, device: torch.device, settings: Sampling, base: str | None = None
+    path: str,
+    device: torch.device,
+    settings: Sampling,
+    base: str | None = None,
+    weights: str | None = None,
 ) -> tuple[Sampler, str]:
     """As :func:`open_artifact`, ready to draw images; also of models that cannot be trained."""
     from posttrain.sampling import flow_sampler
 
-    spec, _, weights = _described(path, base)
-    if not spec.trainable:
-        return spec.sampler(device, settings), weights
-    return flow_sampler(open_artifact(path, device, base)[0], settings, path), weights
+    if weights is None and not is_checkpoint(path):
+        spec, adapters, found = _described(path, base)
+        if not spec.trainable:
+            if adapters:
+                raise ModelError(f"{path!r} is a LoRA, and those of {spec.type} models cannot be loaded")
+            return spec.sampler(device, settings), found
+    model, spec, found = _opened(path, device, base, weights)
+    return flow_sampler(model, spec, settings, path), found
+
+
+def _opened(
+    path: str, device: torch.device, base: str | None, weights: str | None
+) -> tuple[FlowModel, Model, str]:
+    """The model, what loaded it, and which weights it has."""
+    if is_checkpoint(path):
+        if base is not None:
+            raise ModelError(f"--base is for a LoRA that was written; {path!r} is a checkpoint of a run")
+        return open_checkpoint(path, device, weights)
+    if weights is not None:
+        raise ModelError(f"--weights is for a checkpoint; {path!r} has one set of weights")
+    spec, adapters, found = _described(path, base)
+    model = spec.load(device, "fp32")
+    for source in adapters:
+        model.load_weights(source)
+    return model, spec, found
 
 
 def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
@@ -72,6 +99,11 @@ def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
     folder = local_folder(path)
     if folder is not None and (folder / "final").is_dir():
         folder = folder / "final"
+    elif folder is not None and (checkpoints := sorted((folder / "checkpoints").glob("step-*"))):
+        raise ModelError(
+            f"the stage {str(folder)!r} is not finished; "
+            f"give a checkpoint of it, such as {str(checkpoints[-1])!r}"
+        )
     described = (
         json.loads(_text(folder / DESCRIPTION)) if folder and (folder / DESCRIPTION).is_file() else None
     )
@@ -92,6 +124,20 @@ def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
         spec = spec.model_copy(update={"path": source})
     weights = described["weights"] if described else "raw" if lora else "base"
     return spec, with_parents(folder) if lora and folder else [], weights
+
+
+def sources(recipe: Recipe, name: str, run: Path) -> list[Path]:
+    """The folders whose weights, loaded in order onto the base model, are those of ``name`` (a stage of the
+    run in folder ``run``, ``base``, or a path)."""
+    from posttrain.recipe import BASE, is_path
+
+    found: list[Path] = []
+    for step in recipe.lineage_of(name):
+        if is_path(step):
+            found += with_parents(Path(step).expanduser().absolute())
+        elif step != BASE:
+            found.append(run / step / "final")
+    return found
 
 
 def with_parents(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 FORMAT = 1
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers")
-FREE = ("versions", "model.source")
+FREE = ("versions", "model.source", "prompts.path")
 """What may differ between two tries of one evaluation."""
 RESULTS = ("images", "scores", "tags", "tag_means", "forward_equivalents", "seconds", "grid_prompts")
 
@@ -39,14 +39,15 @@ def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights:
             "sha256": digest,
             "published_as": published_as(digest),
         },
-        "model": {"source": sampler.source, "weights": weights, "sha256": sampler.fingerprint()},
+        "model": {
+            "source": sampler.source,
+            "weights": weights,
+            "settings": sampler.settings,
+            "sha256": sampler.fingerprint(),
+        },
         "sampler": evaluation.model_dump(mode="json", exclude={"prompts", "rewards", "grid", "keep"}),
         "shown": evaluation.model_dump(mode="json", include={"grid", "keep"}),
-        "scorers": {
-            # where weights lie is no setting: what they hold is told by their hashes
-            r.label: {**r.model_dump(mode="json", exclude={*r.weights, "weight"}), "weights": r.hashes()}
-            for r in evaluation.rewards
-        },
+        "scorers": {r.label: {**r.measures(), "weights": r.hashes()} for r in evaluation.rewards},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
@@ -87,8 +88,6 @@ def summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, di
     """Each score's mean, its interval (prompts are resampled, or the images of a single one), and its
     direction."""
     groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
-    if not groups.any():
-        groups = None  # drawing the one prompt again and again would make an interval of no width
     found = {}
     for name in records[0]["scores"]:
         reward = next(r for r in rewards if r.label == name.split("/")[0])

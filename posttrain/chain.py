@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import PosttrainError, RecipeError
-from posttrain.recipe import BASE, Recipe, Stage, is_path
+from posttrain.recipe import BASE, Recipe, Stage
 from posttrain.recipe_file import check_or_raise, dump_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -46,14 +46,13 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
     """
     from rich.console import Console
 
-    from posttrain.device import resolve, set_tf32
+    from posttrain.device import resolve
     from posttrain.report import table, write_report
 
     console = console or Console()
     check_or_raise(recipe)
     folder = (output or Path("runs") / recipe.name).absolute()
     device = resolve(recipe.device)
-    set_tf32(recipe.tf32)
     with _exclusive(folder):
         _claim(folder, recipe, device)
         spec = recipe.model.materialise(folder / "model")
@@ -75,15 +74,17 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
 def _train(
     recipe: Recipe, spec: Model, stage: Stage, folder: Path, device: torch.device, console: Console
 ) -> None:
-    from posttrain.artifact import describe
+    from posttrain.artifact import describe, sources
+    from posttrain.device import set_tf32
     from posttrain.stage import run_stage
 
+    set_tf32(recipe.tf32)
     model = spec.load(device, "fp32" if stage.tune.type == "full" else spec.frozen_dtype())
     reference = _reference(recipe, stage, model, folder)
-    sources = _sources(recipe, recipe.parent(stage), folder)
-    for source in sources:
+    parents = sources(recipe, recipe.parent(stage), folder)
+    for source in parents:
         model.load_weights(source, merge=stage.tune.merges)
-    description = describe(spec, sources, stage, folder / stage.name / "final")
+    description = describe(spec, parents, stage, folder / stage.name / "final")
     run_stage(recipe, stage, model, folder, description, console, reference)
 
 
@@ -91,8 +92,10 @@ def _reference(recipe: Recipe, stage: Stage, model: FlowModel, folder: Path) -> 
     """The weights of a ``reference`` that is not what the stage starts from; ``model`` is left as it was."""
     if stage.reference is None or stage.reference == recipe.parent(stage):
         return None
+    from posttrain.artifact import sources
+
     base = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
-    for source in _sources(recipe, stage.reference, folder):
+    for source in sources(recipe, stage.reference, folder):
         model.load_weights(source)
     found = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
     for name, parameter in model.transformer.named_parameters():
@@ -104,6 +107,8 @@ def _evaluate(
     recipe: Recipe, spec: Model, stage: Stage | None, folder: Path, device: torch.device, console: Console
 ) -> None:
     """Evaluate what a stage wrote (the base model for None), reading it as any other tool would."""
+    from posttrain.artifact import sources
+    from posttrain.device import set_tf32
     from posttrain.evaluate import evaluate
     from posttrain.sampling import flow_sampler
 
@@ -112,28 +117,17 @@ def _evaluate(
     target = folder / name / "evaluation"
     if (target / "eval.json").is_file():
         return
+    set_tf32(False)
     weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
     if stage is None:
         sampler = spec.sampler(device, recipe.evaluation)
     else:
         model = spec.load(device, "fp32")
-        for source in _sources(recipe, stage.name, folder):
+        for source in sources(recipe, stage.name, folder):
             model.load_weights(source)
-        sampler = flow_sampler(model, recipe.evaluation, f"{name}/final")
-    evaluate(sampler, recipe.evaluation, target, name=name, weights=weights, console=console)
-
-
-def _sources(recipe: Recipe, name: str, folder: Path) -> list[Path]:
-    """The folders whose weights, loaded in order onto the base model, are those of ``name``."""
-    from posttrain.artifact import with_parents
-
-    sources: list[Path] = []
-    for n in recipe.lineage_of(name):
-        if is_path(n):
-            sources += with_parents(Path(n).expanduser().absolute())
-        elif n != BASE:
-            sources.append(folder / n / "final")
-    return sources
+        sampler = flow_sampler(model, spec, recipe.evaluation, f"{name}/final")
+    if evaluate(sampler, recipe.evaluation, target, name=name, weights=weights, console=console) is None:
+        raise PosttrainError(f"another process is evaluating into {str(target)!r}; wait for it")
 
 
 def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:

@@ -37,6 +37,9 @@ def published(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         part.rename(folder)
         _sync(folder.parent)
+    except PosttrainError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     except (OSError, RuntimeError) as error:
         shutil.rmtree(part, ignore_errors=True)
         # torch's and safetensors' writers report a full disk as a RuntimeError of their own wording
@@ -84,17 +87,22 @@ def saved(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / STATE).is_file())
 
 
+def read(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """What :func:`save` wrote. Raises PosttrainError where it cannot be read."""
+    try:
+        return torch.load(checkpoint / STATE, map_location=device, weights_only=True)
+    except Exception as error:
+        raise PosttrainError(
+            f"cannot read the checkpoint {str(checkpoint)!r}: {error}. Remove it to go on from the one before"
+        ) from error
+
+
 def restore(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
     """Load a checkpoint into ``policy`` and ``optimizer``; returns its step and what the stage kept.
 
     Raises PosttrainError where it cannot be read or belongs to other weights.
     """
-    try:
-        state = torch.load(checkpoint / STATE, map_location=policy.model.device, weights_only=True)
-    except Exception as error:
-        raise PosttrainError(
-            f"cannot read the checkpoint {str(checkpoint)!r}: {error}. Remove it to go on from the one before"
-        ) from error
+    state = read(checkpoint, policy.model.device)
     own, kept = policy.trained, state["trained"]
     if own.keys() != kept.keys() or any(own[n].shape != kept[n].shape for n in own):
         raise PosttrainError(

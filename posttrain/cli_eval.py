@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def evaluate_model(
-    model: Annotated[str, typer.Argument(help="A stage's folder, a diffusers folder, or a hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="A stage's folder or checkpoint, a diffusers folder, or a hub name.")
+    ],
     suite: Annotated[
         str | None, typer.Option(help="A published evaluation: geneval, ocr, pickscore or drawbench.")
     ] = None,
@@ -31,6 +33,7 @@ def evaluate_model(
     base: Annotated[
         str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")
     ] = None,
+    weights: Annotated[str | None, typer.Option(help="Of a checkpoint: ema or raw.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write; runs/eval-MODEL by default.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many share the work, each on its GPU.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -42,24 +45,37 @@ def evaluate_model(
     """
     del debug
     from posttrain.artifact import open_sampler
-    from posttrain.device import resolve
+    from posttrain.device import resolve, set_tf32
+    from posttrain.errors import PosttrainError
     from posttrain.evaluate import evaluate
-    from posttrain.launch import CHILD, share
+    from posttrain.launch import CHILD, place, share
     from posttrain.recipe_file import evaluation_settings
     from posttrain.report import card_table
 
+    if weights not in (None, "ema", "raw"):
+        raise PosttrainError(f"--weights: {weights!r} is neither 'ema' nor 'raw'")
     console = _console()
     settings = evaluation_settings(suite, like, prompts, reward or (), overrides or ())
     parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
     name = "-".join(["eval", *parts[-2:], *([suite] if suite else [])])
     target = output or Path("runs") / name
+    rank, world = place()
     if processes > 1:
+        if device.startswith("cuda:"):
+            raise PosttrainError(f"--device {device} is one GPU, and each process has its own: give 'cuda'")
         share(processes)
-    sampler, weights = open_sampler(model, resolve(device), settings, base)
-    card = evaluate(sampler, settings, target, name=target.name, weights=weights, console=console)
-    if card is not None and CHILD not in os.environ:
-        console.print(card_table(target.name, card))
-        console.print(f"records, result card and images: {target}", highlight=False)
+    set_tf32(False)
+    sampler, found = open_sampler(model, resolve(device), settings, base, weights)
+    card = evaluate(
+        sampler, settings, target, name=target.name, weights=found, console=console, rank=rank, world=world
+    )
+    if CHILD in os.environ:
+        return
+    if card is None:
+        console.print(f"other processes are still at it; the last one writes {target}", highlight=False)
+        return
+    console.print(card_table(target.name, card))
+    console.print(f"records, result card and images: {target}", highlight=False)
 
 
 def compare_evaluations(

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Key = tuple[str, int]
-EXPECTED = ("model", "versions", "shown")
+EXPECTED = (
+    *("model.weights", "model.sha256", "model.settings.type", "model.settings.revision"),
+    *("shown", "sampler.batch_size"),
+)
 """Parts of a result card in which compared evaluations may differ without a remark."""
 
 
@@ -85,7 +88,7 @@ def load(folders: Sequence[Path]) -> Comparison:
         if len(one.records) != len(keys) or len(first.records) != len(keys):
             counts = f"{len(first.records)} in {first.name}, {len(one.records)} in {one.name}"
             remarks.append(f"compared on the {len(keys)} samples that all have ({counts})")
-        names = [d for d in differing(first.card, one.card) if d.split(".")[0].split(" ")[0] not in EXPECTED]
+        names = [d for d in differing(first.card, one.card) if not d.startswith(EXPECTED)]
         if names := [d.replace("(was", f"({first.name}:").replace(", now", f", {one.name}:") for d in names]:
             remarks.append(f"{first.name} and {one.name} were not measured alike: {'; '.join(names)}")
     found = Comparison(evaluations, keys, list(dict.fromkeys(remarks)))

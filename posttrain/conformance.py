@@ -45,8 +45,7 @@ def conformance(reward: Reward, device: torch.device) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "reward": reward.label,
-        # where weights lie is no setting: what they hold is told by their hashes
-        "settings": reward.model_dump(mode="json", exclude={*reward.weights, "weight"}),
+        "settings": reward.measures(),
         "weights": reward.hashes(),
         "device": str(device),
         "versions": _versions(reward),
@@ -74,7 +73,7 @@ def read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except ValueError as error:
         raise RewardError(f"{path}: not a conformance file: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("cases"), list):
         raise RewardError(f"{path}: not a conformance file of format {FORMAT}, as --conformance writes it")
     return data
 

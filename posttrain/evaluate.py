@@ -1,17 +1,18 @@
 """How good is a model? Prompts and scorers in; one record a sample, means with intervals, and images out.
 
 The samples are cut into batches by their number alone. Each batch is published when it is done, so a
-killed evaluation goes on, and several processes (``RANK`` of ``WORLD_SIZE``) share one, to the same result.
+killed evaluation goes on, and several processes share one, to the same result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +36,22 @@ CARD, RECORDS, CLAIM, PARTS = "eval.json", "records.jsonl", "claim.json", "parts
 
 
 def evaluate(
-    sampler: Sampler, evaluation: Evaluation, folder: Path, *, name: str, weights: str, console: Console
+    sampler: Sampler,
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    name: str,
+    weights: str,
+    console: Console,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, Any] | None:
     """Sample every prompt, score every sample, and write ``folder``: records, result card, images.
 
-    ``weights`` says which weights these are ("base", "raw" or "ema"). Every sample is counted once; a
-    reward that fails stops the evaluation (RewardError). Goes on with what an earlier try left; raises
-    PosttrainError where ``folder`` holds something else. Returns the result card, or None where other
-    processes are still at it.
+    ``weights`` says which weights these are ("base", "raw" or "ema"). This process measures the batches
+    ``rank``, ``rank + world``, ... Every sample is counted once; a reward that fails stops the evaluation
+    (RewardError). Goes on with what an earlier try left; raises PosttrainError where ``folder`` holds
+    something else. Returns the result card, or None where other processes are still at it.
     """
     if evaluation.resolution % sampler.divisor:
         low = evaluation.resolution // sampler.divisor * sampler.divisor
@@ -54,25 +63,25 @@ def evaluate(
     rows = prompt_rows(evaluation.prompts, evaluation.rewards)
     samples = numbered(rows, evaluation.images_per_prompt)
     described = card(sampler, evaluation, rows, weights)
-    if (before := _claimed(folder, described)) is not None:
-        return before
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if (before := _claimed(folder, described)) is not None:
+            return before
     batches = range(-(-len(samples) // evaluation.batch_size))
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [b for b in batches[rank::world] if not _part(folder, b).is_dir()]
-    if missing:
+    mine, size = batches[rank::world], evaluation.batch_size
+    sizes = [len(samples[b * size : (b + 1) * size]) for b in mine]
+    if not all(_part(folder, b).is_dir() for b in mine):
         scorers = scorers_of(evaluation.rewards, sampler.device)
         shown = shown_of(samples, evaluation.grid)
-        mine = len(batches[rank::world]) * evaluation.batch_size
-        done = min(mine, len(samples)) - len(missing) * evaluation.batch_size
-        with stage_progress(f"evaluate {name}", min(mine, len(samples)), max(done, 0), console) as bar:
-            for b in missing:
-                _measure(sampler, evaluation, folder, samples, b, scorers, shown)
-                done += evaluation.batch_size
-                bar.update(max(min(done, mine, len(samples)), 0))
-    with (folder / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, the last to finish puts the parts together
-        if (folder / CARD).is_file():
-            return json.loads((folder / CARD).read_text())
+        with stage_progress(f"evaluate {name}", sum(sizes), 0, console) as bar:
+            for i, b in enumerate(mine):
+                with _taken(folder, b) as free:
+                    if free:
+                        _measure(sampler, evaluation, folder, samples, b, scorers, shown)
+                bar.update(sum(sizes[: i + 1]))
+    with _locked(folder):  # of several processes, the last to finish puts the parts together
+        if (before := _finished(folder)) is not None:
+            return before
         if not all(_part(folder, b).is_dir() for b in batches):
             return None
         return _finish(folder, evaluation, described, samples, len(batches))
@@ -90,8 +99,8 @@ def _measure(
     """Sample and score one batch, and publish it."""
     first, started, spent = batch * evaluation.batch_size, time.monotonic(), sampler.forward_equivalents
     chunk = samples[first : first + evaluation.batch_size]
+    ((records, images),) = scored(sampler, evaluation, chunk, scorers)
     with published(_part(folder, batch)) as part:
-        ((records, images),) = scored(sampler, evaluation, chunk, scorers)
         for i, (record, image) in enumerate(zip(records, to_pil(images), strict=True), first):
             if i in shown:
                 (part / "grid").mkdir(exist_ok=True)
@@ -120,9 +129,13 @@ def _finish(
         for file in (*part.glob("grid/*"), *part.glob("images/*")):
             target = folder / file.relative_to(part)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            target.unlink(missing_ok=True)
+            try:
+                target.hardlink_to(file)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, target)
     shown = shown_of(samples, evaluation.grid)
-    (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    _write(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in records))
     found = {
         **described,
         **result(records, evaluation.rewards),
@@ -130,32 +143,83 @@ def _finish(
         "seconds": sum(cost["seconds"] for cost in costs),
         "grid_prompts": [samples[i][0]["prompt"] for i in shown],
     }
-    part = folder / f".{CARD}.part"
-    part.write_text(json.dumps(found, indent=2))
-    part.rename(folder / CARD)
-    shutil.rmtree(folder / PARTS)
-    (folder / CLAIM).unlink()
+    _write(folder / CARD, json.dumps(found, indent=2))
+    _clean(folder)
     return found
 
 
 def _claimed(folder: Path, described: Row) -> dict[str, Any] | None:
     """The result card, if the folder holds this very evaluation finished; else claim the folder for it."""
     for file in (folder / CARD, folder / CLAIM):
-        if file.is_file():
-            found = json.loads(file.read_text())
-            if names := differing(found, described):
-                raise PosttrainError(
-                    f"{str(folder)!r} holds another evaluation; it differs in: {'; '.join(names)}. "
-                    "Give another folder, or remove this one"
-                )
-            return found if file.name == CARD else None
-    if folder.exists() and any(folder.iterdir()):
-        raise PosttrainError(f"{str(folder)!r} holds something else than an evaluation; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{CLAIM}.{os.getpid()}"
-    part.write_text(json.dumps(described, indent=2))
-    part.rename(folder / CLAIM)
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_text())
+        if names := differing(found, described):
+            raise PosttrainError(
+                f"{str(folder)!r} holds another evaluation; it differs in: {'; '.join(names)}. "
+                "Give another folder, or remove this one"
+            )
+        return _finished(folder)
+    if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
+        if "summary.json" in others:
+            words = "an evaluation of an earlier version; remove it to evaluate anew"
+        else:
+            words = f"something else than an evaluation ({', '.join(others[:3])}); give another folder"
+        raise PosttrainError(f"{str(folder)!r} holds {words}")
+    _write(folder / CLAIM, json.dumps(described, indent=2))
     return None
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The result card, if it is written; what a kill just after that left is removed."""
+    if not (folder / CARD).is_file():
+        return None
+    _clean(folder)
+    return json.loads((folder / CARD).read_text())
+
+
+def _clean(folder: Path) -> None:
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    (folder / CLAIM).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No other process looks at the folder's state or changes it within the block."""
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _taken(folder: Path, batch: int) -> Iterator[bool]:
+    """Whether the batch is this process's to measure: neither done, nor at hand in another process."""
+    with _locked(folder):
+        if (folder / CARD).is_file() or _part(folder, batch).is_dir():
+            lock = None
+        else:
+            (folder / PARTS).mkdir(exist_ok=True)
+            lock = (folder / PARTS / f".{batch:06d}.lock").open("a")
+    if lock is None:
+        yield False
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file, whole or not at all, and down to the disk."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.rename(file)
 
 
 def _part(folder: Path, batch: int) -> Path:

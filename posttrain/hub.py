@@ -7,7 +7,9 @@ them too.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,9 +79,15 @@ def _download(repo: str, file: RepoSibling, commit: str, endpoint: str | None) -
         return
     blobs.mkdir(parents=True, exist_ok=True)
     part = blob.with_name(f"{blob.name}.part")
-    if part.exists() and file.size is not None and part.stat().st_size > file.size:
-        part.unlink()
     with part.open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # other processes may want the same file at once
+        if blob.exists():
+            return
+        if not part.exists():  # one before us found its part damaged and deleted it
+            return _download(repo, file, commit, endpoint)
+        if file.size is not None and handle.tell() > file.size:
+            handle.truncate(0)
+        handle.seek(0, os.SEEK_END)
         http_get(
             hf_hub_url(repo, file.rfilename, revision=commit, endpoint=endpoint),
             handle,
@@ -88,8 +96,10 @@ def _download(repo: str, file: RepoSibling, commit: str, endpoint: str | None) -
             expected_size=file.size,
             displayed_filename=file.rfilename,
         )
-    _check(repo, file, part)
-    part.rename(blob)
+        handle.flush()
+        _check(repo, file, part)
+        part.rename(blob)
+    return None
 
 
 def _hash(file: RepoSibling) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,18 @@ from posttrain.errors import PosttrainError
 
 CHILD = "POSTTRAIN_CHILD"
 """Set in the environment of processes that :func:`share` started."""
+
+
+def place() -> tuple[int, int]:
+    """RANK and WORLD_SIZE, as torchrun and :func:`share` set them; 0 of 1 without. Raises PosttrainError."""
+    given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        rank, world = map(int, given)
+    except ValueError:
+        rank, world = -1, 0
+    if not 0 <= rank < world:
+        raise PosttrainError(f"RANK={given[0]} of WORLD_SIZE={given[1]} in the environment is no place")
+    return rank, world
 
 
 def share(processes: int) -> None:
@@ -23,6 +36,7 @@ def share(processes: int) -> None:
     threads = str(max((os.cpu_count() or 1) // processes, 1))
     shared = {"OMP_NUM_THREADS": threads, **os.environ, "WORLD_SIZE": str(processes), CHILD: "1"}
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the children below
     children = [
         subprocess.Popen(command, env={**shared, **rank}, stdout=subprocess.DEVNULL if i else None)
         for i, rank in enumerate(ranks)
@@ -38,6 +52,7 @@ def share(processes: int) -> None:
                 child.terminate()
         for child in children:
             child.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop_if_failed(children: list[subprocess.Popen]) -> None:

@@ -53,7 +53,11 @@ class Model(Named, ABC):
         from posttrain.sampling import flow_sampler
 
         source = self.model_dump(mode="json").get("path", self.type)
-        return flow_sampler(self.load(device, "fp32"), settings, source)
+        return flow_sampler(self.load(device, "fp32"), self, settings, source)
+
+    def described(self) -> dict[str, Any]:
+        """What changes the images beside the weights, for a result card."""
+        return self.model_dump(mode="json", exclude={"path"})
 
     def frozen_dtype(self) -> DtypeName:
         """Of a transformer that is not fully trained."""

@@ -157,7 +157,7 @@ class Recipe(Spec):
     """Every draw of the run is a function of it."""
     device: Annotated[str, BeforeValidator(_device)] = "auto"
     tf32: bool = True
-    """Let CUDA multiply float32 matrices in TF32."""
+    """Let CUDA multiply float32 matrices in TF32 while a stage trains; evaluations never do."""
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and image grids go besides metrics.jsonl, which is always written."""
     model: AnyModel

@@ -71,13 +71,12 @@ def evaluation_settings(
 ) -> Evaluation:
     """The evaluation of recipe ``like``, or the defaults, with the prompts and rewards of a published
     ``suite``, changed as ``posttrain eval``'s other options say."""
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {"keep": "png"}
     if like is not None:
         evaluation = load_recipe(like).evaluation
         if evaluation is None:
             raise RecipeError(f"the recipe {like!r} has no evaluation")
         data = evaluation.model_dump(mode="json")
-    data["keep"] = "png"
     if suite is not None:
         prompts, scores = suite_prompts(suite, prompts)
         data["rewards"] = list(scores)

@@ -44,6 +44,9 @@ class Reward(Named, ABC):
     weights: ClassVar[Mapping[str, Weights]] = {}
     """Field -> what is needed of the repository, or of the local copy, that the field names."""
 
+    unmeasured: ClassVar[frozenset[str]] = frozenset({"weight"})
+    """Fields that say how scores are computed or used, and do not change them."""
+
     weight: float = Field(1.0, gt=0)
     """How much this reward counts in the weighted sum that an online algorithm maximises."""
 
@@ -78,6 +81,10 @@ class Reward(Named, ABC):
         except RewardError as error:
             words = f"{self.type}: {error}. Run 'posttrain rewards fetch {self.type}' on a machine that can"
             raise RewardError(f"{words}, or give a local copy as '{name}'") from error
+
+    def measures(self) -> dict[str, Any]:
+        """The settings that scores depend on; where weights lie is none, their :meth:`hashes` tell."""
+        return self.model_dump(mode="json", exclude={*self.weights, *self.unmeasured})
 
     def hashes(self) -> dict[str, dict[str, str]]:
         """For each field of :attr:`weights`: file -> SHA-256 of what :meth:`load` reads."""

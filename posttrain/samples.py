@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from posttrain.artifact import open_sampler
-from posttrain.device import resolve
+from posttrain.device import resolve, set_tf32
 from posttrain.errors import PosttrainError
 from posttrain.grids import grid, to_pil
 from posttrain.progress import stage_progress
@@ -16,6 +16,10 @@ from posttrain.solvers import Solver
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+SLICE = 8
+"""Images drawn at a time, which bounds the memory."""
 
 
 def draw(
@@ -47,6 +51,7 @@ def draw(
         solver=solver,  # type: ignore[arg-type]
         seed=seed,
     )
+    set_tf32(False)
     sampler, _ = open_sampler(model, resolve(device), settings, base)
     if resolution % sampler.divisor:
         raise PosttrainError(f"--resolution: {resolution} is no multiple of {sampler.divisor}")
@@ -54,7 +59,8 @@ def draw(
     output.mkdir(parents=True, exist_ok=True)
     with stage_progress("sample", len(prompts) * images, 0, console) as bar:
         for number, prompt in enumerate(prompts):
-            batch = sampler.images([prompt] * images, range(images), settings).cpu()
+            parts = [range(images)[i : i + SLICE] for i in range(0, images, SLICE)]
+            batch = torch.cat([sampler.images([prompt] * len(p), p, settings).cpu() for p in parts])
             drawn.append(batch)
             for index, image in enumerate(to_pil(batch)):
                 files.append(output / f"{number:03d}-{index:02d}.png")

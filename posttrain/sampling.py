@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from posttrain.condition import Conditions
-from posttrain.model import FlowModel
+from posttrain.model import FlowModel, Model
 from posttrain.policy import Policy
 from posttrain.randomness import generator
 from posttrain.solvers import Solver, solve
@@ -83,6 +83,8 @@ class Sampler(ABC):
     """Image sides must be multiples of this many pixels."""
     source: str
     """Where the weights come from, for the result card."""
+    settings: Mapping[str, Any]
+    """What a recipe's ``model`` block says beside that."""
     forward_equivalents: int
     """Forwards of the denoiser so far, of one sample each."""
 
@@ -98,8 +100,8 @@ class Sampler(ABC):
 class FlowSampler(Sampler):
     """Samples a :class:`FlowModel` by the policy's role in use; what it costs is not the policy's."""
 
-    def __init__(self, policy: Policy, source: str = "") -> None:
-        self.policy, self.source = policy, source
+    def __init__(self, policy: Policy, source: str = "", settings: Mapping[str, Any] | None = None) -> None:
+        self.policy, self.source, self.settings = policy, source, settings or {}
         self.device, self.divisor = policy.model.device, policy.model.divisor
         self.forward_equivalents = 0
 
@@ -123,10 +125,10 @@ class FlowSampler(Sampler):
         return hash_of(self.policy.parameters)
 
 
-def flow_sampler(model: FlowModel, settings: Sampling, source: str) -> FlowSampler:
-    """A sampler of ``model`` as it is, in the precision that ``settings`` ask for."""
+def flow_sampler(model: FlowModel, spec: Model, settings: Sampling, source: str) -> FlowSampler:
+    """A sampler of ``model``, which ``spec`` loaded, as it is, in the precision that ``settings`` ask for."""
     autocast = None if settings.precision == "fp32" else torch.bfloat16
-    return FlowSampler(Policy(model, autocast=autocast), source)
+    return FlowSampler(Policy(model, autocast=autocast), source, spec.described())
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

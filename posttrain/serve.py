@@ -126,7 +126,7 @@ def _authorised(request: Request, token: str | None) -> None:
 
 def _length(request: Request, max_bytes: int) -> int:
     given = request.headers.get("content-length", "")
-    if not given.isdigit():
+    if not (given.isascii() and given.isdecimal()):
         raise Refused(411, "the request must say its Content-Length")
     if (length := int(given)) > max_bytes:
         raise Refused(413, f"the request has {length} bytes; at most {max_bytes} are taken (--max-mb)")

@@ -20,12 +20,15 @@ def bootstrap_interval(
     """The percentile bootstrap interval of the mean (Efron & Tibshirani 1993, chapter 13).
 
     With ``groups``, one label a value, whole groups are drawn: the images of one prompt are not
-    independent. The mean stays that over all values. Raises ValueError where there is no value.
+    independent (of a single group, values are drawn). The mean stays that over all values. Raises
+    ValueError where there is no value.
     """
     flat = np.asarray(values, float)
     if flat.ndim != 1 or not len(flat):
         raise ValueError(f"a bootstrap needs a list of values, not an array of shape {flat.shape}")
     labels = np.arange(len(flat)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    if not labels.any():
+        labels = np.arange(len(flat))  # drawing the one group again and again would have no spread
     sums, counts = np.bincount(labels, flat), np.bincount(labels)
     rng, means = np.random.default_rng(seed), []
     step = max(1, CHUNK // len(sums))

@@ -36,7 +36,7 @@ def unpacked(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
         (length,) = HEADER.unpack_from(body)
         texts = json.loads(body[HEADER.size : HEADER.size + length])["__metadata__"]
         prompts, rows = json.loads(texts["prompts"]), json.loads(texts["rows"])
-    except (SafetensorError, ValueError, KeyError, struct.error) as error:
+    except (SafetensorError, ValueError, KeyError, struct.error, RecursionError) as error:
         raise ValueError(
             f"not a safetensors file with 'images' and the metadata 'prompts' and 'rows': {error}"
         ) from error

@@ -30,6 +30,15 @@ class OverHttp(Reward, ABC):
     """A reward whose scores come from a server."""
 
     requires: ClassVar = ("httpx",)
+    unmeasured: ClassVar = Reward.unmeasured | {
+        "url",
+        "token_env",
+        "timeout_seconds",
+        "retries",
+        "backoff_seconds",
+        "batch_size",
+        "concurrency",
+    }
 
     url: str = Field(pattern=r"^https?://[^\s/]\S*$")
     token_env: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class Neural(Reward, ABC):
     """A reward whose networks, once loaded, stay for the run."""
+
+    unmeasured: ClassVar = Reward.unmeasured | {"batch_size", "offload"}
 
     batch_size: int = Field(16, ge=1)
     """Images that go through the network at a time."""
@@ -45,8 +47,8 @@ class Neural(Reward, ABC):
                 network.to(where)
 
         def visiting(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-            place(device)
             try:
+                place(device)
                 return score(images, prompts, metadata)
             finally:
                 place(torch.device("cpu"))

@@ -2,17 +2,21 @@
 
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import ExifTags, Image
 from rich.console import Console
-from test_cli import posttrain
+from test_cli import ROOT, posttrain
 
 from posttrain.card import differing
 from posttrain.compare import compare_table, load, worded, write_page
 from posttrain.errors import PosttrainError, RecipeError, RewardError
 from posttrain.evaluate import evaluate
+from posttrain.launch import place
 from posttrain.recipe import Evaluation
 from posttrain.sampling import Sampler, hash_of, prompt_noise
 from posttrain.suites import SUITES, published_as, suite_prompts
@@ -23,6 +27,7 @@ class NoiseSampler(Sampler):
 
     def __init__(self, lives=None, light=0.0):
         self.device, self.divisor, self.source, self.forward_equivalents = torch.device("cpu"), 8, "noise", 0
+        self.settings = {"type": "noise"}
         self.lives, self.light, self.calls = lives, light, 0
 
     def images(self, prompts, indices, settings):
@@ -54,9 +59,9 @@ def settings(prompts, **changes):
     return Evaluation.model_validate(data)
 
 
-def run(sampler, evaluation, folder):
+def run(sampler, evaluation, folder, **place):
     console = Console(file=io.StringIO())
-    return evaluate(sampler, evaluation, folder, name="x", weights="raw", console=console)
+    return evaluate(sampler, evaluation, folder, name="x", weights="raw", console=console, **place)
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(prompts, tmp_path):
@@ -82,13 +87,12 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(prompts, tmp_path):
     assert third.calls == 0
 
 
-def test_every_sample_is_counted_once_whoever_measures_it(prompts, tmp_path, monkeypatch):
+def test_every_sample_is_counted_once_whoever_measures_it(prompts, tmp_path):
     whole = run(NoiseSampler(), settings(prompts), tmp_path / "whole")
-    monkeypatch.setenv("WORLD_SIZE", "4")  # the last one's share is one batch
-    cards = []
-    for rank in (2, 0, 3, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        cards.append(run(NoiseSampler(), settings(prompts), tmp_path / "shared"))
+    cards = [
+        run(NoiseSampler(), settings(prompts), tmp_path / "shared", rank=rank, world=4)
+        for rank in (2, 0, 3, 1)
+    ]
     assert cards[:3] == [None] * 3, "the last to finish puts the parts together"
     assert cards[3]["scores"] == whole["scores"]
     rows = [json.loads(line) for line in (tmp_path / "shared" / "records.jsonl").read_text().splitlines()]
@@ -100,6 +104,10 @@ def test_another_evaluation_in_the_folder_is_refused_by_what_differs(prompts, tm
     run(NoiseSampler(), settings(prompts), tmp_path / "e")
     with pytest.raises(PosttrainError, match=r"sampler\.steps \(was 40, now 10\)"):
         run(NoiseSampler(), settings(prompts, steps=10), tmp_path / "e")
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "summary.json").write_text("{}")
+    with pytest.raises(PosttrainError, match=r"an evaluation of an earlier version.*remove it"):
+        run(NoiseSampler(), settings(prompts), tmp_path / "older")
     with pytest.raises(PosttrainError, match=r"model\.sha256"):
         run(NoiseSampler(light=0.5), settings(prompts), tmp_path / "e")
     (tmp_path / "other").mkdir()
@@ -116,7 +124,12 @@ def test_the_card_says_what_was_measured(prompts, tmp_path):
     card = run(NoiseSampler(), settings(prompts), tmp_path / "e")
     assert card["prompts"]["rows"] == 8
     assert card["prompts"]["distinct"] == 7
-    assert card["model"] == {"source": "noise", "weights": "raw", "sha256": "light 0.0"}
+    assert card["model"] == {
+        "source": "noise",
+        "weights": "raw",
+        "settings": {"type": "noise"},
+        "sha256": "light 0.0",
+    }
     assert card["forward_equivalents"] == 16
     values = [json.loads(line) for line in (tmp_path / "e" / "records.jsonl").read_text().splitlines()]
     few = [r["scores"]["jpeg_incompressibility"] for r in values if r["tag"] == "few"]
@@ -125,6 +138,56 @@ def test_the_card_says_what_was_measured(prompts, tmp_path):
     means = (sum(few) / len(few) + sum(many) / len(many)) / 2
     assert card["tag_means"]["jpeg_incompressibility"] == pytest.approx(means)
     assert differing(card, {**card, "versions": {}, "seconds": 0}) == []
+
+
+@pytest.mark.parametrize("moment", ["claim", "merge", "clean"])
+def test_a_kill_at_any_moment_loses_and_leaves_nothing(prompts, tmp_path, monkeypatch, moment):
+    whole = run(NoiseSampler(), settings(prompts, keep="png"), tmp_path / "whole")
+    place = {"claim": "_write", "merge": "result", "clean": "_clean"}[moment]
+    with monkeypatch.context() as patch:
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(f"posttrain.evaluate.{place}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(NoiseSampler(), settings(prompts, keep="png"), tmp_path / "cut")
+    (tmp_path / "cut" / ".claim.json.part").touch()
+    again = NoiseSampler()
+    card = run(again, settings(prompts, keep="png"), tmp_path / "cut")
+    assert again.calls == (6 if moment == "claim" else 0)
+    assert card["scores"] == whole["scores"]
+    names = {p.name for p in (tmp_path / "cut").iterdir() if p.name[0] != "."}
+    assert names == {"eval.json", "records.jsonl", "grid", "images"}
+    assert len(list((tmp_path / "cut" / "images").iterdir())) == 16
+
+
+def test_processes_that_start_at_once_share_and_do_not_collide(prompts, tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from test_evaluate import NoiseSampler, run, settings\n"
+        "for i in range(5):\n"
+        "    run(NoiseSampler(), settings(Path(sys.argv[2])), Path(sys.argv[3]) / str(i), rank=0, world=1)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(Path(__file__).parent), str(prompts), str(tmp_path / "e")]
+    children = [subprocess.Popen(arguments, stderr=subprocess.PIPE, cwd=ROOT) for _ in range(3)]
+    for child in children:
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors.decode()
+    whole = run(NoiseSampler(), settings(prompts), tmp_path / "whole")
+    for i in range(5):
+        card = json.loads((tmp_path / "e" / str(i) / "eval.json").read_text())
+        assert card["scores"] == whole["scores"]
+        assert not (tmp_path / "e" / str(i) / "parts").exists()
+
+
+def test_what_is_in_the_environment_must_be_a_place(monkeypatch):
+    assert place() == (0, 1)
+    for rank, world in (("8", "8"), ("-1", "2"), ("a", "2")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(PosttrainError, match=f"RANK={rank} of WORLD_SIZE={world}"):
+            place()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
@@ -144,12 +207,12 @@ def test_kept_images_carry_their_record(prompts, tmp_path, kind):
 def test_a_reward_that_fails_stops_it_and_what_was_done_stays(prompts, tmp_path, monkeypatch):
     (tmp_path / "picky.py").write_text(
         "def score(images, prompts, metadata):\n"
-        "    assert not any('6' in p for p in prompts), 'six'\n    return [0.0] * len(prompts)\n"
+        "    assert not any('6' in p for p in prompts), 'six, as a typewriter would write it'\n    return [0.0] * len(prompts)\n"
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RewardError, match="six"):
         run(NoiseSampler(), settings(prompts, rewards=["picky:score"]), tmp_path / "e")
-    assert len(list((tmp_path / "e" / "parts").iterdir())) == 4
+    assert len([p for p in (tmp_path / "e" / "parts").iterdir() if p.is_dir()]) == 4
 
 
 def test_the_fingerprint_is_of_values_not_of_storage():
@@ -192,6 +255,15 @@ def test_compare_pairs_samples_and_says_what_is_not_significant(prompts, tmp_pat
     page = (tmp_path / "page" / "c.html").read_text()
     assert page.count("data:image/png;base64,") == 3 + 2 * 2, "all of one, the grid's two of the others"
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_one_prompt_is_compared_over_its_images(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    for name, light in (("a", 0.0), ("b", 0.02)):
+        run(NoiseSampler(light=light), settings(tmp_path / "p.txt", images_per_prompt=8), tmp_path / name)
+    found = load([tmp_path / "a", tmp_path / "b"])
+    change, low, high = found.difference(found.evaluations[1], "jpeg_incompressibility")
+    assert low < change < high
 
 
 def test_compare_refuses_or_remarks_what_is_not_comparable(prompts, tmp_path):

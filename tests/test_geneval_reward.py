@@ -229,6 +229,9 @@ def test_the_reward_loads_published_layouts_and_judges(detector_folder, clip_fol
     again = GenEval(**settings, batch_size=3, score="strict").load(CPU)(images, ["p"] * 3, tasks)
     assert torch.equal(again.details["graded"], scores.value)
     assert torch.equal(again.value, scores.details["strict"])
+    waiting = GenEval(**settings, batch_size=2, offload=True).load(CPU)
+    for _ in range(2):  # the second use finds the colours' directions kept from the first
+        assert torch.equal(waiting(images, ["p"] * 3, tasks).value, scores.value)
 
 
 def test_counting_asks_the_detector_to_be_surer(detector_folder, clip_folder):

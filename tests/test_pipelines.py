@@ -8,6 +8,7 @@ from pipelines import pipeline_folder
 from test_cli import posttrain
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from posttrain.artifact import open_sampler
 from posttrain.errors import DataError, ModelError, RecipeError
 from posttrain.models.pipelines import SDXL, Flux, model_of
 from posttrain.models.sd3 import SD3
@@ -144,7 +145,10 @@ def test_a_recipe_evaluates_them_and_does_not_train_them(flux, sdxl, tmp_path):
         parse_recipe(head.replace(str(flux), str(sdxl)) + "stages: []\n" + evaluation, "r.yaml")
 
 
-def test_what_they_cannot_do_is_said(sdxl):
+def test_what_they_cannot_do_is_said(sdxl, tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(ModelError, match="LoRA, and those of sdxl models cannot be loaded"):
+        open_sampler(str(tmp_path), CPU, Sampling(resolution=32), base=str(sdxl))
     settings = Sampling(resolution=32, steps=1, solver="dpm2")
     with pytest.raises(DataError, match="scheduler that it comes with"):
         SDXL(path=str(sdxl)).sampler(CPU, settings)

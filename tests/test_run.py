@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from posttrain import checkpoint
 from posttrain.artifact import open_artifact
-from posttrain.errors import PosttrainError, RecipeError, TrainingError
+from posttrain.errors import ModelError, PosttrainError, RecipeError, TrainingError
 from posttrain.policy import Policy
 from posttrain.recipe_file import load_recipe
 from posttrain.records import read_metrics
@@ -328,6 +328,42 @@ def test_the_quickstart_recipe_compares_base_sft_and_soar(tmp_path):
     accounts = [json.loads((tmp_path / "run" / n / "stage.json").read_text()) for n in ("sft", "soar")]
     assert accounts[0]["samples"] == accounts[1]["samples"] == 8
     assert list((tmp_path / "run" / "soar" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", ["sft", "lora"])
+def test_a_checkpoint_is_opened_with_the_weights_that_are_asked_for(finished, name):
+    folder, _, _ = finished
+    step = str(folder / name / "checkpoints" / "step-00000006")
+    model, kind = open_artifact(step, CPU)
+    assert kind == "ema"
+    wrote, _ = open_artifact(str(folder / name), CPU)
+    # the artifact of a LoRA is merged, the checkpoint's is beside the weights
+    x, sigma = torch.randn(2, *model.latent_shape(16, 16)), torch.tensor([0.3, 0.8])
+    condition = model.encode_prompts(["a circle", "a square"])
+    with torch.no_grad():
+        same = model.velocity(x, sigma, condition)
+        torch.testing.assert_close(same, wrote.velocity(x, sigma, condition), atol=1e-4, rtol=1e-4)
+        raw, kind = open_artifact(step, CPU, weights="raw")
+        assert kind == "raw"
+        assert (raw.velocity(x, sigma, condition) - same).abs().max() > 1e-4
+
+
+def test_what_is_no_checkpoint_or_not_finished_is_said(finished, tmp_path):
+    folder, _, _ = finished
+    with pytest.raises(ModelError, match="--weights is for a checkpoint"):
+        open_artifact(str(folder / "sft"), CPU, weights="raw")
+    with pytest.raises(ModelError, match="--base is for a LoRA that was written"):
+        open_artifact(str(folder / "sft" / "checkpoints" / "step-00000006"), CPU, "elsewhere")
+    shutil.copytree(folder / "sft", tmp_path / "sft")
+    shutil.rmtree(tmp_path / "sft" / "final")
+    with pytest.raises(
+        ModelError, match=r"is not finished; give a checkpoint of it, such as .*step-00000006"
+    ):
+        open_artifact(str(tmp_path / "sft"), CPU)
+    lost = tmp_path / "a" / "b" / "checkpoints" / "step-00000006"
+    shutil.copytree(folder / "sft" / "checkpoints" / "step-00000006", lost)
+    with pytest.raises(ModelError, match=r"has no recipe\.yaml to say of what"):
+        open_artifact(str(lost), CPU)
 
 
 def test_the_shipped_model_says_how_it_was_made_and_is_small():

@@ -83,6 +83,20 @@ def test_large_files_come_from_elsewhere_which_is_not_told_the_token(hub, monkey
     assert hub.ranges[-1].startswith("bytes=3")
 
 
+def test_processes_that_want_the_same_file_at_once_all_get_it(hub, tmp_path):
+    script = (
+        "import sys; from posttrain.hub import fetch; print(fetch('some/model', sys.argv[2:], sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, hub.url, *WANTED]
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    children = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE) for _ in range(3)]
+    for child in children:
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors.decode()
+    assert (fetch("some/model", WANTED, hub.url) / "model.safetensors").read_bytes() == BIG
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_damaged_file_is_deleted_and_an_error(hub, tmp_path, name):
     content = FILES[name][0]
@@ -134,7 +148,7 @@ def test_the_command_line_fetches_a_rewards_weights_and_then_lists_them_as_here(
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("complete and as published") == 2
     (row,) = (r for r in posttrain(HF_HOME=str(tmp_path)).stdout.splitlines() if r.startswith("pickscore"))
-    assert row.split()[-1] == "yes"
+    assert row.split()[-1] == "ready"
 
 
 def test_a_reward_without_weights_and_one_that_is_none_are_told_apart():

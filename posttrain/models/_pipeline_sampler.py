@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 class PipelineSampler(Sampler):
     """Calls a pipeline with a generator for each image, seeded by its prompt and index."""
 
-    def __init__(self, pipeline: Any, denoiser: str, source: str, arguments: dict[str, Any]) -> None:
-        self.pipeline, self.source, self.arguments = pipeline, source, arguments
+    def __init__(
+        self,
+        pipeline: Any,
+        denoiser: str,
+        source: str,
+        settings: dict[str, Any],
+        arguments: dict[str, Any],
+    ) -> None:
+        self.pipeline, self.source, self.settings, self.arguments = pipeline, source, settings, arguments
         self.device = pipeline.device
         self.denoiser = getattr(pipeline, denoiser)
         # FLUX packs 2 x 2 latents into a token

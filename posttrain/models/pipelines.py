@@ -52,10 +52,13 @@ class Pipeline(Model, ABC):
                 self.path if folder is None else folder, revision=self.revision, torch_dtype=dtype
             )
         name = type(pipeline).__name__
+        pipeline.watermark = None  # SDXL's, which would be in the images where its package is installed
         if name not in self.pipelines:
             raise ModelError(f"{self.path!r} is a {name}, not a {' or '.join(self.pipelines)}")
         pipeline.set_progress_bar_config(disable=True)
-        return PipelineSampler(pipeline.to(device), self.denoiser, self.path, self.arguments(settings))
+        return PipelineSampler(
+            pipeline.to(device), self.denoiser, self.path, self.described(), self.arguments(settings)
+        )
 
     def arguments(self, settings: Sampling) -> dict[str, Any]:
         """What the pipeline is called with besides prompts, size, steps and guidance."""
