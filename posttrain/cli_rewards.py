@@ -90,7 +90,7 @@ def score(
 ) -> None:
     """Score images on disk: means with intervals, and with --output a line for each image."""
     del debug
-    from posttrain.device import resolve
+    from posttrain.device import resolve, set_tf32
     from posttrain.errors import PosttrainError
     from posttrain.recipe_file import chosen_rewards
 
@@ -99,6 +99,7 @@ def score(
     if against is not None and not conformance:
         raise PosttrainError("--against compares conformance files: give --conformance too")
     rewards = chosen_rewards(reward or (), overrides or ())
+    set_tf32(False)
     if conformance:
         return _conform(rewards, resolve(device), output, against, tolerance)
     from posttrain.card import result
@@ -138,7 +139,7 @@ def serve_reward(
     import os
     from importlib.util import find_spec
 
-    from posttrain.device import resolve
+    from posttrain.device import resolve, set_tf32
     from posttrain.errors import PosttrainError
     from posttrain.recipe_file import chosen_rewards
 
@@ -151,6 +152,7 @@ def serve_reward(
         raise PosttrainError(f"--token-env: there is no environment variable {token_env!r}, or it is empty")
     check_exposure(host, token)
     (reward,) = chosen_rewards([name], overrides or ())
+    set_tf32(False)
     app = application(
         reward, resolve(device), token=token, max_bytes=max_mb * 1_000_000, batch_size=batch_size
     )
