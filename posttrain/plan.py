@@ -53,7 +53,25 @@ def plan(recipe: Recipe) -> RenderableType:
             f"evaluation: base and every stage on {prompts}, {e.images_per_prompt} image(s) each at "
             f"{e.resolution} px, {e.steps} {e.solver} steps, guidance {e.guidance}; scores: {names}"
         )
+    lines += _to_fetch(recipe)
     return Group(*lines)
+
+
+def _to_fetch(recipe: Recipe) -> list[RenderableType]:
+    """A line for each of the rewards' weights that is not on this machine."""
+    rewards = [reward for stage in recipe.stages for reward in stage.rewards]
+    rewards += recipe.evaluation.rewards if recipe.evaluation is not None else []
+    found = {}
+    for reward in rewards:
+        for name, weights in reward.weights.items():
+            source = getattr(reward, name)
+            if weights.local(source) is None:
+                found[reward.type, source] = Text(
+                    f"{reward.label}: {source} ({short(float(weights.size), 'B')}) is not on this machine "
+                    f"yet; posttrain rewards fetch {reward.type}",
+                    style="yellow",
+                )
+    return list(found.values())
 
 
 def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:

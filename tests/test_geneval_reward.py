@@ -1,5 +1,6 @@
 """Does GenEval find what a detector's masks say, cut it out, and judge it by the published rules?"""
 
+import io
 import json
 import shutil
 import zlib
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from rich.console import Console
 from runs import HEAD
 from tiny_clip import tiny_clip
 
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError, RecipeError, RewardError
 from posttrain.grids import to_pil
+from posttrain.plan import plan
 from posttrain.recipe_file import parse_recipe
 from posttrain.rewards._colors import COLORS, colored, cut_out, load_colors
 from posttrain.rewards._detector import CLASSES, instances, load_detector, named
@@ -332,6 +335,9 @@ def test_a_recipe_with_the_reward_is_checked_without_its_weights(tmp_path, rewar
     file.write_text(json.dumps(task({"class": "cat", "count": 1})) + "\n")
     recipe = parse_recipe(HEAD + ONLINE.format(prompts=file, reward=reward), "r.yaml")
     assert [r.label for r in recipe.stages[0].rewards] == [reward]
+    text = io.StringIO()
+    Console(file=text, width=200).print(plan(recipe))
+    assert f"posttrain rewards fetch {reward}" in text.getvalue()
 
 
 def test_a_recipe_whose_prompts_geneval_cannot_judge_is_refused():
