@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.curves import Series, chart, histogram
-from posttrain.results import Results, StageResult, difference, load_results, short, verdict
+from posttrain.results import Results, StageResult, difference, duration, load_results, short, verdict
 
 LEAST_SHOWN = 96
 """Pixels; tiny images are stored as they are and enlarged by the page."""
@@ -155,7 +155,7 @@ def _row(results: Results, stage: StageResult) -> dict[str, Any]:
         score = stage.scores.get(name)
         gain = difference(base, stage, name) if score and stage is not base else None
         scores.append({"score": score, "best": best.get(name) == stage.name, "gain": gain})
-    cost = [*_cost(stage), short(stage.account.get("seconds"), "s")]
+    cost = [*_cost(stage), duration(stage.account.get("seconds"))]
     return {"stage": stage, "scores": scores, "cost": cost}
 
 

@@ -108,6 +108,16 @@ def short(value: float | None, unit: str = "") -> str:
     return f"{number}{' ' if unit else ''}{prefix}{unit}"
 
 
+def duration(seconds: float | None) -> str:
+    """``26 min``, as a person says it; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def _stage(folder: Path, row: dict[str, Any]) -> StageResult:
     evaluation = folder / "evaluation"
     summary = _json(evaluation / "eval.json")

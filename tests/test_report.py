@@ -16,7 +16,7 @@ from posttrain.curves import chart, smoothed, ticks
 from posttrain.grids import grid, to_pil
 from posttrain.records import Tracker, read_metrics
 from posttrain.report import table, write_report
-from posttrain.results import load_results, short, verdict
+from posttrain.results import duration, load_results, short, verdict
 from posttrain.statistics import bootstrap_interval, paired_difference
 
 EVIL = 'a <script>alert(1)</script> & "quoted" prompt'
@@ -196,3 +196,11 @@ def test_images_are_rounded_not_cut_off():
 )
 def test_figures_are_short(value, shown):
     assert short(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(None, "–"), (45.4, "45 s"), (1580, "26 min"), (5_940, "99 min"), (12_030, "3 h 20 min")],
+)
+def test_durations_are_as_a_person_says_them(seconds, said):
+    assert duration(seconds) == said
