@@ -104,8 +104,10 @@ def compare_table(comparison: Comparison) -> Table:
 
     title = f"{len(comparison.keys)} shared samples, against {comparison.evaluations[0].name}"
     shown = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
-    for heading in ("score", "model", "mean", "difference [95 %]"):
-        shown.add_column(heading, justify="right" if heading == "mean" else "left", no_wrap=True)
+    for heading in ("score", "model"):
+        shown.add_column(heading, overflow="fold")
+    shown.add_column("mean", justify="right", no_wrap=True)
+    shown.add_column("difference [95 %]", no_wrap=True)
     for score in comparison.scores:
         for i, one in enumerate(comparison.evaluations):
             values = comparison.values(one, score)

@@ -70,9 +70,11 @@ def card_table(name: str, card: dict[str, Any]) -> Table:
     shown = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
     shown.add_column("prompts", no_wrap=True)
     for score in card["scores"]:
-        shown.add_column(f"{score}\n[dim]mean \\[95 %][/dim]", justify="right", no_wrap=True)
+        shown.add_column(f"{score}\n[dim]mean \\[95 %][/dim]", justify="right", overflow="fold")
     for label, scores in {"all": card["scores"], **card["tags"]}.items():
-        cells = (f"{s['mean']:.3f} [dim]\\[{s['low']:.3f}, {s['high']:.3f}][/dim]" for s in scores.values())
+        cells = (
+            f"{s['mean']:.3f} [dim]\\[{s['low']:.3f},\u00a0{s['high']:.3f}][/dim]" for s in scores.values()
+        )
         shown.add_row(label, *cells)
     if card["tag_means"]:
         shown.add_row("mean of kinds", *(f"{mean:.3f}" for mean in card["tag_means"].values()))
