@@ -89,6 +89,11 @@ class FlowGRPO(Online):
             if end > last:
                 words = f"its end {end} is beyond {last}: of {self.num_steps} steps the last is never trained"
                 raise at(("sde_window_range",), words)
+            if self.timestep_fraction != type(self).model_fields["timestep_fraction"].default:
+                words = "has no effect beside an sde_window_range: remove one of them"
+                raise at(("timestep_fraction",), words)
+        if not self.beta and self.kl_type != type(self).model_fields["kl_type"].default:
+            raise at(("kl_type",), "has no effect where beta, the KL's weight, is 0")
         first, end = self.window_range
         if self.sde_window_size > end - first:
             words = f"a window of {self.sde_window_size} steps does not fit into the {end - first} steps "

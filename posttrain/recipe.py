@@ -88,6 +88,11 @@ class Stage(Spec):
         if self.monitor is not None and self.monitor.every % self.train.steps_per_batch:
             words = f"{self.monitor.every} is no multiple of steps_per_batch, {self.train.steps_per_batch}"
             raise at(("monitor", "every"), words)
+        if self.monitor is not None and not online:
+            for alarm in ("reward_hacking", "spread_collapse"):
+                if getattr(self.monitor, alarm) != "warn":
+                    words = f"{kind} has no rewards, so this alarm never sounds: remove it"
+                    raise at(("monitor", alarm), words)
         _no_reward_twice(self.rewards)
         size, batch = self.algorithm.samples_per_prompt, self.train.batch_size
         if batch % size:

@@ -2,6 +2,7 @@
 
 import pytest
 from pipelines import pipeline_folder
+from runs import EVALUATION, HEAD, stage
 
 from posttrain.errors import RecipeError
 from posttrain.recipe_file import dump_recipe, parse_recipe
@@ -51,6 +52,8 @@ FAULTS = [
     ("12 a group of one", swap("      group_size: 4", "      group_size: 1"), 7, ["group_size", "2"]),
     ("13 a negative group", swap("      group_size: 4", "      group_size: -4"), 7, ["group_size", "-4"]),
     ("14 a window beyond the steps", swap("[0, 5]", "[0, 12]"), 12, ["sde_window_range", "12", "10 steps"]),
+    ("a fraction beside a range", swap("sde_window_range: [0, 5]", "sde_window_range: [0, 5]\n      timestep_fraction: 0.5"), 13, ["timestep_fraction", "no effect beside an sde_window_range"]),
+    ("a KL of weight 0", swap("kl_type: without_dt", "kl_type: with_dt\n      beta: 0"), 10, ["kl_type", "no effect where beta"]),
     ("14 the last step trained", swap("sde_window_size: 2\n      sde_window_range: [0, 5]", "timestep_fraction: 1.0"), 11, ["timestep_fraction", "sigma = 0"]),
     ("15 more steps than the window has", swap("sde_window_size: 2", "sde_window_size: 6"), 11, ["sde_window_size", "does not fit", "[0, 5)"]),
     ("16 ends swapped", swap("[0, 5]", "[5, 0]"), 12, ["sde_window_range", "must rise"]),
@@ -113,3 +116,13 @@ def test_the_good_recipe_is_good_and_loads_again():
 def test_rewards_in_short_forms(form, kinds):
     recipe = parse_recipe(swap("rewards: shapes", f"rewards: {form}"), "r.yaml")
     assert [reward.type for reward in recipe.stages[1].rewards] == kinds
+
+
+@pytest.mark.parametrize("alarm", ["reward_hacking", "spread_collapse"])
+def test_an_alarm_that_cannot_sound_is_refused(alarm):
+    text = HEAD + "stages:\n" + stage("sft", monitor=f"{{every: 2, {alarm}: stop}}") + EVALUATION
+    with pytest.raises(
+        RecipeError, match=rf"monitor\.{alarm}.*sft has no rewards, so this alarm never sounds"
+    ):
+        parse_recipe(text, "r.yaml")
+    parse_recipe(text.replace(": stop", ": warn"), "r.yaml")
