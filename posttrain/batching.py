@@ -81,7 +81,8 @@ class Batcher:
         has given up asks again, and would be behind its own old request."""
         for job in [job for job in self._waiting if await job.gone()]:
             self._waiting.remove(job)
-            job.result.set_exception(RewardError("the client has gone"))
+            if not job.result.done():
+                job.result.set_exception(RewardError("the client has gone"))
         batch: list[Job] = []
         for job in self._waiting:
             alike = not batch or job.images.shape[1:] == batch[0].images.shape[1:]

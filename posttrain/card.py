@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from posttrain.statistics import bootstrap_interval
 from posttrain.suites import published_as
+from posttrain.versions import versions
 
 if TYPE_CHECKING:
     from posttrain.recipe import Evaluation
@@ -48,7 +48,7 @@ def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights:
         "sampler": evaluation.model_dump(mode="json", exclude={"prompts", "rewards", "grid", "keep"}),
         "shown": evaluation.model_dump(mode="json", include={"grid", "keep"}),
         "scorers": {r.label: {**r.measures(), "weights": r.hashes()} for r in evaluation.rewards},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
     }
 
 

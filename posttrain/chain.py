@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import importlib.metadata
 import json
 import platform
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.recipe import BASE, Recipe, Stage
 from posttrain.recipe_file import check_or_raise, dump_recipe, parse_recipe
+from posttrain.versions import versions
 
 if TYPE_CHECKING:
     import torch
@@ -153,13 +153,9 @@ def environment(recipe: Recipe, device: torch.device) -> dict:
     """Versions, machine and seed, as ``environment.json`` keeps them."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "device": f"{device} {name}".strip(),
         "threads": torch.get_num_threads(),
         "seed": recipe.seed,

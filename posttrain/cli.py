@@ -12,7 +12,7 @@ import typer
 from posttrain import cli_eval, cli_rewards
 
 app = typer.Typer(
-    help="Post-train rectified-flow text-to-image models: SFT, SOAR and chains of them, from one recipe.",
+    help="Post-train rectified-flow text-to-image models: SFT, SOAR, Flow-GRPO, DiffusionNFT, and chains.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from posttrain.card import differing
@@ -58,6 +59,15 @@ class Comparison:
         """The scores that every evaluation has, in the first one's order."""
         first, *others = self.evaluations
         return [s for s in first.card["scores"] if all(s in other.card["scores"] for other in others)]
+
+    def heading(self, score: str) -> str:
+        """The score's name, and that lower is better where it is."""
+        higher = self.evaluations[0].card["scores"][score]["higher_is_better"]
+        return score if higher else f"{score} (lower is better)"
+
+    def mean(self, of: Evaluated, score: str) -> float:
+        """Over the shared samples."""
+        return fmean(self.values(of, score))
 
     def values(self, of: Evaluated, score: str) -> list[float]:
         """The shared samples' scores."""
@@ -110,11 +120,11 @@ def compare_table(comparison: Comparison) -> Table:
     shown.add_column("difference [95 %]", no_wrap=True)
     for score in comparison.scores:
         for i, one in enumerate(comparison.evaluations):
-            values = comparison.values(one, score)
             change = Text(worded(comparison.difference(one, score)) if i else "")
             if "not significant" in change.plain:
                 change.stylize("dim")
-            shown.add_row("" if i else score, one.name, f"{sum(values) / len(values):.3f}", change)
+            mean = f"{comparison.mean(one, score):.3f}"
+            shown.add_row("" if i else comparison.heading(score), one.name, mean, change)
     return shown
 
 
@@ -132,15 +142,9 @@ def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
     environment = Environment(loader=PackageLoader("posttrain", "."), autoescape=True, trim_blocks=True)
     count = {key: sum(e.image(key) is not None for e in comparison.evaluations) for key in comparison.keys}
     with_images = sorted((key for key in comparison.keys if count[key]), key=lambda k: -count[k])
-    scores = [
-        (s, [(v := comparison.values(e, s)) and sum(v) / len(v) for e in comparison.evaluations])
-        for s in comparison.scores
-    ]
     page = environment.get_template("compare.html.j2").render(
         names=[e.name for e in comparison.evaluations],
-        scores=[
-            (name, list(zip(means, ["", *_changes(comparison, name)], strict=True))) for name, means in scores
-        ],
+        scores=[(comparison.heading(s), _score_cells(comparison, s)) for s in comparison.scores],
         remarks=comparison.remarks,
         samples=len(comparison.keys),
         rows=[(key, [_cell(e, key) for e in comparison.evaluations]) for key in with_images[:prompts]],
@@ -152,8 +156,11 @@ def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
         raise PosttrainError(f"cannot write {str(target)!r}: {error}") from error
 
 
-def _changes(comparison: Comparison, score: str) -> list[str]:
-    return [worded(comparison.difference(one, score)) for one in comparison.evaluations[1:]]
+def _score_cells(comparison: Comparison, score: str) -> list[tuple[float, str]]:
+    """Each evaluation's mean, and its difference from the first one's, in words."""
+    first, *others = comparison.evaluations
+    cells = [(comparison.mean(first, score), "")]
+    return cells + [(comparison.mean(e, score), worded(comparison.difference(e, score))) for e in others]
 
 
 def _cell(of: Evaluated, key: Key) -> tuple[str | None, dict[str, float]]:

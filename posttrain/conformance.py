@@ -10,7 +10,6 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from posttrain.errors import RewardError
 from posttrain.probes import COUNT, probe
 from posttrain.reward import checked
 from posttrain.score import scored
+from posttrain.versions import versions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +48,7 @@ def conformance(reward: Reward, device: torch.device) -> dict[str, Any]:
         "settings": reward.measures(),
         "weights": reward.hashes(),
         "device": str(device),
-        "versions": _versions(reward),
+        "versions": {**versions((*PACKAGES, *reward.requires)), "machine": platform.machine()},
         "cases": [
             {
                 "index": index,
@@ -115,13 +115,3 @@ def _unlike(here: Mapping[str, Any], there: Mapping[str, Any], tolerance: float)
 
 def _flat(weights: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     return {f"{name}.{file}": digest for name, files in weights.items() for file, digest in files.items()}
-
-
-def _versions(reward: Reward) -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in (*PACKAGES, *reward.requires):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found

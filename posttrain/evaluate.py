@@ -84,7 +84,7 @@ def evaluate(
             return before
         if not all(_part(folder, b).is_dir() for b in batches):
             return None
-        return _finish(folder, evaluation, described, samples, len(batches))
+        return _merged(folder, evaluation, described, samples, len(batches))
 
 
 def _measure(
@@ -117,7 +117,7 @@ def _measure(
         (part / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _finish(
+def _merged(
     folder: Path, evaluation: Evaluation, described: Row, samples: Sequence[tuple[Row, int]], batches: int
 ) -> dict[str, Any]:
     """Put the parts together; what is there already, from a try that was killed here, is overwritten."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from posttrain.errors import RewardError
 from posttrain.grids import to_pil
 from posttrain.model import FlowModel
-from posttrain.reward import checked
+from posttrain.scoring import scorers_of
 
 if TYPE_CHECKING:
     from posttrain.algorithm import Batch
@@ -49,7 +49,7 @@ class Judge:
 
     def __init__(self, model: FlowModel, rewards: Sequence[Reward], failures: Path) -> None:
         self.model, self.failures = model, failures
-        self.scorers = {r.label: checked(r.label, r.load(model.device)) for r in rewards}
+        self.scorers = scorers_of(rewards, model.device)
         self.weights = {r.label: r.weight if r.higher_is_better else -r.weight for r in rewards}
         """Of the weighted sum to maximise: negative for a reward where lower is better."""
         self._failed = False

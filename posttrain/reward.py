@@ -32,6 +32,11 @@ class Scores:
     details: dict[str, Tensor] = field(default_factory=dict)
     """Further named verdicts, each (n,), shown as ``reward/detail``."""
 
+    def named(self, name: str, i: int) -> dict[str, float]:
+        """Image ``i``'s score under the reward's ``name``, and its details under ``name/detail``."""
+        details = {f"{name}/{detail}": float(values[i]) for detail, values in self.details.items()}
+        return {name: float(self.value[i]), **details}
+
 
 class Reward(Named, ABC):
     """A way to score images. Fields are its settings; what is heavy is loaded by :meth:`load`."""

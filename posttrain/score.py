@@ -14,7 +14,7 @@ from posttrain.data.decode import open_image
 from posttrain.data.lines import string
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError
-from posttrain.reward import checked
+from posttrain.scoring import scorers_of
 
 if TYPE_CHECKING:
     from posttrain.reward import Reward, Scorer
@@ -78,18 +78,14 @@ def scored(
         rows = [row for _, row in batch]
         found = {name: score(tensor, [r["prompt"] for r in rows], rows) for name, score in scorers.items()}
         for i in range(len(batch)):
-            values = {}
-            for name, result in found.items():
-                values[name] = float(result.value[i])
-                values |= {f"{name}/{detail}": float(v[i]) for detail, v in result.details.items()}
-            yield values
+            yield {k: v for name, result in found.items() for k, v in result.named(name, i).items()}
 
 
 def score_files(
     items: Sequence[tuple[Path, Row]], rewards: Sequence[Reward], device: torch.device, batch_size: int
 ) -> list[dict[str, Any]]:
     """One record an image: its file, prompt, tag and scores. Raises DataError, RewardError."""
-    scorers = {r.label: checked(r.label, r.load(device)) for r in rewards}
+    scorers = scorers_of(rewards, device)
     opened = ((open_image(path, MAX_PIXELS), row) for path, row in items)
     return [
         {"image": str(path), "prompt": row["prompt"], "tag": row.get("tag"), "scores": scores}

@@ -39,10 +39,7 @@ def scored(
         scores = {name: score(images, prompts, rows) for name, score in scorers.items()}
         records = []
         for i, (row, index) in enumerate(chunk):
-            values = {}
-            for name, found in scores.items():
-                values[name] = float(found.value[i])
-                values |= {f"{name}/{detail}": float(v[i]) for detail, v in found.details.items()}
+            values = {k: v for name, found in scores.items() for k, v in found.named(name, i).items()}
             records.append({"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values})
         yield records, images
 

@@ -251,6 +251,9 @@ def test_compare_pairs_samples_and_says_what_is_not_significant(prompts, tmp_pat
     text = io.StringIO()
     Console(file=text, width=100).print(compare_table(found))
     assert text.getvalue().count("not significant") == 1
+    assert "lower" not in text.getvalue()
+    found.evaluations[0].card["scores"]["jpeg_incompressibility"]["higher_is_better"] = False
+    assert found.heading("jpeg_incompressibility") == "jpeg_incompressibility (lower is better)"
     write_page(found, tmp_path / "page" / "c.html", 3)
     page = (tmp_path / "page" / "c.html").read_text()
     assert page.count("data:image/png;base64,") == 3 + 2 * 2, "all of one, the grid's two of the others"

@@ -152,6 +152,8 @@ def test_what_they_cannot_do_is_said(sdxl, tmp_path):
     settings = Sampling(resolution=32, steps=1, solver="dpm2")
     with pytest.raises(DataError, match="scheduler that it comes with"):
         SDXL(path=str(sdxl)).sampler(CPU, settings)
+    with pytest.raises(DataError, match=r"guidance 0\.5: .* give 1 or more"):
+        SDXL(path=str(sdxl)).sampler(CPU, Sampling(resolution=32, steps=1, guidance=0.5))
     with pytest.raises(ModelError, match="not trained"):
         Flux(path=str(sdxl)).load(CPU, "fp32")
     assert isinstance(model_of("./nowhere"), SD3)

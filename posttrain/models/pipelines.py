@@ -82,6 +82,13 @@ class SDXL(Pipeline):
     pipelines: ClassVar = ("StableDiffusionXLPipeline",)
     denoiser: ClassVar = "unet"
 
+    def arguments(self, settings: Sampling) -> dict[str, Any]:
+        if settings.guidance < 1:
+            raise DataError(
+                f"guidance {settings.guidance:g}: below 1 diffusers samples SDXL without any; give 1 or more"
+            )
+        return super().arguments(settings)
+
 
 class Flux(Pipeline):
     """FLUX.1, whose guidance is an input of the network (dev: 3.5; schnell takes none)."""
