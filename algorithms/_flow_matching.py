@@ -21,7 +21,7 @@ WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"
 class FlowMatching(Algorithm, ABC):
     """Velocity regression (Lipman et al. 2022, arXiv:2210.02747).
 
-    Items: latents (n, c, h, w), sigma (n,), target (n, c, h, w), prompt (n,).
+    Items: latents (n, c, h, w), sigma (n,), target (n, c, h, w), prompt, place (n,).
     """
 
     needs: ClassVar = "images"
@@ -54,6 +54,7 @@ class FlowMatching(Algorithm, ABC):
             "sigma": sigma,
             "target": noise - batch.latents,
             "prompt": torch.where(dropped, EMPTY_PROMPT, batch.prompt),
+            "place": batch.place,
         }
         return Items(torch.ones_like(sigma), fields, batch.conditions), noise, t
 

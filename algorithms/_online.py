@@ -66,28 +66,33 @@ class Online(Algorithm, ABC):
             parts.append(fields)
         verdict = Verdict.cat([future.result() for future in pending])
         fields = {name: torch.cat([p.pop(name) for p in parts]) for name in list(parts[0])}
-        group, weights = batch.group.cpu(), tools.judge.weights
+        rewards, details = (
+            {name: tools.world.everyone(values) for name, values in part.items()}
+            for part in (verdict.rewards, verdict.details)
+        )
+        group, weights = tools.world.everyone(batch.group.cpu()), tools.judge.weights
         advantage = mixed_advantages(
-            verdict.rewards, weights, group, global_std=self.global_std, mixing=self.reward_mixing
+            rewards, weights, group, global_std=self.global_std, mixing=self.reward_mixing
         )
         clipped = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()
-        # one prompt's samples must not all fall into the same optimizer step
-        order = tools.draws.order("order")
-        chosen = order[self.kept(clipped)[order]].to(batch.prompt.device)
-        per_sample = fields["prompt"].shape[1]
-        fields["advantage"] = clipped.to(batch.prompt.device)[:, None].expand(-1, per_sample)
-        flat = {name: fields.pop(name)[chosen].flatten(0, 1) for name in list(fields)}
-        items = Items(torch.ones_like(flat["advantage"]), flat, batch.conditions)
-        total = weighted(verdict.rewards, weights)
+        per_sample, kept = fields["prompt"].shape[1], self.kept(clipped).float()
+
+        def each(values: Tensor) -> Tensor:
+            own = tools.world.own(values).to(batch.prompt.device)
+            return own[:, None].expand(-1, per_sample)
+
+        fields |= {"advantage": each(clipped), "place": batch.place[:, None].expand(-1, per_sample)}
+        flat = {name: fields.pop(name).flatten(0, 1) for name in list(fields)}
+        items = Items(each(kept).flatten(), flat, batch.conditions)
+        total = weighted(rewards, weights)
         metrics = {
             "reward": total.mean(),
             "reward_std": total.std(correction=0),
             "reward_group_std": mean_group_std(total, group),
             "groups_without_spread": 1 - has_spread(total, group).double().mean(),
-            "samples_trained": torch.tensor(len(chosen) / len(batch)),
+            "samples_trained": kept.mean(),
             "advantages": advantage,
             "item_bytes": torch.tensor(float(items.nbytes)),
         }
-        each = {**verdict.rewards, **verdict.details}
-        metrics |= {f"reward/{name}": values.mean() for name, values in each.items()}
+        metrics |= {f"reward/{name}": values.mean() for name, values in {**rewards, **details}.items()}
         return replace(items, metrics=metrics)

@@ -69,7 +69,8 @@ class SOAR(FlowMatching):
                 latents, sigma, target = auxiliary_point(
                     batch.latents, noise, start, sigma1, fraction, self.sigma_floor
                 )
-                fields = {"latents": latents, "sigma": sigma, "target": target, "prompt": base.prompt}
+                fields = {"latents": latents, "sigma": sigma, "target": target}
+                fields |= {"prompt": base.prompt, "place": base.place}
                 parts.append(Items(self.lambda_aux * weight, fields, batch.conditions))
         return Items.cat(parts)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from posttrain.condition import Condition, Conditions
+from posttrain.parallel.world import ALONE, World
 from posttrain.spec import Named
 
 if TYPE_CHECKING:
@@ -39,6 +40,17 @@ class Batch:
     """n rows of whatever the prompt file says of each sample, ``prompt`` included, or nothing."""
     group: Tensor | None = None
     """(n,) int64: which samples are of one prompt; for algorithms that need rewards."""
+    place: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(n,) int64: each sample's place in the whole batch, of all processes, or -1 for one that only fills
+    the batch up, so that every process has as many; 0 to n - 1 by default."""
+    total: int = 0
+    """Samples of all processes, fillers not counted; n by default."""
+
+    def __post_init__(self) -> None:
+        if not len(self.place):
+            object.__setattr__(self, "place", torch.arange(len(self), device=self.prompt.device))
+        if not self.total:
+            object.__setattr__(self, "total", len(self))
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -51,6 +63,7 @@ class Batch:
             prompt=self.prompt[index],
             metadata=self.metadata[index],
             group=None if self.group is None else self.group[index],
+            place=self.place[index],
         )
 
 
@@ -58,12 +71,13 @@ class Batch:
 class Items:
     """Training items: named tensors that share a first axis n, one entry per item.
 
-    A field is read as an attribute, ``items.latents``. ``prompt`` (n,) is always among them: items index
-    the batch's conditions and do not copy them.
+    A field is read as an attribute, ``items.latents``. Two are always among them: ``prompt`` (n,), since
+    items index the batch's conditions and do not copy them, and ``place`` (n,), that of the item's sample
+    in the batch.
     """
 
     weight: Tensor
-    """(n,) How much each item counts; the update divides by the global sum."""
+    """(n,) How much each item counts; the update divides by the global sum. Items of 0 cost nothing."""
     fields: dict[str, Tensor]
     conditions: Conditions
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -93,9 +107,10 @@ class Items:
             yield self.take(slice(start, start + size))
 
     def parts(self, count: int) -> Iterator[Items]:
-        """The items in order, in ``count`` parts of equal size as far as that goes."""
+        """The items in ``count`` parts by the place of their sample, so that samples of one prompt, which
+        are neighbours, spread over all parts, on any number of processes alike."""
         for i in range(count):
-            yield self.take(slice(len(self) * i // count, len(self) * (i + 1) // count))
+            yield self.take(self.fields["place"] % count == i) if count > 1 else self
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +150,9 @@ class Tools:
     """Number of steps -> the sampling grid of the batch's latents, from 1 down to 0."""
     judge: Judge | None = None
     """Scores samples by the stage's rewards; for algorithms that need rewards."""
+    world: World = ALONE
+    """Lets an algorithm see the whole batch: ``world.everyone(rows)`` has all processes' rows,
+    ``world.own(rows)`` this one's part of them. With one process both change nothing."""
 
 
 class Algorithm(Named, ABC):

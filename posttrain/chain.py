@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import io
 import json
+import math
 import platform
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.model import FlowModel, Model
+    from posttrain.parallel.world import World
 
 PACKAGES = (
     "posttrain",
@@ -47,32 +50,60 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
     from rich.console import Console
 
     from posttrain.device import resolve
+    from posttrain.parallel.world import joined
     from posttrain.report import table, write_report
 
     console = console or Console()
     check_or_raise(recipe)
     folder = (output or Path("runs") / recipe.name).absolute()
     device = resolve(recipe.device)
-    with _exclusive(folder):
-        _claim(folder, recipe, device)
-        spec = recipe.model.materialise(folder / "model")
-        if recipe.evaluation is not None:
-            _evaluate(recipe, spec, None, folder, device, console)
-        for stage in recipe.stages:
-            if (folder / stage.name / "stage.json").is_file():
-                console.print(f"[dim]{stage.name}: finished before, skipped[/dim]", highlight=False)
-            else:
-                _train(recipe, spec, stage, folder, device, console)
-            if recipe.evaluation is not None:
-                _evaluate(recipe, spec, stage, folder, device, console)
-        report = write_report(folder)
+    with joined(device, group=recipe.parallel.needs_group) as world:
+        check_processes(recipe, world.size)
+        if not world.main:
+            console = Console(file=io.StringIO())
+        with _exclusive(folder) if world.main else contextlib.nullcontext():
+            if world.main:
+                _claim(folder, recipe, device)
+            world.barrier()
+            if not (folder / "recipe.yaml").is_file():
+                raise PosttrainError(
+                    f"process {world.rank} does not see what process 0 wrote to {str(folder)!r}: the run "
+                    "folder must be one that all processes share"
+                )
+            with world.one_first():
+                spec = recipe.model.materialise(folder / "model")
+            _stages(recipe, spec, folder, device, console, world)
+            if not world.main:
+                return folder
+            report = write_report(folder)
     console.print(table(folder, console.width))
     console.print(f"report: {report}", soft_wrap=True, highlight=False)
     return folder
 
 
+def _stages(
+    recipe: Recipe, spec: Model, folder: Path, device: torch.device, console: Console, world: World
+) -> None:
+    """Evaluate the base, then train and evaluate each stage, where that is not done yet."""
+    if recipe.evaluation is not None:
+        _evaluate(recipe, spec, None, folder, device, console, world)
+    for stage in recipe.stages:
+        if world.said((folder / stage.name / "stage.json").is_file()):
+            console.print(f"[dim]{stage.name}: finished before, skipped[/dim]", highlight=False)
+        else:
+            _train(recipe, spec, stage, folder, device, console, world)
+        if recipe.evaluation is not None:
+            _evaluate(recipe, spec, stage, folder, device, console, world)
+
+
 def _train(
-    recipe: Recipe, spec: Model, stage: Stage, folder: Path, device: torch.device, console: Console
+    recipe: Recipe,
+    spec: Model,
+    stage: Stage,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    world: World,
 ) -> None:
     from posttrain.artifact import describe, sources
     from posttrain.device import set_tf32
@@ -85,7 +116,7 @@ def _train(
     for source in parents:
         model.load_weights(source, merge=stage.tune.merges)
     description = describe(spec, parents, stage, folder / stage.name / "final")
-    run_stage(recipe, stage, model, folder, description, console, reference)
+    run_stage(recipe, stage, model, folder, description, console, reference, world)
 
 
 def _reference(recipe: Recipe, stage: Stage, model: FlowModel, folder: Path) -> dict[str, Tensor] | None:
@@ -104,7 +135,13 @@ def _reference(recipe: Recipe, stage: Stage, model: FlowModel, folder: Path) -> 
 
 
 def _evaluate(
-    recipe: Recipe, spec: Model, stage: Stage | None, folder: Path, device: torch.device, console: Console
+    recipe: Recipe,
+    spec: Model,
+    stage: Stage | None,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    world: World,
 ) -> None:
     """Evaluate what a stage wrote (the base model for None), reading it as any other tool would."""
     from posttrain.artifact import sources
@@ -115,7 +152,7 @@ def _evaluate(
     assert recipe.evaluation is not None, "called for recipes with an evaluation"
     name = stage.name if stage else BASE
     target = folder / name / "evaluation"
-    if (target / "eval.json").is_file():
+    if world.said((target / "eval.json").is_file()):
         return
     set_tf32(False)
     weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
@@ -126,8 +163,26 @@ def _evaluate(
         for source in sources(recipe, stage.name, folder):
             model.load_weights(source)
         sampler = flow_sampler(model, spec, recipe.evaluation, f"{name}/final")
-    if evaluate(sampler, recipe.evaluation, target, name=name, weights=weights, console=console) is None:
+    place = {"rank": world.rank, "world": world.size}
+    evaluate(sampler, recipe.evaluation, target, name=name, weights=weights, console=console, **place)
+    world.barrier()
+    if not (target / "eval.json").is_file():
         raise PosttrainError(f"another process is evaluating into {str(target)!r}; wait for it")
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """Raise RecipeError where the recipe cannot run in that many processes."""
+    if problem := recipe.parallel.problem(processes):
+        raise RecipeError(f"parallel: {problem}")
+    for stage in recipe.stages:
+        size = stage.train.batch_size
+        if stage.algorithm.needs == "rewards" and size % processes:
+            unit = math.lcm(stage.algorithm.samples_per_prompt, processes)
+            near = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
+            raise RecipeError(
+                f"stages.{stage.name}.train.batch_size: {size} samples do not split over {processes} "
+                f"processes; the nearest that do are {near}"
+            )
 
 
 def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:
@@ -135,7 +190,9 @@ def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:
     resolved = folder / "recipe.yaml"
     if resolved.is_file():
         before = parse_recipe(resolved.read_text(), str(resolved), checks=False)
-        if changed := list(_differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))):
+        # where and on how many devices it goes on does not change what the run is
+        one, other = (r.model_dump(mode="json", exclude={"device", "parallel"}) for r in (before, recipe))
+        if changed := list(_differences(one, other)):
             raise RecipeError(
                 f"{str(folder)!r} holds a run of another recipe; it differs in: {'; '.join(changed[:5])}. "
                 "Give another --output or name, or remove the folder"
@@ -171,7 +228,7 @@ def _differences(before: object, now: object, path: str = "") -> Iterator[str]:
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for i, (a, b) in enumerate(zip(before, now, strict=True)):
             yield from _differences(a, b, f"{path}.{i}")
-    elif before != now and path != "device":
+    elif before != now:
         yield f"{path} (was {before!r}, now {now!r})"
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from posttrain.errors import PosttrainError
+from posttrain.parallel.strategy import Strategy
 from posttrain.policy import Policy
 
 STATE = "state.pt"
@@ -58,27 +60,42 @@ def save(
     folder: Path,
     step: int,
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    strategy: Strategy,
     extra: dict[str, Any],
     keep: int,
     protected: int | None = None,
 ) -> Path:
     """Write the complete training state after ``step`` steps, and remove all but the last ``keep`` and the
-    one of step ``protected``."""
-    target = folder / f"step-{step:08d}"
+    one of step ``protected``.
+
+    Every process calls it, and the main one writes. Tensors are whole and go by the weight's name, so that
+    the state can be restored under any strategy, on any number of processes.
+    """
+    target, world = folder / f"step-{step:08d}", strategy.world
+
+    def kept(tensor: Tensor) -> Tensor | None:
+        # one after the other comes whole onto the device, and goes where the state has room
+        return (tensor.detach().cpu() if world.size > 1 else tensor.detach()) if world.main else None
+
+    moving = [name for name in policy.roles if name not in policy.static]
     state = {
         "step": step,
-        "trained": {name: p.detach() for name, p in policy.trained.items()},
-        "roles": {name: role for name, role in policy.roles.items() if name not in policy.static},
-        "optimizer": optimizer.state_dict(),
-        "forward_equivalents": policy.forward_equivalents,
+        "trained": {name: kept(tensor) for name, tensor in policy.whole(None)},
+        "roles": {role: {name: kept(tensor) for name, tensor in policy.whole(role)} for role in moving},
+        "optimizer": {
+            name: {key: kept(value) for key, value in strategy.moments(name).items()}
+            for name in policy.trained
+        },
+        "forward_equivalents": sum(world.objects(policy.forward_equivalents)),
         "extra": extra,
     }
-    with published(target) as part:
-        torch.save(state, part / STATE)
-    for old in saved(folder)[:-keep]:
-        if old.name != f"step-{protected if protected is not None else -1:08d}":
-            shutil.rmtree(old)
+    if world.main:
+        with published(target) as part:
+            torch.save(state, part / STATE)
+        for old in saved(folder)[:-keep]:
+            if old.name != f"step-{protected if protected is not None else -1:08d}":
+                shutil.rmtree(old)
+    world.barrier()
     return target
 
 
@@ -90,31 +107,32 @@ def saved(folder: Path) -> list[Path]:
 def read(checkpoint: Path, device: torch.device) -> dict[str, Any]:
     """What :func:`save` wrote. Raises PosttrainError where it cannot be read."""
     try:
-        return torch.load(checkpoint / STATE, map_location=device, weights_only=True)
+        return torch.load(checkpoint / STATE, map_location=device, weights_only=True, mmap=True)
     except Exception as error:
         raise PosttrainError(
             f"cannot read the checkpoint {str(checkpoint)!r}: {error}. Remove it to go on from the one before"
         ) from error
 
 
-def restore(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-    """Load a checkpoint into ``policy`` and ``optimizer``; returns its step and what the stage kept.
+def restore(checkpoint: Path, policy: Policy, strategy: Strategy) -> tuple[int, dict[str, Any]]:
+    """Load a checkpoint into ``policy`` and ``strategy``; returns its step and what the stage kept.
 
     Raises PosttrainError where it cannot be read or belongs to other weights.
     """
-    state = read(checkpoint, policy.model.device)
+    # memory-mapped: of a state in parts, a process reads its own
+    state = read(checkpoint, torch.device("cpu"))
     own, kept = policy.trained, state["trained"]
-    if own.keys() != kept.keys() or any(own[n].shape != kept[n].shape for n in own):
+    if own.keys() != kept.keys() or any(strategy.layout.shape(own[n]) != kept[n].shape for n in own):
         raise PosttrainError(
             f"the checkpoint {str(checkpoint)!r} holds other weights than this stage trains "
             f"({len(kept)} tensors, not {len(own)}, or other shapes: another LoRA rank?)"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(kept[name])
-    policy.roles |= state["roles"]
-    optimizer.load_state_dict(state["optimizer"])
-    policy.forward_equivalents = state["forward_equivalents"]
+    for name, weights in {None: kept, **state["roles"]}.items():
+        policy.load(name, weights)
+    strategy.loaded()
+    strategy.load_moments({name: moments for name, moments in state["optimizer"].items() if moments})
+    # the sum over all processes is what is recorded
+    policy.forward_equivalents = state["forward_equivalents"] if strategy.world.main else 0
     return state["step"], state["extra"]
 
 

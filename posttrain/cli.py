@@ -47,14 +47,27 @@ def run(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="How many processes train, each on its GPU.")] = 1,
     debug: DebugOption = False,
 ) -> None:
-    """Run a recipe's stages, evaluate them and write the report. Given again, it goes on where it stopped."""
-    del debug
-    from posttrain.chain import run as run_recipe
-    from posttrain.recipe_file import load_recipe
+    """Run a recipe's stages, evaluate them and write the report. Given again, it goes on where it stopped.
 
-    run_recipe(load_recipe(recipe, overrides or ()), output, _console())
+    Under torchrun, accelerate launch or srun it is one of the processes that these started.
+    """
+    del debug
+    from posttrain.chain import check_processes
+    from posttrain.chain import run as run_recipe
+    from posttrain.launch import share
+    from posttrain.recipe_file import check_or_raise, load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    if nproc == 1:
+        run_recipe(loaded, output, _console())
+        return
+    # what every process would say is said once
+    check_or_raise(loaded)
+    check_processes(loaded, nproc)
+    share(nproc)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from posttrain.data.order import batches
 from posttrain.data.prompts import prompt_rows
 from posttrain.data.spec import Images, PromptData, ShapesData
 from posttrain.model import FlowModel
+from posttrain.parallel.world import ALONE, World
 from posttrain.randomness import Draws
 from posttrain.sampling import encode
 
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class Feed(ABC):
-    """The batches of a stage, in an order that is a function of its key."""
+    """The batches of a stage, in an order that is a function of its key; of each, this process's part.
+
+    All processes' parts are of one size, so that all make the same number of forwards.
+    """
 
     notes: Sequence[str] = ()
     """What a person should know of the data."""
@@ -46,8 +51,15 @@ class Feed(ABC):
 class ImageFeed(Feed):
     """Images and captions, encoded batch by batch."""
 
-    def __init__(self, data: Images | ShapesData, model: FlowModel, batch_size: int, work: Path) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(
+        self,
+        data: Images | ShapesData,
+        model: FlowModel,
+        batch_size: int,
+        work: Path,
+        world: World = ALONE,
+    ) -> None:
+        self.model, self.batch_size, self.world = model, batch_size, world
         self.source = ImageSource(data.materialise(work), divisor=model.divisor)
         self.notes = self.source.notes
         self.prompts = list(dict.fromkeys(record.caption for record in self.source.records.values()))
@@ -56,9 +68,14 @@ class ImageFeed(Feed):
         self.size = (side, side)
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
-        for images in self.source.batches(self.batch_size, key, start):
-            draws = Draws((*key, images.step), images.ids, self.model.device)
-            yield images.step, encoded(images, self.model, draws), draws
+        for images in self.source.batches(self.batch_size, key, start, self.world.rank, self.world.size):
+            here = self.world.objects(len(images.ids))
+            if not (total := sum(here)):
+                continue  # not one image of the whole batch can be used
+            filled = filled_up(images, max(here))
+            draws = Draws((*key, images.step), filled.ids, self.model.device)
+            batch = encoded(filled, self.model, draws)
+            yield images.step, replace(batch, total=total), draws
 
     def skipped(self) -> list[str]:
         return [str(problem) for problem in self.source.skipped]
@@ -74,8 +91,12 @@ class PromptFeed(Feed):
         batch_size: int,
         group_size: int,
         rewards: Sequence[Reward] = (),
+        world: World = ALONE,
     ) -> None:
         self.model, self.group_size, self.groups = model, group_size, batch_size // group_size
+        size = self.groups * group_size // world.size
+        self.part = slice(size * world.rank, size * (world.rank + 1))
+        """Of the whole batch, the samples that are this process's."""
         self.rows: list[dict[str, Any]] = prompt_rows(data.prompts, rewards)
         self.prompts = list(dict.fromkeys(row["prompt"] for row in self.rows))
         self.size = (data.resolution, data.resolution)
@@ -84,12 +105,19 @@ class PromptFeed(Feed):
         shape = self.model.latent_shape(*self.size)
         order = self._order(key, start * self.groups)
         for number, chosen in enumerate(iter(lambda: [next(order) for _ in range(self.groups)], None), start):
-            rows = [self.rows[i] for i in chosen for _ in range(self.group_size)]
+            everyone = [self.rows[i] for i in chosen for _ in range(self.group_size)]
+            place = range(len(everyone))[self.part]
+            rows = everyone[self.part]
             conditions, prompt = encode(self.model, [row["prompt"] for row in rows])
             latents = torch.empty((len(rows), *shape), device="meta")
-            group = torch.arange(len(chosen)).repeat_interleave(self.group_size)
-            draws = Draws((*key, number), range(len(rows)), self.model.device)
-            yield number, Batch(latents, prompt, conditions, rows, group), draws
+            group = torch.arange(len(chosen)).repeat_interleave(self.group_size)[self.part]
+            draws = Draws((*key, number), place, self.model.device)
+            places = torch.tensor(place, device=prompt.device)
+            yield (
+                number,
+                Batch(latents, prompt, conditions, rows, group, places, total=len(everyone)),
+                draws,
+            )
 
     def _order(self, key: tuple[object, ...], start: int) -> Iterator[int]:
         everything = {(1, 1): range(len(self.rows))}
@@ -97,12 +125,25 @@ class PromptFeed(Feed):
             yield ids[0]
 
 
-def feed_of(stage: Stage, model: FlowModel, work: Path) -> Feed:
+def feed_of(stage: Stage, model: FlowModel, work: Path, world: World = ALONE) -> Feed:
     """The feed of a stage's ``data``; what must first be rendered is, in the folder ``work``."""
     if isinstance(stage.data, PromptData):
         size = stage.algorithm.samples_per_prompt
-        return PromptFeed(stage.data, model, stage.train.batch_size, size, stage.rewards)
-    return ImageFeed(stage.data, model, stage.train.batch_size, work)
+        return PromptFeed(stage.data, model, stage.train.batch_size, size, stage.rewards, world)
+    return ImageFeed(stage.data, model, stage.train.batch_size, work, world)
+
+
+def filled_up(images: ImageBatch, size: int) -> ImageBatch:
+    """``images``, with black ones after them to make ``size``."""
+    missing = size - len(images.ids)
+    blank = torch.zeros((missing, *images.pixels.shape[1:]), dtype=images.pixels.dtype)
+    return replace(
+        images,
+        ids=[*images.ids, *range(-missing, 0)],
+        pixels=torch.cat([images.pixels, blank]),
+        captions=[*images.captions, *[""] * missing],
+        places=[*images.places, *[-1] * missing],
+    )
 
 
 def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
@@ -110,4 +151,5 @@ def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
     height, width = images.pixels.shape[-2:]
     noise = draws.normal("posterior", model.latent_shape(height, width))
     conditions, rows = encode(model, images.captions)
-    return Batch(model.encode_images(images.pixels, noise), rows, conditions)
+    places = torch.tensor(images.places, device=rows.device)
+    return Batch(model.encode_images(images.pixels, noise), rows, conditions, place=places)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from typing import IO
 
 from posttrain.errors import PosttrainError
 
 CHILD = "POSTTRAIN_CHILD"
 """Set in the environment of processes that :func:`share` started."""
+OPTIONS = ("--nproc", "--processes")
+"""How the commands call the number of processes."""
 
 
 def place() -> tuple[int, int]:
-    """RANK and WORLD_SIZE, as torchrun and :func:`share` set them; 0 of 1 without. Raises PosttrainError."""
+    """RANK and WORLD_SIZE, as torchrun, accelerate, :func:`share` or srun set them; 0 of 1 without.
+
+    Raises PosttrainError where they make no sense.
+    """
+    _from_slurm()
     given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         rank, world = map(int, given)
@@ -29,45 +39,103 @@ def place() -> tuple[int, int]:
 def share(processes: int) -> None:
     """Run this very command in ``processes`` processes, each with its RANK of WORLD_SIZE, until all are done.
 
-    Afterwards the caller goes on alone, and finds the work done. Only the first of them says how it goes.
-    Raises PosttrainError where one fails, after stopping the others.
+    Afterwards the caller goes on alone, and finds the work done. Only the first of them says how it goes;
+    what another says on stderr is shown where it is the one that fails. Raises PosttrainError where one
+    fails, after stopping the others.
     """
     command = [sys.executable, "-m", "posttrain", *_without_processes(sys.argv[1:])]
     threads = str(max((os.cpu_count() or 1) // processes, 1))
-    shared = {"OMP_NUM_THREADS": threads, **os.environ, "WORLD_SIZE": str(processes), CHILD: "1"}
-    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+    shared = {
+        "OMP_NUM_THREADS": threads,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        **os.environ,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        CHILD: "1",
+    }
+    said = [tempfile.TemporaryFile("w+") for _ in range(processes)]  # noqa: SIM115 closed below
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the children below
     children = [
-        subprocess.Popen(command, env={**shared, **rank}, stdout=subprocess.DEVNULL if i else None)
-        for i, rank in enumerate(ranks)
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.DEVNULL if r else None,
+            stderr=said[r] if r else None,
+        )
+        for r in range(processes)
     ]
     try:
         while any(child.poll() is None for child in children):
-            _stop_if_failed(children)
+            _stop_if_failed(children, said)
             time.sleep(0.2)
-        _stop_if_failed(children)
+        _stop_if_failed(children, said)
     finally:
         for child in children:
             if child.poll() is None:
                 child.terminate()
         for child in children:
             child.wait()
+        for file in said:
+            file.close()
         signal.signal(signal.SIGTERM, before)
 
 
-def _stop_if_failed(children: list[subprocess.Popen]) -> None:
-    for rank, child in enumerate(children):
-        if child.poll() not in (None, 0):
-            raise PosttrainError(
-                f"process {rank} of {len(children)} failed (exit code {child.returncode}); what it said is "
-                "above. The same command goes on with what is done"
-            )
+def _stop_if_failed(children: Sequence[subprocess.Popen], said: Sequence[IO[str]]) -> None:
+    failed = [rank for rank, child in enumerate(children) if child.poll() not in (None, 0)]
+    if not failed:
+        return
+    rank = failed[0]
+    if rank:
+        said[rank].seek(0)
+        sys.stderr.write(said[rank].read())
+    raise PosttrainError(
+        f"process {rank} of {len(children)} failed (exit code {children[rank].returncode}); what it said is "
+        "above. The same command goes on with what is done"
+    )
 
 
 def _without_processes(arguments: list[str]) -> list[str]:
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument != "--processes" and not argument.startswith("--processes="):
+        if not skip and argument.split("=")[0] not in OPTIONS:
             kept.append(argument)
-        skip = argument == "--processes"
+        skip = argument in OPTIONS
     return kept
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _from_slurm() -> None:
+    """Say in torch's words what srun says in its own, where this is one of several tasks of a job step."""
+    environment = os.environ
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    nodes, tasks = int(environment.get("SLURM_STEP_NUM_NODES", "1")), environment["WORLD_SIZE"]
+    environment.setdefault("LOCAL_WORLD_SIZE", str(-(-int(tasks) // nodes)))
+    # tasks of one step must agree on a port that other jobs do not take
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    if "MASTER_ADDR" not in environment:
+        listed = environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
+        environment["MASTER_ADDR"] = _first_host(listed)
+
+
+def _first_host(listed: str) -> str:
+    if "[" not in listed:
+        return listed.split(",")[0]
+    try:
+        found = subprocess.run(
+            ["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PosttrainError(
+            f"scontrol cannot say which hosts {listed!r} are ({error}); set MASTER_ADDR to the first"
+        ) from error
+    return found.stdout.split()[0]

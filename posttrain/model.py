@@ -7,7 +7,7 @@ conventions of a model family (latent scaling, timesteps of 0 to 1000, text enco
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -81,6 +81,8 @@ class FlowModel(ABC):
 
     transformer: Any
     """A torch module, with the methods that diffusers' models have."""
+    module: Any
+    """What :meth:`velocity` calls: the transformer, or what a parallel strategy wraps around it."""
     device: torch.device
     shift: float
     """Of the timestep schedule, for sigma(t); see :func:`posttrain.flow.shift_sigma`."""
@@ -112,12 +114,12 @@ class FlowModel(ABC):
         """The transformer's velocity, (n, c, h, w) float32, at ``latents`` and ``sigma`` (n,)."""
 
     @abstractmethod
-    def save(self, folder: Path, dtype: DtypeName) -> None:
-        """Write what other tools load: the whole pipeline, its transformer in ``dtype``."""
+    def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
+        """Write what other tools load: the whole pipeline, its transformer in ``dtype`` with ``weights``."""
 
     @abstractmethod
-    def save_lora(self, folder: Path) -> None:
-        """Write the trained adapter as other tools load it."""
+    def save_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write an adapter as other tools load it; ``weights`` are its tensors by parameter name."""
 
     @abstractmethod
     def load_weights(self, source: Path, merge: bool = True) -> None:

@@ -7,7 +7,7 @@ of the adapter only, and a reference with an untouched adapter is exactly the mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from posttrain.condition import Condition, Conditions, concatenated
 from posttrain.flow import guided
 from posttrain.model import FlowModel
+from posttrain.parallel.strategy import Layout
 
 
 class Policy:
@@ -22,16 +23,23 @@ class Policy:
 
     def __init__(self, model: FlowModel, *, autocast: torch.dtype | None = None, chunk: int = 64) -> None:
         self.model = model
-        self.trained = {n: p for n, p in model.transformer.named_parameters() if p.requires_grad}
         self.autocast = autocast
         self.chunk = chunk
         """Most rows in one forward without gradients."""
-        self.parameters = dict(model.transformer.named_parameters())
+        self.layout = Layout()
+        """How the weights lie over the processes of a run."""
         self.roles: dict[str, dict[str, Tensor]] = {}
+        """Name of the role -> name of the weight -> what this process holds of it."""
         self.static: set[str] = set()
         """Roles that never move."""
         self.forward_equivalents = 0
-        """Transformer forwards so far, of one sample each; one with its backward counts 3."""
+        """Transformer forwards of this process so far, of one sample each; one with its backward counts 3."""
+        self.find_parameters()
+
+    def find_parameters(self) -> None:
+        """Look the model's parameters up, anew where they were replaced by others."""
+        self.parameters = dict(self.model.transformer.named_parameters())
+        self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """(n, c, h, w) float32 velocity of the role in use, at float32 ``latents`` and ``sigma`` (n,)."""
@@ -65,13 +73,13 @@ class Policy:
     def add_role(self, name: str, weights: dict[str, Tensor] | None = None, *, moves: bool = True) -> None:
         """Keep a frozen copy of the trained weights as they are now, under ``name``.
 
-        ``weights``, by parameter name, are held instead where given (they are not copied), and may be of
-        untrained parameters too. A role that never ``moves`` is not part of a checkpoint: the stage makes
-        it again.
+        ``weights``, whole and by parameter name, are held instead where given, and may be of untrained
+        parameters too. A role that never ``moves`` is not part of a checkpoint: the stage makes it again.
         """
         if weights is None:
-            weights = {n: p.detach().clone() for n, p in self.trained.items()}
-        self.roles[name] = dict(weights)
+            self.roles[name] = {n: self.layout.held(p).clone() for n, p in self.trained.items()}
+        else:
+            self.roles[name] = {n: self.layout.part(self.parameters[n], w) for n, w in weights.items()}
         if not moves:
             self.static.add(name)
 
@@ -79,14 +87,32 @@ class Policy:
         """``weights`` of a transformer without adapters, under the names they have beside adapters, and
         adapters that add nothing to them."""
         plain = {name.replace(".base_layer.", "."): name for name in self.parameters}
-        silent = {name: torch.zeros_like(p) for name, p in self.parameters.items() if ".lora_B." in name}
+        silent = {
+            n: torch.zeros(p.shape, dtype=p.dtype) for n, p in self.parameters.items() if ".lora_B." in n
+        }
         return {plain[name]: tensor for name, tensor in weights.items()} | silent
 
     @torch.no_grad()
     def move_role(self, name: str, decay: float) -> None:
         """role <- decay role + (1 - decay) trained."""
         kept, now = self.roles[name], self.trained
-        torch._foreach_lerp_([kept[n] for n in now], [p.detach() for p in now.values()], 1 - decay)
+        torch._foreach_lerp_([kept[n] for n in now], [self.layout.held(p) for p in now.values()], 1 - decay)
+
+    def whole(self, name: str | None) -> Iterator[tuple[str, Tensor]]:
+        """Each weight of a role, or of the trained ones, whole; every process asks at once."""
+        role = self.roles[name] if name is not None else None
+        for key in self.trained if role is None else role:
+            parameter = self.parameters[key]
+            held = self.layout.held(parameter) if role is None else role[key]
+            yield key, self.layout.whole(parameter, held)
+
+    @torch.no_grad()
+    def load(self, name: str | None, weights: Mapping[str, Tensor]) -> None:
+        """Set a role, or the trained weights, from whole tensors."""
+        for key, tensor in weights.items():
+            parameter = self.parameters[key]
+            held = self.layout.held(parameter) if name is None else self.roles[name][key]
+            held.copy_(self.layout.part(parameter, tensor))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -102,7 +128,10 @@ class Policy:
                 self._swap(name)
 
     def _swap(self, name: str) -> None:
-        role = self.roles[name]
-        for key in role:
-            parameter = self.parameters[key]
-            parameter.data, role[key] = role[key], parameter.data
+        # the values change places, not the tensors: sharded and compiled forwards know these by address
+        for key, kept in self.roles[name].items():
+            held = self.layout.held(self.parameters[key])
+            now = held.clone()
+            held.copy_(kept)
+            kept.copy_(now)
+        self.layout.written()

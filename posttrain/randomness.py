@@ -46,10 +46,6 @@ class Draws:
         """One integer from ``low`` to ``high``, both included, the same for every sample of the batch."""
         return int(torch.randint(low, high + 1, (), generator=generator(*self.key, purpose)))
 
-    def order(self, purpose: str) -> Tensor:
-        """(n,) int64: an order of the samples, on the CPU."""
-        return torch.randperm(len(self.ids), generator=generator(*self.key, purpose, *self.ids[:1]))
-
     def permutations(self, purpose: str, size: int) -> Tensor:
         """(n, size) int64: an own order of 0 to size - 1 for each sample."""
         rows = [torch.randperm(size, generator=generator(*self.key, purpose, i)) for i in self.ids]

@@ -15,6 +15,11 @@ from posttrain.algorithm import Algorithm
 from posttrain.data.spec import AnyData, AnyPrompts, PromptData
 from posttrain.model import DtypeName, Model
 from posttrain.monitor import Monitor
+from posttrain.parallel.auto import Auto
+from posttrain.parallel.ddp import DDP
+from posttrain.parallel.deepspeed import DeepSpeed
+from posttrain.parallel.fsdp2 import FSDP2
+from posttrain.parallel.single import Single
 from posttrain.reward import Reward
 from posttrain.reward_blocks import reward_blocks
 from posttrain.solvers import Solver
@@ -163,6 +168,8 @@ class Recipe(Spec):
     device: Annotated[str, BeforeValidator(_device)] = "auto"
     tf32: bool = True
     """Let CUDA multiply float32 matrices in TF32 while a stage trains; evaluations never do."""
+    parallel: Annotated[Auto | Single | DDP | FSDP2 | DeepSpeed, Field(discriminator="strategy")] = Auto()
+    """How the processes of a run train together; a run may go on under another strategy."""
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and image grids go besides metrics.jsonl, which is always written."""
     model: AnyModel

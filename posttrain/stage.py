@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,11 @@ from posttrain.device import reset_peak_memory
 from posttrain.feeds import feed_of
 from posttrain.judge import Judge
 from posttrain.model import FlowModel
+from posttrain.parallel.world import ALONE, World
 from posttrain.policy import Policy
 from posttrain.progress import stage_progress
 from posttrain.records import Tracker
-from posttrain.trainer import EMA, REFERENCE, adamw, train
+from posttrain.trainer import EMA, REFERENCE, train
 from posttrain.watch import Account, StageWatch
 
 if TYPE_CHECKING:
@@ -37,9 +39,11 @@ def run_stage(
     description: dict,
     console: Console,
     reference: dict[str, Tensor] | None = None,
+    world: World = ALONE,
 ) -> None:
     """Train ``model``, which holds the weights the stage starts from, and publish ``run/<stage>/final``.
 
+    Every process of ``world`` calls it with the same arguments, and the main one writes.
     ``description`` (see :mod:`posttrain.artifact`) goes into the artifact. ``reference`` holds the
     transformer's weights that the reference role stands for, by name, where they are not those. Goes on
     from the last checkpoint where there is one. ``stage.json``, written last, says that the stage is
@@ -51,40 +55,49 @@ def run_stage(
     if settings.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=max(settings.micro_batch, 1))
+    if reference is not None:
+        reference = policy.named(reference)
+    strategy = recipe.parallel.prepare(policy, settings, world)
+    policy.layout = strategy.layout
     for role in stage.algorithm.roles | ({EMA} if settings.ema is not None else set()):
-        weights = None
-        if role == REFERENCE and reference is not None:
-            weights = policy.named(reference)
-        policy.add_role(role, weights, moves=role != REFERENCE)
-    optimizer = adamw(policy, settings)
+        policy.add_role(role, reference if role == REFERENCE else None, moves=role != REFERENCE)
     reset_peak_memory(device)
 
     start, account = 0, Account()
     if found := checkpoint.saved(folder / "checkpoints"):
-        start, extra = checkpoint.restore(found[-1], policy, optimizer)
+        start, extra = checkpoint.restore(found[-1], policy, strategy)
         account = Account(**extra)
         console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
-    feed = feed_of(stage, model, run / "data")
+    with world.one_first():
+        feed = feed_of(stage, model, run / "data", world)
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
+    failures = folder / ("failed_reward" if world.main else f"failed_reward-{world.rank}")
     with (
-        Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard") as tracker,
+        Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard")
+        if world.main
+        else contextlib.nullcontext() as tracker,
         stage_progress(stage.name, settings.steps, start, console) as bar,
-        Judge(model, stage.rewards, folder / "failed_reward") as judge,
+        Judge(model, stage.rewards, failures) as judge,
     ):
         watch = StageWatch(
-            recipe, stage, policy, optimizer, folder, tracker, bar, account, feed, judge, console
+            recipe, stage, policy, strategy, folder, tracker, bar, account, feed, judge, console
         )
-        train(stage.algorithm, policy, optimizer, watch.batches(), settings, watch, start)
+        train(stage.algorithm, policy, strategy, watch.batches(), settings, watch, start)
         watch.finish()
     summary = watch.summary()  # which refuses a stage that trained nothing, before it is published
-    with (
-        policy.using(EMA if settings.ema is not None else None),
-        checkpoint.published(folder / "final") as part,
-    ):
-        if stage.tune.type == "lora":
-            model.save_lora(part)
-        else:
-            model.save(part, stage.export_dtype)
-        (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
-    (folder / "stage.json").write_text(json.dumps(summary, indent=2))
+    weights = {
+        name: tensor.cpu() if world.size > 1 else tensor
+        for name, tensor in policy.whole(EMA if settings.ema is not None else None)
+        if world.main
+    }
+    strategy.close()
+    if world.main:
+        with checkpoint.published(folder / "final") as part:
+            if stage.tune.type == "lora":
+                model.save_lora(part, weights)
+            else:
+                model.save(part, stage.export_dtype, weights)
+            (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
+        (folder / "stage.json").write_text(json.dumps(summary, indent=2))
+    world.barrier()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Items, Tools
 from posttrain.errors import TrainingError
+from posttrain.parallel.strategy import Strategy
+from posttrain.parallel.world import World
 from posttrain.policy import Policy
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ class Watch(Protocol):
 def train(
     algorithm: Algorithm,
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    strategy: Strategy,
     batches: Iterable[tuple[Batch, Tools]],
     settings: Train,
     watch: Watch,
@@ -55,15 +58,16 @@ def train(
         batch, tools = drawn
         with torch.no_grad():
             items = algorithm.collect(batch, tools)
+        items = replace(items, weight=torch.where(items.place < 0, 0, items.weight))  # fillers
         parts = list(items.parts(settings.steps_per_batch))
         for i in range(len(parts)):
-            for group in optimizer.param_groups:
+            for group in strategy.optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
             step += 1
-            metrics = update(algorithm, policy, parts[i], optimizer, settings, step, on_policy=step == 1)
+            metrics = update(algorithm, policy, parts[i], strategy, settings, step, on_policy=step == 1)
             if settings.ema is not None:
                 policy.move_role(EMA, settings.ema)
-            seen = [len(batch) * n // settings.steps_per_batch for n in (i, i + 1)]
+            seen = [batch.total * n // settings.steps_per_batch for n in (i, i + 1)]
             watch.after_step(step, seen[1] - seen[0], {**items.metrics, **metrics})
         algorithm.after_batch(policy, step)
         del items, parts  # not to be held while the next ones are made
@@ -73,43 +77,57 @@ def update(
     algorithm: Algorithm,
     policy: Policy,
     items: Items,
-    optimizer: torch.optim.Optimizer,
+    strategy: Strategy,
     settings: Train,
     step: int,
     *,
     on_policy: bool = False,
 ) -> dict[str, Tensor]:
-    """One optimizer step on the weighted mean of the items' losses, however they are split.
+    """One optimizer step on the weighted mean of all processes' items, however they are split.
 
     Each micro-batch is back-propagated at once, so activation memory does not grow with the number of
-    items. ``on_policy``: the weights are still those that collected the items, which the algorithm checks
-    on the first micro-batch if that is a full one. Returns weighted means of the losses and metrics, and
-    the gradient's norm before clipping; only ``skipped_steps`` where there is no item to train on, and no
-    step then. Raises TrainingError, with the weights as they were, where the gradient is not finite.
+    items. Items of weight 0 are left out. ``on_policy``: the weights are still those that collected the
+    items, which the algorithm checks on the first micro-batch if that is a full one. Returns weighted means
+    of the losses and metrics, and the gradient's norm before clipping; only ``skipped_steps`` where there
+    is no item to train on, and no step then. Raises TrainingError, with the weights as they were, where the
+    gradient is not finite.
     """
-    if not len(items):
+    world = strategy.world
+    total = world.sum(items.weight.sum())
+    if not total:
         return {"skipped_steps": items.weight.new_ones(())}
-    total = items.weight.sum()
+    micros = list(_in_step(items, settings.micro_batch, world))
     sums: dict[str, Tensor] = {}
-    optimizer.zero_grad(set_to_none=True)
-    for i, micro in enumerate(items.split(settings.micro_batch)):
+    for i, micro in enumerate(micros):
+        strategy.begin(last=i == len(micros) - 1)
         losses = algorithm.loss(micro, policy)
         # a smaller batch than the rollout's is computed by other kernels, with other rounding
         if on_policy and i == 0 and len(micro) >= min(settings.micro_batch, policy.chunk):
             algorithm.check_on_policy(losses)
         share = micro.weight / total
-        (losses.per_item * share).sum().backward()
+        strategy.backward((losses.per_item * share).sum())
         for name, value in {"loss": losses.per_item, **losses.metrics}.items():
             sums[name] = sums.get(name, torch.zeros_like(total)) + (value.detach() * share).sum()
-    sums["grad_norm"] = norm = torch.nn.utils.clip_grad_norm_(policy.trained.values(), settings.max_grad_norm)
-    # the one host synchronisation of a step: a poisoned update must never reach the weights
-    if not math.isfinite(norm.item()):
+    norm = strategy.step(settings.max_grad_norm)
+    if world.size > 1:
+        summed = world.sum(torch.stack([value.double() for value in sums.values()]))
+        sums = dict(zip(sums, summed, strict=True))
+    if not math.isfinite(norm):
         raise TrainingError(
-            f"step {step}: loss {sums['loss'].item():.6g}, gradient norm {norm.item():.6g} is not finite; "
+            f"step {step}: loss {sums['loss'].item():.6g}, gradient norm {norm:.6g} is not finite; "
             "the step was not taken. Try a lower learning_rate, a warm-up, or precision fp32"
         )
-    optimizer.step()
-    return sums
+    return {**sums, "grad_norm": torch.tensor(norm)}
+
+
+def _in_step(items: Items, size: int, world: World) -> Iterator[Items]:
+    """The items that count, in as many micro-batches of at most ``size`` on every process."""
+    counting = items.take(items.weight > 0)
+    own = list(counting.split(size))
+    for _ in range(world.most(len(own)) - len(own)):
+        blank = items.take(slice(0, 1))
+        own.append(replace(blank, weight=torch.zeros_like(blank.weight)))
+    return iter(own)
 
 
 def learning_rate(settings: Train, step: int) -> float:
@@ -123,15 +141,3 @@ def learning_rate(settings: Train, step: int) -> float:
         "linear": lambda p: 1 - p,
     }
     return settings.learning_rate * factors[settings.schedule](progress)
-
-
-def adamw(policy: Policy, settings: Train) -> torch.optim.AdamW:
-    """AdamW over the policy's trained weights, fused where the device has it."""
-    return torch.optim.AdamW(
-        policy.trained.values(),
-        lr=settings.learning_rate,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=policy.model.device.type in ("cpu", "cuda"),
-    )

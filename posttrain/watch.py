@@ -8,10 +8,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from posttrain import checkpoint
@@ -23,6 +23,7 @@ from posttrain.feeds import Feed
 from posttrain.grids import grid
 from posttrain.judge import Judge
 from posttrain.monitor import Action, collapsed, hacking
+from posttrain.parallel.strategy import Strategy
 from posttrain.policy import Policy
 from posttrain.progress import StageProgress
 from posttrain.records import Tracker
@@ -82,16 +83,17 @@ class StageWatch:
         recipe: Recipe,
         stage: Stage,
         policy: Policy,
-        optimizer: torch.optim.Optimizer,
+        strategy: Strategy,
         folder: Path,
-        tracker: Tracker,
+        tracker: Tracker | None,
         bar: StageProgress,
         account: Account,
         feed: Feed,
         judge: Judge,
         console: Console,
     ) -> None:
-        self.recipe, self.stage, self.policy, self.optimizer = recipe, stage, policy, optimizer
+        self.recipe, self.stage, self.policy, self.strategy = recipe, stage, policy, strategy
+        self.world = strategy.world
         self.folder, self.tracker, self.bar, self.console = folder, tracker, bar, console
         self.feed, self.judge, self.account = feed, judge, account
         self.since = time.monotonic()
@@ -107,7 +109,7 @@ class StageWatch:
             # a batch that cannot be used is passed over, so this is not the optimizer's step
             self.account.next_batch = number + 1
             sigmas = functools.partial(model.sigmas, height=self.feed.size[0], width=self.feed.size[1])
-            yield batch, Tools(self.policy, draws, sigmas, self.judge)
+            yield batch, Tools(self.policy, draws, sigmas, self.judge, self.world)
 
     def before_batch(self, step: int) -> bool:
         settings = self.stage.train
@@ -135,9 +137,10 @@ class StageWatch:
         histograms = {name: value.tolist() for name, value in metrics.items() if value.ndim == 1}
         self._pause()
         rate = (self.account.samples - self.before) / max(self.here, 1e-9)
-        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
-        values["forward_equivalents"] = self.policy.forward_equivalents
-        self.tracker.log(step, values, histograms)
+        learning_rate = self.strategy.optimizer.param_groups[0]["lr"]
+        values |= {"learning_rate": learning_rate, "images_per_second": rate}
+        values["forward_equivalents"] = self._spent()
+        self._record(step, values, histograms)
         self.bar.update(step, loss=values.get("loss"), reward=values.get("reward"), images_per_second=rate)
         self._go_on()
 
@@ -157,9 +160,10 @@ class StageWatch:
     def save(self, step: int) -> None:
         """Write a checkpoint of the state after ``step`` steps, unless there is one."""
         folder, keep = self.folder / "checkpoints", self.stage.train.keep_checkpoints
-        if not any(p.name == f"step-{step:08d}" for p in checkpoint.saved(folder)):
+        there = any(p.name == f"step-{step:08d}" for p in checkpoint.saved(folder))
+        if not self.world.said(there):
             extra = asdict(self.account)
-            checkpoint.save(folder, step, self.policy, self.optimizer, extra, keep, self.account.good)
+            checkpoint.save(folder, step, self.policy, self.strategy, extra, keep, self.account.good)
 
     def summary(self) -> dict:
         """What the stage cost and did, for ``stage.json``. Raises TrainingError where nothing was trained."""
@@ -172,11 +176,14 @@ class StageWatch:
             "updates": self.account.updates,
             "samples": self.account.samples,
             "seconds": self.account.seconds,
-            "forward_equivalents": self.policy.forward_equivalents,
+            "forward_equivalents": self._spent(),
             "images_per_second": self.account.samples / self.account.seconds,
-            "peak_memory_bytes": peak_memory(self.policy.model.device),
-            "trainable_parameters": sum(p.numel() for p in self.policy.trained.values()),
-            "skipped": self.feed.skipped(),
+            "peak_memory_bytes": self.world.most(peak_memory(self.policy.model.device)),
+            "trainable_parameters": sum(
+                self.strategy.layout.shape(p).numel() for p in self.policy.trained.values()
+            ),
+            "parallel": {**self.recipe.parallel.model_dump(mode="json"), "processes": self.world.size},
+            "skipped": list(dict.fromkeys(chain.from_iterable(self.world.objects(self.feed.skipped())))),
             "alarms": self.account.alarms,
         }
 
@@ -186,6 +193,8 @@ class StageWatch:
         with self.policy.using(EMA if EMA in self.policy.roles else None):
             images = sample_images(self.policy, self.shown, [0] * len(self.shown), **self.sampler)
         self.policy.forward_equivalents = spent
+        if self.tracker is None:
+            return
         picture = grid(images.cpu(), 4, captions=self.shown)
         (self.folder / "samples").mkdir(exist_ok=True)
         picture.save(self.folder / "samples" / f"step-{step:08d}.png")
@@ -202,15 +211,19 @@ class StageWatch:
         assert evaluation is not None, "the recipe's validation requires it"
         assert monitor is not None, "called where there is one"
         samples = numbered(prompt_rows(evaluation.prompts, evaluation.rewards)[: monitor.prompts], 1)
+        each = -(-len(samples) // self.world.size)
+        # where weights are in parts every process must make as many forwards: the last ones repeat
+        mine = (samples * self.world.size)[self.world.rank * each :][:each]
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            batches = scored(FlowSampler(self.policy), evaluation, samples, self._scorers)
+            batches = scored(FlowSampler(self.policy), evaluation, mine, self._scorers)
             records = [record for found, _ in batches for record in found]
+        records = list(chain.from_iterable(self.world.objects(records)))[: len(samples)]
         reading = {
             r.label: [record["scores"][r.label] * (1 if r.higher_is_better else -1) for record in records]
             for r in evaluation.rewards
         }
         means = {f"heldout/{name}": sum(values) / len(values) for name, values in reading.items()}
-        self.tracker.log(step, means)
+        self._record(step, means)
         account.readings.append(reading)
         account.rewards.append(sum(account.pending) / len(account.pending) if account.pending else -math.inf)
         account.pending, account.read_at = [], step
@@ -233,7 +246,7 @@ class StageWatch:
 
     def _alarm(self, step: int, kind: str, action: Action, words: str) -> None:
         text = f"{self.stage.name}, step {step}: {kind}: {words}"
-        self.tracker.log(step, {f"alarm/{kind}": 1.0})
+        self._record(step, {f"alarm/{kind}": 1.0})
         if action == "stop":
             raise TrainingError(f"{text} (monitor.{kind}: stop)")
         self.account.alarms.append(text)
@@ -242,12 +255,23 @@ class StageWatch:
         if action == "warn" or good is None:
             return
         folder, alarms = self.folder / "checkpoints", self.account.alarms
-        for later in checkpoint.saved(folder):
-            if int(later.name.removeprefix("step-")) > good:
-                shutil.rmtree(later)
-        _, extra = checkpoint.restore(checkpoint.saved(folder)[-1], self.policy, self.optimizer)
+        with self.world.one_first():
+            for later in checkpoint.saved(folder):
+                if int(later.name.removeprefix("step-")) > good:
+                    shutil.rmtree(later)
+        _, extra = checkpoint.restore(checkpoint.saved(folder)[-1], self.policy, self.strategy)
         self.account, self.ended_at = Account(**{**extra, "alarms": alarms}), good
         self.console.print(f"[yellow]{self.stage.name}: rolled back to step {good}, where it ends[/yellow]")
+
+    def _record(
+        self, step: int, metrics: dict[str, float], histograms: dict[str, list[float]] | None = None
+    ) -> None:
+        if self.tracker is not None:
+            self.tracker.log(step, metrics, histograms)
+
+    def _spent(self) -> int:
+        """Forward-equivalents of all processes."""
+        return sum(self.world.objects(self.policy.forward_equivalents))
 
     def _pause(self) -> None:
         passed = time.monotonic() - self.since

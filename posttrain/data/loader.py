@@ -38,6 +38,8 @@ class ImageBatch:
     pixels: Tensor
     """(n, 3, h, w) float32 in [-1, 1], on the CPU."""
     captions: list[str]
+    places: list[int]
+    """Of each in the batch of all ranks, from 0; bad images have one as well."""
     bucket: Bucket
     """(w, h) in pixels."""
 
@@ -92,17 +94,17 @@ class ImageSource:
 
         def plan() -> Iterator[tuple[int, int, Bucket, list[int]]]:
             for epoch, step, ids in batches(self.buckets, batch_size, seed_key, start_step):
-                yield epoch, step, self._bucket_of[ids[0]], rank_slice(ids, rank, world)
+                yield epoch, step, self._bucket_of[ids[0]], ids
 
-        jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in ids)
+        jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in rank_slice(ids, rank, world))
         if rank >= min(batch_size, max(map(len, self.buckets.values()))):
             jobs = iter(())  # every slice is empty, and looking ahead for a job would not end
         crops = iter(read(Crops(self.spec, self.records, self._bucket_of, seed_key), jobs, self.spec.workers))
         for epoch, step, bucket, ids in plan():
             # ids come first, so that no crop of the next batch is taken when they end.
-            images = dict(self._usable(zip(ids, crops, strict=False)))
+            images = dict(self._usable(zip(rank_slice(ids, rank, world), crops, strict=False)))
             if images or world > 1:
-                yield self._batch(epoch, step, bucket, images)
+                yield self._batch(epoch, step, bucket, images, ids)
 
     def scan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Problem]:
         """Every problem in the data, by line, after reading each image in full.
@@ -119,12 +121,14 @@ class ImageSource:
         return [found[line] for line in sorted(found)]
 
     def _batch(
-        self, epoch: int, step: int, bucket: Bucket, images: dict[int, NDArray[np.uint8]]
+        self, epoch: int, step: int, bucket: Bucket, images: dict[int, NDArray[np.uint8]], ids: Sequence[int]
     ) -> ImageBatch:
         width, height = bucket
         pixels = np.stack(list(images.values())) if images else np.empty((0, height, width, 3), np.uint8)
         captions = [self.records[i].caption for i in images]
-        return ImageBatch(step, epoch, list(images), to_pixels(pixels), captions, bucket)
+        place = {image: i for i, image in enumerate(ids)}
+        places = [place[image] for image in images]
+        return ImageBatch(step, epoch, list(images), to_pixels(pixels), captions, places, bucket)
 
     def _usable(
         self, crops: Iterable[tuple[int, NDArray[np.uint8] | Problem]]

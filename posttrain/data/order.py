@@ -61,5 +61,8 @@ def _endless(
 
 
 def rank_slice(ids: Sequence[int], rank: int, world: int) -> list[int]:
-    """The part of a batch that ``rank`` of ``world`` takes; lengths differ by one at most, and may be 0."""
-    return list(ids[rank::world])
+    """The part of a batch that ``rank`` of ``world`` takes: neighbours, so that groups stay together as far
+    as they can. The first ranks have one more where it does not come out even, and the last may have none."""
+    each, more = divmod(len(ids), world)
+    start = rank * each + min(rank, more)
+    return list(ids[start : start + each + (rank < more)])

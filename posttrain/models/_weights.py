@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,11 +159,17 @@ def write_index(origin: Path, folder: Path, used: Iterable[str]) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def save_component(module: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write ``module`` in the published layout with its floating-point weights in ``dtype``."""
+def save_component(
+    module: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Write ``module`` in the published layout with its floating-point weights in ``dtype``; those that
+    ``weights`` name have the values there."""
     from huggingface_hub import save_torch_state_dict
 
-    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in module.state_dict().items()}
+    state = {
+        name: weights.get(name, tensor).detach().to("cpu", dtype).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
     with quiet():
         module.save_config(folder)
     pattern = "diffusion_pytorch_model{suffix}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -79,6 +79,7 @@ class SD3FlowModel(FlowModel):
         self.pipeline, self.source, self.device = pipeline, source, device
         self.max_sequence_length = max_sequence_length
         self.transformer: Any = pipeline.transformer
+        self.module: Any = self.transformer
         self.vae, self.scheduler = pipeline.vae, pipeline.scheduler
         _check_text_encoders(pipeline)
         self.shift = float(self.scheduler.config.shift)
@@ -134,25 +135,25 @@ class SD3FlowModel(FlowModel):
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = self.transformer.dtype
-        return self.transformer(
+        return self.module(
             hidden_states=latents.to(dtype),
             timestep=1000 * sigma,
             return_dict=False,
             **{name: tensor.to(dtype) for name, tensor in condition.items()},
         )[0].float()
 
-    def save(self, folder: Path, dtype: DtypeName) -> None:
+    def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
         used = {name for name, part in self.pipeline.components.items() if part is not None}
         _weights.link_components(self.source, folder, used - {"transformer"})
         _weights.write_index(self.source, folder, used)
-        _weights.save_component(self.transformer, folder / "transformer", torch_dtype(dtype))
+        _weights.save_component(self.transformer, folder / "transformer", torch_dtype(dtype), weights)
 
-    def save_lora(self, folder: Path) -> None:
+    def save_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         from peft import get_peft_model_state_dict
 
         from posttrain.tuning import ADAPTER
 
-        state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
+        state = get_peft_model_state_dict(self.transformer, dict(weights), adapter_name=ADAPTER)
         self.pipeline.save_lora_weights(
             folder,
             transformer_lora_layers={k: v.detach().cpu().contiguous() for k, v in state.items()},

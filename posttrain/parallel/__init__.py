@@ -1,0 +1,1 @@
+"""How does one training run use many processes? One strategy a file."""

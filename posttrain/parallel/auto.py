@@ -1,0 +1,24 @@
+"""The simplest strategy for as many processes as there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from posttrain.parallel.ddp import DDP
+from posttrain.parallel.single import Single
+from posttrain.parallel.strategy import Parallel, Strategy
+from posttrain.parallel.world import World
+
+if TYPE_CHECKING:
+    from posttrain.policy import Policy
+    from posttrain.train_settings import Train
+
+
+class Auto(Parallel):
+    """``single`` for one process, ``ddp`` for more."""
+
+    strategy: Literal["auto"] = "auto"
+
+    def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
+        chosen = DDP() if world.size > 1 else Single()
+        return chosen.prepare(policy, settings, world)

@@ -1,0 +1,51 @@
+"""Data parallel: every process has all weights, and gradients are summed (torch's DDP)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from posttrain.optimizers import optimizer_of
+from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
+from posttrain.parallel.world import World
+
+if TYPE_CHECKING:
+    from posttrain.policy import Policy
+    from posttrain.train_settings import Train
+
+
+class DDP(Parallel):
+    """Weights, gradients and optimizer whole in every process."""
+
+    strategy: Literal["ddp"] = "ddp"
+
+    @property
+    def needs_group(self) -> bool:
+        return True
+
+    def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
+        return Replicated(policy, settings, world)
+
+
+class Replicated(Direct):
+    """The strategy of :class:`DDP`."""
+
+    def __init__(self, policy: Policy, settings: Train, world: World) -> None:
+        super().__init__(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
+        device = policy.model.device
+        self.wrapped = DistributedDataParallel(
+            policy.model.transformer,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        policy.model.module = self.wrapped
+
+    def begin(self, *, last: bool) -> None:
+        self.wrapped.require_backward_grad_sync = last
+
+    def backward(self, loss: Tensor) -> None:
+        # DDP takes the mean over the processes, and the loss is a part of a sum
+        (loss * self.world.size).backward()

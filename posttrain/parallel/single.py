@@ -1,0 +1,25 @@
+"""One process: everything is whole and here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from posttrain.optimizers import optimizer_of
+from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
+from posttrain.parallel.world import World
+
+if TYPE_CHECKING:
+    from posttrain.policy import Policy
+    from posttrain.train_settings import Train
+
+
+class Single(Parallel):
+    """One process."""
+
+    strategy: Literal["single"] = "single"
+
+    def problem(self, processes: int) -> str | None:
+        return f"single is one process, not {processes}" if processes > 1 else None
+
+    def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
+        return Direct(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))

@@ -1,0 +1,147 @@
+"""What does the update ask of a way to train in parallel?
+
+A :class:`Parallel` is the recipe's ``parallel`` block. It makes a :class:`Strategy`, which owns the
+optimizer and says how each weight lies over the processes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.parallel.world import World
+from posttrain.spec import Spec
+
+if TYPE_CHECKING:
+    from posttrain.policy import Policy
+    from posttrain.train_settings import Train
+
+
+class Parallel(Spec, ABC):
+    """A recipe's ``parallel`` block. Each variant has a literal ``strategy``."""
+
+    strategy: str
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether it needs torch's process group even for one process."""
+        return False
+
+    def problem(self, processes: int) -> str | None:
+        """Why it cannot run with that many processes on this machine; None if it can."""
+        del processes
+        return None
+
+    @abstractmethod
+    def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
+        """Spread the policy's weights over the processes and make the optimizer.
+
+        Called before the policy has roles. Raises PosttrainError where what is then active is not what the
+        block says.
+        """
+
+
+class Layout:
+    """How weights lie over the processes: here, each process has them whole."""
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of the whole."""
+        return parameter.shape
+
+    def held(self, parameter: nn.Parameter) -> Tensor:
+        """What this process holds of a parameter, as a plain tensor that may be written to."""
+        return parameter.data
+
+    def whole(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
+        """The whole tensor of which this process holds ``held``; every process asks at once."""
+        del parameter
+        return held
+
+    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """What this process holds of ``whole``, a value for the parameter. No other process is asked."""
+        return whole.to(parameter.device)
+
+    def written(self) -> None:
+        """To be called after writing to what is held: copies of it are stale."""
+
+
+class Strategy(ABC):
+    """Gradients, optimizer and layout of one stage's training."""
+
+    layout: Layout
+    optimizer: torch.optim.Optimizer
+    """Its ``param_groups`` hold the learning rate."""
+
+    def __init__(self, policy: Policy, world: World) -> None:
+        self.policy, self.world = policy, world
+
+    def begin(self, *, last: bool) -> None:
+        """To be called before a micro-batch's forward; ``last``: a step follows its backward."""
+        del last
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, which is this process's part of a sum over all processes."""
+        loss.backward()
+
+    @abstractmethod
+    def step(self, max_norm: float) -> float:
+        """Clip, take the optimizer step and forget the gradients. Returns the norm of the gradients before
+        clipping; where it is not finite the weights are as they were."""
+
+    @abstractmethod
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The optimizer's state of a trained weight, whole; every process asks at once."""
+
+    @abstractmethod
+    def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        """Set the optimizer's state, from whole tensors by the weight's name."""
+
+    def loaded(self) -> None:
+        """To be called after the trained weights were written to, for a resumed run."""
+        self.layout.written()
+
+    def close(self) -> None:
+        """Let go of what was made for this stage."""
+        self.policy.model.module = self.policy.model.transformer
+
+
+class Direct(Strategy):
+    """A torch optimizer on the trained parameters themselves."""
+
+    def __init__(
+        self, policy: Policy, world: World, layout: Layout, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(policy, world)
+        self.layout, self.optimizer = layout, optimizer
+
+    def step(self, max_norm: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), max_norm)
+        # the one host synchronisation of a step: a poisoned update must never reach the weights
+        value = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # type: ignore[operator]
+        if math.isfinite(value):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        state: dict[str, Any] = self.optimizer.state[self.policy.trained[name]]
+        return {key: v.full_tensor() if hasattr(v, "full_tensor") else v for key, v in state.items()}
+
+    def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, (name, parameter) in enumerate(self.policy.trained.items()):
+            if name in moments:
+                state[i] = {
+                    key: self.placed(parameter, value) if value.shape == parameter.shape else value
+                    for key, value in moments[name].items()
+                }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def placed(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """``whole`` as the optimizer keeps it for that parameter."""
+        del parameter
+        return whole
