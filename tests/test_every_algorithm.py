@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from toys import toy_batch, toy_policy
+from toys import alone, toy_batch, toy_policy
 
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
@@ -29,8 +29,9 @@ def gradient(algorithm, micro_batch, **kwargs):
     policy = toy_policy()
     items = collected(algorithm, policy, **kwargs)
     settings = Train(steps=1, micro_batch=micro_batch, max_grad_norm=1e9)
-    update(algorithm, policy, items, torch.optim.SGD(policy.trained.values(), lr=0.0), settings, 1)
-    return torch.cat([p.grad.flatten() for p in policy.trained.values()])
+    strategy = alone(policy)
+    update(algorithm, policy, items, strategy, settings, 1)
+    return torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen])
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -133,12 +134,12 @@ def test_the_sigma_floor_bounds_every_auxiliary_sigma():
 def test_ode_only_soar_learns_the_flow_of_a_point_mass():
     """With one image the optimal velocity at (x, sigma) is (x - x0) / sigma, at auxiliary points too."""
     policy, soar = toy_policy(), SOAR(trajectory_length=2, sigma_floor=0.1)
-    optimizer = torch.optim.Adam(policy.trained.values(), lr=3e-3)
+    strategy = alone(policy, torch.optim.Adam, lr=3e-3)
     settings, losses = Train(steps=400, micro_batch=1000), []
     for step in range(400):
         batch, draws = toy_batch(policy.model, n=32, step=step)
         point = type(batch)(torch.full_like(batch.latents, 0.5), batch.prompt, batch.conditions)
         with torch.no_grad():
             items = soar.collect(point, Tools(policy, draws))
-        losses.append(update(soar, policy, items, optimizer, settings, step)["loss"].item())
+        losses.append(update(soar, policy, items, strategy, settings, step)["loss"].item())
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import online_batch, toy_judge, toy_policy
+from toys import alone, online_batch, toy_judge, toy_policy
 
 from posttrain.advantages import group_advantages, has_spread, mixed_advantages
 from posttrain.algorithm import Tools
@@ -78,8 +78,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(algorithm):
         policy = toy_policy()
         items = collected(algorithm, policy)
         settings = Train(steps=1, micro_batch=size, max_grad_norm=1e9)
-        update(algorithm, policy, items, torch.optim.SGD(policy.trained.values(), lr=0.0), settings, 1)
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.trained.values()]))
+        strategy = alone(policy)
+        update(algorithm, policy, items, strategy, settings, 1)
+        gradients.append(torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen]))
     assert gradients[0].abs().max() > 1e-4
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
@@ -128,11 +129,11 @@ def test_a_policy_that_moved_before_its_first_step_is_refused():
     items = collected(grpo, policy)
     for parameter in policy.trained.values():
         parameter.data += 0.05
-    optimizer = torch.optim.SGD(policy.trained.values(), lr=0.0)
+    strategy = alone(policy)
     settings = Train(steps=1, micro_batch=100)
     with pytest.raises(TrainingError, match="must be 1, but it is off by"):
-        update(grpo, policy, items, optimizer, settings, 1, on_policy=True)
-    update(grpo, policy, items, optimizer, settings, 1)  # a later step on the batch may have another policy
+        update(grpo, policy, items, strategy, settings, 1, on_policy=True)
+    update(grpo, policy, items, strategy, settings, 1)  # a later step on the batch may have another policy
 
 
 def test_members_of_a_group_start_from_noise_of_their_own():
@@ -166,11 +167,11 @@ def test_a_window_is_one_for_the_batch_and_moves_between_batches():
 def test_equal_rewards_train_nothing_and_take_no_step():
     policy, grpo = toy_policy(), FlowGRPO(group_size=4, num_steps=4)
     items = collected(grpo, policy, reward=lambda images: torch.ones(len(images)))
-    assert len(items) == 0
+    assert items.weight.sum() == 0
     assert items.metrics["groups_without_spread"] == 1
     before = [p.clone() for p in policy.trained.values()]
-    optimizer = torch.optim.AdamW(policy.trained.values(), lr=1.0)
-    metrics = update(grpo, policy, items, optimizer, Train(steps=1), 1, on_policy=True)
+    strategy = alone(policy, torch.optim.AdamW, lr=1.0)
+    metrics = update(grpo, policy, items, strategy, Train(steps=1), 1, on_policy=True)
     assert list(metrics) == ["skipped_steps"]
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trained.values(), strict=True))
 
@@ -239,8 +240,8 @@ def test_the_old_policy_moves_once_a_batch_and_by_optimizer_steps():
 
     with toy_judge(policy.model) as judge:
         settings = Train(steps=6, batch_size=8, steps_per_batch=2, checkpoint_every=2, sample_every=None)
-        optimizer = torch.optim.SGD(policy.trained.values(), lr=1e-3)
-        train(nft, policy, optimizer, batches(), settings, Nothing())
+        strategy = alone(policy, torch.optim.SGD, lr=1e-3)
+        train(nft, policy, strategy, batches(), settings, Nothing())
     assert moves == [("old", 0.002), ("old", 0.004), ("old", 0.006)]
 
 
@@ -352,12 +353,12 @@ def test_the_sde_keeps_a_gaussians_marginals(dynamics):
 )
 def test_it_learns_to_please_a_simple_reward(algorithm):
     policy, rewards = toy_policy(), []
-    optimizer = torch.optim.Adam(policy.trained.values(), lr=3e-3)
+    strategy = alone(policy, torch.optim.Adam, lr=3e-3)
     settings = Train(steps=40, micro_batch=1000)
     for step in range(40):
         items = collected(algorithm, policy, prompts=4, step=step, chunk=1000)
         rewards.append(items.metrics["reward"].item())
-        update(algorithm, policy, items, optimizer, settings, step + 1, on_policy=True)
+        update(algorithm, policy, items, strategy, settings, step + 1, on_policy=True)
         algorithm.after_batch(policy, step + 1)
         policy.roles = {k: v for k, v in policy.roles.items() if k == "none"}
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.5
@@ -366,5 +367,6 @@ def test_it_learns_to_please_a_simple_reward(algorithm):
 def test_items_in_parts_are_all_there_once():
     items = replace(collected(ONLINE[0], toy_policy()), metrics={})
     parts = list(items.parts(5))
-    assert [len(p) for p in parts] == [7, 7, 7, 7, 8]
-    assert torch.equal(torch.cat([p.latents for p in parts]), items.latents)
+    assert [len(p) for p in parts] == [9, 9, 6, 6, 6]  # of 12 samples, with 3 items each
+    assert all((p.place % 5 == i).all() for i, p in enumerate(parts))
+    assert sorted(torch.cat([p.log_prob for p in parts]).tolist()) == sorted(items.log_prob.tolist())

@@ -159,7 +159,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
     made = recipe(stage("soar", SOAR, tune=tune))
     run_quietly(made, tmp_path / "whole")
 
-    def dying(algorithm, policy, optimizer, batches, settings, watch, start=0):
+    def dying(algorithm, policy, strategy, batches, settings, watch, start=0):
         after = watch.after_step
 
         def after_step(step, samples, metrics):
@@ -168,7 +168,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
                 raise Killed
 
         monkeypatch.setattr(watch, "after_step", after_step)
-        train(algorithm, policy, optimizer, batches, settings, watch, start)
+        train(algorithm, policy, strategy, batches, settings, watch, start)
 
     with monkeypatch.context() as patch:
         patch.setattr("posttrain.stage.train", dying)
@@ -181,7 +181,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
     assert_equal_weights(first["trained"], second["trained"])
     assert_equal_weights(first["roles"]["ema"], second["roles"]["ema"])
     for one, other in zip(
-        first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True
+        first["optimizer"].values(), second["optimizer"].values(), strict=True
     ):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
     losses = [
@@ -271,7 +271,7 @@ def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(tmp_path):
         checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True
     )
     assert {t.dtype for t in state["trained"].values()} == {torch.float32}
-    assert {s["exp_avg"].dtype for s in state["optimizer"]["state"].values()} == {torch.float32}
+    assert {s["exp_avg"].dtype for s in state["optimizer"].values()} == {torch.float32}
     a, b = (read_metrics(tmp_path / "run" / n / "metrics.jsonl")[0]["loss"] for n in ("sft", "fp32"))
     assert a != b
     assert a == pytest.approx(b, rel=0.02)

@@ -104,7 +104,7 @@ def test_a_full_artifact_loads_in_diffusers_and_gives_the_same_samples(tmp_path)
     with torch.no_grad():
         for p in model.transformer.parameters():
             p.add_(0.01 * torch.randn_like(p))
-    model.save(tmp_path / "final", "fp32")
+    model.save(tmp_path / "final", "fp32", {})
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "final")
     pipeline.set_progress_bar_config(disable=True)
     noise = noise_for(model, PROMPTS)
@@ -126,7 +126,7 @@ def test_a_lora_artifact_loads_in_diffusers_with_its_alpha_and_merges_to_the_sam
     conditions, rows = encode(model, PROMPTS)
     arguments = (conditions, rows, noise, model.sigmas(4, 16, 16), 4.5, "euler")
     own = sample_latents(Policy(model), *arguments)
-    model.save_lora(tmp_path / "final")
+    model.save_lora(tmp_path / "final", dict(model.transformer.named_parameters()))
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder())
     pipeline.set_progress_bar_config(disable=True)
@@ -220,7 +220,7 @@ def test_a_left_out_text_encoder_stays_out_of_the_artifact(tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
     model = load(text_encoder_3=False)
-    model.save(tmp_path / "final", "fp16")
+    model.save(tmp_path / "final", "fp16", {})
     assert not (tmp_path / "final" / "text_encoder_3").exists()
     none = {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "final", **none)

@@ -10,6 +10,8 @@ from posttrain.algorithm import Batch
 from posttrain.condition import Conditions
 from posttrain.judge import Judge
 from posttrain.model import FlowModel
+from posttrain.parallel.strategy import Direct, Layout
+from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
 from posttrain.reward import Scores
@@ -22,6 +24,7 @@ class ToyModel(FlowModel):
     def __init__(self, seed=0):
         torch.manual_seed(seed)
         self.transformer = nn.Sequential(nn.Linear(4 + 1 + 3, 32), nn.SiLU(), nn.Linear(32, 4))
+        self.module = self.transformer
         self.device, self.shift, self.divisor = torch.device("cpu"), 3.0, 1
 
     def sigmas(self, steps, height, width):
@@ -41,9 +44,9 @@ class ToyModel(FlowModel):
 
     def velocity(self, latents, sigma, condition):
         features = torch.cat([latents.flatten(1), sigma[:, None], condition["c"]], 1)
-        return self.transformer(features).view_as(latents)
+        return self.module(features).view_as(latents)
 
-    def save(self, folder, dtype):
+    def save(self, folder, dtype, weights):
         raise AssertionError("not in these tests")
 
     save_lora = load_weights = save
@@ -59,6 +62,21 @@ def toy_batch(model, n=6, step=0, seed=0):
 
 def toy_policy(seed=0):
     return Policy(ToyModel(seed), chunk=4)
+
+
+class Seeing(torch.optim.SGD):
+    """Keeps the gradients it was given, and moves nothing."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.0)
+
+    def step(self):
+        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def alone(policy, optimizer=Seeing, **settings):
+    """The strategy of one process."""
+    return Direct(policy, ALONE, Layout(), optimizer(policy.trained.values(), **settings))
 
 
 def online_batch(model, prompts=3, group_size=4, step=0):
