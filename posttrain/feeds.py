@@ -19,6 +19,7 @@ from posttrain.randomness import Draws
 from posttrain.sampling import encode
 
 if TYPE_CHECKING:
+    from posttrain.cache.latents import LatentCache
     from posttrain.recipe import Stage
     from posttrain.reward import Reward
 
@@ -44,7 +45,10 @@ class Feed(ABC):
 
 
 class ImageFeed(Feed):
-    """Images and captions, encoded batch by batch."""
+    """Images and captions, encoded batch by batch, or read from a cache."""
+
+    latents: LatentCache | None = None
+    """Set by :mod:`posttrain.cache.fill`."""
 
     def __init__(self, data: Images | ShapesData, model: FlowModel, batch_size: int, work: Path) -> None:
         self.model, self.batch_size = model, batch_size
@@ -56,9 +60,20 @@ class ImageFeed(Feed):
         self.size = (side, side)
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
+        if self.latents is not None:
+            yield from self._cached(self.latents, key, start)
+            return
         for images in self.source.batches(self.batch_size, key, start):
             draws = Draws((*key, images.step), images.ids, self.model.device)
             yield images.step, encoded(images, self.model, draws), draws
+
+    def _cached(
+        self, cache: LatentCache, key: tuple[object, ...], start: int
+    ) -> Iterator[tuple[int, Batch, Draws]]:
+        for images, entries in cache.batches(self.batch_size, key, start):
+            draws = Draws((*key, images.step), images.ids, self.model.device)
+            conditions, rows = encode(self.model, images.captions)
+            yield images.step, Batch(cache.latents(entries, draws), rows, conditions), draws
 
     def skipped(self) -> list[str]:
         return [str(problem) for problem in self.source.skipped]

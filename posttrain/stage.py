@@ -11,6 +11,7 @@ from torch import Tensor
 
 from posttrain import checkpoint
 from posttrain.artifact import DESCRIPTION
+from posttrain.cache.fill import fill_for_stage
 from posttrain.device import reset_peak_memory
 from posttrain.feeds import feed_of
 from posttrain.judge import Judge
@@ -67,6 +68,7 @@ def run_stage(
     feed = feed_of(stage, model, run / "data")
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
+    fill_for_stage(recipe, stage, model, feed, console)
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard") as tracker,
         stage_progress(stage.name, settings.steps, start, console) as bar,
