@@ -75,6 +75,12 @@ class Model(Named, ABC):
     def divisor(self) -> int | None:
         """What image sides must be multiples of, from the model's configuration; None where not at hand."""
 
+    def encoding_bytes(self, encoder: EncoderName, side: int) -> int | None:
+        """Bytes of an encoded prompt, or of the posterior of an image of ``side`` pixels squared, as they are
+        computed, from the model's configuration; None where it is not at hand."""
+        del encoder, side
+        return None
+
     @abstractmethod
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Name -> shape of the transformer's weights, read from file headers; None where not at hand."""

@@ -54,7 +54,8 @@ class LatentCache:
         self.store.room.reserve(
             self.store.folder, f"{name}: latents", len(jobs), len(missing), *sizes, console
         )
-        if not (mine := list(missing.values())[rank::world]):
+        # a share of all, since another process may not see the same ones missing
+        if not (mine := [missing[key] for key in list(jobs)[rank::world] if key in missing]):
             return
         with stage_progress(f"{name}: encoding images", len(mine), 0, console) as bar:
             for done, (i, flip, pixels) in enumerate(self.source.centred(mine), 1):

@@ -39,7 +39,9 @@ class PromptCache:
         self.store.room.reserve(
             self.store.folder, f"{name}: prompts", len(distinct), len(missing), *sizes, console
         )
-        if not (mine := missing[rank::world]):
+        # a share of all, since another process may not see the same ones missing
+        if not (mine := [key for key in list(distinct)[rank::world] if key not in self.store]):
+            self.store.flush()
             return
         with stage_progress(f"{name}: encoding prompts", len(mine), 0, console) as bar:
             for i in range(0, len(mine), AT_ONCE):

@@ -76,7 +76,7 @@ class Room:
     def publish(self, part: Path, shard: Path) -> None:
         """Rename ``part`` to ``shard`` after removing what must go. Raises PosttrainError where what this
         process uses leaves no room."""
-        with self._locked():
+        with self.locked():
             size = part.stat().st_size
             files = sorted((f.stat().st_mtime_ns, f.stat().st_size, f) for f in self.root.glob(SHARDS))
             over = sum(bytes_ for _, bytes_, _ in files) + size - self.limit
@@ -94,7 +94,8 @@ class Room:
             self._used.add(shard)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Hold the folder: no shard appears or is removed by another process meanwhile."""
         with (self.root / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

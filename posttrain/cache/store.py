@@ -58,13 +58,10 @@ class Store:
         self._pending_bytes = 0
         self._computed: dict[str, str] = {}
         self._bad: set[Path] = set()
+        self._about = json.dumps(about, indent=2)
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             _remove_stale(self.folder)
-            if not (self.folder / ABOUT).is_file():
-                part = self.folder / f".{ABOUT}.{os.getpid()}.part"
-                part.write_text(json.dumps(about, indent=2))
-                part.replace(self.folder / ABOUT)
         self.refresh()
 
     def refresh(self) -> None:
@@ -100,7 +97,7 @@ class Store:
         while (file := self._place.get(key)) is not None:
             shard = self._shards[file]
             kept = shard.read(key)
-            if key in self._verified or checksum(kept) == shard.checksums[key]:
+            if key in self._verified or checksum(key, kept, shard.computed) == shard.checksums[key]:
                 self._verified.add(key)
                 return _as_computed(kept, shard.computed)
             self._discard(file, "its content does not have the checksum that was written with it")
@@ -125,12 +122,20 @@ class Store:
             self.refresh()
         self._pending, self._pending_bytes = {}, 0
 
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / ABOUT).is_file():
+            part = self.folder / f".{ABOUT}.{os.getpid()}.part"
+            part.write_text(self._about)
+            part.replace(self.folder / ABOUT)
+
     def _write(self, entries: Mapping[str, Entry]) -> None:
-        checksums = {key: checksum(entry) for key, entry in entries.items()}
+        checksums = {key: checksum(key, entry, self._computed) for key, entry in entries.items()}
         about = json.dumps({"checksums": checksums, "computed": self._computed}, sort_keys=True)
         name = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
         file, part = self.folder / f"{name}.safetensors", self.folder / f".{name}.{os.getpid()}.part"
         with writing(self.folder):
+            self._make_folder()  # again: the cache may be cleared while a run uses it
             # a tensor that is a row of a batch would be refused for sharing its memory with the others
             tensors = {f"{key}/{n}": t.clone() for key, entry in entries.items() for n, t in entry.items()}
             save_file(tensors, part, metadata={"posttrain": about})
@@ -171,10 +176,12 @@ class _Shard:
         return {name: self.tensors.get_tensor(f"{key}/{name}") for name in self.computed}
 
 
-def checksum(entry: Entry) -> int:
-    """The CRC-32 over the bytes of the tensors, by name."""
-    value = 0
-    for _, tensor in sorted(entry.items()):
+def checksum(key: str, entry: Entry, computed: Mapping[str, str]) -> int:
+    """The CRC-32 over everything that is read of an entry: key, names, dtypes, shapes and values."""
+    value = zlib.crc32(key.encode())
+    for name, tensor in sorted(entry.items()):
+        described = f"{name} {tensor.dtype} {computed[name]} {tuple(tensor.shape)}"
+        value = zlib.crc32(described.encode(), value)
         value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return value
 

@@ -73,6 +73,18 @@ class SD3(Model):
             return None
         return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
 
+    def encoding_bytes(self, encoder: EncoderName, side: int) -> int | None:
+        vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))
+        clip = _weights.config(self.path, "text_encoder")
+        if vae is None or transformer is None or clip is None:
+            return None
+        if encoder == "images":
+            latents = (side // 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
+            return 2 * 4 * vae["latent_channels"] * latents
+        tokens = clip["max_position_embeddings"] + self.max_sequence_length
+        values = tokens * transformer["joint_attention_dim"] + transformer["pooled_projection_dim"]
+        return values * torch_dtype(self.dtype).itemsize
+
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         return _weights.header_shapes(self.path, "transformer")
 
