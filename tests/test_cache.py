@@ -227,7 +227,9 @@ def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, mo
     made = images_recipe(tmp_path, BOTH, "crop: center, flip: true")
     model, encoded = load(), []
     encode = SD3FlowModel.posterior
-    monkeypatch.setattr(SD3FlowModel, "posterior", lambda m, pixels: encoded.append(1) or encode(m, pixels))
+    monkeypatch.setattr(
+        SD3FlowModel, "posterior", lambda m, pixels: encoded.extend(pixels) or encode(m, pixels)
+    )
     feeds = []
     for rank in (0, 1):
         feeds.append(feed_of(made.stages[0], model, tmp_path / "data"))
@@ -254,7 +256,7 @@ def test_an_encoding_is_a_function_of_its_prompt_or_image_alone():
     for chosen in ([3], [8, 0], [5, 4, 3, 2, 1], [*range(9), *range(9)]):
         found = model.encode_prompts([prompts[i] for i in chosen])
         assert all(torch.equal(found[name], together[name][chosen]) for name in together)
-    pixels = torch.rand(5, 3, 16, 16) * 2 - 1
+    pixels = torch.rand(9, 3, 16, 16) * 2 - 1
     posterior = model.posterior(pixels)
     for whole, part in zip(posterior, model.posterior(pixels[[4, 1]]), strict=True):
         assert torch.equal(part, whole[[4, 1]])
@@ -264,8 +266,8 @@ def test_an_encoding_is_a_function_of_its_prompt_or_image_alone():
 def test_latents_are_those_that_diffusers_draws():
     model, noise = load(), torch.randn(2, 4, 8, 8)
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    posterior = [model.vae.encode(image[None]).latent_dist for image in pixels]
-    drawn = torch.cat([p.mean + p.std * n for p, n in zip(posterior, noise, strict=True)])
+    posterior = model.vae.encode(torch.cat([pixels, torch.zeros(6, 3, 16, 16)])).latent_dist
+    drawn = posterior.mean[:2] + posterior.std[:2] * noise
     expected = (drawn - model.vae.config.shift_factor) * model.vae.config.scaling_factor
     assert torch.equal(model.encode_images(pixels, noise), expected)
 

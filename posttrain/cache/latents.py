@@ -24,6 +24,10 @@ from posttrain.progress import stage_progress
 from posttrain.randomness import Draws, generator
 
 Kind = Literal["mean_logvar", "sampled"]
+Decoded = tuple[int, bool, Tensor]
+"""An image's id, whether it is mirrored, and its pixels (3, h, w)."""
+AT_ONCE = 8
+"""Images in one call of the encoder while the cache is filled; the result does not depend on it."""
 READERS = 8
 """Threads that read files for their hashes."""
 
@@ -57,11 +61,19 @@ class LatentCache:
         # a share of all, since another process may not see the same ones missing
         if not (mine := [missing[key] for key in list(jobs)[rank::world] if key in missing]):
             return
+        mine.sort(key=lambda job: self.source.bucket_of[job[0]])  # images of one size are encoded together
+        waiting: list[Decoded] = []
         with stage_progress(f"{name}: encoding images", len(mine), 0, console) as bar:
             for done, (i, flip, pixels) in enumerate(self.source.centred(mine), 1):
+                if len(waiting) == AT_ONCE or (
+                    waiting and self.source.bucket_of[i] != self.source.bucket_of[waiting[0][0]]
+                ):
+                    self._encode(waiting)
+                    waiting = []
                 if pixels is not None:
-                    self._encode(i, flip, pixels)
+                    waiting.append((i, flip, pixels))
                 bar.update(done)
+            self._encode(waiting)
             self.store.flush()
 
     def batches(
@@ -89,18 +101,21 @@ class LatentCache:
             return entry
         for _, _, pixels in self.source.centred([(i, flip)], workers=0):
             if pixels is not None:
-                self._encode(i, flip, pixels)
+                self._encode([(i, flip, pixels)])
         return self.store.read(self._key(i, flip))
 
-    def _encode(self, i: int, flip: bool, pixels: Tensor) -> None:
-        mean, logvar = self.model.posterior(pixels[None])
-        key = self._key(i, flip)
-        if self.kind == "mean_logvar":
-            self.store.add(key, {"mean": mean[0], "logvar": logvar[0]})
+    def _encode(self, images: Sequence[Decoded]) -> None:
+        if not images:
             return
-        # a function of the image, so that every run and process keeps the same draw
-        noise = torch.randn(mean.shape, generator=generator("cache", key)).to(mean.device)
-        self.store.add(key, {"latents": self.model.latents(mean, logvar, noise)[0]})
+        posterior = self.model.posterior(torch.stack([pixels for _, _, pixels in images]))
+        for (i, flip, _), mean, logvar in zip(images, *posterior, strict=True):
+            key = self._key(i, flip)
+            if self.kind == "mean_logvar":
+                self.store.add(key, {"mean": mean, "logvar": logvar})
+            else:
+                # a function of the image, so that every run and process keeps the same draw
+                noise = torch.randn(mean.shape, generator=generator("cache", key)).to(mean.device)
+                self.store.add(key, {"latents": self.model.latents(mean, logvar, noise)})
 
     def _key(self, i: int, flip: bool) -> str:
         return digest(self._hashes[i], *self.source.bucket_of[i], flip)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PROMPTS_AT_ONCE = 8
 """Every call of the text encoders has this many rows, short ones filled up with the empty prompt: kernels are
 chosen by the number of rows, and would give a prompt other last bits in a batch of another size."""
+IMAGES_AT_ONCE, PIXELS_AT_ONCE = 8, 512 * 512
+"""Every call of the image encoder has as many images as these allow, at least one, and short ones are filled
+up with grey: for the same reason, and because a whole training batch would need much memory here."""
 TEXT_COMPONENTS = tuple(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
 
 
@@ -139,15 +142,17 @@ class SD3FlowModel(FlowModel):
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         import torch
 
+        height, width = pixels.shape[-2:]
+        at_once = max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+        none = torch.empty(0, *self.latent_shape(height, width), device=self.device)
+        mean, logvar = [none], [none]
         with torch.no_grad():
-            # one by one: kernels are chosen by the number of images, and an encoder at full resolution
-            # needs more memory for a batch than the training step that follows
-            single = [
-                self.vae.encode(image[None].to(self.device, torch.float32)).latent_dist for image in pixels
-            ]
-            mean, logvar = ([getattr(p, name) for p in single] for name in ("mean", "logvar"))
-            none = torch.empty(0, *self.latent_shape(*pixels.shape[-2:]), device=self.device)
-            return torch.cat([none, *mean]), torch.cat([none, *logvar])
+            for part in pixels.to(self.device, torch.float32).split(at_once) if len(pixels) else ():
+                full = torch.cat([part, part.new_zeros(at_once - len(part), 3, height, width)])
+                posterior = self.vae.encode(full).latent_dist
+                mean.append(posterior.mean[: len(part)])
+                logvar.append(posterior.logvar[: len(part)])
+        return torch.cat(mean), torch.cat(logvar)
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         import torch
