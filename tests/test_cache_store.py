@@ -70,6 +70,15 @@ def test_every_entry_is_read_as_it_was_added_by_this_process_and_by_others(tmp_p
     assert "10" not in store
 
 
+def test_a_file_may_be_read_by_whom_the_user_lets_read_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        store = filled(tmp_path, range(2))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in store.folder.iterdir()} == {0o640}
+
+
 def test_an_added_entry_can_be_read_before_it_is_written(tmp_path):
     store = open_store(tmp_path, dtype=torch.bfloat16)
     store.add("1", entry(1))

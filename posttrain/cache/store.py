@@ -139,6 +139,8 @@ class Store:
             # a tensor that is a row of a batch would be refused for sharing its memory with the others
             tensors = {f"{key}/{n}": t.clone() for key, entry in entries.items() for n, t in entry.items()}
             save_file(tensors, part, metadata={"posttrain": about})
+            # safetensors lets nobody else read what it writes; the user's own mask is to decide
+            part.chmod((self.folder / ABOUT).stat().st_mode & 0o777)
             with part.open("rb") as written:
                 os.fsync(written.fileno())
             self.room.publish(part, file)
