@@ -24,7 +24,7 @@ ARTIFACTS = ("model_index.json", "*.safetensors")
 
 def problems(recipe: Recipe) -> list[Problem]:
     """(place in the recipe, what is wrong there), for files, devices, packages and model configurations."""
-    return [*_device(recipe), *_model(recipe), *_stages(recipe), *_evaluation(recipe)]
+    return [*_device(recipe), *_model(recipe), *_cache(recipe), *_stages(recipe), *_evaluation(recipe)]
 
 
 def _device(recipe: Recipe) -> Iterator[Problem]:
@@ -40,6 +40,12 @@ def _device(recipe: Recipe) -> Iterator[Problem]:
 def _model(recipe: Recipe) -> Iterator[Problem]:
     if (reason := recipe.model.missing()) is not None:
         yield ("model", "path"), reason.removeprefix("model.path: ")
+
+
+def _cache(recipe: Recipe) -> Iterator[Problem]:
+    folder = recipe.cache.folder()
+    if (recipe.cache.prompts or recipe.cache.latents != "off") and folder.exists() and not folder.is_dir():
+        yield ("cache", "path"), f"{str(folder)!r} is a file, a folder is expected"
 
 
 def _stages(recipe: Recipe) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""The command line: runs and recipes here, evaluations and rewards in modules of their own."""
+"""The command line: runs and recipes here, evaluations, rewards and the cache in modules of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain import cli_eval, cli_rewards
+from posttrain import cli_cache, cli_eval, cli_rewards
 
 app = typer.Typer(
     help="Post-train rectified-flow text-to-image models: SFT, SOAR, Flow-GRPO, DiffusionNFT, and chains.",
@@ -28,6 +28,7 @@ app.add_typer(shapes_app, name="shapes")
 app.command("eval")(cli_eval.evaluate_model)
 app.command("compare")(cli_eval.compare_evaluations)
 cli_rewards.register(app)
+cli_cache.register(app)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")

@@ -21,6 +21,7 @@ from posttrain.randomness import Draws
 from posttrain.sampling import encode
 
 if TYPE_CHECKING:
+    from posttrain.cache.latents import LatentCache
     from posttrain.recipe import Stage
     from posttrain.reward import Reward
 
@@ -49,7 +50,10 @@ class Feed(ABC):
 
 
 class ImageFeed(Feed):
-    """Images and captions, encoded batch by batch."""
+    """Images and captions, encoded batch by batch, or read from a cache."""
+
+    latents: LatentCache | None = None
+    """Set by :mod:`posttrain.cache.fill`."""
 
     def __init__(
         self,
@@ -68,6 +72,9 @@ class ImageFeed(Feed):
         self.size = (side, side)
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
+        if self.latents is not None:
+            yield from self._cached(self.latents, key, start)
+            return
         for images in self.source.batches(self.batch_size, key, start, self.world.rank, self.world.size):
             here = self.world.objects(len(images.ids))
             if not (total := sum(here)):
@@ -76,6 +83,25 @@ class ImageFeed(Feed):
             draws = Draws((*key, images.step), filled.ids, self.model.device)
             batch = encoded(filled, self.model, draws)
             yield images.step, replace(batch, total=total), draws
+
+    def _cached(
+        self, cache: LatentCache, key: tuple[object, ...], start: int
+    ) -> Iterator[tuple[int, Batch, Draws]]:
+        world = self.world
+        for images, entries in cache.batches(self.batch_size, key, start, world.rank, world.size):
+            here = world.objects(len(entries))
+            if not (total := sum(here)):
+                continue
+            if missing := max(here) - min(here):  # on some process; a filler's latents do not matter
+                filler = next(e for e in world.objects(entries[0] if entries else None) if e is not None)
+                missing = max(here) - len(entries)
+                entries += [filler] * missing
+            ids, captions = [*images.ids, *range(-missing, 0)], [*images.captions, *[""] * missing]
+            draws = Draws((*key, images.step), ids, self.model.device)
+            conditions, rows = encode(self.model, captions)
+            places = torch.tensor([*images.places, *[-1] * missing], device=rows.device)
+            latents = cache.latents(entries, draws)
+            yield images.step, Batch(latents, rows, conditions, place=places, total=total), draws
 
     def skipped(self) -> list[str]:
         return [str(problem) for problem in self.source.skipped]

@@ -11,17 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from posttrain.errors import ModelError
 from posttrain.spec import Named
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from posttrain.cache.prompts import PromptCache
     from posttrain.condition import Condition
     from posttrain.recipe import Sampling
     from posttrain.sampling import Sampler
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
+EncoderName = Literal["prompts", "images"]
+"""What an encoder encodes."""
 
 
 def torch_dtype(name: DtypeName) -> torch.dtype:
@@ -71,6 +75,12 @@ class Model(Named, ABC):
     def divisor(self) -> int | None:
         """What image sides must be multiples of, from the model's configuration; None where not at hand."""
 
+    def encoding_bytes(self, encoder: EncoderName, side: int) -> int | None:
+        """Bytes of an encoded prompt, or of the posterior of an image of ``side`` pixels squared, as they are
+        computed, from the model's configuration; None where it is not at hand."""
+        del encoder, side
+        return None
+
     @abstractmethod
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Name -> shape of the transformer's weights, read from file headers; None where not at hand."""
@@ -88,6 +98,8 @@ class FlowModel(ABC):
     """Of the timestep schedule, for sigma(t); see :func:`posttrain.flow.shift_sigma`."""
     divisor: int
     """Image sides must be multiples of this many pixels."""
+    prompt_cache: PromptCache | None = None
+    """Where :func:`posttrain.sampling.encode` looks before it encodes; set by :mod:`posttrain.cache.fill`."""
 
     @abstractmethod
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:
@@ -95,11 +107,29 @@ class FlowModel(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """The condition of each prompt, on the device."""
+        """The condition of each prompt, on the device: to the bit the same whatever is encoded beside it."""
 
-    @abstractmethod
     def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of ``pixels`` (n, 3, h, w) in [-1, 1], drawn from the encoder's posterior by ``noise``."""
+        return self.latents(*self.posterior(pixels), noise)
+
+    @abstractmethod
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's mean and log-variance (n, c, h, w) float32 for ``pixels`` (n, 3, h, w) in [-1, 1]:
+        those of an image are to the bit the same whatever is encoded beside it."""
+
+    @abstractmethod
+    def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """The latents (n, c, h, w) float32, scaled as the transformer takes them, that standard normal
+        ``noise`` draws from a posterior. A function of each element alone."""
+
+    def identity(self, encoder: EncoderName) -> dict[str, Any]:
+        """What an encoding is a function of beside the prompt, or the pixels: the encoder's weights by their
+        hash, and its settings; as JSON. Raises ModelError for a model whose encodings cannot be kept."""
+        raise ModelError(
+            f"{type(self).__name__} does not say what its encodings of {encoder} depend on, so "
+            "they cannot be cached: remove 'cache' from the recipe"
+        )
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

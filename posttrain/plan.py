@@ -53,8 +53,37 @@ def plan(recipe: Recipe) -> RenderableType:
             f"evaluation: base and every stage on {prompts}, {e.images_per_prompt} image(s) each at "
             f"{e.resolution} px, {e.steps} {e.solver} steps, guidance {e.guidance}; scores: {names}"
         )
+    lines += _cache(recipe)
     lines += _to_fetch(recipe)
     return Group(*lines)
+
+
+def _cache(recipe: Recipe) -> list[RenderableType]:
+    """What is cached, how large one encoding is, and how much there is already."""
+    from posttrain.cache.contents import contents
+
+    cache, parts = recipe.cache, []
+    if cache.prompts:
+        # what is computed in half precision is kept as it is
+        rounds = cache.dtype == "bf16" and recipe.model.frozen_dtype() == "fp32"
+        parts.append(f"prompts{_each(recipe.model.encoding_bytes('prompts', 0), rounds)}")
+    if cache.latents != "off":
+        sides = {s.data.resolution for s in recipe.stages if isinstance(s.data, Images) and s.data.resolution}
+        side = sides.pop() if len(sides) == 1 else None
+        size = recipe.model.encoding_bytes("images", side) if side else None
+        size = size // 2 if size and cache.latents == "sampled" else size
+        at = f" at {side} px" if size else ""
+        parts.append(f"latents ({cache.latents}){_each(size, cache.dtype == 'bf16')}{at}")
+    if not parts:
+        return []
+    there = short(float(sum(kept.size for kept in contents(cache.folder()))), "B")
+    limit = short(float(cache.max_size), "B")
+    words = f"cache: {' and '.join(parts)}; {cache.folder()} has {there} of at most {limit}"
+    return [Text(f"{words}. Each stage says how much it needs before it encodes.")]
+
+
+def _each(size: int | None, halved: bool) -> str:
+    return "" if size is None else f", {short(size / 2 if halved else float(size), 'B')} each"
 
 
 def _to_fetch(recipe: Recipe) -> list[RenderableType]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.algorithm import Algorithm
-from posttrain.data.spec import AnyData, AnyPrompts, PromptData
+from posttrain.cache.settings import Cache
+from posttrain.data.spec import AnyData, AnyPrompts, Images, PromptData
 from posttrain.model import DtypeName, Model
 from posttrain.monitor import Monitor
 from posttrain.parallel.auto import Auto
@@ -173,6 +174,8 @@ class Recipe(Spec):
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and image grids go besides metrics.jsonl, which is always written."""
     model: AnyModel
+    cache: Cache = Cache()
+    """Which encodings are kept for other stages and runs; none by default."""
     stages: list[Stage]
     """What the model goes through; none, to evaluate it as it is."""
     evaluation: Evaluation | None = None
@@ -210,6 +213,25 @@ class Recipe(Spec):
                 words = "reads the evaluation's prompts and rewards, and the recipe has no evaluation"
                 raise at(("stages", i, "monitor"), words)
             before.append(stage.name)
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_cached_is_used(self) -> Self:
+        if self.cache.prompts and not self.model.trainable:
+            words = f"the prompts of {self.model.type} cannot be cached: remove it"
+            raise at(("cache", "prompts"), words)
+        if self.cache.latents == "off":
+            return self
+        if not any(stage.algorithm.needs == "images" for stage in self.stages):
+            words = "no stage trains on images, so it would have no effect: remove it"
+            raise at(("cache", "latents"), words)
+        for i, stage in enumerate(self.stages):
+            if isinstance(stage.data, Images) and stage.data.crop == "random":
+                words = (
+                    "cached latents are of one crop of each image, and this draws another one each epoch: "
+                    "set 'crop: center' (no change where images have their bucket's shape)"
+                )
+                raise at(("stages", i, "data", "crop"), words)
         return self
 
     def parent(self, stage: Stage) -> str:

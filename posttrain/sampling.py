@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor]:
-    """The conditions of ``prompts``, each distinct one encoded once, and each prompt's row (n,)."""
+    """The conditions of ``prompts``, each distinct one encoded once, or read from the model's cache, and each
+    prompt's row (n,)."""
     distinct = list(dict.fromkeys(prompts))
-    encoded = model.encode_prompts(["", *distinct])
+    source = model.encode_prompts if model.prompt_cache is None else model.prompt_cache.conditions
+    encoded = source(["", *distinct])
     row = {prompt: i + 1 for i, prompt in enumerate(distinct)}
     rows = torch.tensor([row[p] for p in prompts], device=model.device)
     return Conditions(encoded), rows

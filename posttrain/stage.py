@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posttrain import checkpoint
 from posttrain.artifact import DESCRIPTION
+from posttrain.cache.fill import fill_for_stage
 from posttrain.device import reset_peak_memory
 from posttrain.feeds import feed_of
 from posttrain.judge import Judge
@@ -72,6 +73,7 @@ def run_stage(
         feed = feed_of(stage, model, run / "data", world)
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
+    fill_for_stage(recipe, stage, model, feed, console, world)
     failures = folder / ("failed_reward" if world.main else f"failed_reward-{world.rank}")
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard")

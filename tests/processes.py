@@ -7,10 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from posttrain.chain import run
 from posttrain.parallel.world import joined
 from posttrain.recipe_file import parse_recipe
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -33,7 +33,8 @@ class Recorded(FlowModel):
     def unused(self, *args, **kwargs):
         raise AssertionError("not in these tests")
 
-    sigmas = encode_prompts = encode_images = latent_shape = decode = save = save_lora = load_weights = unused
+    sigmas = encode_prompts = posterior = latents = latent_shape = decode = unused
+    save = save_lora = load_weights = unused
 
 
 def policy_of(v, **roles):

@@ -180,9 +180,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
     first, second = (torch.load(c / "state.pt", weights_only=True) for c in (a, b))
     assert_equal_weights(first["trained"], second["trained"])
     assert_equal_weights(first["roles"]["ema"], second["roles"]["ema"])
-    for one, other in zip(
-        first["optimizer"].values(), second["optimizer"].values(), strict=True
-    ):
+    for one, other in zip(first["optimizer"].values(), second["optimizer"].values(), strict=True):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
     losses = [
         [row["loss"] for row in read_metrics(tmp_path / n / "soar" / "metrics.jsonl")]

@@ -5,6 +5,7 @@ Everything drawn is a function of (key, epoch, image): workers and prefetching c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from posttrain.data.lines import Problem, listing
 from posttrain.data.order import batches, batches_per_epoch, rank_slice
 from posttrain.data.records import Bucket, Record, read_records, stop_beyond_tolerance
 from posttrain.data.spec import Images
-from posttrain.data.workers import Crops, Whole, read
+from posttrain.data.workers import Crops, Middles, Whole, flipped, read
 from posttrain.errors import DataError
 from posttrain.randomness import generator
 
@@ -42,6 +43,26 @@ class ImageBatch:
     """Of each in the batch of all ranks, from 0; bad images have one as well."""
     bucket: Bucket
     """(w, h) in pixels."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which n images a batch has, and how; all lists have n entries."""
+
+    step: int
+    ids: list[int]
+    flips: list[bool]
+    captions: list[str]
+    places: list[int]
+    """Of each in the batch of all ranks, from 0."""
+
+    def of(self, numbers: Sequence[int]) -> Choice:
+        """Those of ``numbers``, from 0."""
+
+        def some(values: list) -> list:
+            return [values[n] for n in numbers]
+
+        return Choice(self.step, *map(some, (self.ids, self.flips, self.captions, self.places)))
 
 
 class ImageSource:
@@ -67,7 +88,7 @@ class ImageSource:
             self.records[record.id] = record
             self.buckets.setdefault(bucket, []).append(record.id)
         stop_beyond_tolerance(spec, self.skipped, self.rows)
-        self._bucket_of = {i: bucket for bucket, ids in self.buckets.items() for i in ids}
+        self.bucket_of = {i: bucket for bucket, ids in self.buckets.items() for i in ids}
         self._decode_sample()
 
     def batches_per_epoch(self, batch_size: int) -> int:
@@ -92,19 +113,58 @@ class ImageSource:
         if not 0 <= rank < world:
             raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
 
-        def plan() -> Iterator[tuple[int, int, Bucket, list[int]]]:
-            for epoch, step, ids in batches(self.buckets, batch_size, seed_key, start_step):
-                yield epoch, step, self._bucket_of[ids[0]], ids
-
+        plan = functools.partial(self._plan, batch_size, seed_key, start_step)
         jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in rank_slice(ids, rank, world))
         if rank >= min(batch_size, max(map(len, self.buckets.values()))):
             jobs = iter(())  # every slice is empty, and looking ahead for a job would not end
-        crops = iter(read(Crops(self.spec, self.records, self._bucket_of, seed_key), jobs, self.spec.workers))
+        crops = iter(read(Crops(self.spec, self.records, self.bucket_of, seed_key), jobs, self.spec.workers))
         for epoch, step, bucket, ids in plan():
             # ids come first, so that no crop of the next batch is taken when they end.
             images = dict(self._usable(zip(rank_slice(ids, rank, world), crops, strict=False)))
             if images or world > 1:
                 yield self._batch(epoch, step, bucket, images, ids)
+
+    def choices(
+        self,
+        batch_size: int,
+        seed_key: tuple[object, ...],
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Choice]:
+        """The batches of :meth:`batches`, but no image is opened, so one that cannot be decoded is listed."""
+        for epoch, step, _, everyone in self._plan(batch_size, seed_key, start_step):
+            ids = rank_slice(everyone, rank, world)
+            flips = [flipped(self.spec, seed_key, epoch, i) for i in ids]
+            places = rank_slice(range(len(everyone)), rank, world)
+            yield Choice(step, ids, flips, [self.records[i].caption for i in ids], places)
+
+    def centred(
+        self, jobs: Sequence[tuple[int, bool]], workers: int | None = None
+    ) -> Iterator[tuple[int, bool, Tensor | None]]:
+        """(id, mirrored?, (3, h, w) pixels in [-1, 1] from the image's middle) of each (id, mirrored?).
+
+        Instead of the pixels of an image that cannot be decoded there is None, and ``skipped`` says why.
+        ``workers`` are the data's by default. Raises DataError when more rows than tolerated are skipped.
+        """
+        images = read(
+            Middles(self.spec, self.records, self.bucket_of),
+            jobs,
+            self.spec.workers if workers is None else workers,
+        )
+        for (i, flip), image in zip(jobs, images, strict=True):
+            if isinstance(image, Problem):
+                self._skip(image)
+                yield i, flip, None
+            else:
+                yield i, flip, to_pixels(image[None])[0]
+
+    def _plan(
+        self, batch_size: int, seed_key: tuple[object, ...], start_step: int
+    ) -> Iterator[tuple[int, int, Bucket, list[int]]]:
+        """(epoch, step, bucket, ids of all ranks) of each batch."""
+        for epoch, step, ids in batches(self.buckets, batch_size, seed_key, start_step):
+            yield epoch, step, self.bucket_of[ids[0]], ids
 
     def scan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Problem]:
         """Every problem in the data, by line, after reading each image in full.

@@ -17,6 +17,9 @@ from posttrain.data.records import Bucket, Record
 from posttrain.data.spec import Images
 from posttrain.randomness import generator
 
+MIDDLE = (0.5, 0.5)
+"""The offsets of a crop from the middle; see :func:`posttrain.data.buckets.cover_and_crop`."""
+
 
 def read(dataset: Dataset[Any], jobs: Iterable[Any], workers: int) -> DataLoader[Any]:
     """``dataset[job]`` of each job, in order, computed ahead by ``workers`` processes (0: none)."""
@@ -62,15 +65,35 @@ class Crops(Dataset[NDArray[np.uint8] | Problem]):
 
     def __getitem__(self, index: tuple[int, int]) -> NDArray[np.uint8] | Problem:
         epoch, i = index
-        record = self.records[i]
-        offsets, flip = (0.5, 0.5), False
+        offsets = MIDDLE
         if self.spec.crop == "random":
             across, down = torch.rand(2, generator=generator(*self.key, epoch, "crop", i)).tolist()
             offsets = (across, down)
-        if self.spec.flip:
-            flip = torch.rand((), generator=generator(*self.key, epoch, "flip", i)).item() < 0.5
-        try:
-            image = open_image(record.path, self.spec.max_pixels)
-        except BadImage as error:
-            return Problem(record.line, record.path, error.reason)
-        return cover_and_crop(image, self.bucket_of[i], offsets, flip)
+        flip = flipped(self.spec, self.key, epoch, i)
+        return _crop(self.spec, self.records[i], self.bucket_of[i], offsets, flip)
+
+
+class Middles(Dataset[NDArray[np.uint8] | Problem]):
+    """(id, whether to mirror) -> as :class:`Crops`, cut from the middle of the image."""
+
+    def __init__(self, spec: Images, records: dict[int, Record], bucket_of: dict[int, Bucket]):
+        self.spec, self.records, self.bucket_of = spec, records, bucket_of
+
+    def __getitem__(self, index: tuple[int, bool]) -> NDArray[np.uint8] | Problem:
+        i, flip = index
+        return _crop(self.spec, self.records[i], self.bucket_of[i], MIDDLE, flip)
+
+
+def flipped(spec: Images, key: tuple[object, ...], epoch: int, i: int) -> bool:
+    """Whether image ``i`` is mirrored in ``epoch``."""
+    return spec.flip and torch.rand((), generator=generator(*key, epoch, "flip", i)).item() < 0.5
+
+
+def _crop(
+    spec: Images, record: Record, bucket: Bucket, offsets: tuple[float, float], flip: bool
+) -> NDArray[np.uint8] | Problem:
+    try:
+        image = open_image(record.path, spec.max_pixels)
+    except BadImage as error:
+        return Problem(record.line, record.path, error.reason)
+    return cover_and_crop(image, bucket, offsets, flip)

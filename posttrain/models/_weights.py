@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -133,6 +135,25 @@ def _json(content: bytes, file: Path) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ModelError(f"{str(file)!r} cannot be read: it is no JSON object")
     return read
+
+
+def content_hash(folder: Path, names: Iterable[str]) -> str:
+    """The sha256 over the names and contents of all files of the components ``names`` of a pipeline."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        for file in sorted(p for p in (folder / name).rglob("*") if p.is_file()):
+            status = file.stat()
+            inside = _file_hash(file, status.st_size, status.st_mtime_ns)
+            digest.update(f"{file.relative_to(folder).as_posix()} {inside}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _file_hash(file: Path, size: int, mtime_ns: int) -> str:
+    """Once a process for each state of a file: text encoders have 10 GB, and every stage loads them."""
+    del size, mtime_ns
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def link_components(origin: Path, folder: Path, names: Iterable[str]) -> None:

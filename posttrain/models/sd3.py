@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from posttrain.errors import ModelError
-from posttrain.model import DtypeName, FlowModel, Model, torch_dtype
+from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
 from posttrain.models import _weights
 
 if TYPE_CHECKING:
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.condition import Condition
+
+PROMPTS_AT_ONCE = 8
+"""Every call of the text encoders has this many rows, short ones filled up with the empty prompt: kernels are
+chosen by the number of rows, and would give a prompt other last bits in a batch of another size."""
+IMAGES_AT_ONCE, PIXELS_AT_ONCE = 8, 512 * 512
+"""Every call of the image encoder has as many images as these allow, at least one, and short ones are filled
+up with grey: for the same reason, and because a whole training batch would need much memory here."""
+TEXT_COMPONENTS = tuple(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
 
 
 class SD3(Model):
@@ -68,6 +76,18 @@ class SD3(Model):
             return None
         return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
 
+    def encoding_bytes(self, encoder: EncoderName, side: int) -> int | None:
+        vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))
+        clip = _weights.config(self.path, "text_encoder")
+        if vae is None or transformer is None or clip is None:
+            return None
+        if encoder == "images":
+            latents = (side // 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
+            return 2 * 4 * vae["latent_channels"] * latents
+        tokens = clip["max_position_embeddings"] + self.max_sequence_length
+        values = tokens * transformer["joint_attention_dim"] + transformer["pooled_projection_dim"]
+        return values * torch_dtype(self.dtype).itemsize
+
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         return _weights.header_shapes(self.path, "transformer")
 
@@ -103,25 +123,54 @@ class SD3FlowModel(FlowModel):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         import torch
 
-        texts = list(prompts)
+        texts, parts = list(prompts), []
         with torch.no_grad(), _weights.quiet():
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=texts,
-                prompt_2=texts,
-                prompt_3=texts,
-                device=self.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )
+            for i in range(0, len(texts), PROMPTS_AT_ONCE):
+                part = texts[i : i + PROMPTS_AT_ONCE]
+                full = part + [""] * (PROMPTS_AT_ONCE - len(part))
+                embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                    prompt=full,
+                    prompt_2=full,
+                    prompt_3=full,
+                    device=self.device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.max_sequence_length,
+                )
+                parts.append((embeds[: len(part)], pooled[: len(part)]))
+        embeds, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         import torch
 
+        height, width = pixels.shape[-2:]
+        at_once = max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+        none = torch.empty(0, *self.latent_shape(height, width), device=self.device)
+        mean, logvar = [none], [none]
         with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
-            latents = posterior.mean + posterior.std * noise
-            return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            for part in pixels.to(self.device, torch.float32).split(at_once) if len(pixels) else ():
+                full = torch.cat([part, part.new_zeros(at_once - len(part), 3, height, width)])
+                posterior = self.vae.encode(full).latent_dist
+                mean.append(posterior.mean[: len(part)])
+                logvar.append(posterior.logvar[: len(part)])
+        return torch.cat(mean), torch.cat(logvar)
+
+    def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        import torch
+
+        drawn = mean + torch.exp(0.5 * logvar) * noise
+        return (drawn - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def identity(self, encoder: EncoderName) -> dict[str, Any]:
+        if encoder == "images":
+            return {"weights": _weights.content_hash(self.source, ["vae"]), "dtype": str(self.vae.dtype)}
+        names = [name for name in TEXT_COMPONENTS if getattr(self.pipeline, name) is not None]
+        return {
+            "weights": _weights.content_hash(self.source, names),
+            "components": names,
+            "dtypes": [str(module.dtype) for module in self._text_encoders()],
+            "max_sequence_length": self.max_sequence_length,
+        }
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.transformer.config.in_channels, height // self.factor, width // self.factor)

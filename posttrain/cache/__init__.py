@@ -1,0 +1,1 @@
+"""What is encoded once and kept: prompts and images, in files that stages, runs and processes share."""
