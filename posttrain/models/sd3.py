@@ -56,6 +56,18 @@ class SD3(Model):
             pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtypes, **left_out)
         return SD3FlowModel(pipeline, Path(source), self.max_sequence_length, device)
 
+    def outline(self, transformer_dtype: DtypeName, device: torch.device) -> SD3FlowModel | None:
+        from posttrain.models._unpublished import Unpublished, configs_at
+
+        if (configs := configs_at(self.path)) is None:
+            return None
+        if not self.text_encoder_3:
+            configs = {name: config for name, config in configs.items() if name != "text_encoder_3"}
+        dtypes = {"default": torch_dtype(self.dtype), "transformer": torch_dtype(transformer_dtype)}
+        with _weights.quiet():
+            pipeline = Unpublished(configs, dtypes, device)
+        return SD3FlowModel(pipeline, Path(self.path), self.max_sequence_length, device)
+
     def frozen_dtype(self) -> DtypeName:
         return self.dtype
 
