@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Configs = Mapping[str, Mapping[str, Any]]
 """Component -> its configuration; see :data:`posttrain.models._published.PUBLISHED`."""
@@ -22,6 +23,7 @@ class Unpublished:
     """What :class:`posttrain.models.sd3.SD3FlowModel` needs of a pipeline."""
 
     def __init__(self, configs: Configs, dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
+        import torch
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -44,6 +46,8 @@ class Unpublished:
         self, prompt: Sequence[str], *, device: torch.device, max_sequence_length: int, **_: Any
     ) -> tuple[Tensor, None, Tensor, None]:
         """Embeddings (n, tokens, width) and pooled ones (n, width), put together as diffusers does."""
+        import torch
+
         clip = []
         for encoder in (self.text_encoder, self.text_encoder_2):
             config = encoder.config
@@ -74,6 +78,8 @@ def configs_at(path: str) -> Configs | None:
 
 def _numbered(prompts: Sequence[str], length: int, end: int, device: torch.device) -> Tensor:
     """(n, length) token numbers, the ``end``'s after the words."""
+    import torch
+
     rows = [[2 + zlib.crc32(word.encode()) % (end - 2 if end > 2 else 30) for word in p.split()] for p in prompts]
     rows = [[*row[: length - 1], *[end] * (length - len(row[: length - 1]))] for row in rows]
     return torch.tensor(rows, device=device)

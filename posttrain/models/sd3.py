@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from posttrain.condition import Condition
 
+PIXELS = 2**20
+"""The autoencoder works on this many at a time, 4 images of 512 px: in float32 it needs more memory for an
+image than the transformer, and is no faster on more of them."""
+
 
 class SD3(Model):
     """A Stable Diffusion 3 / 3.5 pipeline."""
@@ -75,13 +79,20 @@ class SD3(Model):
         return _weights.missing(self.path, "transformer", self.pipelines)
 
     def divisor(self) -> int | None:
-        vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))
-        if vae is None or transformer is None:
+        from posttrain.models._unpublished import configs_at
+
+        if (configs := configs_at(self.path)) is None:
             return None
-        return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+        return 2 ** (len(configs["vae"]["block_out_channels"]) - 1) * configs["transformer"]["patch_size"]
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        return _weights.header_shapes(self.path, "transformer")
+        if (shapes := _weights.header_shapes(self.path, "transformer")) is not None:
+            return shapes
+        import torch
+
+        if _weights.local_folder(self.path) or (outline := self.outline("fp32", torch.device("meta"))) is None:
+            return None
+        return {name: tuple(tensor.shape) for name, tensor in outline.transformer.state_dict().items()}
 
 
 class SD3FlowModel(FlowModel):
@@ -130,9 +141,11 @@ class SD3FlowModel(FlowModel):
         import torch
 
         with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
-            latents = posterior.mean + posterior.std * noise
-            return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            parts = []
+            for some, drawn in zip(*(t.split(_at_a_time(pixels)) for t in (pixels, noise)), strict=True):
+                posterior = self.vae.encode(some.to(self.device, torch.float32)).latent_dist
+                parts.append(posterior.mean + posterior.std * drawn)
+            return (torch.cat(parts) - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.transformer.config.in_channels, height // self.factor, width // self.factor)
@@ -142,7 +155,8 @@ class SD3FlowModel(FlowModel):
 
         with torch.no_grad():
             scaled = latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
-            return (self.vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+            parts = [self.vae.decode(some).sample for some in scaled.split(_at_a_time(latents, self.factor))]
+            return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = self.transformer.dtype
@@ -188,6 +202,11 @@ class SD3FlowModel(FlowModel):
     def _text_encoders(self) -> list[Any]:
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         return [encoder for name in names if (encoder := getattr(self.pipeline, name)) is not None]
+
+
+def _at_a_time(images: Tensor, factor: int = 1) -> int:
+    """How many of ``images``, of sides ``factor`` times what they are here, the autoencoder takes at once."""
+    return max(1, PIXELS // (images.shape[-1] * images.shape[-2] * factor**2))
 
 
 def _check_text_encoders(pipeline: Any) -> None:
