@@ -101,6 +101,11 @@ class Counts:
         key = (work, side, tune and tune.model_dump_json(), autocast, work == "training" and checkpointing)
         return self._once(key, counted)
 
+    def autoencoder(self, work: Literal["encode", "decode"], side: int, images: int) -> int:
+        """Peak bytes of encoding or decoding ``images`` of ``side`` pixels, which may be done in parts."""
+        call = self._call(self.outline(), work, side, images)
+        return self._once((work, side, images), lambda: peak_bytes(call))
+
     def condition(self, rows: int) -> Condition:
         """``rows`` encoded prompts."""
         with torch.no_grad():

@@ -30,6 +30,17 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What is held for a while beside weights, optimizer and roles, in bytes."""
+
+    activations: float
+    caches: float = 0.0
+    gradients: bool = True
+    """Whether gradients are there already: not in the first backward of a step, which makes them while it
+    lets go of activations."""
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on one device when it holds most."""
 
@@ -56,15 +67,14 @@ class Memory:
 
 def memory(
     sizes: Sizes,
-    phases: Mapping[str, tuple[float, float]],
+    phases: Mapping[str, Phase],
     *,
     strategy: StrategyName = "single",
     zero_stage: int = 2,
     world_size: int = 1,
     optimizer_bytes: float = ADAMW_BYTES,
 ) -> Memory:
-    """The memory of one of ``world_size`` devices in that of the ``phases``, name -> (activations, caches), that
-    needs most.
+    """The memory of one of ``world_size`` devices in that of the ``phases`` that needs most.
 
     ``fsdp2`` spreads weights, gradients, optimizer and roles; ``deepspeed`` the optimizer (``zero_stage`` 1), the
     gradients as well (2), weights and roles as well (3) (Rajbhandari et al. 2019, arXiv:1910.02054). What spreads
@@ -72,17 +82,22 @@ def memory(
     """
     stage = {"single": 0, "ddp": 0, "fsdp2": 3, "deepspeed": zero_stage}[strategy]
     shares = [world_size if stage >= least else 1 for least in (1, 2, 3)]
-    phase = max(phases, key=lambda name: sum(phases[name]))
-    activations, caches = phases[phase]
+    gradients = 4 * sizes.trained / shares[1]
+
+    def held(name: str) -> float:
+        phase = phases[name]
+        return phase.activations + phase.caches + gradients * phase.gradients
+
+    most = max(phases, key=held)
     gathered = 2 * sizes.block if shares[2] > 1 else 0
     # before the partitioned step DeepSpeed keeps a flat copy of the weights that it steps
     flat = 4 * sizes.trained / world_size if strategy == "deepspeed" else 0
     return Memory(
         weights=(4 * sizes.trained + sizes.frozen) / shares[2] + sizes.others + flat,
-        gradients=4 * sizes.trained / shares[1],
+        gradients=gradients * phases[most].gradients,
         optimizer=optimizer_bytes * sizes.trained / shares[0],
         roles=sizes.roles / shares[2],
-        activations=activations,
-        caches=caches + gathered,
-        phase=phase,
+        activations=phases[most].activations,
+        caches=phases[most].caches + gathered,
+        phase=most,
     )

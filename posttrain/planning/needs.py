@@ -11,7 +11,7 @@ from posttrain.data.spec import Images, PromptData
 from posttrain.errors import PosttrainError
 from posttrain.plan import disk_bytes
 from posttrain.planning.counts import Counts
-from posttrain.planning.memory import Memory, Sizes, StrategyName, memory
+from posttrain.planning.memory import Memory, Phase, Sizes, StrategyName, memory
 from posttrain.planning.rehearsal import rehearse
 from posttrain.stage import AUTOCAST
 from posttrain.trainer import REFERENCE
@@ -74,29 +74,32 @@ def stage_needs(recipe: Recipe, stage: Stage, counts: Counts, spread: Spread) ->
     dtype = AUTOCAST[train.precision]
     batch = -(-train.batch_size // spread.devices)
     chunk = min(train.micro_batch, batch)
-    rows = min(train.micro_batch, max(int(batch * calls.items) // train.steps_per_batch, 1)) * calls.rows_with
+    in_step = max(int(batch * calls.items) // train.steps_per_batch, 1)
+    rows = min(train.micro_batch, in_step) * calls.rows_with
     prompts = batch // stage.algorithm.samples_per_prompt + 1
     conditions = sum(t.nbytes for t in counts.condition(1).values()) * prompts
     latent = _product(counts.outline().latent_shape(side, side))
     items = batch * (calls.item_bytes[0] + calls.item_bytes[1] * latent)
-    forward, decode = counts.memory("forward", side, stage.tune, dtype), counts.memory("decode", side)
+    forward = counts.memory("forward", side, stage.tune, dtype)
     training = counts.memory("training", side, stage.tune, dtype, train.gradient_checkpointing)
+    batch_bytes = conditions + items
     phases = {
-        "training": (training.at(rows), conditions + items),
-        "text": (counts.memory("text", side).at(prompts), 0.0),
+        "training": Phase(training.at(rows), batch_bytes, gradients=in_step > train.micro_batch),
+        "optimizer": Phase(0.0, batch_bytes),
+        "text": Phase(counts.memory("text", side).at(prompts)),
     }
     if calls.rollout:
-        phases["rollout"] = (forward.at(chunk * calls.rows_without), conditions + items)
+        phases["rollout"] = Phase(forward.at(chunk * calls.rows_without), batch_bytes)
     if calls.decoded:
-        phases["decoding"] = (decode.at(chunk), conditions + items)
+        phases["decoding"] = Phase(counts.autoencoder("decode", side, chunk), batch_bytes)
     else:
-        phases["encoding"] = (counts.memory("encode", side).at(batch), 4.0 * batch * latent)
+        phases["encoding"] = Phase(counts.autoencoder("encode", side, batch), 4.0 * batch * latent)
     shown = recipe.evaluation.resolution if recipe.evaluation is not None else side
     looked = [SHOWN] if train.sample_every else []
     if stage.monitor is not None and recipe.evaluation is not None:
         looked.append(min(recipe.evaluation.batch_size, stage.monitor.prompts))
     if looked:
-        phases["image grids"] = (counts.memory("decode", shown).at(max(looked)), 0.0)
+        phases["image grids"] = Phase(counts.autoencoder("decode", shown, max(looked)))
     found = memory(
         _sizes(recipe, stage, counts),
         phases,
@@ -114,8 +117,8 @@ def evaluation_needs(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> 
     branches = 1 if evaluation.guidance == 1 else 2
     forward = counts.memory("forward", side, None, AUTOCAST[evaluation.precision])
     phases = {
-        "sampling": (forward.at(rows * branches), 0.0),
-        "decoding": (counts.memory("decode", side).at(evaluation.batch_size), 0.0),
+        "sampling": Phase(forward.at(rows * branches)),
+        "decoding": Phase(counts.autoencoder("decode", side, evaluation.batch_size)),
     }
     outline = counts.outline()
     weights = _nbytes(outline.transformer) + _others(counts, evaluation.rewards)

@@ -63,7 +63,7 @@ def resources(recipe: Recipe, budget: Budget, *, cuda: bool) -> RenderableType:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
