@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from posttrain.model import FlowModel
+from posttrain.models import _weights
 from posttrain.models._published import PUBLISHED
 from posttrain.models._unpublished import Unpublished, configs_at
 from posttrain.models.sd3 import SD3FlowModel
@@ -43,6 +44,8 @@ class Bench:
     model: FlowModel
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the engine's time goes."""
+    open: list[str] = field(default_factory=list)
+    """The parts that are being timed, the innermost last."""
 
     @property
     def device(self) -> torch.device:
@@ -67,9 +70,11 @@ class Bench:
             return
         inside = sum(self.seconds.values())
         synchronise(self.device)
+        self.open.append(part)
         start = time.perf_counter()
         yield
         synchronise(self.device)
+        self.open.pop()
         own = time.perf_counter() - start - (sum(self.seconds.values()) - inside)
         self.seconds[part] = self.seconds.get(part, 0.0) + own
 
@@ -100,9 +105,9 @@ def bench(options: argparse.Namespace, tune: Tune | None = None) -> Bench:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if options.device == "cpu":
         torch.set_num_threads(1)
-    model = SD3FlowModel(_pipeline(options, torch.device(options.device)), Path(), 256, torch.device(options.device))
-    if options.model == "tiny":
-        model.max_sequence_length = 16
+    device, tokens = torch.device(options.device), 16 if options.model == "tiny" else 256
+    with _weights.quiet():
+        model = SD3FlowModel(_pipeline(options, device), Path(), tokens, device)
     # a fresh output layer is zero, and every velocity and most gradients with it
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.02)
     (tune or Full()).apply(model.transformer, 0)
@@ -120,16 +125,26 @@ def _pipeline(options: argparse.Namespace, device: torch.device) -> Unpublished:
             clip = [{**tiny["text_encoder"], "max_position_embeddings": 77} for _ in range(2)]
             sizes = [768, transformer["pooled_projection_dim"] - 768]
             for name, config, size in zip(("text_encoder", "text_encoder_2"), clip, sizes, strict=True):
-                configs[name] = {**config, "projection_dim": size, "hidden_size": 768 if size == 768 else 1280}
+                configs[name] = {
+                    **config,
+                    "projection_dim": size,
+                    "hidden_size": 768 if size == 768 else 1280,
+                }
                 configs[name]["num_attention_heads"] = 4
-            configs["text_encoder_3"] = {**tiny["text_encoder_3"], "d_model": transformer["joint_attention_dim"]}
+            configs["text_encoder_3"] = {
+                **tiny["text_encoder_3"],
+                "d_model": transformer["joint_attention_dim"],
+            }
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    return Unpublished(configs, {"default": dtype, "transformer": torch.float32}, device)
+    with _weights.quiet():
+        return Unpublished(configs, {"default": dtype, "transformer": torch.float32}, device)
 
 
 def forward_flops(it: Bench) -> int:
     """FLOPs of one forward of one sample, counted."""
-    model = SD3FlowModel(_pipeline(it.options, META), Path(), it.model.max_sequence_length, META)  # type: ignore[attr-defined]
+    tokens = it.model.max_sequence_length  # type: ignore[attr-defined]
+    with _weights.quiet():
+        model = SD3FlowModel(_pipeline(it.options, META), Path(), tokens, META)
     with torch.no_grad():
         condition = model.encode_prompts(["a"])
     side = it.options.resolution
@@ -150,7 +165,7 @@ def compare(
     """
     steps = {"engine": engine, "straightforward": straightforward}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = {name: _peak(it, step) for name, step in steps.items()}  # which warms up, too
+    peaks = {name: peak(it, step) for name, step in steps.items()}  # which warms up, too
     for _ in range(it.options.rounds):
         for name, step in steps.items():
             synchronise(it.device)
@@ -169,7 +184,9 @@ def compare(
         for name in steps
     }
     ratio = statistics.median(b / a for a, b in zip(times["engine"], times["straightforward"], strict=True))
-    print(f"{it.options.model} at {it.options.resolution} px, {samples} samples, {it.options.precision}, {_name(it)}")
+    print(
+        f"{it.options.model} at {it.options.resolution} px, {samples} samples, {it.options.precision}, {_name(it)}"
+    )
     print(f"{work / samples:.4g} FLOP a sample; matrix products: {short(rate, 'FLOP/s')}")
     for name, figures in found.items():
         print(
@@ -193,7 +210,7 @@ def _shares(it: Bench, step: Callable[[], object]) -> str:
     return ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in it.seconds.items())
 
 
-def _peak(it: Bench, step: Callable[[], object]) -> int:
+def peak(it: Bench, step: Callable[[], object]) -> int:
     """Bytes at the peak of the second of two calls, weights and optimizer not counted."""
     step()
     if it.device.type == "cuda":
@@ -218,7 +235,7 @@ def watched(it: Bench) -> None:
     velocity = model.velocity
 
     def clocked(*arguments: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or it.open:
             return velocity(*arguments)
         with it.timed("rollout"):
             return velocity(*arguments)

@@ -35,7 +35,9 @@ def main() -> None:
         with torch.no_grad():
             our.model.transformer = old
             for part, row in zip(parts, rows, strict=True):
-                made.append(solve(lambda x, s, row=row: our.velocity(x, s, row), noise[part], sigmas, nft.solver))
+                made.append(
+                    solve(lambda x, s, row=row: our.velocity(x, s, row), noise[part], sigmas, nft.solver)
+                )
             x0 = torch.cat(made)
             our.model.transformer = trained
             advantage = our.advantages(x0)

@@ -41,7 +41,10 @@ def main() -> None:
 
     def straightforward() -> None:
         condition, shape = model.encode_prompts(captions), model.latent_shape(side, side)
-        x0, noise = model.encode_images(pixels, draws.normal("posterior", shape)), draws.normal("noise", shape)
+        x0, noise = (
+            model.encode_images(pixels, draws.normal("posterior", shape)),
+            draws.normal("noise", shape),
+        )
         sigma = shift_sigma(torch.sigmoid(draws.normal("timestep", ())), model.shift)
         with torch.autocast(it.device.type, dtype=it.autocast, enabled=it.autocast is not None):
             v = model.velocity(interpolate(x0, noise, sigma), sigma, condition)

@@ -11,7 +11,7 @@ checkpointing; the engine's micro-batches need none.
 from __future__ import annotations
 
 import torch
-from _bench import arguments, bench, compare, watched
+from _bench import arguments, bench, compare, peak, watched
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms.soar import SOAR, auxiliary_point
@@ -33,7 +33,7 @@ def main() -> None:
     draws = Draws((0, 0, 0), range(count), it.device)
     watched(it)
 
-    def engine() -> None:
+    def engine(soar: SOAR = soar) -> None:
         batch = encoded(ImageBatch(0, 0, list(range(count)), pixels, captions, (side, side)), model, draws)
         with torch.no_grad():
             items = soar.collect(batch, Tools(policy, draws))
@@ -45,7 +45,10 @@ def main() -> None:
             model.transformer.enable_gradient_checkpointing()
         condition, empty = model.encode_prompts(captions), model.encode_prompts([""] * count)
         shape = model.latent_shape(side, side)
-        x0, noise = model.encode_images(pixels, draws.normal("posterior", shape)), draws.normal("noise", shape)
+        x0, noise = (
+            model.encode_images(pixels, draws.normal("posterior", shape)),
+            draws.normal("noise", shape),
+        )
         t0 = torch.sigmoid(draws.normal("timestep", ()))
         t1 = (t0 - 1 / soar.num_sampling_steps).clamp(min=0)
         sigma0, sigma1 = shift_sigma(t0, model.shift), shift_sigma(t1, model.shift)
@@ -68,6 +71,9 @@ def main() -> None:
             model.transformer.disable_gradient_checkpointing()
 
     compare(it, engine, straightforward, count, soar.forward_equivalents_per_sample())
+    many = SOAR(trajectory_length=4 * options.points)
+    growth = peak(it, lambda: engine(many)) / peak(it, engine)
+    print(f"with {4 * options.points} points the engine's peak is {growth:.2f} times as high")
 
 
 if __name__ == "__main__":

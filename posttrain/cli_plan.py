@@ -11,9 +11,7 @@ STRATEGIES = ("auto", "single", "ddp", "fsdp2", "deepspeed")
 
 
 def plan_resources(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
-    ],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
     gpu: Annotated[
         str | None, typer.Option(help='Such as "H100 80GB"; by default this machine is planned for.')
     ] = None,

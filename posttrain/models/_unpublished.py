@@ -80,6 +80,8 @@ def _numbered(prompts: Sequence[str], length: int, end: int, device: torch.devic
     """(n, length) token numbers, the ``end``'s after the words."""
     import torch
 
-    rows = [[2 + zlib.crc32(word.encode()) % (end - 2 if end > 2 else 30) for word in p.split()] for p in prompts]
+    rows = [
+        [2 + zlib.crc32(word.encode()) % (end - 2 if end > 2 else 30) for word in p.split()] for p in prompts
+    ]
     rows = [[*row[: length - 1], *[end] * (length - len(row[: length - 1]))] for row in rows]
     return torch.tensor(rows, device=device)

@@ -90,7 +90,10 @@ class SD3(Model):
             return shapes
         import torch
 
-        if _weights.local_folder(self.path) or (outline := self.outline("fp32", torch.device("meta"))) is None:
+        if (
+            _weights.local_folder(self.path)
+            or (outline := self.outline("fp32", torch.device("meta"))) is None
+        ):
             return None
         return {name: tuple(tensor.shape) for name, tensor in outline.transformer.state_dict().items()}
 

@@ -66,7 +66,11 @@ class TinySD3(Model):
 
         if (shipped := configs_at("posttrain/tiny-sd3")) is None:
             return None
-        size = {"num_layers": self.layers, "attention_head_dim": self.head_dim, "num_attention_heads": self.heads}
+        size = {
+            "num_layers": self.layers,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+        }
         width = {"caption_projection_dim": self.heads * self.head_dim}
         configs = {**shipped, "transformer": {**shipped["transformer"], **size, **width}}
         dtypes = {"default": torch_dtype("fp32"), "transformer": torch_dtype(transformer_dtype)}

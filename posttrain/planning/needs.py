@@ -108,7 +108,9 @@ def stage_needs(recipe: Recipe, stage: Stage, counts: Counts, spread: Spread) ->
         world_size=spread.devices,
     )
     rollout, trained = _work(recipe, stage, counts, side)
-    return Needs(stage.name, found, rollout, trained, disk_bytes(stage, _sizes(recipe, stage, counts).trained))
+    return Needs(
+        stage.name, found, rollout, trained, disk_bytes(stage, _sizes(recipe, stage, counts).trained)
+    )
 
 
 def evaluation_needs(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> Needs:

@@ -53,7 +53,9 @@ def remedies(recipe: Recipe, stage: Stage, counts: Counts, spread: Spread, limit
             for smaller in _micro_batches(changed, bool(names)):
                 needs = stage_needs(recipe, smaller, counts, over)
                 micro = smaller.train.micro_batch
-                set_ = [f"--set stages.{stage.name}.train.micro_batch={micro}"] * (micro != stage.train.micro_batch)
+                set_ = [f"--set stages.{stage.name}.train.micro_batch={micro}"] * (
+                    micro != stage.train.micro_batch
+                )
                 remedy = Remedy((*settings, *set_), price, needs)
                 if least is None or needs.memory.total < least.needs.memory.total:
                     least = remedy

@@ -74,7 +74,9 @@ def _memory(found: list[Needs], budget: Budget) -> Table:
     for needs in found:
         memory = needs.memory
         fits = memory.total <= budget.device.usable_bytes
-        share = Text(f"{memory.total / budget.device.memory_bytes:.0%}", style="green" if fits else "bold red")
+        share = Text(
+            f"{memory.total / budget.device.memory_bytes:.0%}", style="green" if fits else "bold red"
+        )
         parts = [short(value, "B") if value else "–" for value in memory.parts.values()]
         table.add_row(needs.name, *parts, short(memory.total, "B"), share, memory.phase)
     return table
@@ -91,7 +93,9 @@ def _time(found: list[Needs], budget: Budget) -> Table:
         total, work = sum(seconds), rollout + training
         shares = [f"{part / total:.0%}" if total else "–" for part in seconds]
         hours = [duration(total), f"{total * budget.spread.devices / 3600:.3g}"]
-        table.add_row(name, short(work.low + work.full, "FLOP"), *shares, *hours, short(disk, "B") if disk else "–")
+        table.add_row(
+            name, short(work.low + work.full, "FLOP"), *shares, *hours, short(disk, "B") if disk else "–"
+        )
     return table
 
 
@@ -114,7 +118,9 @@ def _advice(recipe: Recipe, needs: Needs, counts: Counts, budget: Budget) -> lis
     table.add_column(overflow="fold")
     for remedy in found:
         settings = "\n".join(remedy.settings)
-        table.add_row(f"  {settings}".replace("\n", "\n  "), short(remedy.needs.memory.total, "B"), remedy.price)
+        table.add_row(
+            f"  {settings}".replace("\n", "\n  "), short(remedy.needs.memory.total, "B"), remedy.price
+        )
     return [head, "It would with one of:", table]
 
 
