@@ -1,9 +1,10 @@
-"""What the benchmarks share: a model without anybody's weights, a clock, and two implementations side by side.
+"""What the benchmarks share: a model without anybody's weights, a clock, two implementations side by side.
 
-``--model tiny`` is the shape of the shipped posttrain/tiny-sd3, for a CPU; ``--model sd35m`` is that of Stable
-Diffusion 3.5 Medium. Its text encoders are tiny by default, since T5-XXL alone fills 10 GB; ``--text-encoders
-true`` makes them as published. MFU is the model's FLOPs (a forward-backward counts 3 forwards, what
-checkpointing computes again counts nothing) over the time, over the measured throughput of matrix products.
+``--model tiny`` is the shape of the shipped posttrain/tiny-sd3, for a CPU; ``--model sd35m`` is that of
+Stable Diffusion 3.5 Medium. Its text encoders are tiny by default, since T5-XXL alone fills 10 GB;
+``--text-encoders true`` makes them as published. MFU is the model's FLOPs (a forward-backward counts 3
+forwards, what checkpointing computes again counts nothing) over the time, over the measured throughput of
+matrix products.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Bench:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the block's time to ``part``, on the main thread; what a block inside it takes is not its own."""
+        """Add the block's time to ``part``, on the main thread; a block inside it counts by itself."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -107,14 +108,14 @@ def bench(options: argparse.Namespace, tune: Tune | None = None) -> Bench:
         torch.set_num_threads(1)
     device, tokens = torch.device(options.device), 16 if options.model == "tiny" else 256
     with _weights.quiet():
-        model = SD3FlowModel(_pipeline(options, device), Path(), tokens, device)
+        model = SD3FlowModel(_pipeline(options, device, tune is not None), Path(), tokens, device)
     # a fresh output layer is zero, and every velocity and most gradients with it
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.02)
     (tune or Full()).apply(model.transformer, 0)
     return Bench(options, model)
 
 
-def _pipeline(options: argparse.Namespace, device: torch.device) -> Unpublished:
+def _pipeline(options: argparse.Namespace, device: torch.device, frozen: bool = False) -> Unpublished:
     tiny = configs_at("posttrain/tiny-sd3")
     assert tiny is not None, "it comes with the package"
     configs = dict(tiny)
@@ -137,7 +138,8 @@ def _pipeline(options: argparse.Namespace, device: torch.device) -> Unpublished:
             }
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     with _weights.quiet():
-        return Unpublished(configs, {"default": dtype, "transformer": torch.float32}, device)
+        dtypes = {"default": dtype, "transformer": dtype if frozen else torch.float32}
+        return Unpublished(configs, dtypes, device)
 
 
 def forward_flops(it: Bench) -> int:

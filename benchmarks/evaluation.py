@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --device cuda --model sd35m --batch 16 --steps 40
 
-The straightforward way draws one prompt's image after the other, guided in two forwards, and scores it by itself.
+The straightforward way draws one image after the other, guided in two forwards, and scores it by itself.
 """
 
 from __future__ import annotations

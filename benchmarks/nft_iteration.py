@@ -3,8 +3,8 @@
     python benchmarks/nft_iteration.py
     python benchmarks/nft_iteration.py --device cuda --model sd35m --batch 48 --group 24 --micro-batch 8
 
-The straightforward iteration encodes each sample's prompt, keeps the old policy as a second model, waits for the
-rewards, and trains the noise levels one after the other.
+The straightforward iteration encodes each sample's prompt, keeps the old policy as a second model, waits for
+the rewards, and trains the noise levels one after the other.
 """
 
 from __future__ import annotations

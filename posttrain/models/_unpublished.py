@@ -28,7 +28,8 @@ class Unpublished:
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
         def clip(name: str) -> Any:
-            return CLIPTextModelWithProjection(CLIPTextConfig(**configs[name])).to(dtypes["default"])
+            encoder: Any = CLIPTextModelWithProjection(CLIPTextConfig(**configs[name]))
+            return encoder.to(dtypes["default"])
 
         with torch.device(device):
             self.transformer: Any = SD3Transformer2DModel.from_config(dict(configs["transformer"]))
@@ -37,7 +38,7 @@ class Unpublished:
             self.text_encoder, self.text_encoder_2 = clip("text_encoder"), clip("text_encoder_2")
             self.text_encoder_3: Any = None
             if "text_encoder_3" in configs:
-                t5 = T5EncoderModel(T5Config(**configs["text_encoder_3"]))
+                t5: Any = T5EncoderModel(T5Config(**configs["text_encoder_3"]))
                 self.text_encoder_3 = t5.to(dtypes["default"])
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(configs["scheduler"]))
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)

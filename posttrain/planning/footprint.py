@@ -1,9 +1,9 @@
-"""What does a computation cost? FLOPs and peak bytes, counted on torch's meta device, where nothing is computed.
+"""What does a computation cost? FLOPs and peak bytes, counted on torch's meta device.
 
-The model's own code runs on tensors without content: what it would allocate and multiply is added up. A
-device's autocast and attention kernels do not exist there, so they are imitated: matrix products in the
-low precision with each weight's copy kept until the outermost forward ends, normalisation in float32 as CUDA
-does it, and attention that does not store its matrix.
+Nothing is computed there: the model's own code runs on tensors without content, and what it would allocate
+and multiply is added up. A device's autocast and attention kernels do not exist there, so they are imitated:
+matrix products in the low precision with each weight's copy kept until the outermost forward ends,
+normalisation in float32 as CUDA does it, and attention that does not store its matrix.
 """
 
 from __future__ import annotations

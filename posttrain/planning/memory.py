@@ -76,9 +76,9 @@ def memory(
 ) -> Memory:
     """The memory of one of ``world_size`` devices in that of the ``phases`` that needs most.
 
-    ``fsdp2`` spreads weights, gradients, optimizer and roles; ``deepspeed`` the optimizer (``zero_stage`` 1), the
-    gradients as well (2), weights and roles as well (3) (Rajbhandari et al. 2019, arXiv:1910.02054). What spreads
-    weights gathers two blocks at a time. Buffers that a library keeps for its messages are not counted.
+    ``fsdp2`` spreads weights, gradients, optimizer and roles; ``deepspeed`` the optimizer (``zero_stage`` 1),
+    the gradients as well (2), weights and roles as well (3) (Rajbhandari et al. 2019, arXiv:1910.02054). What
+    spreads weights gathers two blocks at a time. Buffers that a library keeps for messages are not counted.
     """
     stage = {"single": 0, "ddp": 0, "fsdp2": 3, "deepspeed": zero_stage}[strategy]
     shares = [world_size if stage >= least else 1 for least in (1, 2, 3)]

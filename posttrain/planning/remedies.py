@@ -70,7 +70,8 @@ def remedies(recipe: Recipe, stage: Stage, counts: Counts, spread: Spread, limit
 
 def evaluation_remedy(recipe: Recipe, counts: Counts, limit: float) -> Remedy | None:
     """The largest smaller batch with which the evaluation needs at most ``limit`` bytes."""
-    assert (evaluation := recipe.evaluation) is not None, "asked where there is one"
+    evaluation = recipe.evaluation
+    assert evaluation is not None, "asked where there is one"
     size = evaluation.batch_size
     while size > 1:
         size //= 2
@@ -90,7 +91,9 @@ def _train(**settings: object) -> Change:
 
 
 def _lora(stage: Stage, spread: Spread) -> tuple[Stage, Spread] | None:
-    return None if stage.tune.type == "lora" else (stage.model_copy(update={"tune": Lora()}), spread)
+    if stage.tune.type == "lora":
+        return None
+    return stage.model_copy(update={"tune": Lora.model_validate({})}), spread
 
 
 def _sharded(stage: Stage, spread: Spread) -> tuple[Stage, Spread] | None:

@@ -1,4 +1,4 @@
-"""A recipe's needs as a person reads them: memory, time and disk, and what to change where it does not fit."""
+"""A recipe's needs as a person reads them: memory, time, disk, and what to change where it does not fit."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def _time(found: list[Needs], budget: Budget) -> Table:
     table = _table("time", "work", "rollout", "training", "hours", "GPU-hours", "disk")
     rows = [(needs.name, needs.rollout, needs.training, needs.disk) for needs in found]
     if len(rows) > 1:
-        together = [sum((row[i] for row in rows), start) for i, start in ((1, Work()), (2, Work()))]
-        rows.append(("together", together[0], together[1], sum(row[3] for row in rows)))
+        rollout = sum((needs.rollout for needs in found), Work())
+        training = sum((needs.training for needs in found), Work())
+        rows.append(("together", rollout, training, sum(needs.disk for needs in found)))
     for name, rollout, training, disk in rows:
         seconds = [budget.seconds(work) for work in (rollout, training)]
         total, work = sum(seconds), rollout + training
@@ -129,8 +130,8 @@ def _notes(recipe: Recipe, found: list[Needs], budget: Budget) -> list[Renderabl
     words = (
         f"memory: of each device, in the phase that needs most; {device.reserved:.0%} of "
         f"{short(device.memory_bytes, 'B')} is left for the system. time: FLOPs counted, at an MFU of "
-        f"{budget.mfu:.0%} ({budget.mfu_source}) of {short(device.flops, 'FLOP/s')} ({device.source}); loading, "
-        "reading images and rewards' networks are not in it. disk: checkpoints and artifacts."
+        f"{budget.mfu:.0%} ({budget.mfu_source}) of {short(device.flops, 'FLOP/s')} ({device.source}); "
+        "loading, reading images and rewards' networks are not in it. disk: checkpoints and artifacts."
     )
     notes: list[RenderableType] = [Text(words, style="dim")]
     if recipe.evaluation is not None and not (found[-1].work.low or found[-1].work.full):
