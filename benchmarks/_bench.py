@@ -186,14 +186,13 @@ def compare(
         for name in steps
     }
     ratio = statistics.median(b / a for a, b in zip(times["engine"], times["straightforward"], strict=True))
-    print(
-        f"{it.options.model} at {it.options.resolution} px, {samples} samples, {it.options.precision}, {_name(it)}"
-    )
+    chosen = it.options
+    print(f"{chosen.model} at {chosen.resolution} px, {samples} samples, {chosen.precision}, {_name(it)}")
     print(f"{work / samples:.4g} FLOP a sample; matrix products: {short(rate, 'FLOP/s')}")
     for name, figures in found.items():
+        peaked = f"{short(figures['peak_bytes'], 'B'):>8} at the peak"
         print(
-            f"{name:16} {figures['samples_per_second']:10.3f} samples/s   {short(figures['peak_bytes'], 'B'):>8} "
-            f"at the peak   MFU {figures['mfu']:.0%}"
+            f"{name:16} {figures['samples_per_second']:10.3f} samples/s   {peaked}   MFU {figures['mfu']:.0%}"
         )
     print(f"the engine is {ratio:.2f} times as fast (median of {it.options.rounds} pairs)")
     print(f"the engine's time: {_shares(it, engine)}")

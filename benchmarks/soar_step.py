@@ -4,8 +4,8 @@
     python benchmarks/soar_step.py --device cuda --model sd35m --checkpoint-straightforward 1
 
 The straightforward step is as published: guidance in two forwards, the rollout under autograd, one forward
-for each auxiliary point, and one backward for all. At SD3.5 Medium's size its graphs fill no GPU without gradient
-checkpointing; the engine's micro-batches need none.
+for each auxiliary point, and one backward for all. At SD3.5 Medium's size its graphs fit no GPU without
+gradient checkpointing; the engine's micro-batches need none.
 """
 
 from __future__ import annotations

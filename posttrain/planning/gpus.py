@@ -34,9 +34,9 @@ class Device:
 
 
 # Memory in GB, dense bf16 and float32 TFLOP/s from the makers' data sheets: NVIDIA's of B200 (HGX), H200,
-# H100, A100, L40S, L4, A10, A40 and RTX A6000 (those that print figures with sparsity are halved here); NVIDIA's
-# architecture whitepapers, bf16 with float32 sums, of GeForce (GA102, Ada, RTX Blackwell); AMD's of MI300X.
-# H800 has H100's throughput and less bandwidth between devices.
+# H100, A100, L40S, L4, A10, A40 and RTX A6000 (those that print figures with sparsity are halved here);
+# NVIDIA's architecture whitepapers, bf16 with float32 sums, of GeForce (GA102, Ada, RTX Blackwell); AMD's
+# of MI300X. H800 has H100's throughput and less bandwidth between devices.
 _SHEET: dict[str, tuple[float, float, float]] = {
     "B200 180GB": (180, 2250, 75),
     "H200 141GB": (141, 989, 67),
