@@ -26,6 +26,8 @@ from posttrain.algorithms.soar import SOAR
 from posttrain.cache.fill import fill_for_stage
 from posttrain.feeds import feed_of
 from posttrain.models import sd3
+from posttrain.parallel.single import Single
+from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
 from posttrain.recipe_file import parse_recipe
@@ -70,7 +72,7 @@ def main() -> int:
     for parameter in model.transformer.parameters():
         parameter.requires_grad_(True)
     policy, settings = Policy(model, chunk=64), Train(steps=1, micro_batch=64)
-    optimizer = torch.optim.SGD(policy.trained.values(), lr=0.0)
+    strategy = Single().prepare(policy, settings, ALONE)
     feeds = {name: batches(loaded[name], cache, options.batch, work) for name, cache in CACHES.items()}
     algorithms: dict[str, Algorithm] = {
         "sft": SFT(),
@@ -108,7 +110,7 @@ def main() -> int:
         def step(algorithm: Algorithm, batch: Batch = batch, draws: Draws = draws) -> None:
             with torch.no_grad():
                 items = algorithm.collect(batch, Tools(policy, draws))
-            update(algorithm, policy, items, optimizer, settings, 1)
+            update(algorithm, policy, items, strategy, settings, 1)
 
         for name, algorithm in algorithms.items():
             timed(name, lambda algorithm=algorithm: step(algorithm))

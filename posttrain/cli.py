@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain import cli_cache, cli_eval, cli_rewards
+from posttrain import cli_cache, cli_eval, cli_plan, cli_rewards
 
 app = typer.Typer(
     help="Post-train rectified-flow text-to-image models: SFT, SOAR, Flow-GRPO, DiffusionNFT, and chains.",
@@ -25,6 +25,7 @@ shapes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
+app.command("plan")(cli_plan.plan_resources)
 app.command("eval")(cli_eval.evaluate_model)
 app.command("compare")(cli_eval.compare_evaluations)
 cli_rewards.register(app)

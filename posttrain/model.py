@@ -52,6 +52,12 @@ class Model(Named, ABC):
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         """Read the weights. Raises ModelError where they are missing, gated or do not fit together."""
 
+    def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
+        """The model as :meth:`load` gives it, but with weights that are nobody's; None where its shape is
+        unknown. Under torch's FakeTensorMode it costs no memory, and counts as the real one."""
+        del transformer_dtype, device
+        return None
+
     def sampler(self, device: torch.device, settings: Sampling) -> Sampler:
         """What draws images as ``settings`` say. Raises ModelError as :meth:`load`."""
         from posttrain.sampling import flow_sampler

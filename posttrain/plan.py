@@ -118,10 +118,15 @@ def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
     memory = trained * 4 * (4 + copies)
     if stage.tune.type != "full":
         memory += everything * (4 if recipe.model.frozen_dtype() == "fp32" else 2)
+    return [*figures, short(float(trained)), cost, short(memory, "B"), short(disk_bytes(stage, trained), "B")]
+
+
+def disk_bytes(stage: Stage, trained: int) -> int:
+    """What the checkpoints and the artifact of a stage that trains so many numbers take."""
+    copies = len(stage.algorithm.roles) + (stage.train.ema is not None)
     checkpoint = trained * 4 * (3 + copies)
     export = {"fp32": 4, "bf16": 2, "fp16": 2}[stage.export_dtype] if stage.tune.type == "full" else 4
-    disk = checkpoint * train.keep_checkpoints + trained * export
-    return [*figures, short(float(trained)), cost, short(memory, "B"), short(disk, "B")]
+    return checkpoint * stage.train.keep_checkpoints + trained * export
 
 
 def _data(stage: Stage) -> str:

@@ -28,13 +28,14 @@ from posttrain.yaml_source import Place, Source, parse, read_file
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, checks: bool = True) -> Recipe:
     """The recipe in a file, or the shipped one of that name, with ``a.b=c`` overrides.
 
-    Raises RecipeError, telling every problem with its line, before any weight is loaded.
+    Raises RecipeError, telling every problem with its line, before any weight is loaded. Without ``checks``
+    only the schema counts, as for a plan made elsewhere than the data.
     """
     name, text = _text(source)
-    return parse_recipe(text, name, overrides)
+    return parse_recipe(text, name, overrides, checks=checks)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), *, checks: bool = True) -> Recipe:

@@ -40,8 +40,8 @@ def fill_for_stage(
 ) -> None:
     """Encode what ``stage`` will need and the cache lacks; let ``model`` and ``feed`` read it from there.
 
-    On several processes each encodes a share, and reads those of the others. Raises PosttrainError where the cache has no room or cannot be
-    written, DataError where too many images cannot be decoded.
+    On several processes each encodes a share, and reads those of the others. Raises PosttrainError where
+    the cache has no room or cannot be written, DataError where too many images cannot be decoded.
     """
     settings = recipe.cache
     room = Room(settings.folder(), settings.max_size)

@@ -96,10 +96,10 @@ def index_of(path: str) -> dict[str, Any] | None:
     return _json(file.read_bytes(), file)
 
 
-def config(path: str, component: str) -> dict[str, Any] | None:
+def config(path: str, component: str, name: str = "config.json") -> dict[str, Any] | None:
     """A component's ``config.json``, where it is on this machine."""
     folder = local_folder(path)
-    if folder is None or not (file := folder / component / "config.json").is_file():
+    if folder is None or not (file := folder / component / name).is_file():
         return None
     return _json(file.read_bytes(), file)
 

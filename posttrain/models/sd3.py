@@ -25,6 +25,9 @@ IMAGES_AT_ONCE, PIXELS_AT_ONCE = 8, 512 * 512
 """Every call of the image encoder has as many images as these allow, at least one, and short ones are filled
 up with grey: for the same reason, and because a whole training batch would need much memory here."""
 TEXT_COMPONENTS = tuple(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
+PIXELS = 2**20
+"""The decoder works on this many at a time, 4 images of 512 px: in float32 it needs more memory for an
+image than the transformer, and is no faster on more of them."""
 
 
 class SD3(Model):
@@ -64,6 +67,18 @@ class SD3(Model):
             pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtypes, **left_out)
         return SD3FlowModel(pipeline, Path(source), self.max_sequence_length, device)
 
+    def outline(self, transformer_dtype: DtypeName, device: torch.device) -> SD3FlowModel | None:
+        from posttrain.models._unpublished import Unpublished, configs_at
+
+        if (configs := configs_at(self.path)) is None:
+            return None
+        if not self.text_encoder_3:
+            configs = {name: config for name, config in configs.items() if name != "text_encoder_3"}
+        dtypes = {"default": torch_dtype(self.dtype), "transformer": torch_dtype(transformer_dtype)}
+        with _weights.quiet():
+            pipeline = Unpublished(configs, dtypes, device)
+        return SD3FlowModel(pipeline, Path(self.path), self.max_sequence_length, device)
+
     def frozen_dtype(self) -> DtypeName:
         return self.dtype
 
@@ -71,10 +86,11 @@ class SD3(Model):
         return _weights.missing(self.path, "transformer", self.pipelines)
 
     def divisor(self) -> int | None:
-        vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))
-        if vae is None or transformer is None:
+        from posttrain.models._unpublished import configs_at
+
+        if (configs := configs_at(self.path)) is None:
             return None
-        return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+        return 2 ** (len(configs["vae"]["block_out_channels"]) - 1) * configs["transformer"]["patch_size"]
 
     def encoding_bytes(self, encoder: EncoderName, side: int) -> int | None:
         vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))
@@ -89,7 +105,16 @@ class SD3(Model):
         return values * torch_dtype(self.dtype).itemsize
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        return _weights.header_shapes(self.path, "transformer")
+        if (shapes := _weights.header_shapes(self.path, "transformer")) is not None:
+            return shapes
+        import torch
+
+        if (
+            _weights.local_folder(self.path)
+            or (outline := self.outline("fp32", torch.device("meta"))) is None
+        ):
+            return None
+        return {name: tuple(tensor.shape) for name, tensor in outline.transformer.state_dict().items()}
 
 
 class SD3FlowModel(FlowModel):
@@ -180,7 +205,8 @@ class SD3FlowModel(FlowModel):
 
         with torch.no_grad():
             scaled = latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
-            return (self.vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+            parts = [self.vae.decode(some).sample for some in scaled.split(_at_a_time(latents, self.factor))]
+            return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = self.transformer.dtype
@@ -226,6 +252,11 @@ class SD3FlowModel(FlowModel):
     def _text_encoders(self) -> list[Any]:
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         return [encoder for name in names if (encoder := getattr(self.pipeline, name)) is not None]
+
+
+def _at_a_time(images: Tensor, factor: int = 1) -> int:
+    """How many of ``images``, of sides ``factor`` times what they are here, the autoencoder takes at once."""
+    return max(1, PIXELS // (images.shape[-1] * images.shape[-2] * factor**2))
 
 
 def _check_text_encoders(pipeline: Any) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from posttrain.errors import ModelError, TrainingError
-from posttrain.model import DtypeName, FlowModel, Model
+from posttrain.model import DtypeName, FlowModel, Model, torch_dtype
 from posttrain.models import _weights
 from posttrain.models.sd3 import SD3
 
@@ -59,6 +59,22 @@ class TinySD3(Model):
 
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         raise ModelError("a tiny_sd3 model is loaded after materialise(), as the SD3 folder that it makes")
+
+    def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
+        from posttrain.models._unpublished import Unpublished, configs_at
+        from posttrain.models.sd3 import SD3FlowModel
+
+        if (shipped := configs_at("posttrain/tiny-sd3")) is None:
+            return None
+        size = {
+            "num_layers": self.layers,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+        }
+        width = {"caption_projection_dim": self.heads * self.head_dim}
+        configs = {**shipped, "transformer": {**shipped["transformer"], **size, **width}}
+        dtypes = {"default": torch_dtype("fp32"), "transformer": torch_dtype(transformer_dtype)}
+        return SD3FlowModel(Unpublished(configs, dtypes, device), Path("tiny-sd3"), TOKENS, device)
 
     def missing(self) -> str | None:
         return None

@@ -1,0 +1,63 @@
+"""What does a step of supervised fine-tuning cost, beside a loop as one writes it by hand?
+
+    python benchmarks/sft_step.py
+    python benchmarks/sft_step.py --device cuda --model sd35m --batch 8 --micro-batch 4
+
+The straightforward step encodes text and images, and makes one forward and one backward of the whole batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from _bench import arguments, bench, compare, watched
+
+from posttrain.algorithm import Tools
+from posttrain.algorithms.sft import SFT
+from posttrain.data.loader import ImageBatch
+from posttrain.feeds import encoded
+from posttrain.flow import interpolate, shift_sigma
+from posttrain.parallel.single import Single
+from posttrain.parallel.world import ALONE
+from posttrain.randomness import Draws
+from posttrain.train_settings import Train
+from posttrain.trainer import update
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", 16, micro_batch=8)
+    it, sft = bench(options), SFT()
+    model, settings = it.model, Train(steps=1, micro_batch=options.micro_batch, learning_rate=1e-5)
+    policy, count, side = it.policy(options.micro_batch), options.batch, options.resolution
+    strategy = Single().prepare(policy, settings, ALONE)
+    pixels, captions = torch.randn(count, 3, side, side), it.captions(count)
+    draws = Draws((0, 0, 0), range(count), it.device)
+    watched(it)
+
+    def engine() -> None:
+        images = ImageBatch(0, 0, list(range(count)), pixels, captions, list(range(count)), (side, side))
+        batch = encoded(images, model, draws)
+        with torch.no_grad():
+            items = sft.collect(batch, Tools(policy, draws))
+        with it.timed("training"):
+            update(sft, policy, items, strategy, settings, 1)
+
+    def straightforward() -> None:
+        condition, shape = model.encode_prompts(captions), model.latent_shape(side, side)
+        x0, noise = (
+            model.encode_images(pixels, draws.normal("posterior", shape)),
+            draws.normal("noise", shape),
+        )
+        sigma = shift_sigma(torch.sigmoid(draws.normal("timestep", ())), model.shift)
+        with torch.autocast(it.device.type, dtype=it.autocast, enabled=it.autocast is not None):
+            v = model.velocity(interpolate(x0, noise, sigma), sigma, condition)
+            loss = (v - (noise - x0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(policy.trained.values()), 1.0)
+        optimizer.step()
+
+    compare(it, engine, straightforward, count, sft.forward_equivalents_per_sample())
+
+
+if __name__ == "__main__":
+    main()

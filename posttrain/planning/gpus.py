@@ -1,0 +1,105 @@
+"""How much memory does a GPU have, and how fast does it multiply matrices at best?"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from posttrain.errors import PosttrainError
+from posttrain.spelling import meant
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something to train on."""
+
+    name: str
+    memory_bytes: float
+    flops: float
+    """A second, of dense bf16 matrices with float32 sums."""
+    tf32_flops: float
+    """A second, of float32 matrices where TF32 is on."""
+    fp32_flops: float
+    """A second, of float32 matrices where it is off."""
+    source: str = "data sheet"
+    """Where these come from."""
+    reserved: float = 0.05
+    """Fraction of the memory that the CUDA context and fragmentation take: an assumption."""
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a stage may take."""
+        return self.memory_bytes * (1 - self.reserved)
+
+
+# Memory in GB, dense bf16 and float32 TFLOP/s from the makers' data sheets: NVIDIA's of B200 (HGX), H200,
+# H100, A100, L40S, L4, A10, A40 and RTX A6000 (those that print figures with sparsity are halved here);
+# NVIDIA's architecture whitepapers, bf16 with float32 sums, of GeForce (GA102, Ada, RTX Blackwell); AMD's
+# of MI300X. H800 has H100's throughput and less bandwidth between devices.
+_SHEET: dict[str, tuple[float, float, float]] = {
+    "B200 180GB": (180, 2250, 75),
+    "H200 141GB": (141, 989, 67),
+    "H100 80GB": (80, 989, 67),
+    "H100 PCIe 80GB": (80, 756, 51),
+    "H800 80GB": (80, 989, 67),
+    "A100 80GB": (80, 312, 19.5),
+    "A100 40GB": (40, 312, 19.5),
+    "L40S 48GB": (48, 362, 91.6),
+    "A40 48GB": (48, 149.7, 37.4),
+    "RTX A6000 48GB": (48, 154.8, 38.7),
+    "A10 24GB": (24, 125, 31.2),
+    "L4 24GB": (24, 121, 30.3),
+    "RTX 5090 32GB": (32, 209.5, 104.8),
+    "RTX 4090 24GB": (24, 165.2, 82.6),
+    "RTX 3090 24GB": (24, 71, 35.6),
+    "MI300X 192GB": (192, 1307, 163.4),
+}
+
+
+def gpu(name: str) -> Device:
+    """The GPU called ``name``, spelled as one likes ("h100", "H100 80GB"). Raises PosttrainError, with the
+    names that are known, where it is none of them, or one of several."""
+    plain = _plain(name)
+    found = [known for known in _SHEET if _plain(known) == plain]
+    if not found:
+        found = [known for known in _SHEET if _plain(known).startswith(plain) and "PCIe" not in known]
+    if len(found) != 1:
+        words = f"is one of {', '.join(map(repr, found))}" if found else f"is not known{meant(name, _SHEET)}"
+        raise PosttrainError(
+            f"--gpu: {name!r} {words}; known are {', '.join(_SHEET)}. For another, give its memory and its "
+            "dense bf16 throughput: --memory 48GB --tflops 362"
+        )
+    memory, flops, fp32 = _SHEET[found[0]]
+    return Device(found[0], memory * 1e9, flops * 1e12, flops / 2 * 1e12, fp32 * 1e12)
+
+
+def custom(memory: str, tflops: float) -> Device:
+    """A GPU of ``memory`` ("48GB", "24 GiB") and dense bf16 ``tflops``; float32 is taken to be a tenth of it.
+    Raises PosttrainError where ``memory`` is no size."""
+    if not (parts := re.fullmatch(r"\s*([\d.]+)\s*(GB|GiB)?\s*", memory, re.IGNORECASE)):
+        raise PosttrainError(f"--memory: {memory!r} is no size; write it like 48GB or 44.5GiB")
+    unit = 2**30 if (parts[2] or "GB").lower() == "gib" else 1e9
+    name, flops = f"{float(parts[1]):g} {parts[2] or 'GB'}", tflops * 1e12
+    return Device(name, float(parts[1]) * unit, flops, flops / 2, flops / 10, "given")
+
+
+def here() -> Device:
+    """This machine's CUDA device where there is one, else its CPU, with measured throughputs."""
+    import torch
+
+    from posttrain.planning.throughput import matrix_flops
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        properties = torch.cuda.get_device_properties(device)
+        low, full = (matrix_flops(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+        return Device(properties.name, properties.total_memory, low, low / 2, full, "measured")
+    flops = matrix_flops(torch.device("cpu"), torch.float32)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(f"{torch.get_num_threads()} CPU thread(s)", memory, flops, flops, flops, "measured", 0.1)
+
+
+def _plain(name: str) -> str:
+    words = re.sub(r"nvidia|geforce|amd|instinct|tensor core|sxm\d?|hbm\d?e?|gpu", "", name.lower())
+    return "".join(c for c in words if c.isalnum())
