@@ -36,6 +36,7 @@ class Iteration:
         for role in algorithm.roles:
             self.policy.add_role(role)
         self.strategy = Single().prepare(self.policy, self.settings, ALONE)
+        self.optimizer = self.strategy.optimizer
         self.prompts = [p for p in self.it.captions(self.count // self.size) for _ in range(self.size)]
         self.draws = Draws((0, 0, 0), range(self.count), self.it.device)
         self.judge = Judge(self.model, [JpegIncompressibility()], Path("failed_reward"))

@@ -29,6 +29,7 @@ def main() -> None:
     model, settings = it.model, Train(steps=1, micro_batch=options.micro_batch, learning_rate=1e-5)
     policy, count, side = it.policy(options.micro_batch), options.batch, options.resolution
     strategy = Single().prepare(policy, settings, ALONE)
+    optimizer = strategy.optimizer
     pixels, captions = torch.randn(count, 3, side, side), it.captions(count)
     draws = Draws((0, 0, 0), range(count), it.device)
     watched(it)

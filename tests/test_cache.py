@@ -17,6 +17,7 @@ from posttrain.cache.fill import fill_for_stage
 from posttrain.errors import ModelError, PosttrainError, RecipeError
 from posttrain.feeds import feed_of
 from posttrain.models.sd3 import SD3FlowModel
+from posttrain.parallel.world import World
 from posttrain.recipe_file import dump_recipe, parse_recipe
 from posttrain.shapes.dataset import build
 
@@ -221,6 +222,13 @@ def test_bf16_is_half_the_size_and_close(tmp_path):
             for folder in (tmp_path / "cache").glob(f"{kind}-*")
         )
         assert small < 0.6 * large
+
+
+class OneOf(World):
+    """One of several, who does not wait for the others."""
+
+    def barrier(self):
+        pass
 
 
 def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, monkeypatch):

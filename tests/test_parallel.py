@@ -1,0 +1,246 @@
+"""Is training the same under every strategy, on one process and on two, and do checkpoints move between them?"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import HEAD, stage
+
+from posttrain import checkpoint
+from posttrain.chain import check_processes
+from posttrain.errors import PosttrainError, RecipeError
+from posttrain.launch import _free_port, place
+from posttrain.recipe_file import parse_recipe
+from posttrain.records import read_metrics
+
+TRAIN = (
+    "{steps: 20, batch_size: 8, micro_batch: 2, learning_rate: 1e-3, checkpoint_every: 4, keep_checkpoints: 1, "
+    "log_every: 1, ema: 0.9, sample_every: null}"
+)
+TWICE = TRAIN.replace("steps: 20", "steps: 20, steps_per_batch: 2")
+DATA, PROMPTS = "{type: shapes, images: 10, seed: 1}", "{prompts: {type: shapes, count: 12}, resolution: 16}"
+FULL, LORA = "{type: full}", "{type: lora, rank: 2, alpha: 4}"
+ALGORITHMS = {
+    "sft": "{type: sft}",
+    "soar": "{type: soar, trajectory_length: 2}",
+    "grpo": "{type: flow_grpo, group_size: 4, num_steps: 4, guidance_scale: 2.0}",
+    "nft": "{type: diffusion_nft, group_size: 4, num_steps: 4}",
+}
+STRATEGIES = {
+    "ddp": "{strategy: ddp}",
+    "fsdp2": "{strategy: fsdp2}",
+    **{f"zero-{n}": f"{{strategy: deepspeed, zero_stage: {n}}}" for n in (1, 2, 3)},
+}
+TOLERANCE = {"sft": 1e-5, "soar": 1e-5, "grpo": 1e-4, "nft": 1e-4}
+"""Of a weight tensor's distance from one process's, over its norm. Online algorithms look at the difference of
+two nearly equal samples, so rounding weighs more in their gradients, and most in a LoRA's B, which begins at 0."""
+
+
+def text(algorithm, tune):
+    online = algorithm in ("grpo", "nft")
+    rewards = {"rewards": "['brightness:score']"} if online else {}
+    made = stage("s", ALGORITHMS[algorithm], TWICE if online else TRAIN, tune=tune, **rewards)
+    return HEAD + "stages:\n" + (made.replace(DATA, PROMPTS) if online else made)
+
+
+def launch(jobs, processes, folder):
+    """Run ``jobs`` in that many processes."""
+    file = folder / f"jobs-{processes}-{len(list(folder.iterdir()))}.json"
+    file.write_text(json.dumps(jobs))
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+    }
+    said = (folder / "said.txt").open("w+")
+    command = [sys.executable, str(Path(__file__).parent / "processes.py"), str(file)]
+    running = [
+        subprocess.Popen(
+            command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=said, stderr=said
+        )
+        for r in range(processes)
+    ]
+    while any(p.poll() is None for p in running):
+        time.sleep(0.1)
+        if any(p.poll() not in (None, 0) for p in running):
+            for p in running:
+                p.kill()
+    said.seek(0)
+    assert [p.wait() for p in running] == [0] * processes, said.read()[-4000:]
+
+
+def job(algorithm, tune, folder, strategy=None, stop=None):
+    overrides = [f"parallel={strategy}"] if strategy else []
+    return {"recipe": text(algorithm, tune), "overrides": overrides, "folder": str(folder), "stop": stop}
+
+
+def state(folder):
+    return torch.load(checkpoint.saved(folder / "s" / "checkpoints")[-1] / "state.pt", weights_only=True)
+
+
+def distance(one, other):
+    return max(((one[n] - other[n]).norm() / one[n].norm().clamp(min=1e-12)).item() for n in one)
+
+
+def assert_same_training(one, other, tolerance, whole=True):
+    rows = [read_metrics(f / "s" / "metrics.jsonl") for f in (one, other)]
+    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == list(range(1, 21))
+    for a, b in zip(*rows, strict=True):
+        # the loss of a policy gradient is a difference around 0
+        assert abs(a["loss"] - b["loss"]) < 10 * tolerance * max(abs(a["loss"]), 0.01)
+        if whole:
+            assert a["forward_equivalents"] == b["forward_equivalents"]
+        if "reward" in a:
+            assert abs(a["reward"] - b["reward"]) < 1e-5
+            assert a["advantages"]["counts"] == b["advantages"]["counts"]
+    a, b = state(one), state(other)
+    assert distance(a["trained"], b["trained"]) < tolerance
+    assert distance(a["roles"]["ema"], b["roles"]["ema"]) < tolerance
+    moments = [{n: m["exp_avg_sq"] for n, m in s["optimizer"].items()} for s in (a, b)]
+    assert distance(*moments) < 10 * tolerance
+    assert all(m["step"] == 20 for m in b["optimizer"].values())
+
+
+def compare(tmp_path, algorithms, strategies, tunes):
+    cases = [(a, t) for a in algorithms for t in tunes]
+    launch([job(a, t, tmp_path / f"one-{a}-{tunes.index(t)}") for a, t in cases], 1, tmp_path)
+    jobs = [
+        job(a, t, tmp_path / f"{s}-{a}-{tunes.index(t)}", STRATEGIES[s]) for s in strategies for a, t in cases
+    ]
+    launch(jobs, 2, tmp_path)
+    for s in strategies:
+        for a, t in cases:
+            one, two = (tmp_path / f"{kind}-{a}-{tunes.index(t)}" for kind in ("one", s))
+            assert_same_training(one, two, TOLERANCE[a])
+            ran = json.loads((two / "s" / "stage.json").read_text())["parallel"]
+            assert (ran["processes"], ran["strategy"]) == (2, s if "zero" not in s else "deepspeed")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """DDP and ZeRO-2, SOAR and DiffusionNFT: the same draws, losses, weights, moments and cost."""
+    compare(tmp_path, ["soar", "nft"], ["ddp", "zero-2"], [FULL])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_algorithm_trains_the_same_under_every_strategy(tmp_path, strategy):
+    compare(tmp_path, list(ALGORITHMS), [strategy], [FULL, LORA])
+
+
+def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(tmp_path):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    launch([job("nft", FULL, whole), job("nft", FULL, moved, stop=4)], 1, tmp_path)
+    legs = [("zero-3", 8), ("fsdp2", 12), ("zero-2", 16)]
+    launch([job("nft", FULL, moved, STRATEGIES[s], stop) for s, stop in legs], 2, tmp_path)
+    launch([job("nft", FULL, moved)], 1, tmp_path)
+    assert_same_training(whole, moved, TOLERANCE["nft"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel={strategy: deepspeed, zero_stage: 4}", "zero_stage"),
+        ("parallel={strategy: ddp, zero_stage: 2}", "zero_stage"),
+        ("parallel={strategy: zero}", "deepspeed"),
+        ("parallel={strategy: deepspeed, config: nowhere.json}", "cannot read"),
+    ],
+)
+def test_a_parallel_block_that_cannot_be_is_refused(override, words):
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe(text("sft", FULL), "small.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "fp16"),
+        ({"zero_optimization": {"stage": 0}}, "stage is 0"),
+        ([], "no DeepSpeed configuration"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_is_refused(tmp_path, content, words):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    block = f"{{strategy: deepspeed, config: {tmp_path}/ds.json}}"
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe(text("sft", FULL), "small.yaml", [f"parallel={block}"])
+
+
+def test_a_deepspeed_file_is_used_and_the_recipe_decides_what_is_its_own(tmp_path):
+    zero = {"stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": "auto"}
+    file = {
+        "bf16": {"enabled": "auto"},
+        "train_batch_size": 7,
+        "zero_optimization": zero,
+        "steps_per_print": 9,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(file))
+    block = f"{{strategy: deepspeed, config: {tmp_path}/ds.json}}"
+    made = parse_recipe(text("sft", FULL), "small.yaml", [f"parallel={block}"]).parallel
+    found = made.settings(0.5)
+    assert made.stage == 3
+    assert found["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert "stage3_prefetch_bucket_size" not in found["zero_optimization"]
+    assert (found["steps_per_print"], found["gradient_clipping"]) == (9, 0.5)
+    assert "train_batch_size" not in found
+
+
+def test_processes_that_cannot_share_the_work_are_refused():
+    with pytest.raises(RecipeError, match="single is one process, not 2"):
+        check_processes(parse_recipe(text("sft", FULL), "small.yaml", ["parallel={strategy: single}"]), 2)
+    with pytest.raises(
+        RecipeError, match="8 samples do not split over 3 processes; the nearest that do are 12"
+    ):
+        check_processes(parse_recipe(text("nft", FULL), "small.yaml", []), 3)
+
+
+def test_a_task_of_srun_knows_its_place(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    slurm = {"PROCID": 5, "STEP_NUM_TASKS": 8, "LOCALID": 1, "STEP_NUM_NODES": 2, "JOB_ID": 41234}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node3,node4")
+    assert place() == (5, 8)
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["1", "4", "node3", "21234"]
+
+
+def test_one_command_starts_the_processes_and_says_which_one_failed(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(text("sft", FULL).replace("steps: 20", "steps: 2"))
+    command = [
+        sys.executable,
+        "-m",
+        "posttrain",
+        "run",
+        str(file),
+        "--output",
+        str(tmp_path / "run"),
+        "--nproc",
+        "2",
+    ]
+    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report:") == 1
+    ran = json.loads((tmp_path / "run" / "s" / "stage.json").read_text())
+    assert (ran["parallel"]["processes"], ran["samples"]) == (2, 16)
+
+
+def test_a_process_without_the_others_address_is_refused(monkeypatch):
+    from posttrain.parallel.world import joined
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(PosttrainError, match="process 1 of 2, and MASTER_ADDR"), joined(torch.device("cpu")):
+        pass
