@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -156,6 +157,9 @@ class Zero(Strategy):
         super().__init__(policy, world)
         if policy.model.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # it compiles an operator at its first start, by the ninja that pip installed beside this Python
+        beside = os.path.dirname(sys.executable)
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
         import deepspeed
         from deepspeed.utils import logger
 
