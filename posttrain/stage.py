@@ -60,7 +60,8 @@ def run_stage(
         reference = policy.named(reference)
     strategy = recipe.parallel.prepare(policy, settings, world)
     policy.layout = strategy.layout
-    for role in stage.algorithm.roles | ({EMA} if settings.ema is not None else set()):
+    # in one order: a set's differs between processes, and tensors of roles are gathered one by one
+    for role in sorted(stage.algorithm.roles | ({EMA} if settings.ema is not None else set())):
         policy.add_role(role, reference if role == REFERENCE else None, moves=role != REFERENCE)
     reset_peak_memory(device)
 

@@ -205,7 +205,7 @@ class Zero(Strategy):
             return {}
         keys = [key for key, value in first.items() if isinstance(value, Tensor) and value.ndim]
         found: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-        return {**found, "step": torch.as_tensor(first["step"])}
+        return {**found, "step": torch.as_tensor(first["step"]).clone()}
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state

@@ -136,7 +136,8 @@ class Direct(Strategy):
         for i, (name, parameter) in enumerate(self.policy.trained.items()):
             if name in moments:
                 state[i] = {
-                    key: self.placed(parameter, value) if value.shape == parameter.shape else value
+                    # of its own: the file may hold one tensor for all, such as the number of steps
+                    key: self.placed(parameter, value) if value.shape == parameter.shape else value.clone()
                     for key, value in moments[name].items()
                 }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -144,4 +145,4 @@ class Direct(Strategy):
     def placed(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """``whole`` as the optimizer keeps it for that parameter."""
         del parameter
-        return whole
+        return whole.clone()
