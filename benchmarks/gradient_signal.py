@@ -28,7 +28,7 @@ from posttrain.trainer import REFERENCE
 
 
 def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tensor, int, float, float]:
-    """(gradients (batches, weights), images a batch, forward-equivalents an image, rewards' spread in a group)."""
+    """Gradients (batches, weights); images in a batch; forward-equivalents an image; spread in a group."""
     recipe = load_recipe(recipe_name, overrides)
     stage = recipe.stages[0]
     algorithm, settings = stage.algorithm, stage.train
@@ -82,7 +82,8 @@ def main(recipe: str, *arguments: str) -> None:
     if ratio > 0:
         # the mean of m images has cosine^2 = signal / (signal + noise / m) with the true gradient
         images = size / ratio / 3
-        print(f"images until the cosine with the true gradient is 0.5: {images:,.0f}, {images * cost:,.0f} fe")
+        price = f"{images:,.0f}, or {images * cost:,.0f} forward-equivalents"
+        print(f"images until the cosine with the true gradient is 0.5: {price}")
 
 
 if __name__ == "__main__":
