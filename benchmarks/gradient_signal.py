@@ -47,6 +47,7 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
                 break
             with torch.no_grad():
                 items = algorithm.collect(batch, Tools(policy, draws, sigmas, judge))
+            items = items.take(items.weight > 0)
             model.transformer.zero_grad(set_to_none=True)
             for micro in items.split(settings.micro_batch):
                 share = micro.weight / items.weight.sum()
