@@ -57,7 +57,7 @@ def main() -> None:
         update(
             algorithm, policy, items, Single().prepare(policy, settings, ALONE), settings, 1, on_policy=True
         )
-        samples = len(items) / algorithm.items_per_sample()
+        samples = int((items.weight > 0).sum()) / algorithm.items_per_sample()
         rollout = len(batch) * (algorithm.num_steps * (1 if algorithm.guidance_scale == 1 else 2))
         each = rollout / len(batch) + (policy.forward_equivalents - rollout) / samples
         stored = items.nbytes / len(batch)
