@@ -17,6 +17,9 @@ def resolve(name: str) -> torch.device:
 
     Raises RecipeError where this machine has no such device.
     """
+    if not torch.cuda.is_available():
+        # or DeepSpeed, where it is installed, warns that it had to guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
