@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from posttrain.data.prompts import prompt_rows
 from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.errors import DataError
+from posttrain.optimizers import problem as optimizer_problem
 from posttrain.recipe import Recipe, is_path
 from posttrain.spelling import meant
 from posttrain.suites import published_where
@@ -55,6 +56,8 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
     names: dict[str, str] = {}
     for i, stage in enumerate(recipe.stages):
         at: Place = ("stages", i)
+        if (words := optimizer_problem(stage.train.optimizer)) is not None:
+            yield (*at, "train", "optimizer"), words
         if (same := names.setdefault(stage.name.lower(), stage.name)) != stage.name:
             yield (*at, "name"), f"{stage.name!r} and {same!r} are one folder where case does not count"
         if stage.start_from is not None and is_path(stage.start_from):

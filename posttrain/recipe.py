@@ -234,6 +234,17 @@ class Recipe(Spec):
                 raise at(("stages", i, "data", "crop"), words)
         return self
 
+    @model_validator(mode="after")
+    def _optimizers_are_whole(self) -> Self:
+        for i, stage in enumerate(self.stages):
+            if stage.train.optimizer == "adamw8bit" and self.parallel.strategy in ("fsdp2", "deepspeed"):
+                words = (
+                    f"adamw8bit needs whole weights, and {self.parallel.strategy} has parts of them: take "
+                    "adamw, or 'parallel: {strategy: ddp}'"
+                )
+                raise at(("stages", i, "train", "optimizer"), words)
+        return self
+
     def parent(self, stage: Stage) -> str:
         """What ``stage`` starts from: ``base``, a stage's name, or a path."""
         if stage.start_from is not None:

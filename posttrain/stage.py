@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint
+from posttrain.activations import checkpoint_blocks
 from posttrain.artifact import DESCRIPTION
 from posttrain.cache.fill import fill_for_stage
 from posttrain.device import reset_peak_memory
@@ -53,8 +54,7 @@ def run_stage(
     folder, settings, device = run / stage.name, stage.train, model.device
     folder.mkdir(parents=True, exist_ok=True)
     stage.tune.apply(model.transformer, recipe.seed)
-    if settings.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    checkpoint_blocks(model.transformer, settings.gradient_checkpointing)
     policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=max(settings.micro_batch, 1))
     if reference is not None:
         reference = policy.named(reference)

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from posttrain.activations import Checkpointing
+from posttrain.optimizers import OptimizerName
 from posttrain.spec import Spec, at
 
 
@@ -19,10 +21,13 @@ class Train(Spec):
     samples that one iteration draws and scores."""
     steps_per_batch: int = Field(1, ge=1)
     """Optimizer steps on one batch, each on an equal part of it."""
-    micro_batch: int = Field(8, ge=1)
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     """Items in one forward-backward, and samples in one forward of a rollout: bounds the memory, does not
     change the result but for rounding. Items are samples, for SOAR their auxiliary points too, and for
-    online algorithms their trained steps."""
+    online algorithms their trained steps. ``auto`` tries once how many the device has room for. Where they
+    do not fit, half as many are taken from there on."""
+    optimizer: OptimizerName = "adamw"
+    """``adamw8bit`` keeps both moments in 8 bits, a quarter of the memory; under ``single`` and ``ddp``."""
     learning_rate: float = Field(2e-5, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Of the learning rate after the warm-up; ``cosine`` and ``linear`` end at 0."""
@@ -37,7 +42,12 @@ class Train(Spec):
     """Decay of the moving average that is evaluated and exported; none by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the transformer's forward; bf16 is autocast, with trained weights and optimizer in float32."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = "off"
+    """What the backward computes again to save memory: nothing; all but matrix products and attention
+    (``selective``); or whole blocks (``full``), which takes a forward more. Changes no number."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile), which pays on CUDA in long runs: each size of image
+    and of micro-batch is compiled once, a minute or so. Changes rounding only."""
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)

@@ -140,7 +140,7 @@ def test_checkpointing_and_a_smaller_micro_batch_need_less():
         return needs.memory.total, needs.training.full
 
     whole, less = total("micro_batch: 32"), total("micro_batch: 8")
-    again = total("micro_batch: 32, gradient_checkpointing: true")
+    again = total("micro_batch: 32, gradient_checkpointing: full")
     assert less[0] < whole[0] / 2
     assert again[0] < whole[0] / 2
     assert again[1] == pytest.approx(whole[1] * 4 / 3)

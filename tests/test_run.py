@@ -263,7 +263,7 @@ def test_start_from_a_path_is_the_model_written_there(finished, tmp_path):
 
 
 def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(tmp_path):
-    bf16 = TRAIN.replace("{", "{precision: bf16, gradient_checkpointing: true, ")
+    bf16 = TRAIN.replace("{", "{precision: bf16, gradient_checkpointing: full, ")
     run_quietly(recipe(stage("sft", train=bf16), stage("fp32", start_from="base")), tmp_path / "run")
     state = torch.load(
         checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True
@@ -276,7 +276,7 @@ def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(tmp_path):
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path):
-    saving = TRAIN.replace("{", "{gradient_checkpointing: true, ")
+    saving = TRAIN.replace("{", "{gradient_checkpointing: full, ")
     run_quietly(recipe(stage("a", train=saving), stage("b", start_from="base")), tmp_path / "run")
     assert_equal_weights(weights(tmp_path / "run" / "a"), weights(tmp_path / "run" / "b"))
 

@@ -48,6 +48,9 @@ class SD3(Model):
     (SOAR) or 128 (Flow-GRPO, DiffusionNFT) and evaluated at 256."""
     text_encoder_3: bool = True
     """False leaves the T5 encoder out, as diffusers allows; its tokens are then zeros."""
+    offload: bool = False
+    """Keep the text encoders and the VAE in the CPU's memory, and on the device only while they work. What
+    nobody needs any more, since its work is cached, leaves the device in any case."""
 
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> SD3FlowModel:
         from diffusers import StableDiffusion3Pipeline

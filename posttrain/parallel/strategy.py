@@ -129,7 +129,8 @@ class Direct(Strategy):
 
     def moments(self, name: str) -> dict[str, Tensor]:
         state: dict[str, Any] = self.optimizer.state[self.policy.trained[name]]
-        return {key: v.full_tensor() if hasattr(v, "full_tensor") else v for key, v in state.items()}
+        whole = {key: v.full_tensor() if hasattr(v, "full_tensor") else v for key, v in state.items()}
+        return {key: torch.as_tensor(value) for key, value in whole.items()}
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
@@ -140,6 +141,8 @@ class Direct(Strategy):
                     key: self.placed(parameter, value) if value.shape == parameter.shape else value.clone()
                     for key, value in moments[name].items()
                 }
+                if not isinstance(self.optimizer, torch.optim.AdamW):
+                    state[i]["step"] = state[i]["step"].item()  # bitsandbytes counts in plain numbers
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def placed(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
