@@ -31,7 +31,7 @@ class Iteration:
         self.algorithm, self.side = algorithm, options.resolution
         self.count, self.size = options.batch, algorithm.samples_per_prompt
         self.model, self.micro = self.it.model, options.micro_batch
-        self.settings = Train(steps=1, batch_size=self.count, micro_batch=self.micro, learning_rate=1e-5)
+        self.settings = Train(steps=1, batch_size=self.count, learning_rate=1e-5)
         self.policy: Policy = self.it.policy(self.micro)
         for role in algorithm.roles:
             self.policy.add_role(role)

@@ -35,7 +35,8 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
     assert isinstance(algorithm, Online), "only what is rewarded is measured"
     model = recipe.model.load(torch.device("cpu"), "fp32")
     stage.tune.apply(model.transformer, recipe.seed)
-    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=settings.micro_batch)
+    rows = settings.micro_batch if isinstance(settings.micro_batch, int) else 8
+    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=rows)
     for role in algorithm.roles:
         policy.add_role(role, moves=role != REFERENCE)
     found, spreads = [], []
@@ -49,7 +50,7 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
                 items = algorithm.collect(batch, Tools(policy, draws, sigmas, judge))
             items = items.take(items.weight > 0)
             model.transformer.zero_grad(set_to_none=True)
-            for micro in items.split(settings.micro_batch):
+            for micro in items.split(rows):
                 share = micro.weight / items.weight.sum()
                 (algorithm.loss(micro, policy).per_item * share).sum().backward()
             # weights without a gradient yet, like A beside LoRA's B = 0, have no direction

@@ -39,7 +39,7 @@ def main() -> None:
     encode = model.encode_prompts
     model.encode_prompts = lambda prompts: encoded.extend(prompts) or encode(prompts)  # type: ignore[method-assign]
     latent = 4 * torch.tensor(model.latent_shape(64, 64)).prod().item()
-    settings = Train(steps=1, batch_size=GROUPS * SIZE, micro_batch=8)
+    settings = Train(steps=1, batch_size=GROUPS * SIZE)
     print(f"{'per image':48} forward-eq.  at most  latents stored  bytes stored")
     for name, (algorithm, allowed) in CASES.items():
         model.transformer.requires_grad_(True)
@@ -54,9 +54,7 @@ def main() -> None:
         assert len(encoded) == 1 + GROUPS, "a prompt is encoded once, and the empty one"
         with torch.no_grad(), Judge(model, [Shapes(type="shapes")], failures=None) as judge:  # type: ignore[arg-type]
             items = algorithm.collect(batch, Tools(policy, draws, lambda n: model.sigmas(n, 64, 64), judge))
-        update(
-            algorithm, policy, items, Single().prepare(policy, settings, ALONE), settings, 1, on_policy=True
-        )
+        update(algorithm, policy, items, Single().prepare(policy, settings, ALONE), settings, 1, policy.chunk)
         samples = int((items.weight > 0).sum()) / algorithm.items_per_sample()
         rollout = len(batch) * (algorithm.num_steps * (1 if algorithm.guidance_scale == 1 else 2))
         each = rollout / len(batch) + (policy.forward_equivalents - rollout) / samples

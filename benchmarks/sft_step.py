@@ -26,7 +26,7 @@ from posttrain.trainer import update
 def main() -> None:
     options = arguments(__doc__ or "", 16, micro_batch=8)
     it, sft = bench(options), SFT()
-    model, settings = it.model, Train(steps=1, micro_batch=options.micro_batch, learning_rate=1e-5)
+    model, settings = it.model, Train(steps=1, learning_rate=1e-5)
     policy, count, side = it.policy(options.micro_batch), options.batch, options.resolution
     strategy = Single().prepare(policy, settings, ALONE)
     optimizer = strategy.optimizer

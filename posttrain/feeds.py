@@ -38,6 +38,8 @@ class Feed(ABC):
     """Distinct prompts, for image grids."""
     size: tuple[int, int]
     """(height, width) in pixels of the images in those grids."""
+    largest: tuple[int, int]
+    """(height, width) in pixels of the batches' largest images."""
 
     @abstractmethod
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
@@ -70,6 +72,8 @@ class ImageFeed(Feed):
         width, height = next(iter(self.source.buckets))
         side = round((width * height) ** 0.5 / model.divisor) * model.divisor
         self.size = (side, side)
+        width, height = max(self.source.buckets, key=lambda bucket: bucket[0] * bucket[1])
+        self.largest = (height, width)
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
         if self.latents is not None:
@@ -125,7 +129,7 @@ class PromptFeed(Feed):
         """Of the whole batch, the samples that are this process's."""
         self.rows: list[dict[str, Any]] = prompt_rows(data.prompts, rewards)
         self.prompts = list(dict.fromkeys(row["prompt"] for row in self.rows))
-        self.size = (data.resolution, data.resolution)
+        self.size = self.largest = (data.resolution, data.resolution)
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
         shape = self.model.latent_shape(*self.size)

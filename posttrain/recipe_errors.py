@@ -97,7 +97,7 @@ def _told(entry: dict[str, Any], place: Place, owner: type[BaseModel] | None, so
     if kind == "missing":
         return "missing, and it has no default"
     if kind == "union_tag_invalid":
-        allowed = re.findall(r"'([^']*)'", str(context["expected_tags"]))
+        allowed = sorted(re.findall(r"'([^']*)'", str(context["expected_tags"])))
         return f"no type {context['tag']!r}{meant(context['tag'], allowed)}; one of {', '.join(allowed)}"
     if found is None and kind not in ("value_error", "union_tag_not_found"):
         return "is empty; give it a value or remove it"
@@ -106,7 +106,7 @@ def _told(entry: dict[str, Any], place: Place, owner: type[BaseModel] | None, so
             return "is empty"
         field = next((str(part) for part in reversed(place) if isinstance(part, str)), "")
         known = owner.model_fields.get(field) if owner else None
-        types = [t for c in _classes(known.annotation) for t in _types(c)] if known else []
+        types = sorted(t for c in _classes(known.annotation) for t in _types(c)) if known else []
         return f"it has no 'type'; one of {', '.join(types)}" if types else "it has no 'type'"
     if kind == "literal_error":
         allowed = re.findall(r"[\w.-]+", str(context["expected"]).replace(" or ", " "))

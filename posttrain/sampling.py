@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.condition import Conditions
+from posttrain.memory import fitted
 from posttrain.model import FlowModel, Model
 from posttrain.policy import Policy
 from posttrain.randomness import generator
@@ -109,7 +111,8 @@ class FlowSampler(Sampler):
 
     def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
         spent = self.policy.forward_equivalents
-        images = sample_images(
+        drawn = functools.partial(
+            sample_images,
             self.policy,
             prompts,
             indices,
@@ -119,6 +122,7 @@ class FlowSampler(Sampler):
             solver=settings.solver,
             seed=settings.seed,
         )
+        images = fitted(drawn, self.policy, lambda: not self.policy.layout.in_parts)
         self.forward_equivalents += self.policy.forward_equivalents - spent
         self.policy.forward_equivalents = spent
         return images

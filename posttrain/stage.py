@@ -17,6 +17,8 @@ from posttrain.cache.fill import fill_for_stage
 from posttrain.device import reset_peak_memory
 from posttrain.feeds import feed_of
 from posttrain.judge import Judge
+from posttrain.memory import OutOfMemory
+from posttrain.micro_batch import described, found_by_trying, remember, settled
 from posttrain.model import FlowModel
 from posttrain.parallel.world import ALONE, World
 from posttrain.policy import Policy
@@ -55,7 +57,8 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     stage.tune.apply(model.transformer, recipe.seed)
     checkpoint_blocks(model.transformer, settings.gradient_checkpointing)
-    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=max(settings.micro_batch, 1))
+    number = settled(recipe, stage, folder, world.size)
+    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=number or 1)
     if reference is not None:
         reference = policy.named(reference)
     strategy = recipe.parallel.prepare(policy, settings, world)
@@ -75,6 +78,11 @@ def run_stage(
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     fill_for_stage(recipe, stage, model, feed, console, world)
+    if number is None:
+        policy.chunk, trials = found_by_trying(stage, policy, strategy, feed)
+        console.print(f"[dim]{stage.name}: {described(trials)}[/dim]", highlight=False, soft_wrap=True)
+        if world.main:
+            remember(recipe, folder, world.size, policy.chunk, trials)
     failures = folder / ("failed_reward" if world.main else f"failed_reward-{world.rank}")
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard")
@@ -86,8 +94,13 @@ def run_stage(
         watch = StageWatch(
             recipe, stage, policy, strategy, folder, tracker, bar, account, feed, judge, console
         )
-        train(stage.algorithm, policy, strategy, watch.batches(), settings, watch, start)
-        watch.finish()
+        try:
+            train(stage.algorithm, policy, strategy, watch.batches(), settings, watch, start)
+            watch.finish()
+        except OutOfMemory as error:
+            remember(recipe, folder, world.size, error.chunk)
+            words = f"{stage.name}: {error}. The same command goes on from the last checkpoint with"
+            raise OutOfMemory(f"{words} {error.chunk}", error.chunk) from error
     summary = watch.summary()  # which refuses a stage that trained nothing, before it is published
     weights = {
         name: tensor.cpu() if world.size > 1 else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Items, Tools
 from posttrain.errors import TrainingError
+from posttrain.memory import fitted
 from posttrain.parallel.strategy import Strategy
 from posttrain.parallel.world import World
 from posttrain.policy import Policy
@@ -49,22 +51,31 @@ def train(
 
     NOTE: the order matters to an exact resume: what ``before_batch`` records is the state before a
     batch is drawn, and counters alone say what will be. Raises TrainingError where the batches
-    run out or a step is not finite.
+    run out, a step is not finite, or memory does not suffice for one item.
     """
-    source, step = iter(batches), start
+    source, step, checked = iter(batches), start, start > 0
+
+    def may_repeat() -> bool:
+        # other processes would wait for what this one has sent already
+        return strategy.world.size == 1 and strategy.forget()
+
     while step < settings.steps and watch.before_batch(step):
         if (drawn := next(source, None)) is None:
             raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
         batch, tools = drawn
         with torch.no_grad():
-            items = algorithm.collect(batch, tools)
+            items = fitted(functools.partial(algorithm.collect, batch, tools), policy, may_repeat)
+        collected_in = policy.chunk
         items = replace(items, weight=torch.where(items.place < 0, 0, items.weight))  # fillers
         parts = list(items.parts(settings.steps_per_batch))
         for i in range(len(parts)):
             for group in strategy.optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
             step += 1
-            metrics = update(algorithm, policy, parts[i], strategy, settings, step, on_policy=step == 1)
+            same = None if checked else collected_in
+            work = functools.partial(update, algorithm, policy, parts[i], strategy, settings, step, same)
+            metrics = fitted(work, policy, may_repeat)
+            checked = checked or (policy.chunk == collected_in and "skipped_steps" not in metrics)
             if settings.ema is not None:
                 policy.move_role(EMA, settings.ema)
             seen = [batch.total * n // settings.steps_per_batch for n in (i, i + 1)]
@@ -80,14 +91,15 @@ def update(
     strategy: Strategy,
     settings: Train,
     step: int,
-    *,
-    on_policy: bool = False,
+    collected_in: int | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step on the weighted mean of all processes' items, however they are split.
 
-    Each micro-batch is back-propagated at once, so activation memory does not grow with the number of
-    items. Items of weight 0 are left out. ``on_policy``: the weights are still those that collected the
-    items, which the algorithm checks on the first micro-batch if that is a full one. Returns weighted means
+    Each micro-batch, of ``policy.chunk`` items, is back-propagated at once, so activation memory does not
+    grow with the number of items. Items of weight 0 are left out. ``collected_in``: the weights are still
+    those that collected the items, in chunks of that many, which the algorithm checks on the first
+    micro-batch if it is one of that size: others are computed with other rounding.
+    Returns weighted means
     of the losses and metrics, and the gradient's norm before clipping; only ``skipped_steps`` where there
     is no item to train on, and no step then. Raises TrainingError, with the weights as they were, where the
     gradient is not finite.
@@ -96,13 +108,13 @@ def update(
     total = world.sum(items.weight.sum())
     if not total:
         return {"skipped_steps": items.weight.new_ones(())}
-    micros = list(_in_step(items, settings.micro_batch, world))
+    micros = list(_in_step(items, policy.chunk, world))
     sums: dict[str, Tensor] = {}
     for i, micro in enumerate(micros):
         strategy.begin(last=i == len(micros) - 1)
         losses = algorithm.loss(micro, policy)
         # a smaller batch than the rollout's is computed by other kernels, with other rounding
-        if on_policy and i == 0 and len(micro) >= min(settings.micro_batch, policy.chunk):
+        if i == 0 and collected_in == policy.chunk == len(micro):
             algorithm.check_on_policy(losses)
         share = micro.weight / total
         strategy.backward((losses.per_item * share).sum())

@@ -22,6 +22,8 @@ from posttrain.errors import TrainingError
 from posttrain.feeds import Feed
 from posttrain.grids import grid
 from posttrain.judge import Judge
+from posttrain.memory import fitted
+from posttrain.micro_batch import remember
 from posttrain.monitor import Action, collapsed, hacking
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy import Policy
@@ -96,6 +98,7 @@ class StageWatch:
         self.world = strategy.world
         self.folder, self.tracker, self.bar, self.console = folder, tracker, bar, console
         self.feed, self.judge, self.account = feed, judge, account
+        self.chunk = policy.chunk
         self.since = time.monotonic()
         self.before, self.here = account.samples, 0.0
         self.shown, self.sampler = samples_shown(recipe, feed)
@@ -131,6 +134,9 @@ class StageWatch:
         if self.stage.monitor is not None and "reward" in metrics and first:
             self.account.pending.append(metrics["reward"].item())
             self.account.spreads.append(metrics["reward_group_std"].item())
+        if self.policy.chunk < self.chunk:
+            self.chunk = self.policy.chunk
+            remember(self.recipe, self.folder, self.world.size, self.chunk)
         if step % self.stage.train.log_every and step not in (1, self.stage.train.steps):
             return
         values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
@@ -191,7 +197,10 @@ class StageWatch:
         """Draw the same prompts from the same noise, with the weights that would be exported."""
         spent = self.policy.forward_equivalents
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            images = sample_images(self.policy, self.shown, [0] * len(self.shown), **self.sampler)
+            draw = functools.partial(
+                sample_images, self.policy, self.shown, [0] * len(self.shown), **self.sampler
+            )
+            images = fitted(draw, self.policy, lambda: not self.policy.layout.in_parts)
         self.policy.forward_equivalents = spent
         if self.tracker is None:
             return

@@ -28,7 +28,7 @@ def collected(algorithm, policy, **kwargs):
 def gradient(algorithm, micro_batch, **kwargs):
     policy = toy_policy()
     items = collected(algorithm, policy, **kwargs)
-    settings = Train(steps=1, micro_batch=micro_batch, max_grad_norm=1e9)
+    settings, policy.chunk = Train(steps=1, max_grad_norm=1e9), micro_batch
     strategy = alone(policy)
     update(algorithm, policy, items, strategy, settings, 1)
     return torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen])
@@ -135,7 +135,7 @@ def test_ode_only_soar_learns_the_flow_of_a_point_mass():
     """With one image the optimal velocity at (x, sigma) is (x - x0) / sigma, at auxiliary points too."""
     policy, soar = toy_policy(), SOAR(trajectory_length=2, sigma_floor=0.1)
     strategy = alone(policy, torch.optim.Adam, lr=3e-3)
-    settings, losses = Train(steps=400, micro_batch=1000), []
+    settings, losses = Train(steps=400), []
     for step in range(400):
         batch, draws = toy_batch(policy.model, n=32, step=step)
         point = type(batch)(torch.full_like(batch.latents, 0.5), batch.prompt, batch.conditions)

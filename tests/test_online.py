@@ -77,7 +77,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(algorithm):
     for size in (1000, 7):
         policy = toy_policy()
         items = collected(algorithm, policy)
-        settings = Train(steps=1, micro_batch=size, max_grad_norm=1e9)
+        settings, policy.chunk = Train(steps=1, max_grad_norm=1e9), size
         strategy = alone(policy)
         update(algorithm, policy, items, strategy, settings, 1)
         gradients.append(torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen]))
@@ -130,9 +130,9 @@ def test_a_policy_that_moved_before_its_first_step_is_refused():
     for parameter in policy.trained.values():
         parameter.data += 0.05
     strategy = alone(policy)
-    settings = Train(steps=1, micro_batch=100)
+    settings = Train(steps=1)
     with pytest.raises(TrainingError, match="must be 1, but it is off by"):
-        update(grpo, policy, items, strategy, settings, 1, on_policy=True)
+        update(grpo, policy, items, strategy, settings, 1, collected_in=policy.chunk)
     update(grpo, policy, items, strategy, settings, 1)  # a later step on the batch may have another policy
 
 
@@ -171,7 +171,7 @@ def test_equal_rewards_train_nothing_and_take_no_step():
     assert items.metrics["groups_without_spread"] == 1
     before = [p.clone() for p in policy.trained.values()]
     strategy = alone(policy, torch.optim.AdamW, lr=1.0)
-    metrics = update(grpo, policy, items, strategy, Train(steps=1), 1, on_policy=True)
+    metrics = update(grpo, policy, items, strategy, Train(steps=1), 1, collected_in=policy.chunk)
     assert list(metrics) == ["skipped_steps"]
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trained.values(), strict=True))
 
@@ -354,11 +354,11 @@ def test_the_sde_keeps_a_gaussians_marginals(dynamics):
 def test_it_learns_to_please_a_simple_reward(algorithm):
     policy, rewards = toy_policy(), []
     strategy = alone(policy, torch.optim.Adam, lr=3e-3)
-    settings = Train(steps=40, micro_batch=1000)
+    settings = Train(steps=40)
     for step in range(40):
         items = collected(algorithm, policy, prompts=4, step=step, chunk=1000)
         rewards.append(items.metrics["reward"].item())
-        update(algorithm, policy, items, strategy, settings, step + 1, on_policy=True)
+        update(algorithm, policy, items, strategy, settings, step + 1, collected_in=policy.chunk)
         algorithm.after_batch(policy, step + 1)
         policy.roles = {k: v for k, v in policy.roles.items() if k == "none"}
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.5

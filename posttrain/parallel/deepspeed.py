@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -127,6 +127,8 @@ class DeepSpeed(Parallel):
 
 class Partitioned(Layout):
     """ZeRO-3: each weight is flat, padded, and cut into equal parts."""
+
+    in_parts: ClassVar = True
 
     def __init__(self, engine: Any, world: World) -> None:
         self.engine, self.world = engine, world

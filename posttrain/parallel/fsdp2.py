@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ class FSDP2(Parallel):
 
 class Sharded(Layout):
     """Each weight is a DTensor, cut along its first axis."""
+
+    in_parts: ClassVar = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class Parallel(Spec, ABC):
 
 class Layout:
     """How weights lie over the processes: here, each process has them whole."""
+
+    in_parts: ClassVar[bool] = False
+    """Whether a forward waits for parts that other processes have."""
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """The shape of the whole."""
@@ -87,6 +90,10 @@ class Strategy(ABC):
         """Add the gradient of ``loss``, which is this process's part of a sum over all processes."""
         loss.backward()
 
+    def forget(self) -> bool:
+        """Forget the gradients added since the last step. False where they cannot be."""
+        return False
+
     @abstractmethod
     def step(self, max_norm: float) -> float:
         """Clip, take the optimizer step and forget the gradients. Returns the norm of the gradients before
@@ -118,13 +125,17 @@ class Direct(Strategy):
         super().__init__(policy, world)
         self.layout, self.optimizer = layout, optimizer
 
+    def forget(self) -> bool:
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
     def step(self, max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), max_norm)
         # the one host synchronisation of a step: a poisoned update must never reach the weights
         value = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # type: ignore[operator]
         if math.isfinite(value):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
         return value
 
     def moments(self, name: str) -> dict[str, Tensor]:
