@@ -39,7 +39,7 @@ PACKAGES = (
     "pillow",
 )
 
-NEUTRAL = ("device", "cache.path", "cache.max_size")
+NEUTRAL = ("device", "cache.path", "cache.max_size", "model.offload")
 """Fields that may differ when a run goes on: they change no result."""
 
 

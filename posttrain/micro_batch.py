@@ -21,13 +21,14 @@ from posttrain.results import short
 from posttrain.sampling import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from posttrain.condition import Conditions
     from posttrain.feeds import Feed
+    from posttrain.model import FlowModel
     from posttrain.parallel.strategy import Strategy
     from posttrain.policy import Policy
     from posttrain.recipe import Recipe, Stage
+
+    Sample = tuple[torch.Tensor, Conditions]
 
 FILE = "micro_batch.json"
 GAIN = 1.05
@@ -81,23 +82,24 @@ def _circumstances(recipe: Recipe, size: int) -> dict[str, Any]:
     return {"device": name, "parallel": recipe.parallel.model_dump(mode="json"), "processes": size}
 
 
-def found_by_trying(stage: Stage, policy: Policy, strategy: Strategy, feed: Feed) -> tuple[int, list[Trial]]:
+def found_by_trying(
+    stage: Stage, policy: Policy, strategy: Strategy, sample: Sample
+) -> tuple[int, list[Trial]]:
     """The largest power of two of items that fits and is faster than half of it; and what was tried.
 
-    Tried is a forward and backward of the transformer on images of the largest size, with a gradient of 0:
+    Tried is a forward and backward of the transformer on rows of the ``sample``, with a gradient of 0:
     nothing is trained. All processes try alike. Raises RuntimeError where one item alone does not fit.
     """
     algorithm, world = stage.algorithm, strategy.world
     rows = rehearse(algorithm).rows_with
     per_step = stage.train.batch_size * algorithm.items_per_sample() // stage.train.steps_per_batch
     most, trials = max(per_step // world.size, 1), []
-    attempt = _attempt(policy, strategy, feed)
     while not trials or 2 * trials[-1].items <= most:
         items = 2 * trials[-1].items if trials else 1
         if trials and world.most(not _has_room(strategy, policy, trials)):
             break
         try:
-            seconds, held = attempt(items * rows)
+            seconds, held = _tried(policy, strategy, sample, items * rows)
         except (RuntimeError, MemoryError) as error:
             # parts of weights that other processes wait for are not to be had after this
             if not trials or world.size > 1 or not is_out_of_memory(error):
@@ -111,43 +113,45 @@ def found_by_trying(stage: Stage, policy: Policy, strategy: Strategy, feed: Feed
     return trials[-1].items, trials
 
 
-def described(trials: list[Trial]) -> str:
+def described(trials: list[Trial], device: torch.device) -> str:
     """What was found, in a line."""
     last = trials[-1]
     tried = ", ".join(f"{t.items}: {t.items_per_second:.3g}/s" for t in trials)
-    return f"micro_batch auto is {last.items} ({tried}; {short(last.bytes, 'B')} more memory than at rest)"
+    # elsewhere what the allocator kept from before hides what was taken
+    held = f"; {short(last.bytes, 'B')} more memory than at rest" if device.type == "cuda" else ""
+    return f"micro_batch auto is {last.items} ({tried}{held})"
 
 
-def try_out(policy: Policy, strategy: Strategy, latents: torch.Tensor, conditions: Conditions) -> None:
-    """A forward and backward on ``latents``, of which nothing stays."""
-    rows, spent = len(latents), policy.forward_equivalents
-    sigma = torch.full((rows,), 0.5, device=latents.device)
-    empty = conditions.rows(torch.zeros(rows, dtype=torch.int64, device=latents.device))
+def blank(model: FlowModel, feed: Feed) -> Sample:
+    """Latents (c, h, w) of the stage's largest image, and the encoded empty prompt."""
+    conditions, _ = encode(model, [])
+    return torch.zeros(model.latent_shape(*feed.largest), device=model.device), conditions
+
+
+def try_out(policy: Policy, strategy: Strategy, sample: Sample, rows: int) -> None:
+    """A forward and backward on ``rows`` of the ``sample``, of which nothing stays."""
+    latents, conditions = sample
+    device, spent = latents.device, policy.forward_equivalents
+    empty = conditions.rows(torch.zeros(rows, dtype=torch.int64, device=device))
+    sigma = torch.full((rows,), 0.5, device=device)
     strategy.begin(last=False)
-    strategy.backward(policy.velocity(latents, sigma, empty).sum() * 0.0)
+    strategy.backward(policy.velocity(latents.repeat(rows, 1, 1, 1), sigma, empty).sum() * 0.0)
     strategy.forget()
     policy.forward_equivalents = spent
 
 
-def _attempt(policy: Policy, strategy: Strategy, feed: Feed) -> Callable[[int], tuple[float, int]]:
-    device, model = policy.model.device, policy.model
-    shape = model.latent_shape(*feed.largest)
-    conditions, _ = encode(model, [])
-
-    def attempt(rows: int) -> tuple[float, int]:
-        latents = torch.zeros(rows, *shape, device=device)
-        reset_peak_memory(device)
-        before = peak_memory(device)
-        took = []
-        for _ in range(3):  # the first also starts libraries, and compiles
-            synchronize(device)
-            start = time.perf_counter()
-            try_out(policy, strategy, latents, conditions)
-            synchronize(device)
-            took.append(time.perf_counter() - start)
-        return min(took), max(peak_memory(device) - before, 0)
-
-    return attempt
+def _tried(policy: Policy, strategy: Strategy, sample: Sample, rows: int) -> tuple[float, int]:
+    """Seconds of :func:`try_out`, and the bytes that it took."""
+    device, took = policy.model.device, []
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    for _ in range(3):  # the first also starts libraries, and compiles
+        synchronize(device)
+        start = time.perf_counter()
+        try_out(policy, strategy, sample, rows)
+        synchronize(device)
+        took.append(time.perf_counter() - start)
+    return min(took), max(peak_memory(device) - before, 0)
 
 
 def _has_room(strategy: Strategy, policy: Policy, trials: list[Trial]) -> bool:

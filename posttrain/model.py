@@ -67,7 +67,7 @@ class Model(Named, ABC):
 
     def described(self) -> dict[str, Any]:
         """What changes the images beside the weights, for a result card."""
-        return self.model_dump(mode="json", exclude={"path"})
+        return self.model_dump(mode="json", exclude={"path", "offload"})
 
     def frozen_dtype(self) -> DtypeName:
         """Of a transformer that is not fully trained."""
@@ -106,6 +106,11 @@ class FlowModel(ABC):
     """Image sides must be multiples of this many pixels."""
     prompt_cache: PromptCache | None = None
     """Where :func:`posttrain.sampling.encode` looks before it encodes; set by :mod:`posttrain.cache.fill`."""
+
+    def rest(self, encoder: EncoderName) -> None:
+        """Keep an encoder, and with that of images the decoder, in the CPU's memory from here on, and on the
+        device only while it works: it will hardly be needed. Models may leave it where it is."""
+        del encoder
 
     @abstractmethod
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:

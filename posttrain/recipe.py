@@ -235,7 +235,7 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
-    def _optimizers_are_whole(self) -> Self:
+    def _training_fits_the_strategy(self) -> Self:
         for i, stage in enumerate(self.stages):
             if stage.train.optimizer == "adamw8bit" and self.parallel.strategy in ("fsdp2", "deepspeed"):
                 words = (
@@ -243,6 +243,12 @@ class Recipe(Spec):
                     "adamw, or 'parallel: {strategy: ddp}'"
                 )
                 raise at(("stages", i, "train", "optimizer"), words)
+            if stage.train.compile and isinstance(self.parallel, DeepSpeed) and self.parallel.stage == 3:
+                words = (
+                    "under ZeRO-3 every block would be compiled by itself, since its weights come and go: "
+                    "remove it, or take 'parallel: {strategy: fsdp2}'"
+                )
+                raise at(("stages", i, "train", "compile"), words)
         return self
 
     def parent(self, stage: Stage) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from posttrain import checkpoint
 from posttrain.activations import checkpoint_blocks
 from posttrain.artifact import DESCRIPTION
 from posttrain.cache.fill import fill_for_stage
+from posttrain.compiling import compile_blocks
 from posttrain.device import reset_peak_memory
 from posttrain.feeds import feed_of
 from posttrain.judge import Judge
 from posttrain.memory import OutOfMemory
-from posttrain.micro_batch import described, found_by_trying, remember, settled
+from posttrain.micro_batch import blank, described, found_by_trying, remember, settled, try_out
 from posttrain.model import FlowModel
 from posttrain.parallel.world import ALONE, World
 from posttrain.policy import Policy
@@ -78,9 +81,16 @@ def run_stage(
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     fill_for_stage(recipe, stage, model, feed, console, world)
+    if settings.compile:
+        attempt = functools.partial(try_out, policy, strategy, blank(model, feed), 1)
+        if (reason := compile_blocks(model.transformer, attempt)) is not None:
+            words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
+            console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
     if number is None:
-        policy.chunk, trials = found_by_trying(stage, policy, strategy, feed)
-        console.print(f"[dim]{stage.name}: {described(trials)}[/dim]", highlight=False, soft_wrap=True)
+        policy.chunk, trials = found_by_trying(stage, policy, strategy, blank(model, feed))
+        console.print(
+            f"[dim]{stage.name}: {described(trials, device)}[/dim]", highlight=False, soft_wrap=True
+        )
         if world.main:
             remember(recipe, folder, world.size, policy.chunk, trials)
     failures = folder / ("failed_reward" if world.main else f"failed_reward-{world.rank}")

@@ -1,7 +1,7 @@
 """What does a stage or an evaluation encode before it begins, and who reads it then?
 
 After this, prompts and images that were listed are not encoded again, so the text encoders and the image
-encoder are idle, unless a file of the cache is damaged or was removed.
+encoder are idle, unless a file of the cache is damaged or was removed: they leave the device.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ def fill_for_stage(
             prompts += [row["prompt"] for row in rows[: stage.monitor.prompts]]
         model.prompt_cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
         model.prompt_cache.fill(prompts, stage.name, console, world.rank, world.size)
+        model.rest("prompts")
     if settings.latents != "off" and isinstance(feed, ImageFeed):
         store = _store(room, settings.latents, settings, model, "images", console)
         feed.latents = LatentCache(store, model, feed.source, settings.latents)
         feed.latents.fill(stage.name, console, world.rank, world.size)
+        model.rest("images")
     world.barrier()  # or some would be encoded twice
 
 
@@ -74,6 +76,7 @@ def fill_for_evaluation(
         prompts = [row["prompt"] for row in prompt_rows(recipe.evaluation.prompts)]
         model.prompt_cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
         model.prompt_cache.fill(prompts, f"evaluate {name}", console, world.rank, world.size)
+        model.rest("prompts")
         world.barrier()
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from posttrain.errors import ModelError
 from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
 from posttrain.models import _weights
+from posttrain.models._resting import Resting
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class SD3(Model):
             with_t5 = self.text_encoder_3 and "text_encoder_3" in _weights.components(Path(source))
             left_out: dict[str, Any] = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
             pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtypes, **left_out)
-        return SD3FlowModel(pipeline, Path(source), self.max_sequence_length, device)
+        return SD3FlowModel(pipeline, Path(source), self.max_sequence_length, device, offload=self.offload)
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> SD3FlowModel | None:
         from posttrain.models._unpublished import Unpublished, configs_at
@@ -123,7 +124,15 @@ class SD3(Model):
 class SD3FlowModel(FlowModel):
     """A loaded Stable Diffusion 3 pipeline."""
 
-    def __init__(self, pipeline: Any, source: Path, max_sequence_length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        source: Path,
+        max_sequence_length: int,
+        device: torch.device,
+        *,
+        offload: bool = False,
+    ) -> None:
         self.pipeline, self.source, self.device = pipeline, source, device
         self.max_sequence_length = max_sequence_length
         self.transformer: Any = pipeline.transformer
@@ -133,8 +142,22 @@ class SD3FlowModel(FlowModel):
         self.shift = float(self.scheduler.config.shift)
         self.factor = pipeline.vae_scale_factor
         self.divisor = self.factor * self.transformer.config.patch_size
+        self.encoders: dict[EncoderName, Resting] = {
+            "prompts": Resting(self._text_encoders(), device),
+            "images": Resting([self.vae], device),
+        }
         for module in (self.transformer, self.vae, *self._text_encoders()):
-            module.to(device).eval().requires_grad_(False)
+            module.eval().requires_grad_(False)
+        self.transformer.to(device)
+        for name, encoder in self.encoders.items():
+            if offload:
+                self.rest(name)
+            else:
+                encoder.settle()
+
+    def rest(self, encoder: EncoderName) -> None:
+        if self.device.type != "cpu":
+            self.encoders[encoder].rest()
 
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
@@ -152,7 +175,7 @@ class SD3FlowModel(FlowModel):
         import torch
 
         texts, parts = list(prompts), []
-        with torch.no_grad(), _weights.quiet():
+        with torch.no_grad(), _weights.quiet(), self.encoders["prompts"].working():
             for i in range(0, len(texts), PROMPTS_AT_ONCE):
                 part = texts[i : i + PROMPTS_AT_ONCE]
                 full = part + [""] * (PROMPTS_AT_ONCE - len(part))
@@ -175,7 +198,7 @@ class SD3FlowModel(FlowModel):
         at_once = max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
         none = torch.empty(0, *self.latent_shape(height, width), device=self.device)
         mean, logvar = [none], [none]
-        with torch.no_grad():
+        with torch.no_grad(), self.encoders["images"].working():
             for part in pixels.to(self.device, torch.float32).split(at_once) if len(pixels) else ():
                 full = torch.cat([part, part.new_zeros(at_once - len(part), 3, height, width)])
                 posterior = self.vae.encode(full).latent_dist
@@ -206,7 +229,7 @@ class SD3FlowModel(FlowModel):
     def decode(self, latents: Tensor) -> Tensor:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), self.encoders["images"].working():
             scaled = latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
             parts = [self.vae.decode(some).sample for some in scaled.split(_at_a_time(latents, self.factor))]
             return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -87,8 +88,8 @@ class DeepSpeed(Parallel):
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         return Zero(policy, settings, world, self)
 
-    def settings(self, max_norm: float) -> dict[str, Any]:
-        """The configuration that DeepSpeed gets."""
+    def settings(self, max_norm: float, *, selective: bool = False) -> dict[str, Any]:
+        """The configuration that DeepSpeed gets. ``selective``: of gradient checkpointing."""
         found = _without_auto(self._file()) if self.config is not None else {}
         zero = {"stage": self.stage, "overlap_comm": False, **found.get("zero_optimization", {})}
         if self.offload:
@@ -102,6 +103,9 @@ class DeepSpeed(Parallel):
                 "stage3_max_live_parameters": 0,
                 "stage3_max_reuse_distance": 0,
             }
+            if selective:
+                # its linear layer adds the bias in place, to the very product that was kept: twice
+                zero["memory_efficient_linear"] = False
         return {
             **{key: value for key, value in found.items() if key not in OWN},
             "zero_optimization": zero,
@@ -160,15 +164,20 @@ class Zero(Strategy):
         if policy.model.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # it compiles an operator at its first start, by the ninja that pip installed beside this Python
+        os.environ.setdefault("LOCAL_RANK", "0")  # which it demands of one process, too
         beside = os.path.dirname(sys.executable)
         os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
         import deepspeed
         from deepspeed.utils import logger
 
         logger.setLevel("WARNING")
+        # it calls collectives by the names that every version of torch knows
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         own = optimizer_of(settings, policy.trained.values())
-        configuration = spec.settings(settings.max_grad_norm)
+        selective = settings.gradient_checkpointing == "selective"
+        configuration = spec.settings(settings.max_grad_norm, selective=selective)
+        self._linear = nn.functional.linear
         made: Any = deepspeed.initialize(
             model=policy.model.transformer, optimizer=own, config=configuration, dist_init_required=False
         )
@@ -243,6 +252,7 @@ class Zero(Strategy):
     def close(self) -> None:
         super().close()
         self.engine.destroy()
+        nn.functional.linear = self._linear  # ZeRO-3 puts its own there, for the whole process
 
     def _flat(self) -> list[Tensor]:
         """The flat parameters that the optimizer steps."""

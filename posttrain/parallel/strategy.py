@@ -153,7 +153,8 @@ class Direct(Strategy):
                     for key, value in moments[name].items()
                 }
                 if not isinstance(self.optimizer, torch.optim.AdamW):
-                    state[i]["step"] = state[i]["step"].item()  # bitsandbytes counts in plain numbers
+                    # bitsandbytes counts in plain numbers
+                    state[i]["step"] = state[i]["step"].item()  # type: ignore[assignment]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def placed(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:

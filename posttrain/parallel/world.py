@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -125,4 +126,6 @@ def joined(device: torch.device, *, group: bool = False) -> Iterator[World]:
     try:
         yield World(rank, size)
     finally:
-        dist.destroy_process_group()
+        # DeepSpeed, where it is in use, keeps references of its own, and would take them for the next run's
+        own = getattr(sys.modules.get("deepspeed.comm.comm"), "cdb", None)
+        (sys.modules["deepspeed.comm"] if own is not None else dist).destroy_process_group()
