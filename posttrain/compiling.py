@@ -42,7 +42,7 @@ def compile_blocks(transformer: nn.Module, try_out: Callable[[], None]) -> str |
         for block in blocks(transformer):
             block._compiled_call_impl = None
         torch.compiler.reset()
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     # a size that comes later and cannot be compiled runs as it is, and dynamo says so
     config.suppress_errors = True
     logging.getLogger("torch._dynamo").setLevel(logging.WARNING)

@@ -62,6 +62,15 @@ class Train(Spec):
         return self
 
     @model_validator(mode="after")
+    def _compiled_blocks_are_not_looked_into(self) -> Self:
+        if self.compile and self.gradient_checkpointing == "selective":
+            words = (
+                "selective keeps some results inside a block, which is one piece when compiled: full or off"
+            )
+            raise at(("gradient_checkpointing",), words)
+        return self
+
+    @model_validator(mode="after")
     def _batches_are_whole(self) -> Self:
         n = self.steps_per_batch
         if n > self.batch_size:

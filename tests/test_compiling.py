@@ -1,0 +1,86 @@
+"""Do compiled blocks compute the same, and does a run go on where they cannot be compiled?
+
+The backend aot_eager traces and splits forward and backward as the default one does, and generates no code.
+"""
+
+import pytest
+import torch
+from runs import TRAIN, recipe, run_quietly, stage
+from test_run import assert_equal_weights, weights
+
+from posttrain import compiling
+from posttrain.errors import RecipeError
+from posttrain.parallel.fsdp2 import blocks
+from posttrain.records import read_metrics
+
+COMPILED = TRAIN.replace("{", "{compile: true, ")
+PROMPTS = "{prompts: {type: shapes, count: 12}, resolution: 16}"
+CASES = {
+    "sft, recomputed": ("{type: sft}", "gradient_checkpointing: full, "),
+    "grpo": ("{type: flow_grpo, group_size: 2, num_steps: 4, guidance_scale: 2.0}", ""),
+}
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def run_both(tmp_path, algorithm="{type: sft}", settings="", **fields):
+    """What the run with compiled blocks printed; beside it one without."""
+    both = [
+        stage(name, algorithm, train=train.replace("{", "{" + settings), start_from="base", **fields)
+        for name, train in [("compiled", COMPILED), ("plain", TRAIN)]
+    ]
+    if "flow_grpo" in algorithm:
+        both = [text.replace("{type: shapes, images: 10, seed: 1}", PROMPTS) for text in both]
+    return run_quietly(recipe(*both), tmp_path / "run")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_blocks_train_alike(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": "aot_eager"})
+    seen = []
+    prepared = compiling.blocks
+    monkeypatch.setattr(compiling, "blocks", lambda module: seen.append(module) or prepared(module))
+    algorithm, settings = CASES[case]
+    fields = {"rewards": "['brightness:score']"} if "grpo" in case else {"tune": "{type: full}"}
+    printed = run_both(tmp_path, algorithm, settings, **fields)
+    assert "compile" not in printed.replace("compiled", "")
+    assert all(block._compiled_call_impl is not None for block in blocks(seen[0]))
+    one, other = (losses(tmp_path / "run" / name) for name in ("compiled", "plain"))
+    assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+    a, b = (weights(tmp_path / "run" / name) for name in ("compiled", "plain"))
+    assert all((a[n] - b[n]).norm() <= 1e-4 * b[n].norm() for n in b)
+
+
+def test_where_blocks_cannot_be_compiled_they_run_as_they_are_and_a_line_says_so(tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise NotImplementedError("no kernel for this [machine]")
+
+    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": broken})
+    printed = run_both(tmp_path)
+    (line,) = [line for line in printed.splitlines() if "compile:" in line]
+    assert line.startswith("compiled: compile: the blocks run as they are (")
+    assert "no kernel for this [machine]" in line
+    assert_equal_weights(*(weights(tmp_path / "run" / name) for name in ("compiled", "plain")))
+
+
+def test_selective_checkpointing_is_not_compiled():
+    with pytest.raises(RecipeError, match=r"gradient_checkpointing.*one piece when compiled: full or off"):
+        recipe(stage("sft", train=COMPILED.replace("{", "{gradient_checkpointing: selective, ")))
+
+
+def test_zero_3_is_not_compiled():
+    block = "parallel={strategy: deepspeed, zero_stage: 3}"
+    with pytest.raises(RecipeError, match=r"train\.compile.*ZeRO-3.*fsdp2"):
+        recipe(stage("sft", train=COMPILED), overrides=[block])
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    from torch._dynamo import config
+
+    before = config.suppress_errors, config.cache_size_limit
+    yield
+    config.suppress_errors, config.cache_size_limit = before
+    torch.compiler.reset()

@@ -1,0 +1,412 @@
+"""Where memory does not suffice, or is to be saved: does the run go on, and is the training the same?"""
+
+import functools
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from pipelines import load, pipeline_folder
+from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
+from test_run import assert_equal_weights, weights
+from toys import ToyModel, alone, toy_batch, toy_policy
+
+from posttrain import checkpoint, micro_batch, optimizers
+from posttrain.activations import checkpoint_blocks
+from posttrain.algorithm import Algorithm, Tools
+from posttrain.algorithms.sft import SFT
+from posttrain.errors import RecipeError, TrainingError
+from posttrain.memory import OutOfMemory, fitted, is_out_of_memory
+from posttrain.models._resting import Resting
+from posttrain.models.sd3 import SD3, SD3FlowModel
+from posttrain.optimizers import optimizer_of
+from posttrain.planning.footprint import peak_bytes
+from posttrain.policy import Policy
+from posttrain.recipe_file import parse_recipe
+from posttrain.sampling import encode
+from posttrain.train_settings import Train
+from posttrain.trainer import train, update
+from posttrain.tuning import Full, Lora
+
+META = torch.device("meta")
+
+
+class Small(ToyModel):
+    """Has memory for so many rows with gradients."""
+
+    room = 2
+
+    def velocity(self, latents, sigma, condition):
+        if torch.is_grad_enabled() and len(latents) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return super().velocity(latents, sigma, condition)
+
+
+class Late(ToyModel):
+    """Has no memory for the second forward of four rows, when there are gradients already."""
+
+    calls = 0
+
+    def velocity(self, latents, sigma, condition):
+        self.calls += torch.is_grad_enabled()
+        if self.calls == 2 and len(latents) == 4:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")
+        return super().velocity(latents, sigma, condition)
+
+
+def gradient(model, chunk, world=None):
+    policy = Policy(model, chunk=chunk)
+    batch, draws = toy_batch(policy.model, n=10)
+    with torch.no_grad():
+        items = SFT().collect(batch, Tools(policy, draws))
+    strategy, settings = alone(policy), Train(steps=1, max_grad_norm=1e9)
+    fitted(lambda: update(SFT(), policy, items, strategy, settings, 1), policy, strategy.forget)
+    return torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen]), policy
+
+
+@pytest.mark.parametrize("model", [Small, Late])
+def test_what_does_not_fit_is_done_again_in_halves_and_counts_once(model, caplog):
+    whole, _ = gradient(ToyModel(), 2)
+    with caplog.at_level(logging.WARNING):
+        found, policy = gradient(model(), 4)
+    assert torch.equal(found, whole)
+    assert policy.chunk == 2
+    assert "out of memory with 4 rows at a time; going on with 2" in caplog.text
+
+
+def test_a_row_that_does_not_fit_alone_stops_the_run():
+    small = Small()
+    small.room = 0
+    with pytest.raises(TrainingError, match=r"one row at a time .*gradient_checkpointing.*posttrain plan"):
+        gradient(small, 4)
+
+
+def test_other_errors_are_not_tried_again():
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    caused = TrainingError("a reward failed")
+    caused.__cause__ = torch.OutOfMemoryError("out of memory")
+    assert is_out_of_memory(caused)
+    calls = []
+
+    def wrong():
+        calls.append(1)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        fitted(wrong, toy_policy(), lambda: True)
+    assert len(calls) == 1
+
+
+class Checked(Algorithm):
+    """Notes what it is asked to check."""
+
+    type: str = "checked-in-test"
+    needs = "images"
+
+    def collect(self, batch, tools):
+        return SFT().collect(batch, tools)
+
+    def loss(self, items, policy):
+        return SFT().loss(items, policy)
+
+    def check_on_policy(self, losses):
+        CHECKED.append(len(losses.per_item))
+
+    def forward_equivalents_per_sample(self):
+        return 3.0
+
+
+CHECKED = []
+
+
+class Nothing:
+    def before_batch(self, step):
+        return True
+
+    def after_step(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(("model", "seen"), [(ToyModel, [4]), (Small, [2])])
+def test_the_first_batch_that_is_trained_as_it_was_collected_is_checked_once(model, seen):
+    """The first step on Small runs in other chunks than its items were collected in, with other rounding."""
+    CHECKED.clear()
+    policy = Policy(model(), chunk=4)
+    drawn = []
+
+    def batches():
+        for step in range(3):
+            batch, draws = toy_batch(policy.model, n=8, step=step)
+            drawn.append(step)
+            yield batch, Tools(policy, draws)
+
+    strategy = alone(policy, torch.optim.SGD, lr=0.1)
+    train(Checked(), policy, strategy, batches(), Train(steps=3), Nothing())
+    assert seen == CHECKED
+    assert len(drawn) == 3
+
+
+def test_processes_that_would_wait_for_each_other_stop_with_the_number_to_go_on_with():
+    policy = Policy(Small(), chunk=4)
+    strategy = alone(policy)
+    strategy.world = replace(strategy.world, size=2)
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    batch, draws = toy_batch(policy.model)
+    failing = Checked()
+    object.__setattr__(failing, "collect", no_room)
+    with pytest.raises(OutOfMemory, match="with 4 rows at a time") as found:
+        train(failing, policy, strategy, iter([(batch, Tools(policy, draws))]), Train(steps=1), Nothing())
+    assert found.value.chunk == 2
+
+
+def no_room_for(rows, monkeypatch):
+    """Let the SD3 model have memory for less than so many rows with gradients."""
+    velocity = SD3FlowModel.velocity
+
+    def limited(self, latents, sigma, condition):
+        if torch.is_grad_enabled() and len(latents) >= rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return velocity(self, latents, sigma, condition)
+
+    monkeypatch.setattr(SD3FlowModel, "velocity", limited)
+
+
+def remembered(folder):
+    return json.loads((folder / "sft" / "micro_batch.json").read_text())["micro_batch"]
+
+
+def test_a_run_out_of_memory_goes_on_in_halves_and_remembers_it(tmp_path, monkeypatch):
+    two = TRAIN.replace("micro_batch: 4", "micro_batch: 2")
+    run_quietly(recipe(stage("sft", train=two)), tmp_path / "two")
+    with monkeypatch.context() as patch:
+        no_room_for(4, patch)
+        run_quietly(recipe(stage("sft")), tmp_path / "run")
+    assert_equal_weights(weights(tmp_path / "run" / "sft"), weights(tmp_path / "two" / "sft"))
+    assert remembered(tmp_path / "run") == 2
+    # a run that goes on begins with what was found
+    seen = []
+    velocity = SD3FlowModel.velocity
+    monkeypatch.setattr(
+        SD3FlowModel, "velocity", lambda self, x, *rest: seen.append(len(x)) or velocity(self, x, *rest)
+    )
+    (tmp_path / "run" / "sft" / "stage.json").unlink()
+    shutil.rmtree(checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1])
+    run_quietly(recipe(stage("sft")), tmp_path / "run")
+    assert set(seen) == {2}
+
+
+def test_a_run_that_cannot_repeat_a_step_stops_and_goes_on_with_half(tmp_path, monkeypatch):
+    from posttrain.parallel.strategy import Direct
+
+    made = recipe(stage("sft"))
+    with monkeypatch.context() as patch:
+        no_room_for(4, patch)
+        patch.setattr(Direct, "forget", lambda self: self.optimizer.zero_grad() or False)
+        with pytest.raises(
+            OutOfMemory, match=r"sft: out of memory with 4 .* from the last checkpoint with 2"
+        ):
+            run_quietly(made, tmp_path / "run")
+        run_quietly(made, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "sft" / "stage.json").read_text())["steps"] == 6
+
+
+AUTO = TRAIN.replace("micro_batch: 4", "micro_batch: auto").replace("batch_size: 4", "batch_size: 8")
+
+
+def test_auto_finds_a_number_once_and_the_trials_leave_nothing_behind(tmp_path, monkeypatch):
+    printed = run_quietly(recipe(stage("sft", train=AUTO)), tmp_path / "auto")
+    number = remembered(tmp_path / "auto")
+    assert f"micro_batch auto is {number}" in printed
+    same = AUTO.replace("micro_batch: auto", f"micro_batch: {number}")
+    run_quietly(recipe(stage("sft", train=same)), tmp_path / "given")
+    assert_equal_weights(weights(tmp_path / "auto" / "sft"), weights(tmp_path / "given" / "sft"))
+    bills = [json.loads((tmp_path / n / "sft" / "stage.json").read_text()) for n in ("auto", "given")]
+    assert bills[0]["forward_equivalents"] == bills[1]["forward_equivalents"]
+    monkeypatch.setattr(micro_batch, "_tried", lambda *_: pytest.fail("it was found before"))
+    (tmp_path / "auto" / "sft" / "stage.json").unlink()
+    run_quietly(recipe(stage("sft", train=AUTO)), tmp_path / "auto")
+
+
+def faster_and_larger(monkeypatch, each=1000, fastest=64):
+    """Let a trial of n rows take each * n bytes, and rows be the faster, the more of them, up to ``fastest``."""
+
+    def tried(policy, strategy, sample, rows):
+        micro_batch.try_out(policy, strategy, sample, rows)
+        return rows / min(rows, fastest), each * rows
+
+    monkeypatch.setattr(micro_batch, "_tried", tried)
+
+
+@pytest.mark.parametrize(
+    ("room", "fastest", "batch", "number"),
+    [
+        (None, 64, 32, 32),  # no more than a step has
+        (None, 64, 24, 16),
+        (None, 4, 32, 4),  # more would only cost memory
+        (9_000, 64, 32, 8),  # 16 rows would need 16 kB, where the optimizer has taken its part
+        (17_800, 64, 32, 16),
+    ],
+)
+def test_auto_takes_no_more_than_fits_and_pays(tmp_path, monkeypatch, room, fastest, batch, number):
+    faster_and_larger(monkeypatch, fastest=fastest)
+    moments = 8 * sum(p.numel() for p in load().transformer.parameters())
+    available = None if room is None else (room + moments) / micro_batch.FILLED
+    monkeypatch.setattr(micro_batch, "available_memory", lambda device: available)
+    train = AUTO.replace("batch_size: 8", f"batch_size: {batch}").replace("steps: 6", "steps: 2")
+    run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
+    assert remembered(tmp_path / "run") == number
+
+
+def test_auto_stays_below_what_ran_out_of_memory(tmp_path, monkeypatch):
+    faster_and_larger(monkeypatch)
+    no_room_for(4, monkeypatch)
+    run_quietly(recipe(stage("sft", train=AUTO)), tmp_path / "run")
+    assert remembered(tmp_path / "run") == 2
+
+
+def test_evaluation_goes_on_in_halves_too(tmp_path, monkeypatch):
+    made = parse_recipe(f"{HEAD}stages: []\n{EVALUATION}", "small.yaml")
+    velocity = SD3FlowModel.velocity
+
+    def limited(self, latents, sigma, condition):
+        if len(latents) > 4:  # two branches of guidance
+            raise torch.OutOfMemoryError("out of memory")
+        return velocity(self, latents, sigma, condition)
+
+    monkeypatch.setattr(SD3FlowModel, "velocity", limited)
+    run_quietly(made, tmp_path / "run")
+    assert (tmp_path / "run" / "base" / "evaluation" / "eval.json").is_file()
+
+
+@pytest.mark.parametrize("tune", [Full(), Lora(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_checkpointing_changes_no_gradient(tune, autocast):
+    model = load()
+    tune.apply(model.transformer, 0)
+    policy = Policy(model, autocast=autocast)
+    conditions, rows = encode(model, ["a red circle", "a blue square"] * 2)
+    latents = torch.randn(4, *model.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
+    sigma = torch.linspace(0.1, 0.9, 4)
+    gradients = {}
+    for mode in ("off", "selective", "full"):
+        checkpoint_blocks(model.transformer, mode)
+        for parameter in policy.trained.values():
+            parameter.grad = None
+        policy.velocity(latents, sigma, conditions.rows(rows)).square().mean().backward()
+        gradients[mode] = torch.cat([p.grad.flatten() for p in policy.trained.values()])
+    assert gradients["off"].abs().max() > 0
+    assert torch.equal(gradients["off"], gradients["selective"])
+    assert torch.equal(gradients["off"], gradients["full"])
+
+
+def test_checkpointing_saves_what_it_is_for():
+    """On SD3.5 Medium's shape, whose 24 blocks count more than the one that is computed again."""
+    model = SD3(path="stabilityai/stable-diffusion-3.5-medium").outline("fp32", META)
+    model.transformer.requires_grad_(True)
+    latents = torch.empty(1, *model.latent_shape(256, 256), device=META)
+    shapes = {"encoder_hidden_states": (1, 154, 4096), "pooled_projections": (1, 2048)}
+    condition = {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
+    for parameter in model.transformer.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    peaks = {}
+    for mode in ("off", "selective", "full"):
+        checkpoint_blocks(model.transformer, mode)
+        forward = functools.partial(model.velocity, latents, torch.empty(1, device=META), condition)
+        peaks[mode] = peak_bytes(forward, backward=True)
+    assert peaks["full"] < 0.5 * peaks["selective"] < 0.25 * peaks["off"]
+
+
+def test_an_optimizer_of_8_bits_trains_alike_and_goes_on_exactly(tmp_path):
+    eight = TRAIN.replace("{", "{optimizer: adamw8bit, ").replace(
+        "checkpoint_every: 2", "checkpoint_every: 3"
+    )
+    runs = {name: stage("sft", train=text) for name, text in [("eight", eight), ("whole", TRAIN)]}
+    for name, made in runs.items():
+        run_quietly(recipe(made), tmp_path / name)
+    trained, full = (weights(tmp_path / name / "sft") for name in ("eight", "whole"))
+    start = dict(load().transformer.named_parameters())
+    for name, tensor in full.items():
+        moved = (tensor - start.get(name, tensor)).norm()
+        assert (trained[name] - tensor).norm() <= 0.2 * moved, name
+    folder = tmp_path / "eight" / "sft"
+    states = checkpoint.saved(folder / "checkpoints")
+    state = torch.load(states[-1] / "state.pt", weights_only=True)["optimizer"]
+    assert any(moments["state1"].dtype == torch.uint8 for moments in state.values())
+    (folder / "stage.json").unlink()
+    shutil.rmtree(states[-1])
+    run_quietly(recipe(runs["eight"]), tmp_path / "eight")
+    assert_equal_weights(weights(folder), trained)
+
+
+def test_an_optimizer_of_8_bits_takes_a_quarter():
+    weight = torch.nn.Parameter(torch.randn(256, 256))
+    weight.grad = torch.randn(256, 256)
+    optimizer = optimizer_of(Train(steps=1, optimizer="adamw8bit"), [weight])
+    optimizer.step()
+    held = sum(t.nbytes for t in optimizer.state[weight].values() if isinstance(t, torch.Tensor))
+    assert held < 0.3 * 8 * weight.numel()
+
+
+@pytest.mark.parametrize("block", ["{strategy: fsdp2}", "{strategy: deepspeed, zero_stage: 2}"])
+def test_an_optimizer_of_8_bits_is_refused_where_weights_are_in_parts(block):
+    eight = TRAIN.replace("{", "{optimizer: adamw8bit, ")
+    with pytest.raises(RecipeError, match=r"train\.optimizer.*adamw8bit needs whole weights.*ddp"):
+        recipe(stage("sft", train=eight), overrides=[f"parallel={block}"])
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_by_line(monkeypatch):
+    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"stages\.0\.train\.optimizer.*pip install 'posttrain\[8bit\]'"):
+        recipe(stage("sft", train=TRAIN.replace("{", "{optimizer: adamw8bit, ")))
+
+
+def test_encoders_at_rest_come_to_work_and_give_the_same():
+    model = load()
+    prompts = ["a red circle"]
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+
+    def results():
+        mean, _ = model.posterior(pixels)
+        return [*model.encode_prompts(prompts).values(), mean, model.decode(mean)]
+
+    before = results()
+    resting = [p for e in (*model._text_encoders(), model.vae) for p in e.parameters()]
+    kept = [p.data_ptr() for p in resting]
+    at_work = []
+    first = resting[0].data_ptr()
+    model._text_encoders()[0].register_forward_hook(lambda *_: at_work.append(resting[0].data_ptr() != first))
+    for encoder in model.encoders.values():
+        encoder.rest()
+    after = results()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert at_work == [True]
+    assert [p.data_ptr() for p in resting] == kept
+
+
+def test_offloaded_encoders_never_settle_on_the_device():
+    path = {"path": str(pipeline_folder()), "max_sequence_length": 16}
+    for offload, where in [(True, "cpu"), (False, "meta")]:
+        model = SD3(**path, offload=offload).load(META, "fp32")
+        encoders = (*model._text_encoders(), model.vae)
+        assert {p.device.type for e in encoders for p in e.parameters()} == {where}
+        assert {p.device.type for p in model.transformer.parameters()} == {"meta"}
+
+
+def test_what_the_cache_does_instead_rests(tmp_path, monkeypatch):
+    rested = []
+    monkeypatch.setattr(Resting, "rest", lambda self: rested.append(type(self.modules[0]).__name__))
+    monkeypatch.setattr(SD3FlowModel, "rest", lambda self, name: self.encoders[name].rest())
+    head = f"{HEAD}cache: {{prompts: true, latents: mean_logvar, path: {tmp_path / 'cache'}}}\n"
+    run_quietly(recipe(stage("sft"), head=head), tmp_path / "run")
+    assert rested == ["CLIPTextModelWithProjection", "AutoencoderKL"]
+
+
+def test_where_encoders_lie_may_change_when_a_run_goes_on(tmp_path):
+    run_quietly(recipe(stage("sft")), tmp_path / "run")
+    run_quietly(recipe(stage("sft"), overrides=["model.offload=true"]), tmp_path / "run")
