@@ -9,6 +9,8 @@ the machine hardly change. Medians of alternating rounds. Exits with 1 where a c
 from __future__ import annotations
 
 import argparse
+import atexit
+import shutil
 import statistics
 import sys
 import tempfile
@@ -66,6 +68,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="posttrain-cache-"))
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
     spec = sd3.SD3(path="posttrain/tiny-sd3", max_sequence_length=16)
     loaded = {name: spec.load(torch.device("cpu"), "fp32") for name in CACHES}
     model = loaded["none"]

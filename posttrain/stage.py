@@ -113,7 +113,7 @@ def run_stage(
             raise OutOfMemory(f"{words} {error.chunk}", error.chunk) from error
     summary = watch.summary()  # which refuses a stage that trained nothing, before it is published
     weights = {
-        name: tensor.cpu() if world.size > 1 else tensor
+        name: _own(tensor.cpu() if world.size > 1 else tensor)
         for name, tensor in policy.whole(EMA if settings.ema is not None else None)
         if world.main
     }
@@ -127,3 +127,8 @@ def run_stage(
             (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
         (folder / "stage.json").write_text(json.dumps(summary, indent=2))
     world.barrier()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """``tensor`` in memory of its own: what is a part of a larger one cannot be written as safetensors."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -1,6 +1,8 @@
 """Small random Stable Diffusion 3 pipelines in the published folder format."""
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -25,6 +27,7 @@ def pipeline_folder(seed=0):
 
     torch.manual_seed(seed)
     folder = Path(tempfile.mkdtemp(prefix="posttrain-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     clip_tokenizer, t5_tokenizer = _clip_tokenizer(WORDS, folder), _t5_tokenizer(WORDS)
 
     def clip():
