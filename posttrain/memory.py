@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -42,6 +43,18 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def not_repeated(policy: Policy) -> Iterator[None]:
+    """Raise OutOfMemory where memory does not suffice in the block, which must not run a second time."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        words = f"out of memory in the optimizer's step ({_in_short(error)})"
+        raise OutOfMemory(words, max(policy.chunk // 2, 1)) from error
+
+
 def fitted(work: Callable[[], T], policy: Policy, may_repeat: Callable[[], bool]) -> T:
     """What ``work`` returns, repeated with half of ``policy.chunk`` as long as memory does not suffice.
 
@@ -51,10 +64,12 @@ def fitted(work: Callable[[], T], policy: Policy, may_repeat: Callable[[], bool]
     while True:
         try:
             return work()
+        except OutOfMemory:
+            raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            chunk, reason = policy.chunk // 2, " ".join(str(error).split())[:200]
+            chunk, reason = policy.chunk // 2, _in_short(error)
             if not chunk:
                 raise TrainingError(
                     f"out of memory with one row at a time ({reason}). What needs less: "
@@ -69,3 +84,7 @@ def fitted(work: Callable[[], T], policy: Policy, may_repeat: Callable[[], bool]
         gc.collect()
         free_memory(policy.model.device)
         policy.chunk = chunk
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from posttrain.condition import Conditions
 from posttrain.device import available_memory, peak_memory, reset_peak_memory, synchronize
 from posttrain.memory import is_out_of_memory
 from posttrain.planning.rehearsal import rehearse
@@ -21,20 +22,21 @@ from posttrain.results import short
 from posttrain.sampling import encode
 
 if TYPE_CHECKING:
-    from posttrain.condition import Conditions
     from posttrain.feeds import Feed
     from posttrain.model import FlowModel
     from posttrain.parallel.strategy import Strategy
     from posttrain.policy import Policy
     from posttrain.recipe import Recipe, Stage
 
-    Sample = tuple[torch.Tensor, Conditions]
-
 FILE = "micro_batch.json"
 GAIN = 1.05
 """How much faster a row must become for twice as many to be worth their memory."""
 FILLED = 0.9
 """Of the free memory: fragments need the rest, and what a step holds beside activations."""
+
+
+Sample = tuple[torch.Tensor, Conditions]
+"""Latents (c, h, w), and encoded prompts of which the first row is the empty one's."""
 
 
 @dataclass(frozen=True)

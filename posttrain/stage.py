@@ -21,7 +21,7 @@ from posttrain.device import reset_peak_memory
 from posttrain.feeds import feed_of
 from posttrain.judge import Judge
 from posttrain.memory import OutOfMemory
-from posttrain.micro_batch import blank, described, found_by_trying, remember, settled, try_out
+from posttrain.micro_batch import Sample, blank, described, found_by_trying, remember, settled, try_out
 from posttrain.model import FlowModel
 from posttrain.parallel.world import ALONE, World
 from posttrain.policy import Policy
@@ -33,6 +33,7 @@ from posttrain.watch import Account, StageWatch
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from posttrain.parallel.strategy import Strategy
     from posttrain.recipe import Recipe, Stage
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
@@ -81,18 +82,16 @@ def run_stage(
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     fill_for_stage(recipe, stage, model, feed, console, world)
-    if settings.compile:
-        attempt = functools.partial(try_out, policy, strategy, blank(model, feed), 1)
-        if (reason := compile_blocks(model.transformer, attempt)) is not None:
-            words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
-            console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
-    if number is None:
-        policy.chunk, trials = found_by_trying(stage, policy, strategy, blank(model, feed))
-        console.print(
-            f"[dim]{stage.name}: {described(trials, device)}[/dim]", highlight=False, soft_wrap=True
-        )
-        if world.main:
-            remember(recipe, folder, world.size, policy.chunk, trials)
+    if settings.compile or number is None:
+        sample = blank(model, feed)
+        if settings.compile:
+            _compile(stage, policy, strategy, sample, console)
+        if number is None:
+            policy.chunk, trials = found_by_trying(stage, policy, strategy, sample)
+            line = f"[dim]{stage.name}: {described(trials, device)}[/dim]"
+            console.print(line, highlight=False, soft_wrap=True)
+            if world.main:
+                remember(recipe, folder, world.size, policy.chunk, trials)
     failures = folder / ("failed_reward" if world.main else f"failed_reward-{world.rank}")
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard")
@@ -127,6 +126,13 @@ def run_stage(
             (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
         (folder / "stage.json").write_text(json.dumps(summary, indent=2))
     world.barrier()
+
+
+def _compile(stage: Stage, policy: Policy, strategy: Strategy, sample: Sample, console: Console) -> None:
+    attempt = functools.partial(try_out, policy, strategy, sample, 1)
+    if (reason := compile_blocks(policy.model.transformer, attempt)) is not None:
+        words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
+        console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
 
 
 def _own(tensor: Tensor) -> Tensor:

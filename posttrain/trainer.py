@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Items, Tools
 from posttrain.errors import TrainingError
-from posttrain.memory import fitted
+from posttrain.memory import fitted, not_repeated
 from posttrain.parallel.strategy import Strategy
 from posttrain.parallel.world import World
 from posttrain.policy import Policy
@@ -98,8 +98,7 @@ def update(
     Each micro-batch, of ``policy.chunk`` items, is back-propagated at once, so activation memory does not
     grow with the number of items. Items of weight 0 are left out. ``collected_in``: the weights are still
     those that collected the items, in chunks of that many, which the algorithm checks on the first
-    micro-batch if it is one of that size: others are computed with other rounding.
-    Returns weighted means
+    micro-batch if it is one of that size: others are computed with other rounding. Returns weighted means
     of the losses and metrics, and the gradient's norm before clipping; only ``skipped_steps`` where there
     is no item to train on, and no step then. Raises TrainingError, with the weights as they were, where the
     gradient is not finite.
@@ -113,14 +112,14 @@ def update(
     for i, micro in enumerate(micros):
         strategy.begin(last=i == len(micros) - 1)
         losses = algorithm.loss(micro, policy)
-        # a smaller batch than the rollout's is computed by other kernels, with other rounding
         if i == 0 and collected_in == policy.chunk == len(micro):
             algorithm.check_on_policy(losses)
         share = micro.weight / total
         strategy.backward((losses.per_item * share).sum())
         for name, value in {"loss": losses.per_item, **losses.metrics}.items():
             sums[name] = sums.get(name, torch.zeros_like(total)) + (value.detach() * share).sum()
-    norm = strategy.step(settings.max_grad_norm)
+    with not_repeated(policy):
+        norm = strategy.step(settings.max_grad_norm)
     if world.size > 1:
         summed = world.sum(torch.stack([value.double() for value in sums.values()]))
         sums = dict(zip(sums, summed, strict=True))

@@ -165,6 +165,26 @@ def test_processes_that_would_wait_for_each_other_stop_with_the_number_to_go_on_
     assert found.value.chunk == 2
 
 
+def test_an_optimizer_step_is_never_taken_twice():
+    class Halfway(torch.optim.SGD):
+        """Moves the first weights, and has no memory for the rest."""
+
+        def step(self):
+            first = self.param_groups[0]["params"][0]
+            first.data += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    policy = Policy(ToyModel(), chunk=4)
+    batch, draws = toy_batch(policy.model)
+    strategy = alone(policy, Halfway, lr=0.1)
+    first = next(iter(policy.trained.values()))
+    before = first.detach().clone()
+    with pytest.raises(OutOfMemory, match="in the optimizer's step") as found:
+        train(SFT(), policy, strategy, iter([(batch, Tools(policy, draws))]), Train(steps=1), Nothing())
+    assert found.value.chunk == 2
+    torch.testing.assert_close(first.detach(), before + 1)
+
+
 def no_room_for(rows, monkeypatch):
     """Let the SD3 model have memory for less than so many rows with gradients."""
     velocity = SD3FlowModel.velocity
