@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -35,12 +36,15 @@ class Replicated(Direct):
     def __init__(self, policy: Policy, settings: Train, world: World) -> None:
         super().__init__(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
         device = policy.model.device
-        self.wrapped = DistributedDataParallel(
-            policy.model.transformer,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # the name that replaces it is younger than the oldest torch that is supported
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            self.wrapped = DistributedDataParallel(
+                policy.model.transformer,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
         policy.model.module = self.wrapped
 
     def begin(self, *, last: bool) -> None:
