@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from posttrain import cli_cache, cli_eval, cli_plan, cli_rewards
+from posttrain.launch import CHILD
 
 app = typer.Typer(
     help="Post-train rectified-flow text-to-image models: SFT, SOAR, Flow-GRPO, DiffusionNFT, and chains.",
@@ -189,7 +190,12 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # typer makes an exit with code 130 of Ctrl-C
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
+        if CHILD in os.environ:
+            sys.exit(130)  # and the one that started this says it
         _fail("interrupted; the same command goes on from the last checkpoint", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

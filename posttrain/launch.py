@@ -18,14 +18,31 @@ CHILD = "POSTTRAIN_CHILD"
 """Set in the environment of processes that :func:`share` started."""
 OPTIONS = ("--nproc", "--processes")
 """How the commands call the number of processes."""
+MPI = (
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+"""RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in mpirun's words: Open MPI's, and MPICH's or Intel's."""
 
 
 def place() -> tuple[int, int]:
-    """RANK and WORLD_SIZE, as torchrun, accelerate, :func:`share` or srun set them; 0 of 1 without.
+    """RANK and WORLD_SIZE, as torchrun, accelerate, :func:`share`, srun or mpirun set them; 0 of 1 without.
 
-    Raises PosttrainError where they make no sense.
+    Raises PosttrainError where they make no sense, or a launcher meant more processes than it started.
     """
     _from_slurm()
+    _from_mpi()
+    # of several processes accelerate says where the first is, even where it then starts only one: on a CPU
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ:
+        raise PosttrainError(
+            "accelerate launch was told of several processes and started this one alone, as it does without "
+            "GPUs: start with --nproc or torchrun, add --multi_gpu, or give --num_processes 1"
+        )
     given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         rank, world = map(int, given)
@@ -41,8 +58,13 @@ def share(processes: int) -> None:
 
     Afterwards the caller goes on alone, and finds the work done. Only the first of them says how it goes;
     what another says on stderr is shown where it is the one that fails. Raises PosttrainError where one
-    fails, after stopping the others.
+    fails, after stopping the others; and where this is itself one of several.
     """
+    rank, size = place()
+    if size > 1:
+        raise PosttrainError(
+            f"this is process {rank} of {size} that a launcher started: leave {' or '.join(OPTIONS)} out"
+        )
     command = [sys.executable, "-m", "posttrain", *_without_processes(sys.argv[1:])]
     threads = str(max((os.cpu_count() or 1) // processes, 1))
     shared = {
@@ -85,13 +107,20 @@ def _stop_if_failed(children: Sequence[subprocess.Popen], said: Sequence[IO[str]
     failed = [rank for rank, child in enumerate(children) if child.poll() not in (None, 0)]
     if not failed:
         return
-    rank = failed[0]
+    # one that is killed takes the others with it: they find nobody at the other end
+    rank = min(failed, key=lambda rank: (children[rank].returncode > 0, rank))
     if rank:
         said[rank].seek(0)
         sys.stderr.write(said[rank].read())
+    code = children[rank].returncode
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            how += ", as a system does that has no memory left"
+    else:
+        how = f"failed (exit code {code}); what it said is above"
     raise PosttrainError(
-        f"process {rank} of {len(children)} failed (exit code {children[rank].returncode}); what it said is "
-        "above. The same command goes on with what is done"
+        f"process {rank} of {len(children)} {how}. The same command goes on with what is done"
     )
 
 
@@ -125,6 +154,18 @@ def _from_slurm() -> None:
     if "MASTER_ADDR" not in environment:
         listed = environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
         environment["MASTER_ADDR"] = _first_host(listed)
+
+
+def _from_mpi() -> None:
+    """Say in torch's words what mpirun says in its own; accelerate uses it on CPUs."""
+    environment = os.environ
+    for names in MPI:
+        if "RANK" not in environment and int(environment.get(names[1], "1")) > 1:
+            for torchs, name in zip(
+                ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), names, strict=True
+            ):
+                if name in environment:
+                    environment[torchs] = environment[name]
 
 
 def _first_host(listed: str) -> str:

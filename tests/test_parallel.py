@@ -1,5 +1,6 @@
 """Is training the same under every strategy, on one process and on two, and do checkpoints move between them?"""
 
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from runs import HEAD, stage
 from posttrain import checkpoint
 from posttrain.chain import check_processes
 from posttrain.errors import PosttrainError, RecipeError
-from posttrain.launch import _free_port, place
+from posttrain.launch import MPI, _free_port, _stop_if_failed, place, share
 from posttrain.recipe_file import parse_recipe
 from posttrain.records import read_metrics
 
@@ -203,39 +204,79 @@ def test_processes_that_cannot_share_the_work_are_refused():
         check_processes(parse_recipe(text("nft", FULL), "small.yaml", []), 3)
 
 
-def test_a_task_of_srun_knows_its_place(monkeypatch):
+LAUNCHERS = {
+    "nproc": [],
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT", "-m"],
+    # which without --multi_gpu starts one process where there is no GPU
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "PORT", "-m"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_command_starts_two_processes_that_share_a_run(tmp_path, launcher):
+    file, run = tmp_path / "small.yaml", tmp_path / "run"
+    file.write_text(text("sft", FULL).replace("steps: 20", "steps: 2"))
+    words = [*LAUNCHERS[launcher], "posttrain", "run", str(file), "--output", str(run)]
+    words += ["--nproc", "2"] if launcher == "nproc" else []
+    command = [sys.executable, "-m", *(str(_free_port()) if w == "PORT" else w for w in words)]
+    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report:") == 1
+    ran = json.loads((run / "s" / "stage.json").read_text())
+    assert (ran["parallel"]["processes"], ran["samples"]) == (2, 10)  # batches of 8 and of 2
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """An environment that no launcher has set."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_task_of_srun_knows_its_place(nowhere):
     slurm = {"PROCID": 5, "STEP_NUM_TASKS": 8, "LOCALID": 1, "STEP_NUM_NODES": 2, "JOB_ID": 41234}
     for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "node3,node4")
+        nowhere.setenv(f"SLURM_{name}", str(value))
+    nowhere.setenv("SLURM_STEP_NODELIST", "node3,node4")
     assert place() == (5, 8)
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["1", "4", "node3", "21234"]
 
 
-def test_one_command_starts_the_processes_and_says_which_one_failed(tmp_path):
-    file = tmp_path / "small.yaml"
-    file.write_text(text("sft", FULL).replace("steps: 20", "steps: 2"))
-    command = [
-        sys.executable,
-        "-m",
-        "posttrain",
-        "run",
-        str(file),
-        "--output",
-        str(tmp_path / "run"),
-        "--nproc",
-        "2",
-    ]
-    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report:") == 1
-    ran = json.loads((tmp_path / "run" / "s" / "stage.json").read_text())
-    assert (ran["parallel"]["processes"], ran["samples"]) == (2, 10)  # batches of 8 and of 2
+@pytest.mark.parametrize("words", MPI)
+def test_a_process_of_mpirun_knows_its_place(nowhere, words):
+    for name, value in zip(words, (5, 8, 1, 4), strict=True):
+        nowhere.setenv(name, str(value))
+    assert place() == (5, 8)
+    assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "4")
+
+
+def test_one_process_where_accelerate_meant_two_is_refused(nowhere):
+    nowhere.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert place() == (0, 1)  # accelerate launch --num_processes 1
+    nowhere.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(PosttrainError, match="started this one alone"):
+        place()
+
+
+def test_processes_of_a_launcher_start_no_others(nowhere):
+    nowhere.setenv("RANK", "1")
+    nowhere.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PosttrainError, match="process 1 of 2 that a launcher started: leave"):
+        share(2)
+
+
+def test_of_processes_that_failed_the_killed_one_is_named():
+    commands = ["import sys; sys.exit(1)", "import os; os.kill(os.getpid(), 9)"]
+    children = [subprocess.Popen([sys.executable, "-c", c]) for c in commands]
+    for child in children:
+        child.wait()
+    with pytest.raises(PosttrainError, match="process 1 of 2 was killed by SIGKILL"):
+        _stop_if_failed(children, [io.StringIO(), io.StringIO()])
 
 
 def test_a_process_without_the_others_address_is_refused(monkeypatch):
