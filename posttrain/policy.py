@@ -34,6 +34,7 @@ class Policy:
         """Roles that never move."""
         self.forward_equivalents = 0
         """Transformer forwards of this process so far, of one sample each; one with its backward counts 3."""
+        self._lowered_with_gradients = False
         self.find_parameters()
 
     def find_parameters(self) -> None:
@@ -44,9 +45,30 @@ class Policy:
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """(n, c, h, w) float32 velocity of the role in use, at float32 ``latents`` and ``sigma`` (n,)."""
         self.forward_equivalents += len(latents) * (3 if torch.is_grad_enabled() else 1)
+        if self._lowered_with_gradients is not torch.is_grad_enabled():
+            # or weights that were lowered without gradients would cut a later forward off from its own
+            torch.clear_autocast_cache()
+            self._lowered_with_gradients = torch.is_grad_enabled()
         enabled = self.autocast is not None
         with torch.autocast(latents.device.type, dtype=self.autocast, enabled=enabled):
             return self.model.velocity(latents, sigma, condition)
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within the block weights do not change, but by :meth:`using`: what autocast makes of them in low
+        precision is kept from forward to forward, instead of being made anew, and takes their memory.
+
+        Of weights in parts nothing is kept: all blocks would be whole at once.
+        """
+        if self.autocast is None or self.layout.in_parts:
+            yield
+            return
+        torch.autocast_increment_nesting()  # autocast forgets what it kept at the end of its outermost block
+        try:
+            yield
+        finally:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
 
     def guided_velocity(
         self, latents: Tensor, sigma: Tensor, prompt: Tensor, conditions: Conditions, scale: float
@@ -135,3 +157,4 @@ class Policy:
             held.copy_(kept)
             kept.copy_(now)
         self.layout.written()
+        torch.clear_autocast_cache()

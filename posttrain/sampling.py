@@ -54,7 +54,7 @@ def sample_latents(
         at = torch.full((len(latents),), sigma, device=latents.device)
         return policy.guided_velocity(latents, at, prompt, conditions, guidance)
 
-    with torch.no_grad():
+    with torch.no_grad(), policy.steady():
         return solve(velocity, noise, sigmas, solver)
 
 

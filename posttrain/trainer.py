@@ -63,7 +63,7 @@ def train(
         if (drawn := next(source, None)) is None:
             raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
         batch, tools = drawn
-        with torch.no_grad():
+        with torch.no_grad(), policy.steady():
             items = fitted(functools.partial(algorithm.collect, batch, tools), policy, may_repeat)
         collected_in = policy.chunk
         items = replace(items, weight=torch.where(items.place < 0, 0, items.weight))  # fillers
@@ -109,15 +109,16 @@ def update(
         return {"skipped_steps": items.weight.new_ones(())}
     micros = list(_in_step(items, policy.chunk, world))
     sums: dict[str, Tensor] = {}
-    for i, micro in enumerate(micros):
-        strategy.begin(last=i == len(micros) - 1)
-        losses = algorithm.loss(micro, policy)
-        if i == 0 and collected_in == policy.chunk == len(micro):
-            algorithm.check_on_policy(losses)
-        share = micro.weight / total
-        strategy.backward((losses.per_item * share).sum())
-        for name, value in {"loss": losses.per_item, **losses.metrics}.items():
-            sums[name] = sums.get(name, torch.zeros_like(total)) + (value.detach() * share).sum()
+    with policy.steady():
+        for i, micro in enumerate(micros):
+            strategy.begin(last=i == len(micros) - 1)
+            losses = algorithm.loss(micro, policy)
+            if i == 0 and collected_in == policy.chunk == len(micro):
+                algorithm.check_on_policy(losses)
+            share = micro.weight / total
+            strategy.backward((losses.per_item * share).sum())
+            for name, value in {"loss": losses.per_item, **losses.metrics}.items():
+                sums[name] = sums.get(name, torch.zeros_like(total)) + (value.detach() * share).sum()
     with not_repeated(policy):
         norm = strategy.step(settings.max_grad_norm)
     if world.size > 1:
