@@ -134,6 +134,9 @@ class FlowSampler(Sampler):
 def flow_sampler(model: FlowModel, spec: Model, settings: Sampling, source: str) -> FlowSampler:
     """A sampler of ``model``, which ``spec`` loaded, as it is, in the precision that ``settings`` ask for."""
     autocast = None if settings.precision == "fp32" else torch.bfloat16
+    if autocast is not None:
+        # of others autocast keeps nothing; images are drawn without gradients all the same
+        model.transformer.requires_grad_(True)
     return FlowSampler(Policy(model, autocast=autocast), source, spec.described())
 
 

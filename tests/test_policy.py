@@ -11,11 +11,13 @@ from posttrain.algorithm import Tools
 from posttrain.algorithms.soar import SOAR
 from posttrain.data.loader import ImageBatch
 from posttrain.feeds import encoded
+from posttrain.models.sd3 import SD3
 from posttrain.parallel.single import Single
 from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
-from posttrain.sampling import encode
+from posttrain.recipe import Sampling
+from posttrain.sampling import encode, flow_sampler
 from posttrain.train_settings import Train
 from posttrain.trainer import update
 from posttrain.tuning import Full
@@ -87,6 +89,18 @@ def test_weights_are_lowered_once_for_forwards_of_a_kind(policy, steady, times):
             forward().sum().backward()
     assert once.count > 30
     assert seen.count == times * once.count
+
+
+def test_an_evaluation_lowers_weights_once_a_batch(monkeypatch):
+    spec, settings = SD3(path="unused"), Sampling(resolution=16, steps=3, guidance=2.0, precision="bf16")
+    sampler = flow_sampler(load(), spec, settings, "here")
+    with Lowered() as seen:
+        images = sampler.images(["a red circle"], [0], settings)
+    monkeypatch.setattr(Policy, "steady", lambda self: contextlib.nullcontext())
+    with Lowered() as plain:
+        assert torch.equal(sampler.images(["a red circle"], [0], settings), images)
+    assert not images.requires_grad
+    assert plain.count == 3 * seen.count > 0
 
 
 def test_steps_are_taken_on_the_weights_as_they_are(monkeypatch):
