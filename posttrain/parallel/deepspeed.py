@@ -130,6 +130,7 @@ class Partitioned(Layout):
 
     def __init__(self, engine: Any, world: World) -> None:
         self.engine, self.world = engine, world
+        self.offloaded = engine.device.type == "cuda" and engine.zero_offload_param() is not None
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape  # type: ignore[attr-defined]
@@ -179,6 +180,8 @@ class Zero(Strategy):
                 f"DeepSpeed runs ZeRO-{self.stage} on {processes} processes, "
                 f"not ZeRO-{spec.stage} on {world.size}"
             )
+        if spec.offload and not (self.inner.offload_optimizer if self.stage == 3 else self.inner.cpu_offload):
+            raise TrainingError("DeepSpeed keeps the optimizer on the device, although offload is true")
         self.layout = Partitioned(self.engine, world) if self.stage == 3 else Layout()
         policy.model.module = self.engine
 
@@ -216,7 +219,7 @@ class Zero(Strategy):
         keys = [key for key, value in kinds.items() if value.ndim]
         for flat in self._flat():
             zeros = {key: torch.zeros_like(flat) for key in keys}
-            self.inner.optimizer.state[flat] = {"step": kinds["step"].clone(), **zeros}
+            self.inner.optimizer.state[flat] = {"step": kinds["step"].to(flat.device, copy=True), **zeros}
         if self.stage != 3:
             self.inner._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.policy.trained.items():
