@@ -167,6 +167,7 @@ class Zero(Strategy):
         logger.setLevel("WARNING")
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         own = optimizer_of(settings, policy.trained.values())
+        self.linear = nn.functional.linear
         configuration = spec.settings(settings.max_grad_norm)
         made: Any = deepspeed.initialize(
             model=policy.model.transformer, optimizer=own, config=configuration, dist_init_required=False
@@ -244,6 +245,8 @@ class Zero(Strategy):
     def close(self) -> None:
         super().close()
         self.engine.destroy()
+        # stage 3 puts one of its own there, that rounds otherwise, for every model of this process
+        nn.functional.linear = self.linear
 
     def _flat(self) -> list[Tensor]:
         """The flat parameters that the optimizer steps."""
