@@ -123,15 +123,21 @@ def _train(
 
 
 def _reference(recipe: Recipe, stage: Stage, model: FlowModel, folder: Path) -> dict[str, Tensor] | None:
-    """The weights of a ``reference`` that is not what the stage starts from; ``model`` is left as it was."""
+    """The weights of a ``reference`` that is not what the stage starts from; ``model`` is left as it was.
+
+    They are in the CPU's memory: a device that is to hold a part of each has no room for three models.
+    """
     if stage.reference is None or stage.reference == recipe.parent(stage):
         return None
     from posttrain.artifact import sources
 
-    base = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
+    def now() -> dict[str, Tensor]:
+        return {n: p.detach().to("cpu", copy=True) for n, p in model.transformer.named_parameters()}
+
+    base = now()
     for source in sources(recipe, stage.reference, folder):
         model.load_weights(source)
-    found = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
+    found = now()
     for name, parameter in model.transformer.named_parameters():
         parameter.data.copy_(base[name])
     return found

@@ -131,6 +131,7 @@ class Policy:
     @torch.no_grad()
     def load(self, name: str | None, weights: Mapping[str, Tensor]) -> None:
         """Set a role, or the trained weights, from whole tensors."""
+        self.layout.settle()
         for key, tensor in weights.items():
             parameter = self.parameters[key]
             held = self.layout.held(parameter) if name is None else self.roles[name][key]
@@ -150,6 +151,7 @@ class Policy:
                 self._swap(name)
 
     def _swap(self, name: str) -> None:
+        self.layout.settle()
         # the values change places, not the tensors: sharded and compiled forwards know these by address
         for key, kept in self.roles[name].items():
             held = self.layout.held(self.parameters[key])

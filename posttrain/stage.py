@@ -53,9 +53,10 @@ def run_stage(
 
     Every process of ``world`` calls it with the same arguments, and the main one writes.
     ``description`` (see :mod:`posttrain.artifact`) goes into the artifact. ``reference`` holds the
-    transformer's weights that the reference role stands for, by name, where they are not those. Goes on
-    from the last checkpoint where there is one. ``stage.json``, written last, says that the stage is
-    finished. Raises PosttrainError (data, training, disk) with the last good checkpoint untouched.
+    transformer's weights that the reference role stands for, by name, where they are not those; it is
+    emptied. Goes on from the last checkpoint where there is one. ``stage.json``, written last, says that
+    the stage is finished. Raises PosttrainError (data, training, disk) with the last good checkpoint
+    untouched.
     """
     folder, settings, device = run / stage.name, stage.train, model.device
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,13 +64,15 @@ def run_stage(
     checkpoint_blocks(model.transformer, settings.gradient_checkpointing)
     number = settled(recipe, stage, folder, world.size)
     policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=number or 1)
-    if reference is not None:
-        reference = policy.named(reference)
+    named = policy.named(reference) if reference is not None else None
     strategy = recipe.parallel.prepare(policy, settings, world)
     policy.layout = strategy.layout
     # in one order: a set's differs between processes, and tensors of roles are gathered one by one
     for role in sorted(stage.algorithm.roles | ({EMA} if settings.ema is not None else set())):
-        policy.add_role(role, reference if role == REFERENCE else None, moves=role != REFERENCE)
+        policy.add_role(role, named if role == REFERENCE else None, moves=role != REFERENCE)
+    for whole in (reference, named):
+        if whole is not None:
+            whole.clear()  # the role has its part of each
     reset_peak_memory(device)
 
     start, account = 0, Account()

@@ -1,7 +1,7 @@
 """Runs small recipes in this process, one of several: python processes.py FILE, a JSON list of runs.
 
 Each run is {"recipe": text, "overrides": [...], "folder": path, "stop": step or null}; it ends as a killed one
-does after the checkpoint of step ``stop``.
+does after the checkpoint of step ``stop``. Beside a stage's checkpoints each process says what it holds.
 """
 
 import json
@@ -21,9 +21,24 @@ class Stopped(BaseException):
     pass
 
 
-def stopping(save, stop):
-    def saved(folder, step, *rest):
-        save(folder, step, *rest)
+def held(policy):
+    """Of the weights and each role: how many numbers are held here, of how many; and the frozen weights' types."""
+    layout, all_of = policy.layout, policy.parameters
+    weights = {"": {n: layout.held(p) for n, p in all_of.items()}, **policy.roles}
+    return {
+        "held": {role: sum(t.numel() for t in tensors.values()) for role, tensors in weights.items()},
+        "of": {
+            role: sum(layout.shape(all_of[n]).numel() for n in tensors) for role, tensors in weights.items()
+        },
+        "frozen": sorted({str(p.dtype) for p in all_of.values() if not p.requires_grad}),
+        "trained": sorted({str(p.dtype) for p in policy.trained.values()}),
+    }
+
+
+def stopping(save, stop, rank):
+    def saved(folder, step, policy, *rest):
+        save(folder, step, policy, *rest)
+        (folder.parent / f"held-{rank}.json").write_text(json.dumps(held(policy)))
         if step == stop:
             raise Stopped
 
@@ -32,15 +47,19 @@ def stopping(save, stop):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    save = checkpoint.save
-    with joined(torch.device("cpu"), group=True):  # one group for all: starting one takes longer than a run
+    save, linear = checkpoint.save, torch.nn.functional.linear
+    with joined(
+        torch.device("cpu"), group=True
+    ) as world:  # one group for all: starting one takes longer than a run
         for job in json.loads(Path(sys.argv[1]).read_text()):
-            checkpoint.save = stopping(save, job["stop"])
+            checkpoint.save = stopping(save, job["stop"], world.rank)
             made = parse_recipe(job["recipe"], "small.yaml", job["overrides"])
             try:
                 run(made, Path(job["folder"]), Console(quiet=True))
+                assert torch.nn.functional.linear is linear, "ZeRO-3's is left for the models after it"
             except Stopped:
                 assert job["stop"]
+                torch.nn.functional.linear = linear
             except BaseException:
                 # the others wait for this one: it must not wait for them at its end
                 import os

@@ -136,6 +136,7 @@ class Partitioned(Layout):
 
     def __init__(self, engine: Any, world: World) -> None:
         self.engine, self.world = engine, world
+        self.offloaded = engine.device.type == "cuda" and engine.zero_offload_param() is not None
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape  # type: ignore[attr-defined]
@@ -177,7 +178,7 @@ class Zero(Strategy):
         own = optimizer_of(settings, policy.trained.values())
         selective = settings.gradient_checkpointing == "selective"
         configuration = spec.settings(settings.max_grad_norm, selective=selective)
-        self._linear = nn.functional.linear
+        self.linear = nn.functional.linear
         made: Any = deepspeed.initialize(
             model=policy.model.transformer, optimizer=own, config=configuration, dist_init_required=False
         )
@@ -190,6 +191,8 @@ class Zero(Strategy):
                 f"DeepSpeed runs ZeRO-{self.stage} on {processes} processes, "
                 f"not ZeRO-{spec.stage} on {world.size}"
             )
+        if spec.offload and not (self.inner.offload_optimizer if self.stage == 3 else self.inner.cpu_offload):
+            raise TrainingError("DeepSpeed keeps the optimizer on the device, although offload is true")
         self.layout = Partitioned(self.engine, world) if self.stage == 3 else Layout()
         policy.model.module = self.engine
 
@@ -227,7 +230,7 @@ class Zero(Strategy):
         keys = [key for key, value in kinds.items() if value.ndim]
         for flat in self._flat():
             zeros = {key: torch.zeros_like(flat) for key in keys}
-            self.inner.optimizer.state[flat] = {"step": kinds["step"].clone(), **zeros}
+            self.inner.optimizer.state[flat] = {"step": kinds["step"].to(flat.device, copy=True), **zeros}
         if self.stage != 3:
             self.inner._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.policy.trained.items():
@@ -252,7 +255,8 @@ class Zero(Strategy):
     def close(self) -> None:
         super().close()
         self.engine.destroy()
-        nn.functional.linear = self._linear  # ZeRO-3 puts its own there, for the whole process
+        # stage 3 puts one of its own there, that rounds otherwise, for every model of this process
+        nn.functional.linear = self.linear
 
     def _flat(self) -> list[Tensor]:
         """The flat parameters that the optimizer steps."""

@@ -40,8 +40,8 @@ class Sharded(Layout):
 
     in_parts: ClassVar = True
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, offloaded: bool) -> None:
+        self.module, self.offloaded = module, offloaded
 
     def held(self, parameter: nn.Parameter) -> Tensor:
         return _distributed(parameter).to_local().data
@@ -92,7 +92,8 @@ class FullySharded(Direct):
         # the root as well gathers anew for each forward: roles change what is held in between
         fully_shard(module, mesh=mesh, offload_policy=policy_of, reshard_after_forward=True)
         policy.find_parameters()
-        super().__init__(policy, world, Sharded(module), optimizer_of(settings, policy.trained.values()))
+        layout = Sharded(module, offloaded=offload and device.type == "cuda")
+        super().__init__(policy, world, layout, optimizer_of(settings, policy.trained.values()))
         from torch.distributed.tensor import DTensor
 
         if plain := [n for n, p in policy.parameters.items() if not isinstance(p, DTensor)]:

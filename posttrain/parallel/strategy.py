@@ -50,6 +50,8 @@ class Layout:
 
     in_parts: ClassVar[bool] = False
     """Whether a forward waits for parts that other processes have."""
+    offloaded = False
+    """Whether what is held is in the CPU's memory while the forwards run on a GPU."""
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """The shape of the whole."""
@@ -67,6 +69,12 @@ class Layout:
     def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """What this process holds of ``whole``, a value for the parameter. No other process is asked."""
         return whole.to(parameter.device)
+
+    def settle(self) -> None:
+        """To be called before writing to what is held."""
+        if self.offloaded:
+            # a forward that was asked for may still be copying it to the GPU
+            torch.cuda.synchronize()
 
     def written(self) -> None:
         """To be called after writing to what is held: copies of it are stale."""
