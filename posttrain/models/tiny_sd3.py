@@ -74,7 +74,9 @@ class TinySD3(Model):
         width = {"caption_projection_dim": self.heads * self.head_dim}
         configs = {**shipped, "transformer": {**shipped["transformer"], **size, **width}}
         dtypes = {"default": torch_dtype("fp32"), "transformer": torch_dtype(transformer_dtype)}
-        return SD3FlowModel(Unpublished(configs, dtypes, device), Path("tiny-sd3"), TOKENS, device)
+        with _weights.quiet():
+            pipeline = Unpublished(configs, dtypes, device)
+        return SD3FlowModel(pipeline, Path("tiny-sd3"), TOKENS, device)
 
     def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
         return cached  # as of the SD3 folder that it becomes

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from posttrain.cache.settings import size_in_bytes
 from posttrain.errors import PosttrainError
 from posttrain.spelling import meant
 
@@ -80,12 +81,15 @@ def gpu(name: str) -> Device:
 
 def custom(memory: str, tflops: float) -> Device:
     """A GPU of ``memory`` ("48GB", "24 GiB") and dense bf16 ``tflops``; float32 is taken to be a tenth of it.
-    Raises PosttrainError where ``memory`` is no size."""
-    if not (parts := re.fullmatch(r"\s*([\d.]+)\s*(GB|GiB)?\s*", memory, re.IGNORECASE)):
-        raise PosttrainError(f"--memory: {memory!r} is no size; write it like 48GB or 44.5GiB")
-    unit = 2**30 if (parts[2] or "GB").lower() == "gib" else 1e9
-    name, flops = f"{float(parts[1]):g} {parts[2] or 'GB'}", tflops * 1e12
-    return Device(name, float(parts[1]) * unit, flops, flops / 2, flops / 10, "given")
+    Raises PosttrainError where ``memory`` is no size; a mere number is one in GB."""
+    name = memory.strip()
+    name += " GB" if name[-1:].isdigit() else ""
+    try:
+        size = size_in_bytes(name)
+    except ValueError as error:
+        raise PosttrainError(f"--memory: {error}") from error
+    flops = tflops * 1e12
+    return Device(name, size, flops, flops / 2, flops / 10, "given")
 
 
 def here() -> Device:

@@ -119,13 +119,20 @@ def _time(found: list[Needs], budget: Budget) -> Table:
         return [f"{one / all_:.0%}" if all_ else NONE for one, all_ in shares]
 
     seconds = [budget.seconds(needs.work) for needs in every]
-    table.add_row("work", *(short(needs.work.low + needs.work.full, "FLOP") for needs in every))
+    flops = [needs.work.low + needs.work.full for needs in every]
+    table.add_row("work", *(short(value, "FLOP") if value else NONE for value in flops))
     table.add_row("rollout", *share(lambda needs: needs.rollout))
     table.add_row("training", *share(lambda needs: needs.training))
-    table.add_row("time", *(duration(value) for value in seconds), style="bold")
-    table.add_row("GPU-hours", *(f"{value * budget.devices / 3600:.3g}" for value in seconds))
+    table.add_row("time", *(duration(value) if value else NONE for value in seconds), style="bold")
+    table.add_row("GPU-hours", *(_hours(value * budget.devices / 3600) for value in seconds))
     table.add_row("disk", *(_bytes(needs.disk) for needs in every))
     return table
+
+
+def _hours(value: float) -> str:
+    if not value:
+        return NONE
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else "0"
 
 
 def _bytes(value: float) -> str:
