@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-STRATEGIES = ("auto", "single", "ddp", "fsdp2", "deepspeed")
-
 
 def plan_resources(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
@@ -16,8 +14,6 @@ def plan_resources(
         str | None, typer.Option(help='Such as "H100 80GB"; by default this machine is planned for.')
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
-    strategy: Annotated[str, typer.Option(help="auto, single, ddp, fsdp2 or deepspeed.")] = "auto",
-    zero_stage: Annotated[int, typer.Option(min=1, max=3, help="Of deepspeed.")] = 2,
     memory: Annotated[str | None, typer.Option(help="Of a GPU that has no name here, such as 48GB.")] = None,
     tflops: Annotated[float | None, typer.Option(min=0.001, help="Its dense bf16 TFLOP/s.")] = None,
     mfu: Annotated[
@@ -36,10 +32,10 @@ def plan_resources(
     del debug
     from rich.console import Console
 
+    from posttrain.chain import check_processes
     from posttrain.errors import PosttrainError
     from posttrain.planning.gpus import custom, here
     from posttrain.planning.gpus import gpu as known
-    from posttrain.planning.needs import Spread
     from posttrain.planning.report import ASSUMED_MFU, Budget, resources
     from posttrain.recipe_file import load_recipe
 
@@ -49,11 +45,8 @@ def plan_resources(
         raise PosttrainError("--gpu and --memory both say what to plan for: give one of them")
     if mfu is not None and measured is not None:
         raise PosttrainError("--mfu and --measured both say how fast it is: give one of them")
-    if strategy not in STRATEGIES:
-        raise PosttrainError(f"--strategy: {strategy!r} is none of {', '.join(STRATEGIES)}")
-    if strategy in ("auto", "single"):
-        strategy = "ddp" if gpus > 1 else "single"
     loaded = load_recipe(recipe, overrides or (), checks=False)
+    check_processes(loaded, gpus)
     if memory is not None and tflops is not None:
         device = custom(memory, tflops)
     else:
@@ -61,9 +54,8 @@ def plan_resources(
     share, source = (ASSUMED_MFU, "assumed") if mfu is None else (mfu, "given")
     if measured is not None:
         share, source = _measured(measured), f"measured, {measured}"
-    spread = Spread(gpus, strategy, zero_stage)  # type: ignore[arg-type]
     cuda = "CPU" not in device.name
-    Console().print(resources(loaded, Budget(device, spread, share, source, loaded.tf32), cuda=cuda))
+    Console().print(resources(loaded, Budget(device, gpus, share, source, loaded.tf32), cuda=cuda))
 
 
 def _measured(file: Path) -> float:

@@ -81,6 +81,17 @@ class Model(Named, ABC):
     def divisor(self) -> int | None:
         """What image sides must be multiples of, from the model's configuration; None where not at hand."""
 
+    def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
+        """Whether an encoder lies in the CPU's memory, and on another device only while it works: from the
+        start, or once what it encodes is ``cached``. See :meth:`FlowModel.rest`."""
+        del encoder, cached
+        return False
+
+    def offloaded(self) -> Model | None:
+        """The same with ``offload: true``, by which its encoders rest from the start; None where they do so
+        already, or cannot."""
+        return None
+
     def encoding_bytes(self, encoder: EncoderName, side: int) -> int | None:
         """Bytes of an encoded prompt, or of the posterior of an image of ``side`` pixels squared, as they are
         computed, from the model's configuration; None where it is not at hand."""
@@ -111,6 +122,11 @@ class FlowModel(ABC):
         """Keep an encoder, and with that of images the decoder, in the CPU's memory from here on, and on the
         device only while it works: it will hardly be needed. Models may leave it where it is."""
         del encoder
+
+    def encoder_modules(self, encoder: EncoderName) -> Sequence[Any]:
+        """The torch modules of an encoder, with that of images the decoder too."""
+        del encoder
+        return ()
 
     @abstractmethod
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:

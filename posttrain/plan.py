@@ -15,6 +15,7 @@ from posttrain.results import short
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from posttrain.model import EncoderName
     from posttrain.recipe import Recipe, Stage
 
 Shapes = dict[str, tuple[int, ...]]
@@ -64,16 +65,13 @@ def _cache(recipe: Recipe) -> list[RenderableType]:
 
     cache, parts = recipe.cache, []
     if cache.prompts:
-        # what is computed in half precision is kept as it is
-        rounds = cache.dtype == "bf16" and recipe.model.frozen_dtype() == "fp32"
-        parts.append(f"prompts{_each(recipe.model.encoding_bytes('prompts', 0), rounds)}")
+        parts.append(f"prompts{_each(kept_bytes(recipe, 'prompts', 0))}")
     if cache.latents != "off":
         sides = {s.data.resolution for s in recipe.stages if isinstance(s.data, Images) and s.data.resolution}
         side = sides.pop() if len(sides) == 1 else None
-        size = recipe.model.encoding_bytes("images", side) if side else None
-        size = size // 2 if size and cache.latents == "sampled" else size
+        size = kept_bytes(recipe, "images", side) if side else None
         at = f" at {side} px" if size else ""
-        parts.append(f"latents ({cache.latents}){_each(size, cache.dtype == 'bf16')}{at}")
+        parts.append(f"latents ({cache.latents}){_each(size)}{at}")
     if not parts:
         return []
     there = short(float(sum(kept.size for kept in contents(cache.folder()))), "B")
@@ -82,8 +80,18 @@ def _cache(recipe: Recipe) -> list[RenderableType]:
     return [Text(f"{words}. Each stage says how much it needs before it encodes.")]
 
 
-def _each(size: int | None, halved: bool) -> str:
-    return "" if size is None else f", {short(size / 2 if halved else float(size), 'B')} each"
+def kept_bytes(recipe: Recipe, encoder: EncoderName, side: int) -> float | None:
+    """What the cache keeps of a prompt, or of an image of ``side`` pixels squared; None where unknown."""
+    if (size := recipe.model.encoding_bytes(encoder, side)) is None:
+        return None
+    # what is computed in half precision is kept as it is; latents are always computed in float32
+    rounds = recipe.cache.dtype == "bf16" and (encoder == "images" or recipe.model.frozen_dtype() == "fp32")
+    halves = rounds + (encoder == "images" and recipe.cache.latents == "sampled")
+    return size / 2**halves
+
+
+def _each(size: float | None) -> str:
+    return "" if size is None else f", {short(size, 'B')} each"
 
 
 def _to_fetch(recipe: Recipe) -> list[RenderableType]:

@@ -52,6 +52,12 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), *, checks:
     return recipe
 
 
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """``recipe`` with ``a.b=c`` overrides. Raises RecipeError where the schema refuses the result."""
+    source = Source("the recipe", recipe.model_dump(mode="json"))
+    return _validated(Recipe, source, _override(source, overrides))
+
+
 def check_or_raise(
     recipe: Recipe, source: Source | None = None, given: dict[Place, str] | None = None
 ) -> None:

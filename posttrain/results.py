@@ -99,7 +99,7 @@ def short(value: float | None, unit: str = "") -> str:
     """A figure with an SI prefix, such as 55.2k; a dash where there is none."""
     if value is None:
         return "–"
-    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
     while abs(value) >= 1000 and len(prefixes) > 1:
         value /= 1000
         prefixes.pop(0)

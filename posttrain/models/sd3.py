@@ -86,6 +86,12 @@ class SD3(Model):
     def frozen_dtype(self) -> DtypeName:
         return self.dtype
 
+    def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
+        return self.offload or cached
+
+    def offloaded(self) -> Model | None:
+        return None if self.offload else self.model_copy(update={"offload": True})
+
     def missing(self) -> str | None:
         return _weights.missing(self.path, "transformer", self.pipelines)
 
@@ -97,10 +103,11 @@ class SD3(Model):
         return 2 ** (len(configs["vae"]["block_out_channels"]) - 1) * configs["transformer"]["patch_size"]
 
     def encoding_bytes(self, encoder: EncoderName, side: int) -> int | None:
-        vae, transformer = (_weights.config(self.path, part) for part in ("vae", "transformer"))
-        clip = _weights.config(self.path, "text_encoder")
-        if vae is None or transformer is None or clip is None:
+        from posttrain.models._unpublished import configs_at
+
+        if (configs := configs_at(self.path)) is None or "text_encoder" not in configs:
             return None
+        vae, transformer, clip = (configs[part] for part in ("vae", "transformer", "text_encoder"))
         if encoder == "images":
             latents = (side // 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
             return 2 * 4 * vae["latent_channels"] * latents
@@ -158,6 +165,9 @@ class SD3FlowModel(FlowModel):
     def rest(self, encoder: EncoderName) -> None:
         if self.device.type != "cpu":
             self.encoders[encoder].rest()
+
+    def encoder_modules(self, encoder: EncoderName) -> Sequence[Any]:
+        return self.encoders[encoder].modules
 
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from posttrain.errors import ModelError, TrainingError
-from posttrain.model import DtypeName, FlowModel, Model, torch_dtype
+from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
 from posttrain.models import _weights
 from posttrain.models.sd3 import SD3
 
@@ -74,7 +74,12 @@ class TinySD3(Model):
         width = {"caption_projection_dim": self.heads * self.head_dim}
         configs = {**shipped, "transformer": {**shipped["transformer"], **size, **width}}
         dtypes = {"default": torch_dtype("fp32"), "transformer": torch_dtype(transformer_dtype)}
-        return SD3FlowModel(Unpublished(configs, dtypes, device), Path("tiny-sd3"), TOKENS, device)
+        with _weights.quiet():
+            pipeline = Unpublished(configs, dtypes, device)
+        return SD3FlowModel(pipeline, Path("tiny-sd3"), TOKENS, device)
+
+    def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
+        return cached  # as of the SD3 folder that it becomes
 
     def missing(self) -> str | None:
         return None

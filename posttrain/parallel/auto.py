@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from posttrain.parallel.ddp import DDP
+from posttrain.parallel.shares import Shares
 from posttrain.parallel.single import Single
 from posttrain.parallel.strategy import Parallel, Strategy
 from posttrain.parallel.world import World
@@ -19,6 +20,15 @@ class Auto(Parallel):
 
     strategy: Literal["auto"] = "auto"
 
+    def described(self, processes: int) -> str:
+        return self.chosen(processes).described(processes)
+
+    def shares(self, processes: int) -> Shares:
+        return self.chosen(processes).shares(processes)
+
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
-        chosen = DDP() if world.size > 1 else Single()
-        return chosen.prepare(policy, settings, world)
+        return self.chosen(world.size).prepare(policy, settings, world)
+
+    def chosen(self, processes: int) -> Parallel:
+        """What it stands for."""
+        return DDP() if processes > 1 else Single()

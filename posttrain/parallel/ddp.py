@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from posttrain.optimizers import optimizer_of
+from posttrain.parallel.shares import Shares
 from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
 from posttrain.parallel.world import World
 
@@ -25,6 +26,10 @@ class DDP(Parallel):
     @property
     def needs_group(self) -> bool:
         return True
+
+    def shares(self, processes: int) -> Shares:
+        # gradients are views of the buckets that are sent, and these stay
+        return Shares(keeps_gradients=True)
 
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         return Replicated(policy, settings, world)

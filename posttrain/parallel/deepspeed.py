@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import TrainingError
 from posttrain.optimizers import optimizer_of
+from posttrain.parallel.shares import Part, Shares
 from posttrain.parallel.strategy import Layout, Parallel, Strategy
 from posttrain.parallel.world import World
 from posttrain.spec import AnyPath, at
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from posttrain.policy import Policy
     from posttrain.train_settings import Train
 
+BUCKET = 500_000_000
+"""Gradients in one message, where the file says nothing else: DeepSpeed's own number."""
 OWN = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -85,6 +88,30 @@ class DeepSpeed(Parallel):
             return "DeepSpeed is not installed: pip install 'posttrain[deepspeed]'"
         return None
 
+    def described(self, processes: int) -> str:
+        offloaded = ", offloaded" if self._offloads("optimizer") or self._offloads("param") else ""
+        return f"DeepSpeed ZeRO-{self.stage}{offloaded}"
+
+    def shares(self, processes: int) -> Shares:
+        """As DeepSpeed 0.19.8 does it with weights that are trained in float32."""
+        stage, part = self.stage, 1 / processes
+        offloads = self._offloads("optimizer")
+        weights = Part(part, self._offloads("param")) if stage == 3 else Part()
+        gradients = Part(part, offloads) if stage > 1 else Part()
+        # the optimizer steps a flat copy of its part, which ZeRO-3's parts are already. On the host the step
+        # has gradients of its own as well, and ZeRO-1 and 2 a copy to send back, ZeRO-1 those that add up
+        copies = Part({1: 4, 2: 3, 3: 2}[stage] * part, True) if offloads else Part(part if stage < 3 else 0)
+        zero = self.settings(1.0)["zero_optimization"]
+        return Shares(
+            weights,
+            gradients,
+            Part(part, offloads),
+            copies,
+            gathers=stage == 3,
+            keeps_gradients=stage == 3,
+            buffer=4 * int(zero.get("reduce_bucket_size", BUCKET)),
+        )
+
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         return Zero(policy, settings, world, self)
 
@@ -117,6 +144,10 @@ class DeepSpeed(Parallel):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+
+    def _offloads(self, what: Literal["optimizer", "param"]) -> bool:
+        zero = self.settings(1.0)["zero_optimization"]
+        return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
     def _file(self) -> dict[str, Any]:
         assert self.config is not None, "asked where there is one"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import TrainingError
 from posttrain.optimizers import optimizer_of
+from posttrain.parallel.shares import Part, Shares
 from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
 from posttrain.parallel.world import World
 
@@ -30,6 +31,13 @@ class FSDP2(Parallel):
     @property
     def needs_group(self) -> bool:
         return True
+
+    def described(self, processes: int) -> str:
+        return f"{self.strategy}, offloaded" if self.offload else self.strategy
+
+    def shares(self, processes: int) -> Shares:
+        part = Part(1 / processes, self.offload)
+        return Shares(part, part, part, gathers=True)
 
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         return FullySharded(policy, settings, world, self.offload)

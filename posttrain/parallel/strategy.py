@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from posttrain.parallel.shares import Shares
 from posttrain.parallel.world import World
 from posttrain.spec import Spec
 
@@ -35,6 +36,16 @@ class Parallel(Spec, ABC):
         """Why it cannot run with that many processes on this machine; None if it can."""
         del processes
         return None
+
+    def described(self, processes: int) -> str:
+        """What is then active, in a word or two."""
+        del processes
+        return self.strategy
+
+    def shares(self, processes: int) -> Shares:
+        """What each of that many processes holds."""
+        del processes
+        return Shares()
 
     @abstractmethod
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from posttrain.activations import checkpoint_blocks
 from posttrain.condition import Condition
 from posttrain.errors import PosttrainError
 from posttrain.planning.footprint import flops, peak_bytes
 
 if TYPE_CHECKING:
+    from posttrain.activations import Checkpointing
     from posttrain.model import DtypeName, FlowModel, Model
     from posttrain.tuning import Tune
 
 Work = Literal["training", "forward", "decode", "encode", "text"]
 META = torch.device("meta")
+Size = tuple[int, int]
+"""(height, width) of images in pixels."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Counts:
         self.model, self.cuda = model, cuda
         self._found: dict[tuple[Any, ...], Any] = {}
 
-    def _once(self, key: tuple[Any, ...], count: Callable[[], Any]) -> Any:
+    def once(self, key: tuple[Any, ...], count: Callable[[], T]) -> T:
+        """What ``count`` returns, which is called once for a ``key``."""
         if key not in self._found:
             self._found[key] = count()
         return self._found[key]
@@ -61,63 +67,62 @@ class Counts:
                 tune.apply(outline.transformer, 0)
             return outline
 
-        return self._once(("outline", dtype, tune and tune.model_dump_json()), built)
+        return self.once(("outline", dtype, tune and tune.model_dump_json()), built)
 
-    def flops(self, work: Work, side: int) -> int:
+    def flops(self, work: Work, size: Size) -> int:
         """FLOPs of one row: one image's latents or pixels, or one prompt."""
-        return self._once(("flops", work, side), lambda: flops(self._call(self.outline(), work, side, 1)))
+        return self.once(("flops", work, size), lambda: flops(self._call(self.outline(), work, size, 1)))
 
     def memory(
         self,
         work: Work,
-        side: int,
+        size: Size,
         tune: Tune | None = None,
         autocast: torch.dtype | None = None,
-        checkpointing: bool = False,
+        checkpointing: Checkpointing = "off",
     ) -> Line:
-        """Peak bytes of ``work`` on images of ``side`` pixels, beside the weights and their gradients."""
+        """Peak bytes of ``work`` on images of that ``size``, beside the weights and their gradients."""
+        mode = checkpointing if work == "training" else "off"
 
         def counted() -> Line:
             outline, training = self.outline(tune), work == "training"
-            if training and checkpointing:
-                outline.transformer.enable_gradient_checkpointing()
+            checkpoint_blocks(outline.transformer, mode)
             for parameter in outline.transformer.parameters():
                 if parameter.requires_grad and training:
                     parameter.grad = torch.empty_like(parameter)
             precision = autocast if work in ("training", "forward") else None
             one, two = (
                 peak_bytes(
-                    self._call(outline, work, side, rows),
+                    self._call(outline, work, size, rows),
                     backward=training,
                     autocast=precision,
                     wide=self.cuda,
                 )
                 for rows in (1, 2)
             )
-            if training and checkpointing:
-                outline.transformer.disable_gradient_checkpointing()
+            checkpoint_blocks(outline.transformer, "off")
             return Line(2 * one - two, two - one)
 
-        key = (work, side, tune and tune.model_dump_json(), autocast, work == "training" and checkpointing)
-        return self._once(key, counted)
+        key = (work, size, tune and tune.model_dump_json(), autocast, mode)
+        return self.once(key, counted)
 
-    def autoencoder(self, work: Literal["encode", "decode"], side: int, images: int) -> int:
-        """Peak bytes of encoding or decoding ``images`` of ``side`` pixels, which may be done in parts."""
-        call = self._call(self.outline(), work, side, images)
-        return self._once((work, side, images), lambda: peak_bytes(call))
+    def autoencoder(self, work: Literal["encode", "decode"], size: Size, images: int) -> int:
+        """Peak bytes of encoding or decoding ``images`` of that ``size``, which may be done in parts."""
+        call = self._call(self.outline(), work, size, images)
+        return self.once((work, size, images), lambda: peak_bytes(call))
 
     def condition(self, rows: int) -> Condition:
         """``rows`` encoded prompts."""
         with torch.no_grad():
-            found = self._once(("condition",), lambda: self.outline().encode_prompts(["a"]))
+            found = self.once(("condition",), lambda: self.outline().encode_prompts(["a"]))
         return {name: tensor.detach().expand(rows, *tensor.shape[1:]) for name, tensor in found.items()}
 
-    def _call(self, outline: FlowModel, work: Work, side: int, rows: int) -> Callable[[], Tensor]:
-        latents = torch.empty(rows, *outline.latent_shape(side, side), device=META)
+    def _call(self, outline: FlowModel, work: Work, size: Size, rows: int) -> Callable[[], Tensor]:
+        latents = torch.empty(rows, *outline.latent_shape(*size), device=META)
         if work == "decode":
             return lambda: outline.decode(latents)
         if work == "encode":
-            pixels = torch.empty(rows, 3, side, side, device=META)
+            pixels = torch.empty(rows, 3, *size, device=META)
             return lambda: outline.encode_images(pixels, latents)
         if work == "text":
             return lambda: outline.encode_prompts(["a"] * rows)["encoder_hidden_states"]

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from posttrain.cache.settings import size_in_bytes
 from posttrain.errors import PosttrainError
 from posttrain.spelling import meant
 
@@ -33,16 +34,20 @@ class Device:
         return self.memory_bytes * (1 - self.reserved)
 
 
-# Memory in GB, dense bf16 and float32 TFLOP/s from the makers' data sheets: NVIDIA's of B200 (HGX), H200,
-# H100, A100, L40S, L4, A10, A40 and RTX A6000 (those that print figures with sparsity are halved here);
-# NVIDIA's architecture whitepapers, bf16 with float32 sums, of GeForce (GA102, Ada, RTX Blackwell); AMD's
-# of MI300X. H800 has H100's throughput and less bandwidth between devices.
+# Memory in GB, dense bf16 with float32 sums, and float32, in TFLOP/s; what is given with sparsity is halved.
+# Checked in November 2026 against copies of the makers' tables:
+# - NVIDIA's Blackwell table: HGX B200 has 180 GB, bf16 4,500 with sparsity, float32 75
+# - NVIDIA's data sheets of H200 and H100 (bf16 1,979 SXM and 1,513 PCIe with sparsity), A100 (312), L40S
+#   (362), A40 (149.7), and L4 (TF32 120 with sparsity, of which bf16 is twice)
+# - RTX A6000 and A10: float32 as sysrqmts.com lists it, bf16 4 times that, as on the A40's equal chip
+# - GeForce: float32 sums halve the rate of tensor cores, so bf16 is twice float32: RTX 4090 as hmc-tech.com
+#   lists both, RTX 3090 from float32, RTX 5090 from fp16's 838 with sparsity and fp16 sums
+# - MI300X: bf16 1,300 and fp8 2,610 as rooflinenotes.dev lists them; float32 an eighth of bf16
 _SHEET: dict[str, tuple[float, float, float]] = {
     "B200 180GB": (180, 2250, 75),
     "H200 141GB": (141, 989, 67),
     "H100 80GB": (80, 989, 67),
     "H100 PCIe 80GB": (80, 756, 51),
-    "H800 80GB": (80, 989, 67),
     "A100 80GB": (80, 312, 19.5),
     "A100 40GB": (40, 312, 19.5),
     "L40S 48GB": (48, 362, 91.6),
@@ -76,12 +81,15 @@ def gpu(name: str) -> Device:
 
 def custom(memory: str, tflops: float) -> Device:
     """A GPU of ``memory`` ("48GB", "24 GiB") and dense bf16 ``tflops``; float32 is taken to be a tenth of it.
-    Raises PosttrainError where ``memory`` is no size."""
-    if not (parts := re.fullmatch(r"\s*([\d.]+)\s*(GB|GiB)?\s*", memory, re.IGNORECASE)):
-        raise PosttrainError(f"--memory: {memory!r} is no size; write it like 48GB or 44.5GiB")
-    unit = 2**30 if (parts[2] or "GB").lower() == "gib" else 1e9
-    name, flops = f"{float(parts[1]):g} {parts[2] or 'GB'}", tflops * 1e12
-    return Device(name, float(parts[1]) * unit, flops, flops / 2, flops / 10, "given")
+    Raises PosttrainError where ``memory`` is no size; a mere number is one in GB."""
+    name = memory.strip()
+    name += " GB" if name[-1:].isdigit() else ""
+    try:
+        size = size_in_bytes(name)
+    except ValueError as error:
+        raise PosttrainError(f"--memory: {error}") from error
+    flops = tflops * 1e12
+    return Device(name, size, flops, flops / 2, flops / 10, "given")
 
 
 def here() -> Device:

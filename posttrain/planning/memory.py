@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
-ADAMW_BYTES = 8.0
-"""AdamW's two float32 moments of a trained number."""
-ADAMW8BIT_BYTES = 2.06
-"""The same in 8 bits, with a float32 scale for each 256 of them."""
+from posttrain.parallel.shares import Part, Shares
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from posttrain.model import EncoderName
+    from posttrain.optimizers import OptimizerName
+
+SMALL, BLOCK = 4096, 256
+"""Moments in 8 bits: of tensors of at least so many numbers, with a float32 scale for each so many."""
+PARTS = ("weights", "gradients", "optimizer", "roles", "activations", "caches")
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,18 @@ class Sizes:
     """How many numbers are trained, in float32."""
     frozen: int
     """The transformer's other weights."""
-    others: int
-    """Text encoders, VAE and rewards' networks: whole on every device."""
+    moments: float
+    """What the optimizer keeps."""
     roles: int
     """Copies of weights that the stage keeps."""
-    block: int
-    """The largest block of the transformer, in float32."""
+    rewards: int = 0
+    """The networks of rewards: whole on every device."""
+    encoders: Mapping[EncoderName, int] = field(default_factory=dict)
+    """The text encoders; and the autoencoder."""
+    gathered: int = 0
+    """The transformer's weights outside its blocks, and of two blocks: what a forward holds at a time."""
+    gathered_gradients: int = 0
+    """The gradients of those."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +47,14 @@ class Phase:
 
     activations: float
     caches: float = 0.0
-    gradients: bool = True
+    gradients: bool = False
     """Whether gradients are there already: not in the first backward of a step, which makes them while it
     lets go of activations."""
+    encoders: frozenset[EncoderName] = frozenset()
+    """Those on the device."""
+    forward: bool = False
+    """Whether the transformer works."""
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,11 @@ class Memory:
     roles: float
     activations: float
     caches: float
-    """Items and encoded prompts of the batch, and blocks gathered from other devices."""
+    """Items and encoded prompts of the batch, blocks gathered from other devices, buffers for messages."""
     phase: str
     """When that is."""
+    host: float = 0.0
+    """In the CPU's memory, for this device."""
 
     @property
     def total(self) -> float:
@@ -61,43 +80,53 @@ class Memory:
     @property
     def parts(self) -> dict[str, float]:
         """Part -> bytes."""
-        names = ("weights", "gradients", "optimizer", "roles", "activations", "caches")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in PARTS}
 
 
 def memory(
     sizes: Sizes,
     phases: Mapping[str, Phase],
+    shares: Shares,
+    resting: Iterable[EncoderName] = (),
     *,
-    strategy: StrategyName = "single",
-    zero_stage: int = 2,
-    world_size: int = 1,
-    optimizer_bytes: float = ADAMW_BYTES,
+    separate: bool = True,
 ) -> Memory:
-    """The memory of one of ``world_size`` devices in that of the ``phases`` that needs most.
+    """The memory of a device that has those ``shares``, in that of the ``phases`` that needs most.
 
-    ``fsdp2`` spreads weights, gradients, optimizer and roles; ``deepspeed`` the optimizer (``zero_stage`` 1),
-    the gradients as well (2), weights and roles as well (3) (Rajbhandari et al. 2019, arXiv:1910.02054). What
-    spreads weights gathers two blocks at a time. Buffers that a library keeps for messages are not counted.
+    Encoders that are ``resting`` at some time have a copy in the CPU's memory. Where that is not
+    ``separate`` from the device's, all of it is the device's.
     """
-    stage = {"single": 0, "ddp": 0, "fsdp2": 3, "deepspeed": zero_stage}[strategy]
-    shares = [world_size if stage >= least else 1 for least in (1, 2, 3)]
-    gradients = 4 * sizes.trained / shares[1]
 
-    def held(name: str) -> float:
-        phase = phases[name]
-        return phase.activations + phase.caches + gradients * phase.gradients
+    def on(host: bool, part: Part, size: float) -> float:
+        return size * part.of if (part.on_host and separate) == host else 0.0
 
-    most = max(phases, key=held)
-    gathered = 2 * sizes.block if shares[2] > 1 else 0
-    # before the partitioned step DeepSpeed keeps a flat copy of the weights that it steps
-    flat = 4 * sizes.trained / world_size if strategy == "deepspeed" else 0
-    return Memory(
-        weights=(4 * sizes.trained + sizes.frozen) / shares[2] + sizes.others + flat,
-        gradients=gradients * phases[most].gradients,
-        optimizer=optimizer_bytes * sizes.trained / shares[0],
-        roles=sizes.roles / shares[2],
-        activations=phases[most].activations,
-        caches=phases[most].caches + gathered,
-        phase=most,
-    )
+    def parts(phase: Phase, host: bool = False) -> dict[str, float]:
+        weights = on(host, shares.weights, 4 * sizes.trained + sizes.frozen)
+        caches = 0.0
+        if not host:
+            weights += sizes.rewards + sum(sizes.encoders.get(name, 0) for name in phase.encoders)
+            caches = phase.caches + shares.buffer * (phase.backward or shares.gathers)
+            caches += sizes.gathered * (shares.gathers and phase.forward)
+            caches += sizes.gathered_gradients * (shares.gathers and phase.backward)
+        return {
+            "weights": weights + on(host, shares.copies, 4 * sizes.trained),
+            "gradients": on(host, shares.gradients, 4 * sizes.trained)
+            * (phase.gradients or shares.keeps_gradients),
+            "optimizer": on(host, shares.moments, sizes.moments),
+            "roles": on(host, shares.weights, sizes.roles),
+            "activations": 0.0 if host else phase.activations,
+            "caches": caches,
+        }
+
+    most = max(phases, key=lambda name: sum(parts(phases[name]).values()))
+    hosts = max(sum(parts(phase, host=True).values()) for phase in phases.values())
+    rests = sum(sizes.encoders.get(name, 0) for name in resting) if separate else 0
+    return Memory(**parts(phases[most]), phase=most, host=hosts + rests)
+
+
+def moment_bytes(optimizer: OptimizerName, parameters: Iterable[nn.Parameter]) -> float:
+    """What the optimizer keeps of ``parameters``: two moments of each number."""
+    sizes = [parameter.numel() for parameter in parameters]
+    if optimizer == "adamw":
+        return 8.0 * sum(sizes)
+    return float(sum(8 * n if n < SMALL else 2 * (n + 4 * -(-n // BLOCK)) for n in sizes))
