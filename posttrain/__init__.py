@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "run"]
+
+# peft imports bitsandbytes where it is installed, which then warns of a 4-bit product that nobody here needs
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {"Recipe": "posttrain.recipe", "load_recipe": "posttrain.recipe_file", "run": "posttrain.chain"}
 

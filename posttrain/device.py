@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import sys
@@ -21,8 +20,6 @@ def resolve(name: str) -> torch.device:
     if not torch.cuda.is_available():
         # or DeepSpeed, where it is installed, warns that it had to guess
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # and bitsandbytes, which peft imports where it is installed, of a 4-bit product that it lacks
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

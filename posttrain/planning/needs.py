@@ -159,12 +159,17 @@ def _phases(
             "rollout",
             Phase(forward.at(chunk * calls.rows_without), held, encoders=idle, forward=True),
         )
+    # what autocast makes of whole weights stays for as long as they do not change (Policy.steady)
+    whole = dtype is not None and not recipe.parallel.shares(devices).gathers
+    lowered = 2.0 * _trained(stage, counts) if whole else 0.0
     if calls.decoded:
-        yield "decoding", Phase(counts.autoencoder("decode", size, chunk), held, encoders=images)
+        decoding = counts.autoencoder("decode", size, chunk) + lowered
+        yield "decoding", Phase(decoding, held, encoders=images)
     rows = min(micro_batch, in_step) * calls.rows_with
     # a block that is computed again at the end of a backward has all blocks' gradients beside it
     already = in_step > micro_batch or train.gradient_checkpointing == "full"
     yield "training", Phase(training.at(rows), held, already, idle, forward=True, backward=True)
+    yield "backward's end", Phase(lowered, held, gradients=True, encoders=idle)
     yield "optimizer", Phase(0.0, held, gradients=True, encoders=idle)
     shown = size if evaluation is None else _square(evaluation)
     looked = [SHOWN] if train.sample_every else []
@@ -254,6 +259,11 @@ def _branches(sampling: Sampling) -> int:
 def _transformer(counts: Counts, size: Size, precision: str) -> Work:
     one = counts.flops("forward", size)
     return Work(low=one) if precision == "bf16" else Work(full=one)
+
+
+def _trained(stage: Stage, counts: Counts) -> int:
+    """Numbers that are trained."""
+    return sum(p.numel() for p in counts.outline(stage.tune).transformer.parameters() if p.requires_grad)
 
 
 def _sizes(recipe: Recipe, stage: Stage, counts: Counts) -> Sizes:
