@@ -195,7 +195,7 @@ def test_a_strategy_divides_what_it_says():
     assert [m["optimizer"] for m in zero] == [200, 200, 200]
     assert [m["gradients"] for m in zero] == [400, 100, 100]
     assert [m["roles"] for m in zero] == [400, 400, 100]
-    assert [m["weights"] for m in zero] == [590, 590, 130]
+    assert [m["weights"] for m in zero] == [590, 590, 230]
     fsdp, host = shared("{strategy: fsdp2}")
     assert (fsdp["weights"], fsdp["gradients"], fsdp["optimizer"], fsdp["caches"]) == (130, 100, 200, 55)
     assert host == 0
@@ -228,6 +228,32 @@ def test_a_deepspeed_file_says_what_is_spread_and_offloaded(tmp_path):
     assert (shares.weights.of, shares.gradients.of, shares.moments.of) == (1, 1, 0.5)
     assert shares.moments.on_host
     assert spread.described(2) == "DeepSpeed ZeRO-1, offloaded"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{strategy: ddp}",
+        "{strategy: fsdp2}",
+        *(f"{{strategy: deepspeed, zero_stage: {stage}}}" for stage in (1, 2, 3)),
+        *(f"{{strategy: deepspeed, zero_stage: {stage}, offload: true}}" for stage in (2, 3)),
+    ],
+)
+def test_two_processes_hold_what_their_shares_say(block):
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*run, str(Path(__file__).parent / "held_memory.py"), block],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    line = next((line for line in done.stdout.splitlines() if line.startswith("held")), None)
+    assert line is not None, done.stderr
+    held, planned = map(float, line.split()[1:])
+    assert planned == pytest.approx(held, rel=0.03)
 
 
 def test_ddp_keeps_the_room_of_gradients_between_steps():

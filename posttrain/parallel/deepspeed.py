@@ -98,9 +98,9 @@ class DeepSpeed(Parallel):
         offloads = self._offloads("optimizer")
         weights = Part(part, self._offloads("param")) if stage == 3 else Part()
         gradients = Part(part, offloads) if stage > 1 else Part()
-        # the optimizer steps a flat copy of its part, which ZeRO-3's parts are already. On the host the step
-        # has gradients of its own as well, and ZeRO-1 and 2 a copy to send back, ZeRO-1 those that add up
-        copies = Part({1: 4, 2: 3, 3: 2}[stage] * part, True) if offloads else Part(part if stage < 3 else 0)
+        # the optimizer steps a flat copy of its part. On the host the step has gradients of its own as well,
+        # and ZeRO-1 and 2 a copy to send back, ZeRO-1 those that add up
+        copies = Part({1: 4, 2: 3, 3: 2}[stage] * part, True) if offloads else Part(part)
         zero = self.settings(1.0)["zero_optimization"]
         return Shares(
             weights,
