@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines import pipeline_folder
 from runs import HEAD, stage
+from safetensors.torch import load_file
 
 from posttrain import checkpoint
 from posttrain.chain import check_processes
@@ -205,6 +207,28 @@ def test_training_is_the_same_with_offload_and_goes_on(tmp_path, strategy):
     for stop in (8, None):
         launch([job("nft", FULL, moved, block, stop)], 2, tmp_path)
     assert_same_training(whole, moved, TOLERANCE["nft"])
+
+
+def test_what_saves_memory_changes_nothing_where_weights_are_in_parts(tmp_path):
+    """In one process of a group; without EMA, so that the strategy's own tensors are written to final/."""
+    short = ["stages.0.train.steps=4", "stages.0.train.ema=null"]
+    kinds = [
+        (block, mode)
+        for name in ("fsdp2", "zero-2", "zero-3")
+        for block in [STRATEGIES[name]]
+        for mode in ("selective", "full")
+        if "deepspeed" not in block or shutil.which("g++")
+    ]
+    jobs = [job("sft", FULL, tmp_path / "plain", overrides=short)]
+    for i, (block, mode) in enumerate(kinds):
+        changed = [*short, f"stages.0.train.gradient_checkpointing={mode}", "stages.0.train.micro_batch=auto"]
+        jobs.append(job("sft", FULL, tmp_path / str(i), block, overrides=changed))
+    launch(jobs, 1, tmp_path)
+    file = Path("s/final/transformer/diffusion_pytorch_model.safetensors")
+    plain, start = load_file(tmp_path / "plain" / file), load_file(pipeline_folder() / Path(*file.parts[2:]))
+    assert distance(plain, start) > 1e-3
+    for i, kind in enumerate(kinds):
+        assert distance(plain, load_file(tmp_path / str(i) / file)) < TOLERANCE["sft"], kind
 
 
 def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(tmp_path):
