@@ -472,7 +472,7 @@ def test_gpus_are_known_by_the_names_people_write():
 
 
 def test_time_is_work_over_what_the_devices_sustain():
-    from posttrain.planning.needs import Work
+    from posttrain.planning.work import Work
 
     budget = Budget(gpu("h100"), 8, 0.5, "given", tf32=True)
     assert budget.seconds(Work(low=989e12)) == pytest.approx(1 / 8 / 0.5)

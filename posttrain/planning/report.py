@@ -14,8 +14,9 @@ from rich.text import Text
 from posttrain.planning.counts import Counts
 from posttrain.planning.data import cache_bytes
 from posttrain.planning.memory import PARTS
-from posttrain.planning.needs import Needs, Work, evaluation_needs, stage_needs
+from posttrain.planning.needs import Needs, evaluation_needs, stage_needs
 from posttrain.planning.remedies import Remedy, evaluation_remedies, stage_remedies
+from posttrain.planning.work import Work
 from posttrain.results import duration, short
 
 if TYPE_CHECKING:
