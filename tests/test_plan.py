@@ -125,7 +125,13 @@ def need(recipe, *, cuda=False, devices=1, limit=math.inf, counts=None):
 
 
 MEASURED = [
-    *((name, tune, "") for name in CASES for tune in ("{type: full}", "{type: lora, rank: 8}")),
+    *((name, "{type: full}", "") for name in CASES),
+    ("sft", "{type: lora, rank: 8}", ""),
+    *(
+        pytest.param(name, "{type: lora, rank: 8}", "", marks=pytest.mark.matrix)
+        for name in CASES
+        if name != "sft"
+    ),
     ("sft", "{type: full}", "gradient_checkpointing: selective"),
     ("sft", "{type: full}", "gradient_checkpointing: full"),
     ("sft", "{type: full}", "optimizer: adamw8bit"),
