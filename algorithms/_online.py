@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import ClassVar
 
@@ -54,17 +55,22 @@ class Online(Algorithm, ABC):
     def collect(self, batch: Batch, tools: Tools) -> Items:
         assert tools.judge is not None, "needs = 'rewards'"
         assert batch.group is not None, "needs = 'rewards'"
-        pending, parts = [], []
-        for start in range(0, len(batch), tools.policy.chunk):
+        pending: list[Future[Verdict]] = []
+        parts: list[dict[str, Tensor]] = []
+        try:
+            for start in range(0, len(batch), tools.policy.chunk):
+                for future in pending:
+                    if future.done():
+                        future.result()  # a reward that fails stops the rollout
+                index = slice(start, start + tools.policy.chunk)
+                some = batch.take(index)
+                latents, fields = self.rollout(some, replace(tools, draws=tools.draws.take(index)))
+                pending.append(tools.judge.submit(latents, some))
+                parts.append(fields)
+            verdict = Verdict.cat([future.result() for future in pending])
+        finally:
             for future in pending:
-                if future.done():
-                    future.result()  # a reward that fails stops the rollout
-            index = slice(start, start + tools.policy.chunk)
-            some = batch.take(index)
-            latents, fields = self.rollout(some, replace(tools, draws=tools.draws.take(index)))
-            pending.append(tools.judge.submit(latents, some))
-            parts.append(fields)
-        verdict = Verdict.cat([future.result() for future in pending])
+                future.cancel()  # nobody waits for what is not scored yet, where something failed
         fields = {name: torch.cat([p.pop(name) for p in parts]) for name in list(parts[0])}
         rewards, details = (
             {name: tools.world.everyone(values) for name, values in part.items()}

@@ -19,7 +19,7 @@ from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
 from posttrain.rewards.shapes import Shapes
 from posttrain.train_settings import Train
-from posttrain.trainer import update
+from posttrain.trainer import OnPolicy, update
 
 GROUPS, SIZE = 2, 4
 CASES = {
@@ -54,7 +54,15 @@ def main() -> None:
         assert len(encoded) == 1 + GROUPS, "a prompt is encoded once, and the empty one"
         with torch.no_grad(), Judge(model, [Shapes(type="shapes")], failures=None) as judge:  # type: ignore[arg-type]
             items = algorithm.collect(batch, Tools(policy, draws, lambda n: model.sigmas(n, 64, 64), judge))
-        update(algorithm, policy, items, Single().prepare(policy, settings, ALONE), settings, 1, policy.chunk)
+        update(
+            algorithm,
+            policy,
+            items,
+            Single().prepare(policy, settings, ALONE),
+            settings,
+            1,
+            OnPolicy(policy.chunk),
+        )
         samples = int((items.weight > 0).sum()) / algorithm.items_per_sample()
         rollout = len(batch) * (algorithm.num_steps * (1 if algorithm.guidance_scale == 1 else 2))
         each = rollout / len(batch) + (policy.forward_equivalents - rollout) / samples

@@ -11,75 +11,80 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from posttrain.device import free_memory
-from posttrain.errors import TrainingError
+from posttrain.errors import PosttrainError, TrainingError
 
 if TYPE_CHECKING:
     from posttrain.policy import Policy
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-_WORDS = ("out of memory", "can't allocate memory")
-"""What MPS and the CPU's allocator say in a plain RuntimeError."""
+_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed", "bad_alloc")
+"""What MPS, cuBLAS, cuDNN and the CPU's allocators say in a plain RuntimeError."""
 
 
 class OutOfMemory(TrainingError):
     """Memory did not suffice, and the work cannot be tried again where it stopped."""
 
-    def __init__(self, words: str, chunk: int) -> None:
-        super().__init__(words)
+    def __init__(self, error: BaseException, before: int, chunk: int) -> None:
+        super().__init__(f"out of memory with {before} rows at a time ({_in_short(error)})")
         self.chunk = chunk
         """How many rows at a time to go on with."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it came from, is a device's or the machine's lack of memory."""
+    """Whether ``error``, or what it came from, is this machine's lack of memory."""
     while error is not None:
-        said = str(error).lower()
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
-        if isinstance(error, RuntimeError) and any(words in said for words in _WORDS):
-            return True
+        # an error of our own may quote what another machine said
+        if isinstance(error, RuntimeError) and not isinstance(error, PosttrainError):
+            return any(words in str(error).lower() for words in _WORDS)
         error = error.__cause__
     return False
 
 
+def too_little(what: str, error: BaseException) -> TrainingError:
+    """The error where fewer rows at a time are no help."""
+    return TrainingError(
+        f"out of memory {what} ({_in_short(error)}). What needs less: gradient_checkpointing, precision "
+        "bf16, optimizer adamw8bit, a LoRA, model.offload, sharding, a smaller resolution; 'posttrain plan' "
+        "says how much each saves"
+    )
+
+
 @contextlib.contextmanager
-def not_repeated(policy: Policy) -> Iterator[None]:
-    """Raise OutOfMemory where memory does not suffice in the block, which must not run a second time."""
+def not_repeated(what: str) -> Iterator[None]:
+    """Raise TrainingError where memory does not suffice in the block, which must not run a second time."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        words = f"out of memory in the optimizer's step ({_in_short(error)})"
-        raise OutOfMemory(words, max(policy.chunk // 2, 1)) from error
+        raise too_little(what, error) from error
 
 
-def fitted(work: Callable[[], T], policy: Policy, may_repeat: Callable[[], bool]) -> T:
-    """What ``work`` returns, repeated with half of ``policy.chunk`` as long as memory does not suffice.
+def fitted(work: Callable[[], T], policy: Policy, undone: Callable[[], bool]) -> T:
+    """What ``work`` returns, repeated with half as many rows at a time as long as memory does not suffice.
 
-    ``may_repeat`` is asked then: it undoes what the work left behind, or says that this cannot be. Raises
+    ``undone`` is asked then: it undoes what the work left behind, or says that this cannot be. Raises
     OutOfMemory where it cannot, and TrainingError where one row alone does not fit.
     """
     while True:
+        policy.most_rows = 0
         try:
             return work()
-        except OutOfMemory:
+        except TrainingError:
             raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            chunk, reason = policy.chunk // 2, _in_short(error)
-            if not chunk:
-                raise TrainingError(
-                    f"out of memory with one row at a time ({reason}). What needs less: "
-                    "gradient_checkpointing, precision bf16, a LoRA, model.offload, sharding, a smaller "
-                    "resolution; 'posttrain plan' says how much each saves"
-                ) from error
-            if not may_repeat():
-                words = f"out of memory with {policy.chunk} rows at a time ({reason})"
-                raise OutOfMemory(words, chunk) from error
-            log.warning("out of memory with %d rows at a time; going on with %d", policy.chunk, chunk)
+            # a chunk is often larger than what there was to put into it
+            before = min(policy.chunk, policy.most_rows or policy.chunk)
+            if not (chunk := before // 2):
+                raise too_little("with one row at a time", error) from error
+            if not undone():
+                raise OutOfMemory(error, before, chunk) from error
+            log.warning("out of memory with %d rows at a time; going on with %d", before, chunk)
         # only here has the error gone, which holds what did not fit
         gc.collect()
         free_memory(policy.model.device)

@@ -34,6 +34,8 @@ class Policy:
         """Roles that never move."""
         self.forward_equivalents = 0
         """Transformer forwards of this process so far, of one sample each; one with its backward counts 3."""
+        self.most_rows = 0
+        """Rows in the largest forward since somebody set this to 0."""
         self._lowered_with_gradients = False
         self.find_parameters()
 
@@ -45,6 +47,7 @@ class Policy:
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """(n, c, h, w) float32 velocity of the role in use, at float32 ``latents`` and ``sigma`` (n,)."""
         self.forward_equivalents += len(latents) * (3 if torch.is_grad_enabled() else 1)
+        self.most_rows = max(self.most_rows, len(latents))
         if self._lowered_with_gradients is not torch.is_grad_enabled():
             # or weights that were lowered without gradients would cut a later forward off from its own
             torch.clear_autocast_cache()
@@ -144,18 +147,24 @@ class Policy:
             if name is None:
                 yield
                 return
-            self._swap(name)
+            if not (held := [self.layout.held(self.parameters[key]) for key in self.roles[name]]):
+                yield
+                return
+            # taken before anything is moved, and kept for the way back: it must not fail in the middle
+            size, device = max(t.nbytes for t in held), held[0].device
+            room = torch.empty(size, dtype=torch.uint8, device=device)
+            self._swap(name, room)
             try:
                 yield
             finally:
-                self._swap(name)
+                self._swap(name, room)
 
-    def _swap(self, name: str) -> None:
+    def _swap(self, name: str, room: Tensor) -> None:
         self.layout.settle()
         # the values change places, not the tensors: sharded and compiled forwards know these by address
         for key, kept in self.roles[name].items():
             held = self.layout.held(self.parameters[key])
-            now = held.clone()
+            now = room[: held.nbytes].view(held.dtype).view(held.shape).copy_(held)
             held.copy_(kept)
             kept.copy_(now)
         self.layout.written()

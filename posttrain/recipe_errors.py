@@ -14,7 +14,13 @@ from posttrain.spelling import meant
 from posttrain.yaml_source import Place, Source
 
 MOST_SHOWN = 20
-NUMBERS = {"int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number"}
+SCALARS = {
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+}
 BLOCKS = ("model_type", "model_attributes_type", "dict_type")
 
 
@@ -111,8 +117,8 @@ def _told(entry: dict[str, Any], place: Place, owner: type[BaseModel] | None, so
     if kind == "literal_error":
         allowed = re.findall(r"[\w.-]+", str(context["expected"]).replace(" or ", " "))
         return f"{found!r} is not allowed{meant(str(found), allowed)}; one of {', '.join(allowed)}"
-    if kind in NUMBERS:
-        return f"expected {NUMBERS[kind]}, found {_shown(found, place, source)}"
+    if kind in SCALARS:
+        return f"expected {SCALARS[kind]}, found {_shown(found, place, source)}"
     if kind in BLOCKS or kind == "list_type":
         expected = "a list" if kind == "list_type" else "a block of fields"
         return f"expected {expected}, found {_shown(found, place, source)}"

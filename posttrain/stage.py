@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +17,18 @@ from posttrain.artifact import DESCRIPTION
 from posttrain.cache.fill import fill_for_stage
 from posttrain.compiling import compile_blocks
 from posttrain.device import reset_peak_memory
-from posttrain.feeds import feed_of
+from posttrain.errors import TrainingError
+from posttrain.feeds import Feed, feed_of
 from posttrain.judge import Judge
 from posttrain.memory import OutOfMemory
-from posttrain.micro_batch import Sample, blank, described, found_by_trying, remember, settled, try_out
+from posttrain.micro_batch import described, found_by_trying, remember, settled
 from posttrain.model import FlowModel
 from posttrain.parallel.world import ALONE, World
 from posttrain.policy import Policy
 from posttrain.progress import stage_progress
 from posttrain.records import Tracker
 from posttrain.trainer import EMA, REFERENCE, train
+from posttrain.trial import blank
 from posttrain.watch import Account, StageWatch
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     stage.tune.apply(model.transformer, recipe.seed)
     checkpoint_blocks(model.transformer, settings.gradient_checkpointing)
-    number = settled(recipe, stage, folder, world.size)
-    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=number or 1)
+    number = world.said(settled(recipe, stage, folder, world.size))
+    chunk = 1 if number is None else number
+    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=chunk)
     named = policy.named(reference) if reference is not None else None
     strategy = recipe.parallel.prepare(policy, settings, world)
     policy.layout = strategy.layout
@@ -85,16 +87,6 @@ def run_stage(
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     fill_for_stage(recipe, stage, model, feed, console, world)
-    if settings.compile or number is None:
-        sample = blank(model, feed)
-        if settings.compile:
-            _compile(stage, policy, strategy, sample, console)
-        if number is None:
-            policy.chunk, trials = found_by_trying(stage, policy, strategy, sample)
-            line = f"[dim]{stage.name}: {described(trials, device)}[/dim]"
-            console.print(line, highlight=False, soft_wrap=True)
-            if world.main:
-                remember(recipe, folder, world.size, policy.chunk, trials)
     failures = folder / ("failed_reward" if world.main else f"failed_reward-{world.rank}")
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard")
@@ -103,16 +95,18 @@ def run_stage(
         stage_progress(stage.name, settings.steps, start, console) as bar,
         Judge(model, stage.rewards, failures) as judge,
     ):
-        watch = StageWatch(
-            recipe, stage, policy, strategy, folder, tracker, bar, account, feed, judge, console
-        )
         try:
+            if settings.compile or number is None:
+                _try_out(recipe, stage, policy, strategy, feed, folder, console, search=number is None)
+            watch = StageWatch(
+                recipe, stage, policy, strategy, folder, tracker, bar, account, feed, judge, console
+            )
             train(stage.algorithm, policy, strategy, watch.batches(), settings, watch, start)
             watch.finish()
         except OutOfMemory as error:
             remember(recipe, folder, world.size, error.chunk)
             words = f"{stage.name}: {error}. The same command goes on from the last checkpoint with"
-            raise OutOfMemory(f"{words} {error.chunk}", error.chunk) from error
+            raise TrainingError(f"{words} {error.chunk}") from error
     summary = watch.summary()  # which refuses a stage that trained nothing, before it is published
     weights = {
         name: _own(tensor.cpu() if world.size > 1 else tensor)
@@ -131,11 +125,28 @@ def run_stage(
     world.barrier()
 
 
-def _compile(stage: Stage, policy: Policy, strategy: Strategy, sample: Sample, console: Console) -> None:
-    attempt = functools.partial(try_out, policy, strategy, sample, 1)
-    if (reason := compile_blocks(policy.model.transformer, attempt)) is not None:
+def _try_out(
+    recipe: Recipe,
+    stage: Stage,
+    policy: Policy,
+    strategy: Strategy,
+    feed: Feed,
+    folder: Path,
+    console: Console,
+    *,
+    search: bool,
+) -> None:
+    """Compile the blocks where the recipe says so, and ``search`` how many items to take at a time."""
+    sample, world = blank(policy.model, feed), strategy.world
+    if stage.train.compile and (reason := compile_blocks(policy, strategy, sample)) is not None:
         words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
         console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
+    if search:
+        policy.chunk, trials = found_by_trying(stage, policy, strategy, sample)
+        line = f"[dim]{stage.name}: {described(trials, policy.model.device)}[/dim]"
+        console.print(line, highlight=False, soft_wrap=True)
+        if world.main:
+            remember(recipe, folder, world.size, policy.chunk, trials)
 
 
 def _own(tensor: Tensor) -> Tensor:

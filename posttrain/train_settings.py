@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.activations import Checkpointing
 from posttrain.optimizers import OptimizerName
 from posttrain.spec import Spec, at
+
+
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"{value!r} is not allowed: a whole number of 1 or more, or auto")
 
 
 class Train(Spec):
@@ -21,7 +27,7 @@ class Train(Spec):
     samples that one iteration draws and scores."""
     steps_per_batch: int = Field(1, ge=1)
     """Optimizer steps on one batch, each on an equal part of it."""
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
     """Items in one forward-backward, and samples in one forward of a rollout: bounds the memory, does not
     change the result but for rounding. Items are samples, for SOAR their auxiliary points too, and for
     online algorithms their trained steps. ``auto`` tries once how many the device has room for. Where they

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -38,6 +38,15 @@ class Watch(Protocol):
         """Called after optimizer step ``step`` (from 1) with its metrics, still on the device."""
 
 
+@dataclass
+class OnPolicy:
+    """The algorithm's check that the weights which collected items give them the same again."""
+
+    rows: int
+    """How many were collected at a time."""
+    done: bool = False
+
+
 def train(
     algorithm: Algorithm,
     policy: Policy,
@@ -55,27 +64,29 @@ def train(
     """
     source, step, checked = iter(batches), start, start > 0
 
-    def may_repeat() -> bool:
+    def undone() -> bool:
+        strategy.forget()
         # other processes would wait for what this one has sent already
-        return strategy.world.size == 1 and strategy.forget()
+        return strategy.world.size == 1 and strategy.repeatable
 
     while step < settings.steps and watch.before_batch(step):
         if (drawn := next(source, None)) is None:
             raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
         batch, tools = drawn
         with torch.no_grad(), policy.steady():
-            items = fitted(functools.partial(algorithm.collect, batch, tools), policy, may_repeat)
-        collected_in = policy.chunk
+            items = fitted(functools.partial(algorithm.collect, batch, tools), policy, undone)
+        check = None if checked else OnPolicy(min(policy.chunk, len(batch)))
         items = replace(items, weight=torch.where(items.place < 0, 0, items.weight))  # fillers
         parts = list(items.parts(settings.steps_per_batch))
         for i in range(len(parts)):
             for group in strategy.optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
             step += 1
-            same = None if checked else collected_in
-            work = functools.partial(update, algorithm, policy, parts[i], strategy, settings, step, same)
-            metrics = fitted(work, policy, may_repeat)
-            checked = checked or (policy.chunk == collected_in and "skipped_steps" not in metrics)
+            work = functools.partial(update, algorithm, policy, parts[i], strategy, settings, step, check)
+            metrics = fitted(work, policy, undone)
+            checked = checked or (check is not None and check.done)
+            if "skipped_steps" not in metrics:
+                check = None  # the weights have moved since they collected the items
             if settings.ema is not None:
                 policy.move_role(EMA, settings.ema)
             seen = [batch.total * n // settings.steps_per_batch for n in (i, i + 1)]
@@ -91,14 +102,14 @@ def update(
     strategy: Strategy,
     settings: Train,
     step: int,
-    collected_in: int | None = None,
+    check: OnPolicy | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step on the weighted mean of all processes' items, however they are split.
 
     Each micro-batch, of ``policy.chunk`` items, is back-propagated at once, so activation memory does not
-    grow with the number of items. Items of weight 0 are left out. ``collected_in``: the weights are still
-    those that collected the items, in chunks of that many, which the algorithm checks on the first
-    micro-batch if it is one of that size: others are computed with other rounding. Returns weighted means
+    grow with the number of items. Items of weight 0 are left out. ``check``: the weights are still those that
+    collected the items, which the algorithm is let check on as many rows as were collected at a time, if
+    there are as many: others are computed with other rounding. Returns weighted means
     of the losses and metrics, and the gradient's norm before clipping; only ``skipped_steps`` where there
     is no item to train on, and no step then. Raises TrainingError, with the weights as they were, where the
     gradient is not finite.
@@ -107,19 +118,21 @@ def update(
     total = world.sum(items.weight.sum())
     if not total:
         return {"skipped_steps": items.weight.new_ones(())}
-    micros = list(_in_step(items, policy.chunk, world))
+    first = check.rows if check is not None and check.rows <= policy.chunk else policy.chunk
+    micros = list(_in_step(items, policy.chunk, first, world))
     sums: dict[str, Tensor] = {}
     with policy.steady():
         for i, micro in enumerate(micros):
             strategy.begin(last=i == len(micros) - 1)
             losses = algorithm.loss(micro, policy)
-            if i == 0 and collected_in == policy.chunk == len(micro):
+            if i == 0 and check is not None and check.rows == len(micro):
                 algorithm.check_on_policy(losses)
+                check.done = True
             share = micro.weight / total
             strategy.backward((losses.per_item * share).sum())
             for name, value in {"loss": losses.per_item, **losses.metrics}.items():
                 sums[name] = sums.get(name, torch.zeros_like(total)) + (value.detach() * share).sum()
-    with not_repeated(policy):
+    with not_repeated("in the optimizer's step"):
         norm = strategy.step(settings.max_grad_norm)
     if world.size > 1:
         summed = world.sum(torch.stack([value.double() for value in sums.values()]))
@@ -132,10 +145,12 @@ def update(
     return {**sums, "grad_norm": torch.tensor(norm)}
 
 
-def _in_step(items: Items, size: int, world: World) -> Iterator[Items]:
-    """The items that count, in as many micro-batches of at most ``size`` on every process."""
+def _in_step(items: Items, size: int, first: int, world: World) -> Iterator[Items]:
+    """The items that count, in as many micro-batches of at most ``size``, the first of at most ``first``, on
+    every process."""
     counting = items.take(items.weight > 0)
-    own = list(counting.split(size))
+    own = [counting.take(slice(0, first))] if len(counting) else []
+    own += counting.take(slice(first, None)).split(size)
     for _ in range(world.most(len(own)) - len(own)):
         blank = items.take(slice(0, 1))
         own.append(replace(blank, weight=torch.zeros_like(blank.weight)))

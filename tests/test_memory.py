@@ -8,20 +8,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from pipelines import load, pipeline_folder
 from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
 from test_run import assert_equal_weights, weights
 from toys import ToyModel, alone, toy_batch, toy_policy
 
-from posttrain import checkpoint, micro_batch, optimizers
+from posttrain import checkpoint, micro_batch, optimizers, trial
 from posttrain.activations import checkpoint_blocks
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
-from posttrain.errors import RecipeError, TrainingError
+from posttrain.errors import RecipeError, RewardError, TrainingError
 from posttrain.memory import OutOfMemory, fitted, is_out_of_memory
 from posttrain.models._resting import Resting
 from posttrain.models.sd3 import SD3, SD3FlowModel
 from posttrain.optimizers import optimizer_of
+from posttrain.parallel.single import Alone
 from posttrain.planning.footprint import peak_bytes
 from posttrain.policy import Policy
 from posttrain.recipe_file import parse_recipe
@@ -62,7 +64,12 @@ def gradient(model, chunk, world=None):
     with torch.no_grad():
         items = SFT().collect(batch, Tools(policy, draws))
     strategy, settings = alone(policy), Train(steps=1, max_grad_norm=1e9)
-    fitted(lambda: update(SFT(), policy, items, strategy, settings, 1), policy, strategy.forget)
+
+    def undone():
+        strategy.forget()
+        return True
+
+    fitted(lambda: update(SFT(), policy, items, strategy, settings, 1), policy, undone)
     return torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen]), policy
 
 
@@ -86,9 +93,12 @@ def test_a_row_that_does_not_fit_alone_stops_the_run():
 def test_other_errors_are_not_tried_again():
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    caused = TrainingError("a reward failed")
+    # what a reward's server says of its own memory is not this machine's
+    caused = RewardError("HTTP 500: CUDA out of memory")
+    assert not is_out_of_memory(caused)
     caused.__cause__ = torch.OutOfMemoryError("out of memory")
     assert is_out_of_memory(caused)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     calls = []
 
     def wrong():
@@ -130,11 +140,17 @@ class Nothing:
         pass
 
 
-@pytest.mark.parametrize(("model", "seen"), [(ToyModel, [4]), (Small, [2])])
-def test_the_first_batch_that_is_trained_as_it_was_collected_is_checked_once(model, seen):
-    """The first step on Small runs in other chunks than its items were collected in, with other rounding."""
+@pytest.mark.parametrize(
+    ("model", "chunk", "seen"),
+    [
+        (ToyModel, 4, [4]),
+        (Small, 4, [2]),  # whose first step runs in smaller chunks than its items were collected in
+        (ToyModel, 64, [8]),  # a batch that does not fill the chunk is checked as it was collected
+    ],
+)
+def test_the_first_batch_that_is_trained_as_it_was_collected_is_checked_once(model, chunk, seen):
     CHECKED.clear()
-    policy = Policy(model(), chunk=4)
+    policy = Policy(model(), chunk=chunk)
     drawn = []
 
     def batches():
@@ -179,10 +195,76 @@ def test_an_optimizer_step_is_never_taken_twice():
     strategy = alone(policy, Halfway, lr=0.1)
     first = next(iter(policy.trained.values()))
     before = first.detach().clone()
-    with pytest.raises(OutOfMemory, match="in the optimizer's step") as found:
+    with pytest.raises(TrainingError, match=r"in the optimizer's step .*adamw8bit"):
         train(SFT(), policy, strategy, iter([(batch, Tools(policy, draws))]), Train(steps=1), Nothing())
-    assert found.value.chunk == 2
+    assert policy.chunk == 4
     torch.testing.assert_close(first.detach(), before + 1)
+
+
+def test_what_is_halved_is_what_was_tried(caplog):
+    """A chunk is often larger than what there was to put into it."""
+    policy = Policy(Small(), chunk=64)
+    batch, draws = toy_batch(policy.model, n=8)
+    with caplog.at_level(logging.WARNING):
+        train(SFT(), policy, alone(policy), iter([(batch, Tools(policy, draws))]), Train(steps=1), Nothing())
+    assert [record.args for record in caplog.records] == [(8, 4), (4, 2)]
+
+
+@pytest.mark.parametrize("block", ["{strategy: ddp}", "{strategy: fsdp2}"])
+def test_a_backward_that_failed_under_a_strategy_with_hooks_ends_the_run(tmp_path, monkeypatch, block):
+    """DDP and FSDP keep a failed backward's state: what they were to train after it would not be trained."""
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if len(gradient) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return gradient
+
+    made = recipe(stage("sft"), overrides=[f"parallel={block}"])
+    embed = SD3Transformer2DModel.forward
+
+    def forward(self, hidden_states, encoder_hidden_states, *rest, **named):
+        return embed(
+            self, hidden_states, Failing.apply(encoder_hidden_states.requires_grad_()), *rest, **named
+        )
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", forward)
+    with pytest.raises(TrainingError, match=r"sft: out of memory with 4 .* last checkpoint with 2"):
+        run_quietly(made, tmp_path / "run")
+    assert remembered(tmp_path / "run") == 2
+    run_quietly(made, tmp_path / "run")
+    run_quietly(recipe(stage("sft")), tmp_path / "plain")
+    one, other = (weights(tmp_path / name / "sft") for name in ("run", "plain"))
+    assert all((one[n] - other[n]).norm() <= 1e-5 * other[n].norm() for n in other)
+
+
+def test_a_role_that_has_no_room_to_come_in_changes_nothing(monkeypatch):
+    policy = toy_policy()
+    policy.add_role("old", {n: p.detach() + 1 for n, p in policy.trained.items()})
+    before = {n: p.detach().clone() for n, p in policy.trained.items()}
+    clone, empty = torch.Tensor.clone, torch.empty
+
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", none)
+        with pytest.raises(torch.OutOfMemoryError), policy.using("old"):
+            pass
+    assert all(torch.equal(p, before[n]) for n, p in policy.trained.items())
+    with policy.using("old"):
+        # nor has it to ask for room on its way out
+        monkeypatch.setattr(torch, "empty", none)
+        monkeypatch.setattr(torch.Tensor, "clone", none)
+        assert all(torch.equal(p, before[n] + 1) for n, p in policy.trained.items())
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    assert all(torch.equal(p, before[n]) for n, p in policy.trained.items())
 
 
 def no_room_for(rows, monkeypatch):
@@ -222,15 +304,11 @@ def test_a_run_out_of_memory_goes_on_in_halves_and_remembers_it(tmp_path, monkey
 
 
 def test_a_run_that_cannot_repeat_a_step_stops_and_goes_on_with_half(tmp_path, monkeypatch):
-    from posttrain.parallel.strategy import Direct
-
     made = recipe(stage("sft"))
     with monkeypatch.context() as patch:
         no_room_for(4, patch)
-        patch.setattr(Direct, "forget", lambda self: self.optimizer.zero_grad() or False)
-        with pytest.raises(
-            OutOfMemory, match=r"sft: out of memory with 4 .* from the last checkpoint with 2"
-        ):
+        patch.setattr(Alone, "repeatable", False)
+        with pytest.raises(TrainingError, match=r"sft: out of memory with 4 .* last checkpoint with 2"):
             run_quietly(made, tmp_path / "run")
         run_quietly(made, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "sft" / "stage.json").read_text())["steps"] == 6
@@ -248,7 +326,7 @@ def test_auto_finds_a_number_once_and_the_trials_leave_nothing_behind(tmp_path, 
     assert_equal_weights(weights(tmp_path / "auto" / "sft"), weights(tmp_path / "given" / "sft"))
     bills = [json.loads((tmp_path / n / "sft" / "stage.json").read_text()) for n in ("auto", "given")]
     assert bills[0]["forward_equivalents"] == bills[1]["forward_equivalents"]
-    monkeypatch.setattr(micro_batch, "_tried", lambda *_: pytest.fail("it was found before"))
+    monkeypatch.setattr(trial, "timed", lambda *_: pytest.fail("it was found before"))
     (tmp_path / "auto" / "sft" / "stage.json").unlink()
     run_quietly(recipe(stage("sft", train=AUTO)), tmp_path / "auto")
 
@@ -256,11 +334,11 @@ def test_auto_finds_a_number_once_and_the_trials_leave_nothing_behind(tmp_path, 
 def faster_and_larger(monkeypatch, each=1000, fastest=64):
     """Let a trial of n rows take each * n bytes, and rows be the faster, the more of them, up to ``fastest``."""
 
-    def tried(policy, strategy, sample, rows):
-        micro_batch.try_out(policy, strategy, sample, rows)
+    def timed(policy, strategy, sample, rows):
+        trial.try_out(policy, strategy, sample, rows)
         return rows / min(rows, fastest), each * rows
 
-    monkeypatch.setattr(micro_batch, "_tried", tried)
+    monkeypatch.setattr(trial, "timed", timed)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +366,49 @@ def test_auto_stays_below_what_ran_out_of_memory(tmp_path, monkeypatch):
     no_room_for(4, monkeypatch)
     run_quietly(recipe(stage("sft", train=AUTO)), tmp_path / "run")
     assert remembered(tmp_path / "run") == 2
+
+
+@pytest.mark.parametrize("block", ["{strategy: auto}", "{strategy: fsdp2}"])
+def test_auto_says_what_is_missing_where_one_does_not_fit(tmp_path, monkeypatch, block):
+    no_room_for(1, monkeypatch)
+    with pytest.raises(TrainingError, match=r"out of memory with one item at a time .*posttrain plan"):
+        run_quietly(recipe(stage("sft", train=AUTO), overrides=[f"parallel={block}"]), tmp_path / "run")
+
+
+def test_auto_where_the_strategy_cannot_go_on_ends_and_remembers_what_fitted(tmp_path, monkeypatch):
+    made = recipe(stage("sft", train=AUTO), overrides=["parallel={strategy: fsdp2}"])
+    faster_and_larger(monkeypatch)
+    no_room_for(4, monkeypatch)
+    with pytest.raises(TrainingError, match=r"sft: out of memory with 4 .* last checkpoint with 2"):
+        run_quietly(made, tmp_path / "run")
+    run_quietly(made, tmp_path / "run")
+    assert remembered(tmp_path / "run") == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "3", *(f'{{"micro_batch": {v}}}' for v in ("0", "-3", '"x"', "1.5", "true"))],
+)
+def test_a_damaged_memory_of_the_micro_batch_is_ignored(tmp_path, content):
+    made = recipe(stage("sft"))
+    folder = tmp_path / "s"
+    folder.mkdir()
+    micro_batch.remember(made, folder, 1, 2)
+    assert micro_batch.settled(made, made.stages[0], folder, 1) == 2
+    assert micro_batch.settled(made, made.stages[0], folder, 2) == 4
+    whole = json.loads((folder / "micro_batch.json").read_text())
+    if content.startswith('{"'):
+        content = json.dumps({**whole, **json.loads(content)})
+    (folder / "micro_batch.json").write_text(content)
+    assert micro_batch.settled(made, made.stages[0], folder, 1) == 4
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "Auto", "1.5", "'8'", "true"])
+def test_a_micro_batch_that_is_no_number_has_one_error(value):
+    with pytest.raises(RecipeError) as found:
+        recipe(stage("sft", train=TRAIN.replace("micro_batch: 4", f"micro_batch: {value}")))
+    assert str(found.value).count("micro_batch") == 1
+    assert "a whole number of 1 or more, or auto" in str(found.value)
 
 
 def test_evaluation_goes_on_in_halves_too(tmp_path, monkeypatch):

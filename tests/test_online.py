@@ -16,7 +16,7 @@ from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean
 from posttrain.errors import TrainingError
 from posttrain.flow import log_prob, stochastic_step
 from posttrain.train_settings import Train
-from posttrain.trainer import train, update
+from posttrain.trainer import OnPolicy, train, update
 
 ONLINE = [
     FlowGRPO(group_size=4, num_steps=4),
@@ -132,7 +132,7 @@ def test_a_policy_that_moved_before_its_first_step_is_refused():
     strategy = alone(policy)
     settings = Train(steps=1)
     with pytest.raises(TrainingError, match="must be 1, but it is off by"):
-        update(grpo, policy, items, strategy, settings, 1, collected_in=policy.chunk)
+        update(grpo, policy, items, strategy, settings, 1, check=OnPolicy(policy.chunk))
     update(grpo, policy, items, strategy, settings, 1)  # a later step on the batch may have another policy
 
 
@@ -171,7 +171,7 @@ def test_equal_rewards_train_nothing_and_take_no_step():
     assert items.metrics["groups_without_spread"] == 1
     before = [p.clone() for p in policy.trained.values()]
     strategy = alone(policy, torch.optim.AdamW, lr=1.0)
-    metrics = update(grpo, policy, items, strategy, Train(steps=1), 1, collected_in=policy.chunk)
+    metrics = update(grpo, policy, items, strategy, Train(steps=1), 1, check=OnPolicy(policy.chunk))
     assert list(metrics) == ["skipped_steps"]
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trained.values(), strict=True))
 
@@ -358,7 +358,7 @@ def test_it_learns_to_please_a_simple_reward(algorithm):
     for step in range(40):
         items = collected(algorithm, policy, prompts=4, step=step, chunk=1000)
         rewards.append(items.metrics["reward"].item())
-        update(algorithm, policy, items, strategy, settings, step + 1, collected_in=policy.chunk)
+        update(algorithm, policy, items, strategy, settings, step + 1, check=OnPolicy(policy.chunk))
         algorithm.after_batch(policy, step + 1)
         policy.roles = {k: v for k, v in policy.roles.items() if k == "none"}
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.5

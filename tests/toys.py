@@ -10,7 +10,8 @@ from posttrain.algorithm import Batch
 from posttrain.condition import Conditions
 from posttrain.judge import Judge
 from posttrain.model import FlowModel
-from posttrain.parallel.strategy import Direct, Layout
+from posttrain.parallel.single import Alone
+from posttrain.parallel.strategy import Layout
 from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
@@ -79,7 +80,7 @@ class Seeing(torch.optim.SGD):
 
 def alone(policy, optimizer=Seeing, **settings):
     """The strategy of one process."""
-    return Direct(policy, ALONE, Layout(), optimizer(policy.trained.values(), **settings))
+    return Alone(policy, ALONE, Layout(), optimizer(policy.trained.values(), **settings))
 
 
 def online_batch(model, prompts=3, group_size=4, step=0):

@@ -39,9 +39,9 @@ class Resting:
         if self._kept is None:
             yield
             return
-        for tensor, kept in self._kept:
-            tensor.data = kept.to(self.device, copy=True)
         try:
+            for tensor, kept in self._kept:
+                tensor.data = kept.to(self.device, copy=True)
             yield
         finally:
             self._return()

@@ -234,6 +234,9 @@ class Zero(Strategy):
         # DeepSpeed takes the mean over the processes, and the loss is a part of a sum
         self.engine.backward(loss * self.world.size)
 
+    def forget(self) -> None:
+        return  # they are in buffers of DeepSpeed's, where zeros add nothing
+
     def step(self, max_norm: float) -> float:
         del max_norm  # it is in the engine's configuration
         self.engine.step()

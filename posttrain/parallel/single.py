@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from posttrain.optimizers import optimizer_of
 from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
@@ -22,4 +22,10 @@ class Single(Parallel):
         return f"single is one process, not {processes}" if processes > 1 else None
 
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
-        return Direct(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
+        return Alone(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
+
+
+class Alone(Direct):
+    """The strategy of :class:`Single`."""
+
+    repeatable: ClassVar = True

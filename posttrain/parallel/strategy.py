@@ -94,6 +94,9 @@ class Layout:
 class Strategy(ABC):
     """Gradients, optimizer and layout of one stage's training."""
 
+    repeatable: ClassVar[bool] = False
+    """Whether a step can be begun anew after a forward or backward that failed in the middle: nothing but
+    gradients, which :meth:`forget` removes, is then left of it."""
     layout: Layout
     optimizer: torch.optim.Optimizer
     """Its ``param_groups`` hold the learning rate."""
@@ -109,9 +112,10 @@ class Strategy(ABC):
         """Add the gradient of ``loss``, which is this process's part of a sum over all processes."""
         loss.backward()
 
-    def forget(self) -> bool:
-        """Forget the gradients added since the last step. False where they cannot be."""
-        return False
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget the gradients added since the last step: if the strategy is not ``repeatable``, at least
+        those of 0."""
 
     @abstractmethod
     def step(self, max_norm: float) -> float:
@@ -144,9 +148,8 @@ class Direct(Strategy):
         super().__init__(policy, world)
         self.layout, self.optimizer = layout, optimizer
 
-    def forget(self) -> bool:
+    def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        return True
 
     def step(self, max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), max_norm)
