@@ -23,13 +23,13 @@ from typing import Any, get_args
 import torch
 
 from posttrain.activations import Checkpointing, checkpoint_blocks
+from posttrain.blocks import blocks
 from posttrain.compiling import OPTIONS
 from posttrain.model import FlowModel
 from posttrain.models import _weights
 from posttrain.models._published import PUBLISHED
 from posttrain.models._unpublished import Unpublished, configs_at
 from posttrain.models.sd3 import SD3FlowModel
-from posttrain.parallel.fsdp2 import blocks
 from posttrain.planning.counts import META
 from posttrain.planning.footprint import Held, flops
 from posttrain.planning.throughput import matrix_flops, synchronise

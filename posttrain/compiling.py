@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from posttrain.blocks import blocks
 from posttrain.errors import PosttrainError, TrainingError
 from posttrain.memory import is_out_of_memory, too_little
-from posttrain.parallel.fsdp2 import blocks
 from posttrain.trial import Sample, try_out
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from runs import TRAIN, recipe, run_quietly, stage
 from test_run import assert_equal_weights, weights
 
 from posttrain import compiling
+from posttrain.blocks import blocks
 from posttrain.errors import RecipeError
-from posttrain.parallel.fsdp2 import blocks
 from posttrain.records import read_metrics
 
 COMPILED = TRAIN.replace("{", "{compile: true, ")

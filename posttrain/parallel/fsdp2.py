@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from posttrain.blocks import blocks
 from posttrain.errors import TrainingError
 from posttrain.optimizers import optimizer_of
 from posttrain.parallel.shares import Part, Shares
@@ -114,12 +115,6 @@ class FullySharded(Direct):
     def placed(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         assert isinstance(self.layout, Sharded), "made above"
         return self.layout.place(parameter, whole)
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer: the entries of its lists of modules."""
-    lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
-    return [block for entries in lists for block in entries]
 
 
 def _distributed(parameter: nn.Parameter) -> DTensor:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from posttrain.blocks import blocks
 from posttrain.cache.prompts import AT_ONCE as PROMPTS_AT_ONCE
 from posttrain.data.prompts import prompt_rows
 from posttrain.errors import PosttrainError
 from posttrain.model import EncoderName
-from posttrain.parallel.fsdp2 import blocks
 from posttrain.parallel.shares import Shares
 from posttrain.plan import disk_bytes
 from posttrain.planning.counts import Counts
