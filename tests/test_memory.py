@@ -1,6 +1,5 @@
 """Where memory does not suffice, or is to be saved: does the run go on, and is the training the same?"""
 
-import functools
 import json
 import logging
 import shutil
@@ -24,7 +23,6 @@ from posttrain.models._resting import Resting
 from posttrain.models.sd3 import SD3, SD3FlowModel
 from posttrain.optimizers import optimizer_of
 from posttrain.parallel.single import Alone
-from posttrain.planning.footprint import peak_bytes
 from posttrain.policy import Policy
 from posttrain.recipe_file import parse_recipe
 from posttrain.sampling import encode
@@ -444,23 +442,6 @@ def test_checkpointing_changes_no_gradient(tune, autocast):
     assert gradients["off"].abs().max() > 0
     assert torch.equal(gradients["off"], gradients["selective"])
     assert torch.equal(gradients["off"], gradients["full"])
-
-
-def test_checkpointing_saves_what_it_is_for():
-    """On SD3.5 Medium's shape, whose 24 blocks count more than the one that is computed again."""
-    model = SD3(path="stabilityai/stable-diffusion-3.5-medium").outline("fp32", META)
-    model.transformer.requires_grad_(True)
-    latents = torch.empty(1, *model.latent_shape(256, 256), device=META)
-    shapes = {"encoder_hidden_states": (1, 154, 4096), "pooled_projections": (1, 2048)}
-    condition = {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
-    for parameter in model.transformer.parameters():
-        parameter.grad = torch.empty_like(parameter)
-    peaks = {}
-    for mode in ("off", "selective", "full"):
-        checkpoint_blocks(model.transformer, mode)
-        forward = functools.partial(model.velocity, latents, torch.empty(1, device=META), condition)
-        peaks[mode] = peak_bytes(forward, backward=True)
-    assert peaks["full"] < 0.5 * peaks["selective"] < 0.25 * peaks["off"]
 
 
 def test_an_optimizer_of_8_bits_trains_alike_and_goes_on_exactly(tmp_path):

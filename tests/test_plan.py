@@ -124,13 +124,12 @@ def need(recipe, *, cuda=False, devices=1, limit=math.inf, counts=None):
     return stage_needs(recipe, recipe.stages[0], counts, devices, limit)
 
 
+OFTEN = [("sft", "{type: full}"), ("sft", "{type: lora, rank: 8}"), ("flow_grpo", "{type: full}")]
 MEASURED = [
-    *((name, "{type: full}", "") for name in CASES),
-    ("sft", "{type: lora, rank: 8}", ""),
     *(
-        pytest.param(name, "{type: lora, rank: 8}", "", marks=pytest.mark.matrix)
+        pytest.param(name, tune, "", marks=[] if (name, tune) in OFTEN else pytest.mark.matrix)
         for name in CASES
-        if name != "sft"
+        for tune in ("{type: full}", "{type: lora, rank: 8}")
     ),
     ("sft", "{type: full}", "gradient_checkpointing: selective"),
     ("sft", "{type: full}", "gradient_checkpointing: full"),
@@ -523,7 +522,10 @@ def test_mistakes_are_one_clear_error(tmp_path, arguments, words):
     assert words in done.stderr
 
 
-@pytest.mark.parametrize("name", ["soar_step", "sft_step", "grpo_iteration", "nft_iteration", "evaluation"])
+MORE = [pytest.param(name, marks=pytest.mark.matrix) for name in ("sft_step", "nft_iteration", "evaluation")]
+
+
+@pytest.mark.parametrize("name", ["soar_step", "grpo_iteration", *MORE])
 def test_every_benchmark_runs_and_its_figures_are_read_by_the_plan(tmp_path, name):
     extra = {"evaluation": ["--images", "2", "--steps", "2"], "soar_step": ["--points", "1"]}
     small = ["--steps", "2", "--group", "2"] if name.endswith("iteration") else extra.get(name, [])
