@@ -87,6 +87,7 @@ def fitted(work: Callable[[], T], policy: Policy, undone: Callable[[], bool]) ->
             log.warning("out of memory with %d rows at a time; going on with %d", before, chunk)
         # only here has the error gone, which holds what did not fit
         gc.collect()
+        torch.clear_autocast_cache()
         free_memory(policy.model.device)
         policy.chunk = chunk
 

@@ -56,7 +56,7 @@ def remember(recipe: Recipe, folder: Path, size: int, number: int, trials: list[
     device."""
     about = {**_circumstances(recipe, size), "micro_batch": number}
     if trials:
-        about["trials"] = [asdict(trial) for trial in trials]
+        about["trials"] = [asdict(made) for made in trials]
     part = folder / f".{FILE}.{time.monotonic_ns()}"
     part.write_text(json.dumps(about, indent=2))
     part.rename(folder / FILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -69,14 +68,21 @@ def sample_images(
     solver: Solver = "euler",
     seed: int = 0,
 ) -> Tensor:
-    """Images (n, 3, resolution, resolution) in [0, 1]: the ``indices[i]``-th image of ``prompts[i]``."""
+    """Images (n, 3, resolution, resolution) in [0, 1]: the ``indices[i]``-th image of ``prompts[i]``.
+
+    In smaller chunks where memory does not suffice; raises TrainingError where it does not for one.
+    """
     model = policy.model
     conditions, rows = encode(model, prompts)
     shape = model.latent_shape(resolution, resolution)
     pairs = zip(prompts, indices, strict=True)
     noise = torch.stack([prompt_noise(seed, p, i, shape) for p, i in pairs]).to(model.device)
     sigmas = model.sigmas(steps, resolution, resolution)
-    return model.decode(sample_latents(policy, conditions, rows, noise, sigmas, guidance, solver))
+
+    def drawn() -> Tensor:
+        return model.decode(sample_latents(policy, conditions, rows, noise, sigmas, guidance, solver))
+
+    return fitted(drawn, policy, lambda: not policy.layout.in_parts)
 
 
 class Sampler(ABC):
@@ -111,8 +117,7 @@ class FlowSampler(Sampler):
 
     def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
         spent = self.policy.forward_equivalents
-        drawn = functools.partial(
-            sample_images,
+        images = sample_images(
             self.policy,
             prompts,
             indices,
@@ -122,7 +127,6 @@ class FlowSampler(Sampler):
             solver=settings.solver,
             seed=settings.seed,
         )
-        images = fitted(drawn, self.policy, lambda: not self.policy.layout.in_parts)
         self.forward_equivalents += self.policy.forward_equivalents - spent
         self.policy.forward_equivalents = spent
         return images

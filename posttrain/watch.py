@@ -22,7 +22,6 @@ from posttrain.errors import TrainingError
 from posttrain.feeds import Feed
 from posttrain.grids import grid
 from posttrain.judge import Judge
-from posttrain.memory import fitted
 from posttrain.micro_batch import remember
 from posttrain.monitor import Action, collapsed, hacking
 from posttrain.parallel.strategy import Strategy
@@ -197,10 +196,7 @@ class StageWatch:
         """Draw the same prompts from the same noise, with the weights that would be exported."""
         spent = self.policy.forward_equivalents
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            draw = functools.partial(
-                sample_images, self.policy, self.shown, [0] * len(self.shown), **self.sampler
-            )
-            images = fitted(draw, self.policy, lambda: not self.policy.layout.in_parts)
+            images = sample_images(self.policy, self.shown, [0] * len(self.shown), **self.sampler)
         self.policy.forward_equivalents = spent
         if self.tracker is None:
             return

@@ -531,4 +531,5 @@ def test_what_the_cache_does_instead_rests(tmp_path, monkeypatch):
 
 def test_where_encoders_lie_may_change_when_a_run_goes_on(tmp_path):
     run_quietly(recipe(stage("sft")), tmp_path / "run")
-    run_quietly(recipe(stage("sft"), overrides=["model.offload=true"]), tmp_path / "run")
+    printed = run_quietly(recipe(stage("sft"), overrides=["model.offload=true"]), tmp_path / "run")
+    assert "sft: finished before, skipped" in printed

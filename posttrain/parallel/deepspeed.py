@@ -195,8 +195,8 @@ class Zero(Strategy):
         super().__init__(policy, world)
         if policy.model.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # it compiles an operator at its first start, by the ninja that pip installed beside this Python
         os.environ.setdefault("LOCAL_RANK", "0")  # which it demands of one process, too
+        # it compiles an operator at its first start, by the ninja that pip installed beside this Python
         beside = os.path.dirname(sys.executable)
         os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
         import deepspeed
