@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from posttrain.advantages import Mixing, has_spread, mean_group_std, mixed_advantages, weighted
-from posttrain.algorithm import Algorithm, Batch, Items, Tools
-from posttrain.judge import Verdict
+from posttrain.algorithm import Algorithm, Batch, Items, Tools, Verdict
 
 
 class Online(Algorithm, ABC):

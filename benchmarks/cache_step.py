@@ -54,7 +54,7 @@ def batches(model: Any, cache: str, batch: int, work: Path) -> Iterator[tuple[in
     """The batches of a stage with that cache, which is filled; the time is printed."""
     made = parse_recipe(RECIPE % (IMAGES, batch), "cache_step.yaml", [f"cache={cache}"])
     made = made.model_copy(update={"cache": made.cache.model_copy(update={"path": work / "cache"})})
-    feed = feed_of(made.stages[0], model, work)
+    feed = feed_of(made.stages[0].data, model, work, made.stages[0].train.batch_size)
     start = time.process_time()
     fill_for_stage(made, made.stages[0], model, feed, Console(quiet=True))
     print(f"filling, {cache}: {time.process_time() - start:.2f} s")

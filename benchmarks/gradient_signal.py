@@ -41,7 +41,9 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
         policy.add_role(role, moves=role != REFERENCE)
     found, spreads = [], []
     with tempfile.TemporaryDirectory() as work, Judge(model, stage.rewards, Path(work)) as judge:
-        feed = feed_of(stage, model, Path(work))
+        feed = feed_of(
+            stage.data, model, Path(work), settings.batch_size, algorithm.samples_per_prompt, stage.rewards
+        )
         sigmas = functools.partial(model.sigmas, height=feed.size[0], width=feed.size[1])
         for number, batch, draws in feed.batches((recipe.seed, 0), 0):
             if number == count:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from posttrain.parallel.world import ALONE, World
 from posttrain.spec import Named
 
 if TYPE_CHECKING:
-    from posttrain.judge import Judge
     from posttrain.policy import Policy
     from posttrain.randomness import Draws
 
@@ -132,6 +132,39 @@ class Losses:
     """(n,) The loss of each item, not weighted and not averaged: the update does both."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Name -> (n,) values to record, averaged with the items' weights; NaN where an item has none."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The scores of n samples."""
+
+    rewards: dict[str, Tensor]
+    """Reward -> (n,) float32."""
+    details: dict[str, Tensor]
+    """``reward/detail`` -> (n,) float32: recorded, not trained on."""
+
+    @staticmethod
+    def cat(parts: Sequence[Verdict]) -> Verdict:
+        """The scores of all samples, in order."""
+
+        def joined(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
+
+        return Verdict(joined([p.rewards for p in parts]), joined([p.details for p in parts]))
+
+
+class Judge(Protocol):
+    """Scores samples by the stage's rewards."""
+
+    weights: Mapping[str, float]
+    """Reward -> its weight in the sum to maximise; negative where lower scores are better."""
+
+    def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
+        """Score the images of ``latents`` (n, c, h, w) for the prompts in ``batch.metadata``.
+
+        The future's result raises RewardError, by the reward's name, where a score could not be computed.
+        """
+        ...
 
 
 def _no_grid(steps: int) -> list[float]:

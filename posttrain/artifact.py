@@ -1,42 +1,27 @@
-"""What did a stage write, and how is it opened again: by a later stage, ``posttrain eval`` or ``sample``?
-
-Beside the weights that other tools load, an artifact keeps ``posttrain.json``: the model it belongs to,
-the artifacts to load before it (a LoRA needs its parents), and how it was trained.
-"""
+"""What a stage wrote, opened again as a model: by a later stage, ``posttrain eval`` or ``sample``."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
+from posttrain.checkpoint import STATE, read
 from posttrain.errors import ModelError
+from posttrain.lineage import DESCRIPTION, LORA, read_text, sources, with_parents
 from posttrain.model import FlowModel, Model
-from posttrain.snapshot import is_checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.recipe import Recipe, Sampling, Stage
+    from posttrain.recipe import Sampling
     from posttrain.sampling import Sampler
 
-DESCRIPTION = "posttrain.json"
-LORA = "pytorch_lora_weights.safetensors"
 
-
-def describe(spec: Model, parents: Sequence[Path], stage: Stage, final: Path) -> dict[str, Any]:
-    """The content of ``posttrain.json`` for what ``stage`` writes to ``final``."""
-    return {
-        "model": spec.model_dump(mode="json"),
-        # relative, so that a run folder can be moved
-        "parents": [os.path.relpath(parent, final) for parent in parents],
-        "stage": stage.model_dump(mode="json"),
-        "weights": "raw" if stage.train.ema is None else "ema",
-    }
+EMA, RAW = "ema", "raw"
+"""Which weights of a checkpoint are opened."""
 
 
 def open_artifact(
@@ -63,7 +48,7 @@ def open_sampler(
     """As :func:`open_artifact`, ready to draw images; also of models that cannot be trained."""
     from posttrain.sampling import flow_sampler
 
-    if weights is None and not is_checkpoint(path):
+    if weights is None and not _is_checkpoint(path):
         spec, adapters, found = _described(path, base)
         if not spec.trainable:
             if adapters:
@@ -77,10 +62,10 @@ def _opened(
     path: str, device: torch.device, base: str | None, weights: str | None
 ) -> tuple[FlowModel, Model, str]:
     """The model, what loaded it, and which weights it has."""
-    if is_checkpoint(path):
+    if _is_checkpoint(path):
         if base is not None:
             raise ModelError(f"--base is for a LoRA that was written; {path!r} is a checkpoint of a run")
-        return open_checkpoint(path, device, weights)
+        return _open_checkpoint(path, device, weights)
     if weights is not None:
         raise ModelError(f"--weights is for a checkpoint; {path!r} has one set of weights")
     spec, adapters, found = _described(path, base)
@@ -105,7 +90,7 @@ def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
             f"give a checkpoint of it, such as {str(checkpoints[-1])!r}"
         )
     described = (
-        json.loads(_text(folder / DESCRIPTION)) if folder and (folder / DESCRIPTION).is_file() else None
+        json.loads(read_text(folder / DESCRIPTION)) if folder and (folder / DESCRIPTION).is_file() else None
     )
     lora = folder is not None and (folder / LORA).is_file()
     if described is not None:
@@ -126,29 +111,41 @@ def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
     return spec, with_parents(folder) if lora and folder else [], weights
 
 
-def sources(recipe: Recipe, name: str, run: Path) -> list[Path]:
-    """The folders whose weights, loaded in order onto the base model, are those of ``name`` (a stage of the
-    run in folder ``run``, ``base``, or a path)."""
-    from posttrain.recipe import BASE, is_path
-
-    found: list[Path] = []
-    for step in recipe.lineage_of(name):
-        if is_path(step):
-            found += with_parents(Path(step).expanduser().absolute())
-        elif step != BASE:
-            found.append(run / step / "final")
-    return found
+def _is_checkpoint(path: str) -> bool:
+    """Whether ``path`` is a folder that :func:`posttrain.checkpoint.save` wrote."""
+    return (Path(path).expanduser() / STATE).is_file()
 
 
-def with_parents(folder: Path) -> list[Path]:
-    """What must be loaded in turn to have the weights of ``folder``: a LoRA's parents come before it."""
-    if not (folder / LORA).is_file() or not (folder / DESCRIPTION).is_file():
-        return [folder]
-    return [*(folder / parent for parent in json.loads(_text(folder / DESCRIPTION))["parents"]), folder]
+def _open_checkpoint(path: str, device: torch.device, weights: str | None) -> tuple[FlowModel, Model, str]:
+    """The model as it was at a checkpoint, ``runs/NAME/STAGE/checkpoints/step-N``, what its base was loaded
+    by, and which weights it has.
 
+    ``weights`` is ``ema`` or ``raw``; by default the EMA's where the stage keeps one. Raises ModelError.
+    """
+    import torch
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise ModelError(f"cannot read {str(path)!r}: {error}") from error
+    from posttrain.recipe_file import parse_recipe
+
+    folder = Path(path).expanduser().absolute()
+    run, name = folder.parents[2], folder.parents[1].name
+    if not (file := run / "recipe.yaml").is_file():
+        raise ModelError(f"{path!r} is a checkpoint, but {str(run)!r} has no recipe.yaml to say of what")
+    recipe = parse_recipe(file.read_text(), str(file), checks=False)
+    stage = next((s for s in recipe.stages if s.name == name), None)
+    if stage is None:
+        raise ModelError(f"{path!r} is a checkpoint of {name!r}, which is no stage of {str(file)!r}")
+    state = read(folder, device)
+    chosen = weights or (EMA if EMA in state["roles"] else RAW)
+    if chosen == EMA and EMA not in state["roles"]:
+        raise ModelError(f"{path!r} has no EMA weights: stage {name!r} keeps none; there are the raw ones")
+    spec = recipe.model.materialise(run / "model")
+    model = spec.load(device, "fp32")
+    for source in sources(recipe, recipe.parent(stage), run):
+        model.load_weights(source, merge=stage.tune.merges)
+    stage.tune.apply(model.transformer, recipe.seed)
+    parameters = dict(model.transformer.named_parameters())
+    kept = state["trained"] if chosen == RAW else state["roles"][EMA]
+    with torch.no_grad():
+        for key, tensor in kept.items():
+            parameters[key].copy_(tensor)
+    return model, spec, chosen

@@ -108,8 +108,8 @@ def _train(
     console: Console,
     world: World,
 ) -> None:
-    from posttrain.artifact import describe, sources
     from posttrain.device import set_tf32
+    from posttrain.lineage import describe, sources
     from posttrain.stage import run_stage
 
     set_tf32(recipe.tf32)
@@ -129,7 +129,7 @@ def _reference(recipe: Recipe, stage: Stage, model: FlowModel, folder: Path) -> 
     """
     if stage.reference is None or stage.reference == recipe.parent(stage):
         return None
-    from posttrain.artifact import sources
+    from posttrain.lineage import sources
 
     def now() -> dict[str, Tensor]:
         return {n: p.detach().to("cpu", copy=True) for n, p in model.transformer.named_parameters()}
@@ -153,10 +153,10 @@ def _evaluate(
     world: World,
 ) -> None:
     """Evaluate what a stage wrote (the base model for None), reading it as any other tool would."""
-    from posttrain.artifact import sources
     from posttrain.cache.fill import fill_for_evaluation
     from posttrain.device import set_tf32
     from posttrain.evaluate import evaluate
+    from posttrain.lineage import sources
     from posttrain.sampling import flow_sampler
 
     assert recipe.evaluation is not None, "called for recipes with an evaluation"

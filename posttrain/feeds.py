@@ -1,4 +1,4 @@
-"""Where do a stage's batches come from: encoded images with captions, or prompts in groups?"""
+"""A stage's batches: encoded images with captions, or prompts in groups."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from posttrain.algorithm import Batch
-from posttrain.data.loader import ImageBatch, ImageSource
+from posttrain.data.loader import Choice, ImageBatch, ImageSource
 from posttrain.data.order import batches
 from posttrain.data.prompts import prompt_rows
 from posttrain.data.spec import Images, PromptData, ShapesData
 from posttrain.model import FlowModel
 from posttrain.parallel.world import ALONE, World
 from posttrain.randomness import Draws
+from posttrain.reward import Reward
 from posttrain.sampling import encode
 
-if TYPE_CHECKING:
-    from posttrain.cache.latents import LatentCache
-    from posttrain.recipe import Stage
-    from posttrain.reward import Reward
+
+class EncodedImages(Protocol):
+    """Images that were encoded before the stage began."""
+
+    def batches(
+        self, batch_size: int, key: tuple[object, ...], start: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Choice, list[dict[str, Tensor]]]]:
+        """The chosen images of each batch from ``start`` on, and what is kept of each."""
+        ...
+
+    def latents(self, entries: Sequence[dict[str, Tensor]], draws: Draws) -> Tensor:
+        """(n, c, h, w) float32 latents of n >= 1 ``entries``."""
+        ...
 
 
 class Feed(ABC):
@@ -54,7 +65,7 @@ class Feed(ABC):
 class ImageFeed(Feed):
     """Images and captions, encoded batch by batch, or read from a cache."""
 
-    latents: LatentCache | None = None
+    latents: EncodedImages | None = None
     """Set by :mod:`posttrain.cache.fill`."""
 
     def __init__(
@@ -89,7 +100,7 @@ class ImageFeed(Feed):
             yield images.step, replace(batch, total=total), draws
 
     def _cached(
-        self, cache: LatentCache, key: tuple[object, ...], start: int
+        self, cache: EncodedImages, key: tuple[object, ...], start: int
     ) -> Iterator[tuple[int, Batch, Draws]]:
         world = self.world
         for images, entries in cache.batches(self.batch_size, key, start, world.rank, world.size):
@@ -155,12 +166,19 @@ class PromptFeed(Feed):
             yield ids[0]
 
 
-def feed_of(stage: Stage, model: FlowModel, work: Path, world: World = ALONE) -> Feed:
-    """The feed of a stage's ``data``; what must first be rendered is, in the folder ``work``."""
-    if isinstance(stage.data, PromptData):
-        size = stage.algorithm.samples_per_prompt
-        return PromptFeed(stage.data, model, stage.train.batch_size, size, stage.rewards, world)
-    return ImageFeed(stage.data, model, stage.train.batch_size, work, world)
+def feed_of(
+    data: Images | ShapesData | PromptData,
+    model: FlowModel,
+    work: Path,
+    batch_size: int,
+    samples_per_prompt: int = 1,
+    rewards: Sequence[Reward] = (),
+    world: World = ALONE,
+) -> Feed:
+    """The feed of a stage's ``data``. Shapes scenes are rendered into the folder ``work`` first."""
+    if isinstance(data, PromptData):
+        return PromptFeed(data, model, batch_size, samples_per_prompt, rewards, world)
+    return ImageFeed(data, model, batch_size, work, world)
 
 
 def filled_up(images: ImageBatch, size: int) -> ImageBatch:

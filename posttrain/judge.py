@@ -5,40 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from posttrain.algorithm import Batch, Verdict
 from posttrain.errors import RewardError
 from posttrain.grids import to_pil
 from posttrain.model import FlowModel
 from posttrain.scoring import scorers_of
 
 if TYPE_CHECKING:
-    from posttrain.algorithm import Batch
     from posttrain.reward import Reward
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The scores of n samples."""
-
-    rewards: dict[str, Tensor]
-    """Reward -> (n,) float32."""
-    details: dict[str, Tensor]
-    """``reward/detail`` -> (n,) float32: recorded, not trained on."""
-
-    @staticmethod
-    def cat(parts: Sequence[Verdict]) -> Verdict:
-        """The scores of all samples, in order."""
-
-        def joined(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
-
-        return Verdict(joined([p.rewards for p in parts]), joined([p.details for p in parts]))
 
 
 class Judge:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from posttrain.train_settings import Train
-
-OptimizerName = Literal["adamw", "adamw8bit"]
+    from posttrain.train_settings import OptimizerName, Train
 
 
 def problem(name: OptimizerName) -> str | None:

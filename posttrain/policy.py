@@ -14,8 +14,8 @@ from torch import Tensor
 
 from posttrain.condition import Condition, Conditions, concatenated
 from posttrain.flow import guided
+from posttrain.layout import Layout
 from posttrain.model import FlowModel
-from posttrain.parallel.strategy import Layout
 
 
 class Policy:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from posttrain import checkpoint
 from posttrain.activations import checkpoint_blocks
-from posttrain.artifact import DESCRIPTION
 from posttrain.cache.fill import fill_for_stage
 from posttrain.compiling import compile_blocks
 from posttrain.device import reset_peak_memory
 from posttrain.errors import TrainingError
 from posttrain.feeds import Feed, feed_of
 from posttrain.judge import Judge
+from posttrain.lineage import DESCRIPTION
 from posttrain.memory import OutOfMemory
 from posttrain.micro_batch import described, found_by_trying, remember, settled
 from posttrain.model import FlowModel
@@ -83,7 +83,7 @@ def run_stage(
         account = Account(**extra)
         console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
     with world.one_first():
-        feed = feed_of(stage, model, run / "data", world)
+        feed = _feed(stage, model, run / "data", world)
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     fill_for_stage(recipe, stage, model, feed, console, world)
@@ -123,6 +123,11 @@ def run_stage(
             (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
         (folder / "stage.json").write_text(json.dumps(summary, indent=2))
     world.barrier()
+
+
+def _feed(stage: Stage, model: FlowModel, work: Path, world: World) -> Feed:
+    size, groups = stage.train.batch_size, stage.algorithm.samples_per_prompt
+    return feed_of(stage.data, model, work, size, groups, stage.rewards, world)
 
 
 def _try_out(

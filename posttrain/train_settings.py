@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.activations import Checkpointing
-from posttrain.optimizers import OptimizerName
 from posttrain.spec import Spec, at
+
+OptimizerName = Literal["adamw", "adamw8bit"]
 
 
 def _count_or_auto(value: Any) -> Any:

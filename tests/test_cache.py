@@ -142,7 +142,7 @@ def test_what_was_removed_in_the_middle_is_encoded_again(tmp_path, plain):
 def prepared(stage_, made, folder):
     """The model and feed of a stage as its training sees them."""
     model = made.model.load(torch.device("cpu"), "fp32")
-    feed = feed_of(stage_, model, folder / "data")
+    feed = feed_of(stage_.data, model, folder / "data", stage_.train.batch_size)
     fill_for_stage(made, stage_, model, feed, Console(quiet=True))
     return model, feed
 
@@ -240,7 +240,7 @@ def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, mo
     )
     feeds = []
     for rank in (0, 1):
-        feeds.append(feed_of(made.stages[0], model, tmp_path / "data"))
+        feeds.append(feed_of(made.stages[0].data, model, tmp_path / "data", made.stages[0].train.batch_size))
         before = len(encoded)
         fill_for_stage(made, made.stages[0], model, feeds[-1], Console(quiet=True), OneOf(rank, 2))
         assert len(encoded) - before in (8, 9)  # of 9 images and their mirrored selves, one of them broken

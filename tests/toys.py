@@ -9,9 +9,9 @@ from torch import nn
 from posttrain.algorithm import Batch
 from posttrain.condition import Conditions
 from posttrain.judge import Judge
+from posttrain.layout import Layout
 from posttrain.model import FlowModel
 from posttrain.parallel.single import Alone
-from posttrain.parallel.strategy import Layout
 from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
 from posttrain.randomness import Draws

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from posttrain.layout import Layout
 from posttrain.optimizers import optimizer_of
 from posttrain.parallel.shares import Shares
-from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
+from posttrain.parallel.strategy import Direct, Parallel, Strategy
 from posttrain.parallel.world import World
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from posttrain.errors import TrainingError
+from posttrain.layout import Layout
 from posttrain.optimizers import optimizer_of
 from posttrain.parallel.shares import Part, Shares
-from posttrain.parallel.strategy import Layout, Parallel, Strategy
+from posttrain.parallel.strategy import Parallel, Strategy
 from posttrain.parallel.world import World
 from posttrain.spec import AnyPath, at
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from posttrain.blocks import blocks
 from posttrain.errors import TrainingError
+from posttrain.layout import Layout
 from posttrain.optimizers import optimizer_of
 from posttrain.parallel.shares import Part, Shares
-from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
+from posttrain.parallel.strategy import Direct, Parallel, Strategy
 from posttrain.parallel.world import World
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from posttrain.layout import Layout
 from posttrain.optimizers import optimizer_of
-from posttrain.parallel.strategy import Direct, Layout, Parallel, Strategy
+from posttrain.parallel.strategy import Direct, Parallel, Strategy
 from posttrain.parallel.world import World
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from posttrain.layout import Layout
 from posttrain.parallel.shares import Shares
 from posttrain.parallel.world import World
 from posttrain.spec import Spec
@@ -54,41 +55,6 @@ class Parallel(Spec, ABC):
         Called before the policy has roles. Raises PosttrainError where what is then active is not what the
         block says.
         """
-
-
-class Layout:
-    """How weights lie over the processes: here, each process has them whole."""
-
-    in_parts: ClassVar[bool] = False
-    """Whether a forward waits for parts that other processes have."""
-    offloaded = False
-    """Whether what is held is in the CPU's memory while the forwards run on a GPU."""
-
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The shape of the whole."""
-        return parameter.shape
-
-    def held(self, parameter: nn.Parameter) -> Tensor:
-        """What this process holds of a parameter, as a plain tensor that may be written to."""
-        return parameter.data
-
-    def whole(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
-        """The whole tensor of which this process holds ``held``; every process asks at once."""
-        del parameter
-        return held
-
-    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """What this process holds of ``whole``, a value for the parameter. No other process is asked."""
-        return whole.to(parameter.device)
-
-    def settle(self) -> None:
-        """To be called before writing to what is held."""
-        if self.offloaded:
-            # a forward that was asked for may still be copying it to the GPU
-            torch.cuda.synchronize()
-
-    def written(self) -> None:
-        """To be called after writing to what is held: copies of it are stale."""
 
 
 class Strategy(ABC):

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.algorithm import Algorithm, Batch, Tools
+from posttrain.algorithm import Algorithm, Batch, Tools, Verdict
 from posttrain.condition import Condition, Conditions
-from posttrain.judge import Verdict
 from posttrain.model import FlowModel
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
