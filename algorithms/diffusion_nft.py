@@ -45,7 +45,7 @@ class DiffusionNFT(Online):
         return frozenset({"old", "reference"} if self.kl_weight else {"old"})
 
     def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        shape, count = batch.latents.shape[1:], self.items_per_sample()
+        shape, count = batch.latents.shape[1:], max(self.trained_steps, 1)
         sigmas = tools.sigmas(self.num_steps)
         with tools.policy.using("old"):
             x0 = sample_latents(
@@ -93,13 +93,6 @@ class DiffusionNFT(Online):
 
     def after_batch(self, policy: Policy, step: int) -> None:
         policy.move_role("old", old_decay(self.decay_type, step))
-
-    def items_per_sample(self) -> int:
-        return max(self.trained_steps, 1)
-
-    def forward_equivalents_per_sample(self) -> float:
-        branches = 1 if self.guidance_scale == 1 else 2
-        return branches * self.num_steps + (3 + len(self.roles)) * self.items_per_sample()
 
 
 def optimality(advantage: Tensor, mode: AdvMode, clip: float) -> Tensor:

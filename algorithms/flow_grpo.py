@@ -177,15 +177,6 @@ class FlowGRPO(Online):
                 "Train in precision fp32 with tf32 off, or with a wider clip_range"
             )
 
-    def items_per_sample(self) -> int:
-        first, end = self.window_range
-        return self.sde_window_size or end - first
-
-    def forward_equivalents_per_sample(self) -> float:
-        branches = 1 if self.guidance_scale == 1 else 2
-        each = 3 * branches + (branches if self.beta else 0)
-        return branches * self.num_steps + each * self.items_per_sample()
-
     def _velocity(self, items: Items, policy: Policy) -> Tensor:
         return policy.guided_velocity(
             items.latents, items.sigma, items.prompt, items.conditions, self.guidance_scale

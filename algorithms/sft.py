@@ -15,6 +15,3 @@ class SFT(FlowMatching):
 
     def collect(self, batch: Batch, tools: Tools) -> Items:
         return self.base_items(batch, tools)[0]
-
-    def forward_equivalents_per_sample(self) -> float:
-        return 3.0

@@ -74,15 +74,6 @@ class SOAR(FlowMatching):
                 parts.append(Items(self.lambda_aux * weight, fields, batch.conditions))
         return Items.cat(parts)
 
-    def items_per_sample(self) -> int:
-        points = self.num_rollout_paths * self.trajectory_length if self.lambda_aux else 0
-        return 1 + points
-
-    def forward_equivalents_per_sample(self) -> float:
-        rollout = 1 if self.cfg_scale_sampling == 1 else 2
-        items = self.items_per_sample()
-        return 3.0 * items + (rollout if items > 1 else 0)
-
 
 def auxiliary_point(
     x0: Tensor, noise: Tensor, start: Tensor, sigma1: Tensor, fraction: Tensor, sigma_floor: float = 0.0

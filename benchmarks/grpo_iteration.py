@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posttrain.algorithms.flow_grpo import FlowGRPO
 from posttrain.flow import expand, guided, log_prob, stochastic_step
+from posttrain.rehearsal import rehearse
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(list(our.policy.trained.values()), 1.0)
         our.optimizer.step()
 
-    compare(our.it, our.engine, straightforward, our.count, grpo.forward_equivalents_per_sample())
+    compare(our.it, our.engine, straightforward, our.count, rehearse(grpo).forward_equivalents)
     our.judge.close()
 
 

@@ -17,6 +17,7 @@ from _online import Iteration
 
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses
 from posttrain.flow import interpolate
+from posttrain.rehearsal import rehearse
 from posttrain.solvers import solve
 
 
@@ -42,7 +43,7 @@ def main() -> None:
             our.model.transformer = trained
             advantage = our.advantages(x0)
         good = (advantage / (2 * nft.adv_clip_max) + 0.5).clamp(0, 1)
-        levels = our.draws.permutations("times", nft.num_steps)[:, : nft.items_per_sample()]
+        levels = our.draws.permutations("times", nft.num_steps)[:, : max(nft.trained_steps, 1)]
         our.optimizer.zero_grad()
         for level in range(levels.shape[1]):
             sigma = torch.tensor(sigmas, device=x0.device)[levels[:, level]]
@@ -63,7 +64,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(list(our.policy.trained.values()), 1.0)
         our.optimizer.step()
 
-    compare(our.it, our.engine, straightforward, our.count, nft.forward_equivalents_per_sample())
+    compare(our.it, our.engine, straightforward, our.count, rehearse(nft).forward_equivalents)
     our.judge.close()
 
 

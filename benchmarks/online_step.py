@@ -17,6 +17,7 @@ from posttrain.models.sd3 import SD3
 from posttrain.parallel.single import Single
 from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
+from posttrain.rehearsal import rehearse
 from posttrain.rewards.shapes import Shapes
 from posttrain.train_settings import Train
 from posttrain.trainer import OnPolicy, update
@@ -63,7 +64,7 @@ def main() -> None:
             1,
             OnPolicy(policy.chunk),
         )
-        samples = int((items.weight > 0).sum()) / algorithm.items_per_sample()
+        samples = int((items.weight > 0).sum()) / rehearse(algorithm).items
         rollout = len(batch) * (algorithm.num_steps * (1 if algorithm.guidance_scale == 1 else 2))
         each = rollout / len(batch) + (policy.forward_equivalents - rollout) / samples
         stored = items.nbytes / len(batch)

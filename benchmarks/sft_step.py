@@ -19,6 +19,7 @@ from posttrain.flow import interpolate, shift_sigma
 from posttrain.parallel.single import Single
 from posttrain.parallel.world import ALONE
 from posttrain.randomness import Draws
+from posttrain.rehearsal import rehearse
 from posttrain.train_settings import Train
 from posttrain.trainer import update
 
@@ -57,7 +58,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(list(policy.trained.values()), 1.0)
         optimizer.step()
 
-    compare(it, engine, straightforward, count, sft.forward_equivalents_per_sample())
+    compare(it, engine, straightforward, count, rehearse(sft).forward_equivalents)
 
 
 if __name__ == "__main__":

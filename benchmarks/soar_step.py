@@ -21,6 +21,7 @@ from posttrain.flow import expand, guided, interpolate, shift_sigma
 from posttrain.parallel.single import Single
 from posttrain.parallel.world import ALONE
 from posttrain.randomness import Draws
+from posttrain.rehearsal import rehearse
 from posttrain.train_settings import Train
 from posttrain.trainer import update
 
@@ -77,7 +78,7 @@ def main() -> None:
         if options.checkpoint_straightforward:
             model.transformer.disable_gradient_checkpointing()
 
-    compare(it, engine, straightforward, count, soar.forward_equivalents_per_sample())
+    compare(it, engine, straightforward, count, rehearse(soar).forward_equivalents)
     many = SOAR(trajectory_length=4 * options.points)
     growth = peak(it, lambda: engine(many)) / peak(it, engine)
     print(f"with {4 * options.points} points the engine's peak is {growth:.2f} times as high")

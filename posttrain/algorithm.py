@@ -222,11 +222,3 @@ class Algorithm(Named, ABC):
         """Move the roles, if the algorithm moves any, after the last optimizer step on a batch, which is
         the ``step``-th of the stage (from 1)."""
         del policy, step
-
-    def items_per_sample(self) -> int:
-        """How many items :meth:`collect` makes of one sample, for the plan."""
-        return 1
-
-    @abstractmethod
-    def forward_equivalents_per_sample(self) -> float:
-        """Transformer forwards spent on one sample, a forward-backward counting 3, for the plan."""

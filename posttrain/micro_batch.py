@@ -18,7 +18,7 @@ import torch
 from posttrain import trial
 from posttrain.device import available_memory, free_memory, reset_peak_memory, resolve
 from posttrain.memory import OutOfMemory, is_out_of_memory, too_little
-from posttrain.planning.rehearsal import rehearse
+from posttrain.rehearsal import rehearse
 from posttrain.results import short
 
 if TYPE_CHECKING:
@@ -90,8 +90,9 @@ def found_by_trying(
     OutOfMemory where more did not, and the strategy cannot go on from there.
     """
     algorithm, world, device = stage.algorithm, strategy.world, policy.model.device
-    rows = rehearse(algorithm).rows_with
-    per_step = stage.train.batch_size * algorithm.items_per_sample() // stage.train.steps_per_batch
+    calls = rehearse(algorithm)
+    rows = calls.rows_with
+    per_step = int(stage.train.batch_size * calls.items) // stage.train.steps_per_batch
     most, trials = max(per_step // world.size, 1), []
     while not trials or 2 * trials[-1].items <= most:
         items = 2 * trials[-1].items if trials else 1

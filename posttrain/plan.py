@@ -10,6 +10,7 @@ from rich.text import Text
 
 from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.errors import DataError
+from posttrain.rehearsal import rehearse
 from posttrain.results import short
 
 if TYPE_CHECKING:
@@ -114,9 +115,10 @@ def _to_fetch(recipe: Recipe) -> list[RenderableType]:
 def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
     train, algorithm = stage.train, stage.algorithm
     samples = train.steps * train.batch_size // train.steps_per_batch
-    items = samples * algorithm.items_per_sample()
+    calls = rehearse(algorithm)
+    items = samples * calls.items
     figures = [short(float(n)) for n in (train.steps, samples, items)]
-    cost = short(samples * algorithm.forward_equivalents_per_sample())
+    cost = short(samples * calls.forward_equivalents)
     if shapes is None:
         return [*figures, "?", cost, "?", "?"]
     trained = stage.tune.trainable_parameters(shapes)

@@ -9,6 +9,7 @@ from toys import alone, toy_batch, toy_policy
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
+from posttrain.rehearsal import rehearse
 from posttrain.spec import discover
 from posttrain.train_settings import Train
 from posttrain.trainer import update
@@ -64,7 +65,7 @@ def test_a_sample_draws_the_same_in_any_batch(name):
     algorithm, policy = Algorithm.variants[name](), toy_policy()
     big, small = collected(algorithm, policy, n=6), collected(algorithm, policy, n=4)
     per_sample = len(big) // 6
-    assert per_sample == algorithm.items_per_sample()
+    assert per_sample == rehearse(algorithm).items
     rows = torch.cat([torch.arange(4) + 6 * i for i in range(per_sample)])
     torch.testing.assert_close(big.take(rows).latents, small.latents, rtol=1e-5, atol=1e-6)
 
@@ -74,7 +75,7 @@ def test_forward_equivalents_are_what_the_plan_says(name):
     algorithm, policy = Algorithm.variants[name](), toy_policy()
     items = collected(algorithm, policy)
     algorithm.loss(items, policy)
-    assert policy.forward_equivalents == 6 * algorithm.forward_equivalents_per_sample()
+    assert policy.forward_equivalents == 6 * rehearse(algorithm).forward_equivalents
 
 
 @pytest.mark.parametrize("name", ALL)

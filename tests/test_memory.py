@@ -123,9 +123,6 @@ class Checked(Algorithm):
     def check_on_policy(self, losses):
         CHECKED.append(len(losses.per_item))
 
-    def forward_equivalents_per_sample(self):
-        return 3.0
-
 
 CHECKED = []
 

@@ -15,6 +15,7 @@ from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, ol
 from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
 from posttrain.errors import TrainingError
 from posttrain.flow import log_prob, stochastic_step
+from posttrain.rehearsal import rehearse
 from posttrain.train_settings import Train
 from posttrain.trainer import OnPolicy, train, update
 
@@ -51,7 +52,7 @@ def collected(algorithm, policy, *, prompts=3, step=0, reward=None, chunk=4):
 @each
 def test_the_items_of_a_sample_stay_together_and_are_what_the_plan_says(algorithm):
     items = collected(algorithm, toy_policy())
-    assert len(items) == 12 * algorithm.items_per_sample()
+    assert len(items) == 12 * rehearse(algorithm).items
     per_sample = items.advantage.view(12, -1)
     assert torch.equal(per_sample, per_sample[:, :1].expand_as(per_sample))
     assert len(per_sample[:, 0].unique()) == 12
@@ -61,7 +62,7 @@ def test_the_items_of_a_sample_stay_together_and_are_what_the_plan_says(algorith
 def test_forward_equivalents_are_what_the_plan_says(algorithm):
     policy = toy_policy()
     algorithm.loss(collected(algorithm, policy), policy)
-    assert policy.forward_equivalents == 12 * algorithm.forward_equivalents_per_sample()
+    assert policy.forward_equivalents == 12 * rehearse(algorithm).forward_equivalents
 
 
 @each
@@ -101,7 +102,7 @@ def test_rewards_and_draws_are_what_the_metrics_say(algorithm):
 def test_replaying_the_rollout_gives_the_very_same_log_probabilities(algorithm):
     policy = toy_policy()
     items = collected(algorithm, policy, prompts=1, chunk=4)
-    steps = algorithm.items_per_sample()
+    steps = int(rehearse(algorithm).items)
     for j in range(steps):  # the very batches that the rollout had
         order = items.take(slice(j, None, steps))
         ratio = algorithm.loss(order, policy).metrics["ratio"]

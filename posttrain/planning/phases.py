@@ -12,7 +12,7 @@ from posttrain.model import EncoderName
 from posttrain.planning.counts import Counts, Size
 from posttrain.planning.data import known
 from posttrain.planning.memory import Phase
-from posttrain.planning.rehearsal import Calls, rehearse
+from posttrain.rehearsal import Calls, rehearse
 from posttrain.stage import AUTOCAST
 from posttrain.watch import SHOWN
 
