@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from posttrain.errors import ModelError
 from posttrain.model import FlowModel, Model
+from posttrain.paths import is_path
 from posttrain.snapshot import is_checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
 def sources(recipe: Recipe, name: str, run: Path) -> list[Path]:
     """The folders whose weights, loaded in order onto the base model, are those of ``name`` (a stage of the
     run in folder ``run``, ``base``, or a path)."""
-    from posttrain.recipe import BASE, is_path
+    from posttrain.recipe import BASE
 
     found: list[Path] = []
     for step in recipe.lineage_of(name):
