@@ -25,6 +25,7 @@ import torch
 from posttrain.activations import Checkpointing, checkpoint_blocks
 from posttrain.blocks import blocks
 from posttrain.compiling import OPTIONS
+from posttrain.device import synchronize
 from posttrain.model import FlowModel
 from posttrain.models import _weights
 from posttrain.models._published import PUBLISHED
@@ -32,10 +33,10 @@ from posttrain.models._unpublished import Unpublished, configs_at
 from posttrain.models.sd3 import SD3FlowModel
 from posttrain.planning.counts import META
 from posttrain.planning.footprint import Held, flops
-from posttrain.planning.throughput import matrix_flops, synchronise
+from posttrain.planning.throughput import matrix_flops
 from posttrain.policy import Policy
-from posttrain.results import short
 from posttrain.tuning import Full, Tune
+from posttrain.wording import short
 
 WORDS = ["red", "green", "blue", "circle", "square", "triangle", "left", "right", "above", "below"]
 
@@ -73,11 +74,11 @@ class Bench:
             yield
             return
         inside = sum(self.seconds.values())
-        synchronise(self.device)
+        synchronize(self.device)
         self.open.append(part)
         start = time.perf_counter()
         yield
-        synchronise(self.device)
+        synchronize(self.device)
         self.open.pop()
         own = time.perf_counter() - start - (sum(self.seconds.values()) - inside)
         self.seconds[part] = self.seconds.get(part, 0.0) + own
@@ -181,10 +182,10 @@ def compare(
     steps["engine"]()
     for _ in range(it.options.rounds):
         for name, step in steps.items():
-            synchronise(it.device)
+            synchronize(it.device)
             start = time.perf_counter()
             step()
-            synchronise(it.device)
+            synchronize(it.device)
             times[name].append(time.perf_counter() - start)
     rate = matrix_flops(it.device, it.autocast or torch.float32)
     work = forward_flops(it) * forward_equivalents * samples
@@ -233,7 +234,7 @@ def _shares(it: Bench, step: Callable[[], object]) -> str:
     it.seconds = {}
     start = time.perf_counter()
     step()
-    synchronise(it.device)
+    synchronize(it.device)
     total = time.perf_counter() - start
     it.seconds["waiting and other"] = max(total - sum(it.seconds.values()), 0.0)
     return ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in it.seconds.items())

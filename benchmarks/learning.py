@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from posttrain.curves import chart
-from posttrain.results import difference, load_results, short
+from posttrain.results import difference, load_results
+from posttrain.wording import short
 
 STYLE = (
     "<style>svg{font-family:sans-serif;background:#fff}.title{font-size:14px;font-weight:600}"

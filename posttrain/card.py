@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.differences import differences
 from posttrain.statistics import bootstrap_interval
 from posttrain.suites import published_as
 from posttrain.versions import versions
@@ -70,18 +71,8 @@ def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The places, with both values, in which two cards describe different evaluations."""
-    parts = [{k: v for k, v in c.items() if k not in RESULTS} for c in (before, now)]
-    return list(_differences(parts[0], parts[1], ""))
-
-
-def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
-    if path in FREE:
-        return
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before | now:
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif before != now:
-        yield f"{path} (was {before!r}, now {now!r})"
+    one, other = ({k: v for k, v in c.items() if k not in RESULTS} for c in (before, now))
+    return list(differences(one, other, FREE))
 
 
 def summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import RewardError
+from posttrain.paths import is_path
 from posttrain.recipe import AnyReward
 from posttrain.reward import Reward
 from posttrain.spelling import meant
-from posttrain.weights import Weights, is_path
+from posttrain.weights import Weights
+from posttrain.wording import short
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -65,7 +67,7 @@ def fetch(name: str) -> Iterator[tuple[Source, Path]]:
         having = ", ".join(other for other, reward in kinds().items() if reward.weights)
         raise RewardError(f"{name} needs no weights from a hub; those that do: {having}")
     for source in found:
-        if is_path(source.repo):
+        if is_path(source.repo, hub=True):
             raise RewardError(f"{name}: {source.field} is the local copy {source.repo!r}; nothing to fetch")
         yield source, source.weights.fetch(source.repo)
 
@@ -87,16 +89,6 @@ def listing() -> Text:
         )
         for source in sources(reward):
             weights = source.weights
-            words = f"    {source.repo:<48} {size(weights.size):>8}  {weights.licence}"
+            words = f"    {source.repo:<48} {short(weights.size, 'B'):>8}  {weights.licence}"
             lines.append(Text(words, "dim"))
     return Text("\n").join(lines)
-
-
-def size(number: int) -> str:
-    """A number of bytes as a person reads it, in units of 1000."""
-    value = float(number)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"

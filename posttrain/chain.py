@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import io
 import json
 import math
@@ -14,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.differences import differences
 from posttrain.errors import PosttrainError, RecipeError
+from posttrain.files import locked, write, writing
 from posttrain.recipe import BASE, Recipe, Stage
 from posttrain.recipe_file import check_or_raise, dump_recipe, parse_recipe
 from posttrain.versions import versions
+from posttrain.wording import multiples_near
 
 if TYPE_CHECKING:
     import torch
@@ -189,10 +191,9 @@ def check_processes(recipe: Recipe, processes: int) -> None:
         size = stage.train.batch_size
         if stage.algorithm.needs == "rewards" and size % processes:
             unit = math.lcm(stage.algorithm.samples_per_prompt, processes)
-            near = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
             raise RecipeError(
                 f"stages.{stage.name}.train.batch_size: {size} samples do not split over {processes} "
-                f"processes; the nearest that do are {near}"
+                f"processes; the nearest that do are {multiples_near(size, unit)}"
             )
 
 
@@ -203,7 +204,7 @@ def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:
         before = parse_recipe(resolved.read_text(), str(resolved), checks=False)
         # where and on how many devices it goes on does not change what the run is
         one, other = (r.model_dump(mode="json", exclude={"device", "parallel"}) for r in (before, recipe))
-        if changed := list(_differences(one, other)):
+        if changed := list(differences(one, other, NEUTRAL)):
             raise RecipeError(
                 f"{str(folder)!r} holds a run of another recipe; it differs in: {'; '.join(changed[:5])}. "
                 "Give another --output or name, or remove the folder"
@@ -212,9 +213,9 @@ def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:
     stages = [{"name": BASE, "parent": None, "algorithm": None}] + [
         {"name": s.name, "parent": recipe.parent(s), "algorithm": s.algorithm.type} for s in recipe.stages
     ]
-    (folder / "run.json").write_text(json.dumps({"name": recipe.name, "stages": stages}, indent=2))
-    (folder / "environment.json").write_text(json.dumps(environment(recipe, device), indent=2))
-    resolved.write_text(dump_recipe(recipe))
+    write(folder / "run.json", json.dumps({"name": recipe.name, "stages": stages}, indent=2))
+    write(folder / "environment.json", json.dumps(environment(recipe, device), indent=2))
+    write(resolved, dump_recipe(recipe))
 
 
 def environment(recipe: Recipe, device: torch.device) -> dict:
@@ -232,30 +233,13 @@ def environment(recipe: Recipe, device: torch.device) -> dict:
     }
 
 
-def _differences(before: object, now: object, path: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before | now:
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for i, (a, b) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(a, b, f"{path}.{i}")
-    elif before != now and path not in NEUTRAL:
-        yield f"{path} (was {before!r}, now {now!r})"
-
-
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process. Raises PosttrainError where another run holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise PosttrainError(f"cannot write the run folder {str(folder)!r}: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise PosttrainError(
-                f"another run is writing to {str(folder)!r}; wait for it or give --output"
-            ) from error
+    with contextlib.ExitStack() as held:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            free = held.enter_context(locked(folder / ".lock", wait=False))
+        if not free:
+            raise PosttrainError(f"another run is writing to {str(folder)!r}; wait for it or give --output")
         yield

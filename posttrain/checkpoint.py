@@ -1,12 +1,8 @@
-"""How is a stage's training state written so that a kill at any moment loses nothing that was saved?"""
+"""Writes a stage's training state, and restores it."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +10,11 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import PosttrainError
+from posttrain.files import published
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy import Policy
 
 STATE = "state.pt"
-
-
-@contextlib.contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` at the end of the block, whole or not at all.
-
-    Raises PosttrainError where the disk is full or the folder cannot be written; what was there before
-    is then untouched.
-    """
-    part = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.rename(folder)
-        _sync(folder.parent)
-    except PosttrainError:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        # torch's and safetensors' writers report a full disk as a RuntimeError of their own wording
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if isinstance(error, OSError) or full or "write" in str(error).lower():
-            free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path.cwd()).free
-            why = "the disk is full" if full else str(error)
-            raise PosttrainError(
-                f"cannot write {str(folder)!r}: {why} ({free / 1e9:.2f} GB free); "
-                "earlier checkpoints are intact"
-            ) from error
-        raise
 
 
 def save(
@@ -90,7 +51,7 @@ def save(
         "extra": extra,
     }
     if world.main:
-        with published(target) as part:
+        with published(target, _bytes(state)) as part:
             torch.save(state, part / STATE)
         for old in saved(folder)[:-keep]:
             if old.name != f"step-{protected if protected is not None else -1:08d}":
@@ -136,9 +97,8 @@ def restore(checkpoint: Path, policy: Policy, strategy: Strategy) -> tuple[int, 
     return state["step"], state["extra"]
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _bytes(state: Any) -> int:
+    """Of all tensors in nested dicts."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    return sum(_bytes(value) for value in state.values()) if isinstance(state, dict) else 0

@@ -10,9 +10,11 @@ from posttrain.data.prompts import prompt_rows
 from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.errors import DataError
 from posttrain.optimizers import problem as optimizer_problem
-from posttrain.recipe import Recipe, is_path
+from posttrain.paths import is_path
+from posttrain.recipe import Recipe
 from posttrain.spelling import meant
 from posttrain.suites import published_where
+from posttrain.wording import no_multiple
 
 if TYPE_CHECKING:
     from posttrain.reward import Reward
@@ -68,7 +70,7 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(stage.data, PromptData):
             yield from _prompts((*at, "data", "prompts"), stage.data.prompts, stage.rewards)
             if divisor and stage.data.resolution % divisor:
-                yield (*at, "data", "resolution"), _nearest(stage.data.resolution, divisor)
+                yield (*at, "data", "resolution"), no_multiple(stage.data.resolution, divisor)
         if isinstance(stage.data, Images):
             yield from _file((*at, "data", "images"), stage.data.images)
             folder = stage.data.image_dir
@@ -76,7 +78,7 @@ def _stages(recipe: Recipe) -> Iterator[Problem]:
                 yield (*at, "data", "image_dir"), f"no folder {str(folder)!r} (looked at {folder.absolute()})"
             resolution = stage.data.resolution
             if resolution is not None and divisor and resolution % divisor:
-                yield (*at, "data", "resolution"), _nearest(resolution, divisor)
+                yield (*at, "data", "resolution"), no_multiple(resolution, divisor)
         if shapes is not None and stage.tune.trainable_parameters(shapes) == 0:
             layers = sorted({n.rsplit(".", 1)[0].split(".", 2)[-1] for n in shapes if "attn" in n})
             wrong = stage.tune.model_dump().get("targets", [])
@@ -90,7 +92,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
     yield from _prompts(("evaluation", "prompts"), evaluation.prompts, evaluation.rewards)
     divisor = recipe.model.divisor() if recipe.model.missing() is None else None
     if divisor and evaluation.resolution % divisor:
-        yield ("evaluation", "resolution"), _nearest(evaluation.resolution, divisor)
+        yield ("evaluation", "resolution"), no_multiple(evaluation.resolution, divisor)
     yield from _rewards(("evaluation", "rewards"), evaluation.rewards)
 
 
@@ -130,9 +132,3 @@ def _artifact(place: Place, folder: Path) -> Iterator[Problem]:
     elif not any(any(folder.glob(name)) for name in ARTIFACTS):
         inside = " (its folder 'final' is what to name)" if (folder / "final").is_dir() else ""
         yield place, f"{str(folder)!r} holds no weights{inside}: none of {', '.join(ARTIFACTS)}"
-
-
-def _nearest(value: int, divisor: int) -> str:
-    low = value // divisor * divisor
-    near = " or ".join(str(v) for v in (low, low + divisor) if v)
-    return f"{value} is no multiple of the {divisor} pixels that this model needs; the nearest are {near}"

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from posttrain import cli_cache, cli_eval, cli_plan, cli_rewards
+from posttrain.cli_options import BaseOption, DebugOption, DeviceOption, RecipeArgument, terminal
 from posttrain.launch import CHILD
 
 app = typer.Typer(
@@ -32,17 +33,12 @@ app.command("compare")(cli_eval.compare_evaluations)
 cli_rewards.register(app)
 cli_cache.register(app)
 
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
-]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="A.B=C", help="Change a field, e.g. stages.soar.train.steps=100. Repeatable."
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 @app.command()
@@ -65,7 +61,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides or ())
     if nproc == 1:
-        run_recipe(loaded, output, _console())
+        run_recipe(loaded, output, terminal())
         return
     # what every process would say is said once
     check_or_raise(loaded)
@@ -87,7 +83,7 @@ def check(
     from posttrain.plan import plan, scan_data
     from posttrain.recipe_file import load_recipe
 
-    console, loaded = _console(), load_recipe(recipe, overrides or ())
+    console, loaded = terminal(), load_recipe(recipe, overrides or ())
     console.print(plan(loaded))
     if data:
         scan_data(loaded, console)
@@ -105,7 +101,7 @@ def recipes_list(context: typer.Context) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, summary in shipped_recipes().items():
         table.add_row(f"[bold]{name}[/bold]", summary)
-    _console().print(table)
+    terminal().print(table)
 
 
 @recipes_app.command("show")
@@ -134,7 +130,7 @@ def recipes_copy(
     if target.exists():
         raise PosttrainError(f"{str(target)!r} exists; give another target")
     target.write_text(text)
-    _console().print(f"wrote {target}; run it with: posttrain run {target}", highlight=False)
+    terminal().print(f"wrote {target}; run it with: posttrain run {target}", highlight=False)
 
 
 @app.command()
@@ -148,9 +144,7 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 4.5,
     solver: Annotated[str, typer.Option(help="euler, dpm1 or dpm2.")] = "euler",
     seed: int = 0,
-    base: Annotated[
-        str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")
-    ] = None,
+    base: BaseOption = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
@@ -159,9 +153,9 @@ def sample(
     from posttrain.samples import draw
 
     files = draw(
-        model, prompt, output, images, resolution, steps, guidance, solver, seed, base, device, _console()
+        model, prompt, output, images, resolution, steps, guidance, solver, seed, base, device, terminal()
     )
-    _console().print(f"wrote {len(files)} images and grid.png to {output}", highlight=False)
+    terminal().print(f"wrote {len(files)} images and grid.png to {output}", highlight=False)
 
 
 @shapes_app.command("build")
@@ -181,7 +175,7 @@ def shapes_build(
     if style not in STYLES:
         raise PosttrainError(f"--style: no style {style!r}; there are {', '.join(STYLES)}")
     build(folder, images, seed, style)
-    _console().print(f"wrote {images} images to {folder}", highlight=False)
+    terminal().print(f"wrote {images} images to {folder}", highlight=False)
 
 
 def main() -> None:
@@ -206,12 +200,6 @@ def main() -> None:
         if debug or not isinstance(error, (PosttrainError, OSError, MemoryError)):
             raise
         _fail(str(error) or type(error).__name__, 1)
-
-
-def _console():
-    from rich.console import Console
-
-    return Console()
 
 
 def _fail(message: str, code: int) -> None:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from posttrain.cli_options import DebugOption, terminal
+
 cache_app = typer.Typer(
     help="Show or clear what is kept of encoded prompts and images.", no_args_is_help=False
 )
 PathOption = Annotated[
     Path | None, typer.Option(help="The folder, where a recipe's cache.path names another than the default.")
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +30,7 @@ def cache_list(context: typer.Context, path: PathOption = None) -> None:
     from rich.table import Table
 
     from posttrain.cache.contents import age, contents
-    from posttrain.results import short
+    from posttrain.wording import short
 
     stores = contents(root := _root(path))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -38,11 +39,11 @@ def cache_list(context: typer.Context, path: PathOption = None) -> None:
     for kept in stores:
         device = str(kept.about.get("numerics", {}).get("device", "?"))
         dtype = str(kept.about.get("dtype", "?"))
-        table.add_row(kept.folder.name, dtype, device, short(float(kept.size), "B"), age(kept.used))
+        table.add_row(kept.folder.name, dtype, device, short(kept.size, "B"), age(kept.used))
     if stores:
-        _console().print(table)
-    total = short(float(sum(kept.size for kept in stores)), "B")
-    _console().print(f"{total} in {root}", soft_wrap=True, highlight=False, markup=False)
+        terminal().print(table)
+    total = short(sum(kept.size for kept in stores), "B")
+    terminal().print(f"{total} in {root}", soft_wrap=True, highlight=False, markup=False)
 
 
 @cache_app.command("clear")
@@ -50,19 +51,13 @@ def cache_clear(path: PathOption = None, debug: DebugOption = False) -> None:
     """Remove everything that is kept; runs encode it again when they need it."""
     del debug
     from posttrain.cache.contents import clear
-    from posttrain.results import short
+    from posttrain.wording import short
 
-    freed = short(float(clear(root := _root(path))), "B")
-    _console().print(f"removed {freed} from {root}", soft_wrap=True, highlight=False, markup=False)
+    freed = short(clear(root := _root(path)), "B")
+    terminal().print(f"removed {freed} from {root}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _root(path: Path | None) -> Path:
     from posttrain.cache.settings import default_folder
 
     return default_folder() if path is None else path.expanduser().absolute()
-
-
-def _console():
-    from rich.console import Console
-
-    return Console()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from posttrain.cli_options import BaseOption, DebugOption, DeviceOption, terminal
 
 
 def evaluate_model(
@@ -30,14 +29,12 @@ def evaluate_model(
         list[str] | None,
         typer.Option("--set", metavar="A=B", help="A field of the evaluation, e.g. steps=20."),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")
-    ] = None,
+    base: BaseOption = None,
     weights: Annotated[str | None, typer.Option(help="Of a checkpoint: ema or raw.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write; runs/eval-MODEL by default.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many share the work, each on its GPU.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
 ) -> None:
     """Sample prompts, score the images, and write records, result card and images.
 
@@ -54,7 +51,7 @@ def evaluate_model(
 
     if weights not in (None, "ema", "raw"):
         raise PosttrainError(f"--weights: {weights!r} is neither 'ema' nor 'raw'")
-    console = _console()
+    console = terminal()
     settings = evaluation_settings(suite, like, prompts, reward or (), overrides or ())
     parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
     name = "-".join(["eval", *parts[-2:], *([suite] if suite else [])])
@@ -84,13 +81,13 @@ def compare_evaluations(
     ],
     output: Annotated[Path | None, typer.Option(help="Write a page with the images side by side.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="How many prompts the page shows.")] = 24,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Compare evaluations on the samples that they share: differences from A, with 95 % intervals."""
     del debug
     from posttrain.compare import compare_table, load, write_page
 
-    console = _console()
+    console = terminal()
     loaded = load(evaluations)
     console.print(compare_table(loaded))
     for line in loaded.remarks:
@@ -98,9 +95,3 @@ def compare_evaluations(
     if output is not None:
         write_page(loaded, output, prompts)
         console.print(f"page: {output}", highlight=False)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()

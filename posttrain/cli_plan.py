@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from posttrain.cli_options import DebugOption, RecipeArgument, terminal
+
 
 def plan_resources(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
+    recipe: RecipeArgument,
     gpu: Annotated[
         str | None, typer.Option(help='Such as "H100 80GB"; by default this machine is planned for.')
     ] = None,
@@ -26,12 +28,10 @@ def plan_resources(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Change a field of the recipe. Repeatable."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Count memory, time and disk of a recipe on given GPUs, and say what would make it fit."""
     del debug
-    from rich.console import Console
-
     from posttrain.chain import check_processes
     from posttrain.errors import PosttrainError
     from posttrain.planning.gpus import custom, here
@@ -55,7 +55,7 @@ def plan_resources(
     if measured is not None:
         share, source = _measured(measured), f"measured, {measured}"
     cuda = "CPU" not in device.name
-    Console().print(resources(loaded, Budget(device, gpus, share, source, loaded.tf32), cuda=cuda))
+    terminal().print(resources(loaded, Budget(device, gpus, share, source, loaded.tf32), cuda=cuda))
 
 
 def _measured(file: Path) -> float:

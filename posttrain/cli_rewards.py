@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
+from posttrain.cli_options import DebugOption, DeviceOption, terminal
+
 rewards_app = typer.Typer(
     help="List the rewards with what they need, or fetch their weights.", no_args_is_help=False
 )
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -38,7 +37,7 @@ def rewards_list(context: typer.Context) -> None:
         return
     from posttrain.catalogue import listing
 
-    _console().print(listing(), soft_wrap=True, highlight=False)
+    terminal().print(listing(), soft_wrap=True, highlight=False)
 
 
 @rewards_app.command("fetch")
@@ -51,7 +50,7 @@ def rewards_fetch(
     from posttrain.catalogue import fetch
 
     for source, path in fetch(name):
-        _console().print(
+        terminal().print(
             f"{source.repo} ({source.weights.licence}): complete and as published, in {path}",
             highlight=False,
             soft_wrap=True,
@@ -113,7 +112,7 @@ def score(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("".join(json.dumps(record) + "\n" for record in records))
-    _console().print(card_table(f"{len(records)} images", result(records, rewards)))
+    terminal().print(card_table(f"{len(records)} images", result(records, rewards)))
     return None
 
 
@@ -179,14 +178,8 @@ def _conform(rewards, device, output: Path | None, against: Path | None, toleran
     if there is not None:
         if found := differences(here, there, tolerance):
             raise RewardError(f"{here['reward']} differs from {against}:\n  " + "\n  ".join(found))
-        _console().print(
+        terminal().print(
             f"{here['reward']}: {len(here['cases'])} scores as in {against}, to {tolerance:g}",
             highlight=False,
             soft_wrap=True,
         )
-
-
-def _console():
-    from rich.console import Console
-
-    return Console()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.card import differing
 from posttrain.errors import PosttrainError
 from posttrain.evaluate import CARD, RECORDS
+from posttrain.files import writing
 from posttrain.statistics import paired_difference
 
 if TYPE_CHECKING:
@@ -149,11 +150,9 @@ def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
         samples=len(comparison.keys),
         rows=[(key, [_cell(e, key) for e in comparison.evaluations]) for key in with_images[:prompts]],
     )
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page)
-    except OSError as error:
-        raise PosttrainError(f"cannot write {str(target)!r}: {error}") from error
+        target.write_text(page)  # it may be a pipe
 
 
 def _score_cells(comparison: Comparison, score: str) -> list[tuple[float, str]]:

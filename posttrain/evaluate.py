@@ -7,9 +7,7 @@ killed evaluation goes on, and several processes share one, to the same result.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.card import card, differing, result
-from posttrain.checkpoint import published
 from posttrain.data.prompts import prompt_rows
 from posttrain.errors import DataError, PosttrainError
+from posttrain.files import locked, published, write
 from posttrain.grids import save_image, to_pil
 from posttrain.progress import stage_progress
 from posttrain.scoring import numbered, scored, scorers_of, shown_of
+from posttrain.wording import no_multiple
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from posttrain.scoring import Row
 
 CARD, RECORDS, CLAIM, PARTS = "eval.json", "records.jsonl", "claim.json", "parts"
+LOCK = ".lock"
+"""Held to look at the folder's state or change it."""
 
 
 def evaluate(
@@ -54,17 +55,13 @@ def evaluate(
     something else. Returns the result card, or None where other processes are still at it.
     """
     if evaluation.resolution % sampler.divisor:
-        low = evaluation.resolution // sampler.divisor * sampler.divisor
-        near = " or ".join(str(r) for r in (low, low + sampler.divisor) if r)
-        raise DataError(
-            f"evaluation.resolution: {evaluation.resolution} is no multiple of the {sampler.divisor} pixels "
-            f"that this model needs; the nearest are {near}"
-        )
+        words = no_multiple(evaluation.resolution, sampler.divisor)
+        raise DataError(f"evaluation.resolution: {words}")
     rows = prompt_rows(evaluation.prompts, evaluation.rewards)
     samples = numbered(rows, evaluation.images_per_prompt)
     described = card(sampler, evaluation, rows, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder / LOCK):
         if (before := _claimed(folder, described)) is not None:
             return before
     batches = range(-(-len(samples) // evaluation.batch_size))
@@ -79,7 +76,7 @@ def evaluate(
                     if free:
                         _measure(sampler, evaluation, folder, samples, b, scorers, shown)
                 bar.update(sum(sizes[: i + 1]))
-    with _locked(folder):  # of several processes, the last to finish puts the parts together
+    with locked(folder / LOCK):  # of several processes, the last to finish puts the parts together
         if (before := _finished(folder)) is not None:
             return before
         if not all(_part(folder, b).is_dir() for b in batches):
@@ -135,7 +132,7 @@ def _merged(
             except OSError:  # a file system without links
                 shutil.copyfile(file, target)
     shown = shown_of(samples, evaluation.grid)
-    _write(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in records))
+    write(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in records))
     found = {
         **described,
         **result(records, evaluation.rewards),
@@ -143,7 +140,7 @@ def _merged(
         "seconds": sum(cost["seconds"] for cost in costs),
         "grid_prompts": [samples[i][0]["prompt"] for i in shown],
     }
-    _write(folder / CARD, json.dumps(found, indent=2))
+    write(folder / CARD, json.dumps(found, indent=2))
     _clean(folder)
     return found
 
@@ -166,7 +163,7 @@ def _claimed(folder: Path, described: Row) -> dict[str, Any] | None:
         else:
             words = f"something else than an evaluation ({', '.join(others[:3])}); give another folder"
         raise PosttrainError(f"{str(folder)!r} holds {words}")
-    _write(folder / CLAIM, json.dumps(described, indent=2))
+    write(folder / CLAIM, json.dumps(described, indent=2))
     return None
 
 
@@ -184,42 +181,15 @@ def _clean(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """No other process looks at the folder's state or changes it within the block."""
-    with (folder / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
 def _taken(folder: Path, batch: int) -> Iterator[bool]:
     """Whether the batch is this process's to measure: neither done, nor at hand in another process."""
-    with _locked(folder):
-        if (folder / CARD).is_file() or _part(folder, batch).is_dir():
-            lock = None
-        else:
-            (folder / PARTS).mkdir(exist_ok=True)
-            lock = (folder / PARTS / f".{batch:06d}.lock").open("a")
-    if lock is None:
-        yield False
-        return
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file, whole or not at all, and down to the disk."""
-    part = file.with_name(f".{file.name}.part")
-    with part.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(file)
+    with contextlib.ExitStack() as held:
+        with locked(folder / LOCK):
+            free = not (folder / CARD).is_file()
+            if free:
+                file = folder / PARTS / f".{batch:06d}.lock"
+                free = held.enter_context(locked(file, wait=False)) and not _part(folder, batch).is_dir()
+        yield free
 
 
 def _part(folder: Path, batch: int) -> Path:

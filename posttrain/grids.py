@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,13 @@ def save_image(
     exif[ExifTags.Base.ImageDescription] = text
     image.save(file, quality=95, subsampling=0, exif=exif)
     return file
+
+
+def png(image: Image.Image) -> bytes:
+    """``image`` as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:

@@ -7,7 +7,6 @@ them too.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import RewardError
+from posttrain.files import locked, publish
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -73,33 +73,30 @@ def _download(repo: str, file: RepoSibling, commit: str, endpoint: str | None) -
     from huggingface_hub.file_download import http_get, repo_folder_name
     from huggingface_hub.utils import build_hf_headers
 
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
-    blob = blobs / _hash(file)
+    cache, name = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo, repo_type="model")
+    blob = cache / name / "blobs" / _hash(file)
     if blob.exists():
         return
-    blobs.mkdir(parents=True, exist_ok=True)
+    blob.parent.mkdir(parents=True, exist_ok=True)
     part = blob.with_name(f"{blob.name}.part")
-    with part.open("ab") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # other processes may want the same file at once
+    # the lock that huggingface_hub takes: other processes may want the same file at once
+    with locked(cache / ".locks" / name / f"{blob.name}.lock"):
         if blob.exists():
             return
-        if not part.exists():  # one before us found its part damaged and deleted it
-            return _download(repo, file, commit, endpoint)
-        if file.size is not None and handle.tell() > file.size:
-            handle.truncate(0)
-        handle.seek(0, os.SEEK_END)
-        http_get(
-            hf_hub_url(repo, file.rfilename, revision=commit, endpoint=endpoint),
-            handle,
-            resume_size=handle.tell(),
-            headers=build_hf_headers(),
-            expected_size=file.size,
-            displayed_filename=file.rfilename,
-        )
-        handle.flush()
+        with part.open("ab") as handle:
+            if file.size is not None and handle.tell() > file.size:
+                handle.truncate(0)
+            handle.seek(0, os.SEEK_END)
+            http_get(
+                hf_hub_url(repo, file.rfilename, revision=commit, endpoint=endpoint),
+                handle,
+                resume_size=handle.tell(),
+                headers=build_hf_headers(),
+                expected_size=file.size,
+                displayed_filename=file.rfilename,
+            )
         _check(repo, file, part)
-        part.rename(blob)
-    return None
+        publish(part, blob)
 
 
 def _hash(file: RepoSibling) -> str:

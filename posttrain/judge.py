@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Batch, Verdict
 from posttrain.errors import RewardError
+from posttrain.files import published
 from posttrain.grids import to_pil
 from posttrain.model import FlowModel
 from posttrain.scoring import scorers_of
@@ -69,8 +70,7 @@ class Judge:
         return Verdict(rewards, details)
 
     def _keep(self, images: Tensor, rows: Sequence[Any]) -> None:
-        self.failures.mkdir(parents=True, exist_ok=True)
-        with (self.failures / "prompts.jsonl").open("w") as file:
+        with published(self.failures) as part, (part / "prompts.jsonl").open("w") as file:
             for i, (row, image) in enumerate(zip(rows, to_pil(images), strict=True)):
-                image.save(self.failures / f"{i:04d}.png")
+                image.save(part / f"{i:04d}.png")
                 file.write(json.dumps({"image": f"{i:04d}.png", **row}) + "\n")

@@ -14,7 +14,8 @@ from typing import Any
 
 from posttrain.errors import ModelError
 from posttrain.model import Model
-from posttrain.recipe import BASE, Recipe, Stage, is_path
+from posttrain.paths import is_path
+from posttrain.recipe import BASE, Recipe, Stage
 
 DESCRIPTION = "posttrain.json"
 LORA = "pytorch_lora_weights.safetensors"

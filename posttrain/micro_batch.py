@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,10 @@ import torch
 
 from posttrain import trial
 from posttrain.device import available_memory, free_memory, reset_peak_memory, resolve
+from posttrain.files import write
 from posttrain.memory import OutOfMemory, is_out_of_memory, too_little
 from posttrain.rehearsal import rehearse
-from posttrain.results import short
+from posttrain.wording import short
 
 if TYPE_CHECKING:
     from posttrain.parallel.strategy import Strategy
@@ -57,9 +57,7 @@ def remember(recipe: Recipe, folder: Path, size: int, number: int, trials: list[
     about = {**_circumstances(recipe, size), "micro_batch": number}
     if trials:
         about["trials"] = [asdict(made) for made in trials]
-    part = folder / f".{FILE}.{time.monotonic_ns()}"
-    part.write_text(json.dumps(about, indent=2))
-    part.rename(folder / FILE)
+    write(folder / FILE, json.dumps(about, indent=2))
 
 
 def _remembered(recipe: Recipe, folder: Path, size: int) -> int | None:

@@ -11,7 +11,7 @@ from rich.text import Text
 from posttrain.data.spec import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.errors import DataError
 from posttrain.rehearsal import rehearse
-from posttrain.results import short
+from posttrain.wording import short
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -75,8 +75,8 @@ def _cache(recipe: Recipe) -> list[RenderableType]:
         parts.append(f"latents ({cache.latents}){_each(size)}{at}")
     if not parts:
         return []
-    there = short(float(sum(kept.size for kept in contents(cache.folder()))), "B")
-    limit = short(float(cache.max_size), "B")
+    there = short(sum(kept.size for kept in contents(cache.folder())), "B")
+    limit = short(cache.max_size, "B")
     words = f"cache: {' and '.join(parts)}; {cache.folder()} has {there} of at most {limit}"
     return [Text(f"{words}. Each stage says how much it needs before it encodes.")]
 
@@ -105,7 +105,7 @@ def _to_fetch(recipe: Recipe) -> list[RenderableType]:
             source = getattr(reward, name)
             if weights.local(source) is None:
                 found[reward.type, source] = Text(
-                    f"{reward.label}: {source} ({short(float(weights.size), 'B')}) is not on this machine "
+                    f"{reward.label}: {source} ({short(weights.size, 'B')}) is not on this machine "
                     f"yet; posttrain rewards fetch {reward.type}",
                     style="yellow",
                 )
@@ -117,7 +117,7 @@ def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
     samples = train.steps * train.batch_size // train.steps_per_batch
     calls = rehearse(algorithm)
     items = samples * calls.items
-    figures = [short(float(n)) for n in (train.steps, samples, items)]
+    figures = [short(n) for n in (train.steps, samples, items)]
     cost = short(samples * calls.forward_equivalents)
     if shapes is None:
         return [*figures, "?", cost, "?", "?"]
@@ -128,7 +128,7 @@ def _figures(stage: Stage, recipe: Recipe, shapes: Shapes | None) -> list[str]:
     memory = trained * 4 * (4 + copies)
     if stage.tune.type != "full":
         memory += everything * (4 if recipe.model.frozen_dtype() == "fp32" else 2)
-    return [*figures, short(float(trained)), cost, short(memory, "B"), short(disk_bytes(stage, trained), "B")]
+    return [*figures, short(trained), cost, short(memory, "B"), short(disk_bytes(stage, trained), "B")]
 
 
 def disk_bytes(stage: Stage, trained: int) -> int:

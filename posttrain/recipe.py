@@ -21,6 +21,7 @@ from posttrain.parallel.ddp import DDP
 from posttrain.parallel.deepspeed import DeepSpeed
 from posttrain.parallel.fsdp2 import FSDP2
 from posttrain.parallel.single import Single
+from posttrain.paths import is_path
 from posttrain.reward import Reward
 from posttrain.reward_blocks import reward_blocks
 from posttrain.solvers import Solver
@@ -28,6 +29,7 @@ from posttrain.spec import Spec, at, union
 from posttrain.spelling import meant
 from posttrain.train_settings import Train
 from posttrain.tuning import Full, Lora
+from posttrain.wording import multiples_near
 
 if TYPE_CHECKING:
     AnyAlgorithm = Algorithm
@@ -102,8 +104,7 @@ class Stage(Spec):
         _no_reward_twice(self.rewards)
         size, batch = self.algorithm.samples_per_prompt, self.train.batch_size
         if batch % size:
-            low = batch // size * size
-            near = " or ".join(str(n) for n in (low, low + size) if n)
+            near = multiples_near(batch, size)
             words = f"{batch} samples cannot be split into groups of {size}; the nearest that can are {near}"
             raise at(("train", "batch_size"), words)
         return self
@@ -281,8 +282,3 @@ def _each_reported(rewards: list[AnyReward]) -> None:
             f"rewards: an evaluation reports each score by itself, so the weight of "
             f"{', '.join(weighted)} would have no effect: remove it"
         )
-
-
-def is_path(start_from: str) -> bool:
-    """Whether a ``start_from`` names a folder rather than a stage."""
-    return start_from.startswith((".", "~")) or "/" in start_from

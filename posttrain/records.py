@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+from posttrain.files import write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,9 +48,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(_line(row) for row in kept))
-        os.replace(part, path)
+        write(path, "".join(_line(row) for row in kept))
         self._file = path.open("a")
         self._since = time.monotonic() - (kept[-1]["time"] if kept else 0.0)
 

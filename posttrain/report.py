@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.curves import Series, chart, histogram
-from posttrain.results import Results, StageResult, difference, duration, load_results, short, verdict
+from posttrain.files import write
+from posttrain.results import Results, StageResult, difference, load_results, verdict
+from posttrain.wording import duration, short
 
 LEAST_SHOWN = 96
 """Pixels; tiny images are stored as they are and enlarged by the page."""
@@ -42,7 +44,7 @@ def write_report(run: Path) -> Path:
         skipped=[(s.name, line) for s in results.stages for line in s.account.get("skipped", [])],
     )
     target = run / "report.html"
-    target.write_text(page)
+    write(target, page)
     return target
 
 

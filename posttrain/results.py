@@ -95,29 +95,6 @@ def verdict(results: Results) -> str:
     )
 
 
-def short(value: float | None, unit: str = "") -> str:
-    """A figure with an SI prefix, such as 55.2k; a dash where there is none."""
-    if value is None:
-        return "–"
-    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
-    while abs(value) >= 1000 and len(prefixes) > 1:
-        value /= 1000
-        prefixes.pop(0)
-    prefix = prefixes[0]
-    number = f"{value:.0f}" if prefix == "" and value == int(value) else f"{value:.3g}"
-    return f"{number}{' ' if unit else ''}{prefix}{unit}"
-
-
-def duration(seconds: float | None) -> str:
-    """``26 min``, as a person says it; a dash for None."""
-    if seconds is None:
-        return "–"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _stage(folder: Path, row: dict[str, Any]) -> StageResult:
     evaluation = folder / "evaluation"
     summary = _json(evaluation / "eval.json")

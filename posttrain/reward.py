@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from posttrain.errors import RewardError
+from posttrain.paths import is_path
 from posttrain.spec import Named
-from posttrain.weights import Weights, is_path
+from posttrain.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class Reward(Named, ABC):
             return f"{self.type} needs the package(s) {names}: pip install 'posttrain[rewards]'"
         for name, weights in self.weights.items():
             source = getattr(self, name)
-            if is_path(source) and weights.local(source) is None:
+            if is_path(source, hub=True) and weights.local(source) is None:
                 return f"{name}: no {' and '.join(weights.files)} at {source!r}"
         return None
 

@@ -18,11 +18,12 @@ from posttrain.compiling import compile_blocks
 from posttrain.device import reset_peak_memory
 from posttrain.errors import TrainingError
 from posttrain.feeds import Feed, feed_of
+from posttrain.files import published, write
 from posttrain.judge import Judge
 from posttrain.lineage import DESCRIPTION
 from posttrain.memory import OutOfMemory
 from posttrain.micro_batch import described, found_by_trying, remember, settled
-from posttrain.model import FlowModel
+from posttrain.model import FlowModel, torch_dtype
 from posttrain.parallel.world import ALONE, World
 from posttrain.policy import Policy
 from posttrain.progress import stage_progress
@@ -115,13 +116,15 @@ def run_stage(
     }
     strategy.close()
     if world.main:
-        with checkpoint.published(folder / "final") as part:
+        dtype = torch_dtype(stage.export_dtype) if stage.tune.type == "full" else torch.float32
+        needs = dtype.itemsize * sum(tensor.numel() for tensor in weights.values())
+        with published(folder / "final", needs) as part:
             if stage.tune.type == "lora":
                 model.save_lora(part, weights)
             else:
                 model.save(part, stage.export_dtype, weights)
             (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
-        (folder / "stage.json").write_text(json.dumps(summary, indent=2))
+        write(folder / "stage.json", json.dumps(summary, indent=2))
     world.barrier()
 
 

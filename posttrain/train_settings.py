@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.activations import Checkpointing
 from posttrain.spec import Spec, at
+from posttrain.wording import multiples_near
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 
@@ -85,7 +86,7 @@ class Train(Spec):
         # a checkpoint or an image grid in the middle of a batch would need the batch itself to go on
         for name in ("steps", "checkpoint_every", "sample_every"):
             if (value := getattr(self, name)) is not None and value % n:
-                near = " or ".join(str(v) for v in (value // n * n, value // n * n + n) if v)
+                near = multiples_near(value, n)
                 words = f"{value} is no multiple of steps_per_batch, {n}; the nearest are {near}"
                 raise at((name,), words)
         return self

@@ -20,7 +20,8 @@ from posttrain.data.prompts import prompt_rows
 from posttrain.device import peak_memory
 from posttrain.errors import TrainingError
 from posttrain.feeds import Feed
-from posttrain.grids import grid
+from posttrain.files import write
+from posttrain.grids import grid, png
 from posttrain.judge import Judge
 from posttrain.micro_batch import remember
 from posttrain.monitor import Action, collapsed, hacking
@@ -201,8 +202,7 @@ class StageWatch:
         if self.tracker is None:
             return
         picture = grid(images.cpu(), 4, captions=self.shown)
-        (self.folder / "samples").mkdir(exist_ok=True)
-        picture.save(self.folder / "samples" / f"step-{step:08d}.png")
+        write(self.folder / "samples" / f"step-{step:08d}.png", png(picture))
         self.tracker.image("samples", step, picture)
 
     @functools.cached_property

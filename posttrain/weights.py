@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.errors import RewardError
+from posttrain.paths import is_path
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Weights:
         """As :meth:`local`, fetched from the hub where it is not there. Raises RewardError."""
         if (found := self.local(source)) is not None:
             return found
-        if is_path(source):
+        if is_path(source, hub=True):
             raise RewardError(f"{source!r} is no folder with {', '.join(self.files)}")
         return self.fetch(source)
 
@@ -57,15 +58,10 @@ class Weights:
         return {file.relative_to(found).as_posix(): sha256(file) for file in files}
 
 
-def is_path(source: str) -> bool:
-    """Whether ``source`` is written as a path, not as a repository's name."""
-    return source.startswith((".", "/", "~"))
-
-
 def _cached(repo: str, files: tuple[str, ...]) -> Path | None:
     from huggingface_hub import snapshot_download
 
-    if is_path(repo):
+    if is_path(repo, hub=True):
         return None
     try:
         return Path(snapshot_download(repo, allow_patterns=list(files), local_files_only=True))

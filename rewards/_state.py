@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import RewardError
+from posttrain.fitting import misfit
 
 _COLLECTED: ContextVar[list[nn.Module] | None] = ContextVar("collected", default=None)
 LAYERS = (0, 2, 4, 6, 7)
@@ -75,17 +76,8 @@ def collected() -> Iterator[list[nn.Module]]:
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     """Put ``state``, read from ``file``, into ``module``. Raises RewardError unless it fits in all names
     and shapes: a layer left random would still give scores."""
-    own = module.state_dict()
-    problems = [f"no {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [
-        f"{name} of shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise RewardError(f"the weights in {str(file)!r} do not fit: {'; '.join(problems[:3])}{more}")
+    if problems := misfit(module.state_dict(), state):
+        raise RewardError(f"the weights in {str(file)!r} do not fit: {problems}")
     module.load_state_dict(state)
 
 

@@ -143,7 +143,7 @@ def test_the_card_says_what_was_measured(prompts, tmp_path):
 @pytest.mark.parametrize("moment", ["claim", "merge", "clean"])
 def test_a_kill_at_any_moment_loses_and_leaves_nothing(prompts, tmp_path, monkeypatch, moment):
     whole = run(NoiseSampler(), settings(prompts, keep="png"), tmp_path / "whole")
-    place = {"claim": "_write", "merge": "result", "clean": "_clean"}[moment]
+    place = {"claim": "write", "merge": "result", "clean": "_clean"}[moment]
     with monkeypatch.context() as patch:
 
         def killed(*_):

@@ -16,8 +16,9 @@ from posttrain.curves import chart, smoothed, ticks
 from posttrain.grids import grid, to_pil
 from posttrain.records import Tracker, read_metrics
 from posttrain.report import table, write_report
-from posttrain.results import duration, load_results, short, verdict
+from posttrain.results import load_results, verdict
 from posttrain.statistics import bootstrap_interval, paired_difference
+from posttrain.wording import duration, short
 
 EVIL = 'a <script>alert(1)</script> & "quoted" prompt'
 

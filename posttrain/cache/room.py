@@ -6,18 +6,16 @@ What goes is the shard that was used longest ago, of any store. A process that h
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from safetensors import SafetensorError
 
 from posttrain.errors import PosttrainError
-from posttrain.results import short
+from posttrain.files import locked, problem, publish
+from posttrain.wording import short
 
 SHARDS = "*/*.safetensors"
 
@@ -46,17 +44,17 @@ class Room:
         or more than the disk has free.
         """
         self._reserved += needed_bytes
-        needed, new = short(float(needed_bytes), "B"), short(float(missing_bytes), "B")
-        limit = short(float(self.limit), "B")
+        needed, new = short(needed_bytes, "B"), short(missing_bytes, "B")
+        limit = short(self.limit, "B")
         if self._reserved > self.limit:
             raise PosttrainError(
                 f"{what}: {count} encodings take {needed}, with what is cached beside them "
-                f"{short(float(self._reserved), 'B')}, more than cache.max_size, {limit}: raise it, "
+                f"{short(self._reserved, 'B')}, more than cache.max_size, {limit}: raise it, "
                 "cache less, or set cache.dtype to bf16"
             )
         if missing_bytes > (free := shutil.disk_usage(store).free):
             raise PosttrainError(
-                f"{what}: {new} are to be cached in {str(store)!r}, whose disk has {short(float(free), 'B')} "
+                f"{what}: {new} are to be cached in {str(store)!r}, whose disk has {short(free, 'B')} "
                 "free: give another cache.path, or cache less"
             )
         todo = (
@@ -85,19 +83,17 @@ class Room:
                     file.unlink()
                     over -= bytes_
             if over > 0:
-                part.unlink()
                 raise PosttrainError(
                     f"the cache {str(self.root)!r} is full of what this run uses: raise cache.max_size, "
-                    f"{short(float(self.limit), 'B')}"
+                    f"{short(self.limit, 'B')}"
                 )
-            part.replace(shard)
+            publish(part, shard)
             self._used.add(shard)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder: no shard appears or is removed by another process meanwhile."""
-        with (self.root / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.root / ".lock"):
             yield
 
 
@@ -106,8 +102,7 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn what goes wrong while writing to ``folder`` into a PosttrainError that names it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk in an exception of its own
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+    except Exception as error:
+        if isinstance(error, PosttrainError) or (why := problem(error)) is None:
+            raise
         raise PosttrainError(f"cannot write the cache {str(folder)!r}: {why}; see cache.path") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.cache.room import Room, writing
+from posttrain.files import aside, publish
 
 ABOUT = "about.json"
 """What the store's entries were made by, for people."""
@@ -125,24 +125,22 @@ class Store:
     def _make_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / ABOUT).is_file():
-            part = self.folder / f".{ABOUT}.{os.getpid()}.part"
-            part.write_text(self._about)
-            part.replace(self.folder / ABOUT)
+            with aside(self.folder / ABOUT, shared=True) as part:
+                part.write_text(self._about)
+                publish(part, self.folder / ABOUT)
 
     def _write(self, entries: Mapping[str, Entry]) -> None:
         checksums = {key: checksum(key, entry, self._computed) for key, entry in entries.items()}
         about = json.dumps({"checksums": checksums, "computed": self._computed}, sort_keys=True)
         name = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
-        file, part = self.folder / f"{name}.safetensors", self.folder / f".{name}.{os.getpid()}.part"
-        with writing(self.folder):
+        file = self.folder / f"{name}.safetensors"
+        with writing(self.folder), aside(file, shared=True) as part:
             self._make_folder()  # again: the cache may be cleared while a run uses it
             # a tensor that is a row of a batch would be refused for sharing its memory with the others
             tensors = {f"{key}/{n}": t.clone() for key, entry in entries.items() for n, t in entry.items()}
             save_file(tensors, part, metadata={"posttrain": about})
             # safetensors lets nobody else read what it writes; the user's own mask is to decide
             part.chmod((self.folder / ABOUT).stat().st_mode & 0o777)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
             self.room.publish(part, file)
 
     def _discard(self, file: Path, why: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posttrain.data.records import Bucket
 from posttrain.errors import DataError
+from posttrain.wording import multiples_near
 
 MAX_ASPECT = 2
 """Buckets go from 1:2 to 2:1; a longer image loses its ends."""
@@ -49,9 +50,8 @@ def bucket_problem(bucket: Bucket, divisor: int, max_pixels: int) -> str | None:
     """Why a row's bucket cannot be used, with the nearest sides that can; None if it can."""
     for name, side in zip(("bw", "bh"), bucket, strict=True):
         if side % divisor:
-            below = side // divisor * divisor
-            legal = f"{below} or {below + divisor}" if below else f"{divisor}"
-            return f"{name} {side} is not a multiple of {divisor}; the nearest is {legal}"
+            near = multiples_near(side, divisor)
+            return f"{name} {side} is not a multiple of {divisor}; the nearest is {near}"
     if bucket[0] * bucket[1] > max_pixels:
         return f"a bucket of {bucket[0]} x {bucket[1]} pixels is more than max_pixels ({max_pixels})"
     return None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ModelError
+from posttrain.fitting import misfit
 
 if TYPE_CHECKING:
     import torch
@@ -210,17 +211,8 @@ def load_component(module: torch.nn.Module, source: Path) -> None:
     for file in files:
         with explained(str(file)):
             state |= load_file(file)
-    own = module.state_dict()
-    problems = [f"{n}: missing" for n in own if n not in state]
-    problems += [f"{n}: unexpected" for n in state if n not in own]
-    problems += [
-        f"{n}: shape {tuple(state[n].shape)}, expected {tuple(own[n].shape)}"
-        for n in own
-        if n in state and state[n].shape != own[n].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ModelError(f"the weights in {str(folder)!r} do not fit: {'; '.join(problems[:3])}{more}")
+    if problems := misfit(module.state_dict(), state):
+        raise ModelError(f"the weights in {str(folder)!r} do not fit: {problems}")
     module.load_state_dict(state)
 
 

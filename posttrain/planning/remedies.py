@@ -13,7 +13,7 @@ from posttrain.chain import check_processes
 from posttrain.errors import RecipeError
 from posttrain.planning.needs import Needs, evaluation_needs, stage_needs
 from posttrain.recipe_file import overridden
-from posttrain.results import short
+from posttrain.wording import short
 
 if TYPE_CHECKING:
     from posttrain.planning.counts import Counts
@@ -170,7 +170,7 @@ def _prompt_cache(recipe: Recipe, counts: Counts) -> Iterator[Change]:
     rests = [counts.cuda and recipe.model.rests("prompts", cached=cached) for cached in (False, True)]
     if not recipe.cache.prompts and rests == [False, True]:
         each = sum(tensor.nbytes for tensor in counts.condition(1).values())
-        yield Change("cache.prompts=true", f"{short(float(each), 'B')} of disk for each prompt")
+        yield Change("cache.prompts=true", f"{short(each, 'B')} of disk for each prompt")
 
 
 def _offload(recipe: Recipe, counts: Counts) -> Iterator[Change]:

@@ -17,7 +17,7 @@ from posttrain.planning.memory import PARTS
 from posttrain.planning.needs import Needs, evaluation_needs, stage_needs
 from posttrain.planning.remedies import Remedy, evaluation_remedies, stage_remedies
 from posttrain.planning.work import Work
-from posttrain.results import duration, short
+from posttrain.wording import duration, short
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from posttrain.device import synchronize
+
 SHAPES = {"cuda": [(8192, 8192, 8192), (8192, 1536, 6144), (8192, 6144, 1536)], "cpu": [(1024, 1024, 1024)]}
 """Rows, inner and outer width: a large square, and the feed-forward layers of SD3.5 Medium."""
 
@@ -24,19 +26,13 @@ def _product(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, in
     b = torch.randn(inner, outer, device=device, dtype=dtype)
 
     def timed(count: int) -> float:
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(count):
             torch.matmul(a, b)
-        synchronise(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     timed(2)  # the first product chooses a kernel
     count = max(1, int(seconds / max(timed(1), 1e-6) / 3))
     return 2 * rows * inner * outer * count / min(timed(count) for _ in range(3))
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was asked, so that the clock tells its time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

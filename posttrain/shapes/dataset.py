@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from numpy.random import Generator, Philox
 
 from posttrain.errors import DataError
+from posttrain.files import aside, publish
 from posttrain.shapes.render import render
 from posttrain.shapes.scene import SIZE, STYLES, TASKS, Scene, sample_scene, sample_task
 
@@ -43,26 +42,22 @@ def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
             return
         what = f"another Shapes data set ({found})" if found else "something else"
         raise DataError(f"{str(folder)!r} holds {what}, not {settings}: give another folder or remove it")
-    # a name of its own, since two runs may want the same folder at once
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        (part / "images").mkdir(parents=True)
-        with (part / "train.jsonl").open("w") as rows, (part / "metadata.jsonl").open("w") as metadata:
-            for index in range(images):
-                scene = scene_at(seed, index, style)
-                data = _jpeg(scene)
-                md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-                (part / "images" / f"{md5}.jpg").write_bytes(data)
-                row = {"md5": md5, "caption_en": scene.caption, "bw": SIZE, "bh": SIZE}
-                rows.write(json.dumps(row) + "\n")
-                metadata.write(json.dumps(scene.metadata) + "\n")
-        (part / "shapes.json").write_text(json.dumps(settings))
-        if folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
-        part.rename(folder)
+        # two runs may want the same folder at once
+        with aside(folder, shared=True) as part:
+            (part / "images").mkdir(parents=True)
+            with (part / "train.jsonl").open("w") as rows, (part / "metadata.jsonl").open("w") as metadata:
+                for index in range(images):
+                    scene = scene_at(seed, index, style)
+                    data = _jpeg(scene)
+                    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+                    (part / "images" / f"{md5}.jpg").write_bytes(data)
+                    row = {"md5": md5, "caption_en": scene.caption, "bw": SIZE, "bh": SIZE}
+                    rows.write(json.dumps(row) + "\n")
+                    metadata.write(json.dumps(scene.metadata) + "\n")
+            (part / "shapes.json").write_text(json.dumps(settings))
+            publish(part, folder, replace=False)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         if folder.is_dir() and _settings(folder) == settings:
             return  # another run was faster
         raise DataError(f"cannot write the Shapes data set {str(folder)!r}: {error}") from error

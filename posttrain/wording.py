@@ -1,0 +1,38 @@
+"""Words numbers, sizes and times as a person says them."""
+
+from __future__ import annotations
+
+
+def short(value: float | None, unit: str = "") -> str:
+    """A figure with an SI prefix, such as 55.2k or, of bytes, 1.2 GB; a dash where there is none."""
+    if value is None:
+        return "–"
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
+    while abs(value) >= 1000 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    prefix = prefixes[0]
+    number = f"{value:.0f}" if prefix == "" and value == int(value) else f"{value:.3g}"
+    return f"{number}{' ' if unit else ''}{prefix}{unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """``26 min``, as a person says it; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def multiples_near(value: int, unit: int) -> str:
+    """The positive multiples of ``unit`` just below and above ``value``: ``32 or 48``."""
+    low = value // unit * unit
+    return " or ".join(str(multiple) for multiple in (low, low + unit) if multiple > 0)
+
+
+def no_multiple(value: int, unit: int) -> str:
+    """What is wrong with a side of ``value`` pixels where the model needs a multiple of ``unit``."""
+    near = multiples_near(value, unit)
+    return f"{value} is no multiple of the {unit} pixels that this model needs; the nearest are {near}"

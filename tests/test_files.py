@@ -1,0 +1,228 @@
+"""A file or folder of a run is there whole or not at all, whatever stops its writing."""
+
+import contextlib
+import resource
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from posttrain import files
+from posttrain.differences import differences
+from posttrain.errors import PosttrainError
+from posttrain.files import aside, locked, publish, published, write
+from posttrain.fitting import misfit
+from posttrain.paths import is_path
+from posttrain.wording import multiples_near
+
+ROOT = Path(__file__).resolve().parent.parent
+STOPS = [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()]
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def most_bytes(count):
+    """The system refuses to write more than ``count`` bytes to any file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=["disk", "exception", "interrupt"])
+@pytest.mark.parametrize("step", ["write_bytes", "_flush", "replace"])
+def test_a_write_that_is_stopped_leaves_the_old_file_whole_and_nothing_else(
+    tmp_path, monkeypatch, stop, step
+):
+    write(tmp_path / "stage.json", "old")
+    whole = Path.write_bytes
+
+    def stopped(*arguments):
+        if step == "write_bytes":
+            whole(arguments[0], arguments[1][: len(arguments[1]) // 2])
+        raise stop
+
+    monkeypatch.setattr(files if step == "_flush" else Path, step, stopped)
+    expected = PosttrainError if isinstance(stop, OSError) else type(stop)
+    with pytest.raises(expected) as caught:
+        write(tmp_path / "stage.json", "a new text")
+    assert tree(tmp_path) == {"stage.json": "old"}
+    if expected is PosttrainError:
+        assert "stage.json': the disk is full (" in str(caught.value)
+        assert "GB free, at least 10 B needed); what was written before is intact" in str(caught.value)
+
+
+def write_folder(folder, stop):
+    with published(folder, 2 * 10**9) as part:
+        (part / "a").write_text("new")
+        if stop is not None:
+            raise stop
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=["disk", "exception", "interrupt"])
+@pytest.mark.parametrize("step", ["in the block", "_flush", "rename", "second rename"])
+def test_a_folder_that_is_stopped_leaves_the_old_one_whole_and_nothing_else(
+    tmp_path, monkeypatch, stop, step
+):
+    with published(tmp_path / "final") as part:
+        (part / "sub").mkdir()
+        (part / "sub" / "a").write_text("old")
+    rename, calls = Path.rename, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if step == "second rename" and len(calls) != 2:
+            return rename(*arguments)
+        raise stop
+
+    if step == "_flush":
+        monkeypatch.setattr(files, "_flush", stopped)
+    elif step != "in the block":
+        monkeypatch.setattr(Path, "rename", stopped)
+    expected = PosttrainError if isinstance(stop, OSError) else type(stop)
+    with pytest.raises(expected):
+        write_folder(tmp_path / "final", stop if step == "in the block" else None)
+    assert tree(tmp_path) == {"final/sub/a": "old"}
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for name in ("a", "b"):
+        with published(tmp_path / "final") as part:
+            (part / name).write_text(name)
+    assert tree(tmp_path) == {"final/b": "b"}
+
+
+@pytest.mark.parametrize("moment", ["while it is written", "between the renames"])
+def test_a_kill_leaves_the_old_folder_and_the_next_write_clears_up(tmp_path, moment):
+    with published(tmp_path / "final") as part:
+        (part / "a").write_text("old")
+    die = "os.kill(os.getpid(), 9)"
+    script = "import os, sys; from pathlib import Path; from posttrain.files import published\n"
+    if moment == "between the renames":
+        script += "rename, calls = Path.rename, []\n"
+        script += f"Path.rename = lambda *a: {die} if calls else (calls.append(a), rename(*a))\n"
+    script += "with published(Path(sys.argv[1])) as part:\n    (part / 'b').write_text('half')\n"
+    if moment == "while it is written":
+        script += f"    {die}\n"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "final")], cwd=ROOT)
+    assert done.returncode == -9
+    assert "old" in tree(tmp_path).values()
+    with pytest.raises(ZeroDivisionError), published(tmp_path / "final"):
+        _ = 1 / 0
+    assert tree(tmp_path) == {"final/a": "old"}
+
+
+def test_of_processes_that_publish_a_shared_folder_the_first_one_wins(tmp_path):
+    with aside(tmp_path / "data", shared=True) as one, aside(tmp_path / "data", shared=True) as other:
+        for part, text in ((one, "one"), (other, "other")):
+            part.mkdir()
+            (part / "a").write_text(text)
+        publish(one, tmp_path / "data", replace=False)
+        with pytest.raises(OSError, match="not empty"):
+            publish(other, tmp_path / "data", replace=False)
+    assert tree(tmp_path) == {"data/a": "one"}
+
+
+TENSORS = {"a": torch.zeros(100_000)}
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda part: torch.save(TENSORS, part / "state.pt"),
+        lambda part: save_file(TENSORS, part / "model.safetensors"),
+        lambda part: (part / "text").write_text("a" * 400_000),
+    ],
+    ids=["torch", "safetensors", "text"],
+)
+def test_what_any_library_says_of_a_write_that_failed_names_the_folder(tmp_path, save):
+    with (
+        pytest.raises(PosttrainError, match=r"cannot write .*step-1': .*at least 400 kB needed"),
+        published(tmp_path / "step-1", 400_000) as part,
+        most_bytes(100_000),
+    ):
+        save(part)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("free", "words"), [(0, "the disk is full"), (10**12, r"cut off .*unexpected pos")])
+def test_torch_does_not_say_why_a_write_was_cut_off_but_the_disk_does(tmp_path, monkeypatch, free, words):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    with (
+        pytest.raises(PosttrainError, match=words),
+        published(tmp_path / "a", 400_000) as part,
+        most_bytes(9999),
+    ):
+        torch.save(TENSORS, part / "state.pt")
+
+
+def test_safetensors_words_for_a_full_disk_are_known():
+    words = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert files.problem(RuntimeError(words)) == "the disk is full"
+    assert files.problem(RuntimeError("CUDA error: device-side assert triggered")) is None
+
+
+def test_a_lock_is_held_against_others_and_goes_with_its_process(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from posttrain.files import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        with locked(tmp_path / ".lock", wait=False) as held:
+            assert not held
+        child.kill()
+    with locked(tmp_path / ".lock", wait=False) as held:
+        assert held
+    with locked(tmp_path / ".lock") as held:
+        assert held
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**4))
+def test_the_nearest_multiples_are_multiples_around_the_value(value, unit):
+    near = [int(word) for word in multiples_near(value, unit).split(" or ")]
+    assert all(n > 0 and n % unit == 0 and abs(n - value) <= unit for n in near)
+    assert len(near) == (2 if value >= unit else 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "stage", "hub"),
+    [
+        ("soar", False, False),
+        *((path, True, True) for path in ("./soar", "..", "~/a", "/a")),
+        *((name, True, False) for name in ("runs/a/final", "openai/clip")),
+    ],
+)
+def test_a_path_is_told_from_the_name_of_a_stage_and_of_a_hub(text, stage, hub):
+    assert is_path(text) == stage
+    assert is_path(text, hub=True) == hub
+
+
+def test_differences_are_named_by_their_place_and_free_ones_are_not():
+    before = {"a": [{"b": 1}, {"b": 2}], "free": {"x": 1}, "c": [1]}
+    now = {"a": [{"b": 1}, {"b": 3}], "free": {"x": 2}, "c": [1, 2], "d": 0}
+    expected = ["a.1.b (was 2, now 3)", "c (was [1], now [1, 2])", "d (was None, now 0)"]
+    assert list(differences(before, now, ("free",))) == expected
+    assert list(differences(before, before)) == []
+
+
+def test_weights_fit_in_all_names_and_shapes_or_are_told():
+    own = {name: torch.zeros(2) for name in "abc"}
+    assert misfit(own, dict(own)) is None
+    state = {"b": torch.zeros(3), "c": own["c"], "x": own["a"], "y": own["a"]}
+    assert misfit(own, state) == "no a; unexpected x; unexpected y and 1 more"
+    assert misfit(own, {**own, "b": torch.zeros(3)}) == "b of shape (3,), not (2,)"
