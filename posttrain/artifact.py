@@ -21,8 +21,9 @@ from posttrain.snapshot import is_checkpoint, open_checkpoint
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.recipe import Recipe, Sampling, Stage
+    from posttrain.recipe import Recipe, Stage
     from posttrain.sampling import Sampler
+    from posttrain.sampling_settings import Sampling
 
 DESCRIPTION = "posttrain.json"
 LORA = "pytorch_lora_weights.safetensors"

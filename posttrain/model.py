@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from posttrain.cache.prompts import PromptCache
     from posttrain.condition import Condition
-    from posttrain.recipe import Sampling
+    from posttrain.sampling_settings import Sampling
     from posttrain.sampling import Sampler
 
 DtypeName = Literal["fp32", "bf16", "fp16"]

@@ -18,7 +18,7 @@ from posttrain.randomness import generator
 from posttrain.solvers import Solver, solve
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Sampling
+    from posttrain.sampling_settings import Sampling
 
 
 def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor]:

@@ -12,7 +12,7 @@ from posttrain.randomness import generator
 from posttrain.sampling import Sampler, hash_of
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Sampling
+    from posttrain.sampling_settings import Sampling
 
 
 class PipelineSampler(Sampler):

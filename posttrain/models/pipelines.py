@@ -14,8 +14,8 @@ from posttrain.models import _weights
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.recipe import Sampling
     from posttrain.sampling import Sampler
+    from posttrain.sampling_settings import Sampling
 
 
 class Pipeline(Model, ABC):
