@@ -134,7 +134,7 @@ class FlowModel(ABC):
 
     def __init__(self, transformer: Any, device: torch.device) -> None:
         self.transformer = transformer
-        """A torch module. LoRA and checkpointing use the methods that diffusers' models have."""
+        """A torch module with the methods of diffusers' ModelMixin, ConfigMixin and PeftAdapterMixin."""
         self.module = transformer
         """What :meth:`velocity` calls: the transformer, or what a parallel strategy wraps around it."""
         self.device = device

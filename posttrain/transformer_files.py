@@ -29,9 +29,8 @@ def save_component(
         name: weights.get(name, tensor).detach().to("cpu", dtype).contiguous()
         for name, tensor in module.state_dict().items()
     }
-    if hasattr(module, "save_config"):  # a plain torch module has no configuration
-        with quiet():
-            module.save_config(folder)
+    with quiet():
+        module.save_config(folder)
     pattern = "diffusion_pytorch_model{suffix}.safetensors"
     save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
 

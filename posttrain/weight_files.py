@@ -56,8 +56,8 @@ def content_hash(folder: Path, names: Iterable[str]) -> str:
 
 @functools.cache
 def _file_hash(file: Path, size: int, mtime_ns: int) -> str:
-    """The file's sha256, computed once per process and state of the file: every stage loads the text encoders,
-    which have 10 GB."""
+    """The file's sha256, computed once per process and state of the file: every stage loads the text
+    encoders, which have 10 GB."""
     del size, mtime_ns
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -41,14 +41,14 @@ def outlined(
     device: torch.device,
 ) -> Any | None:
     """The diffusers pipeline of class ``pipeline``, its components on ``device``, in ``dtypes`` by name or
-    ``default``; None where a component lacks a configuration and is not among those that may be ``absent``."""
+    ``default``; None where a component has no configuration and is not one that may be ``absent``."""
     import diffusers
     import torch
 
     kind: Any = getattr(diffusers, pipeline)
     types = kind._get_signature_types()
     required, _ = kind._get_signature_keys(kind)
-    made: dict[str, Any] = dict.fromkeys(required - {"self"})
+    made: dict[str, Any] = dict.fromkeys(name for name in required if name != "self")
     models = {name for name in made if not name.startswith(("tokenizer", "scheduler"))}
     if models - configs.keys() - set(absent):
         return None
