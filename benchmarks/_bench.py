@@ -27,10 +27,10 @@ from posttrain.blocks import blocks
 from posttrain.compiling import OPTIONS
 from posttrain.device import synchronize
 from posttrain.model import FlowModel
-from posttrain.models import _weights
+from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._outline import configs_at
 from posttrain.models._published import PUBLISHED
-from posttrain.models._unpublished import Unpublished, configs_at
-from posttrain.models.sd3 import SD3FlowModel
+from posttrain.models.sd3 import SD3
 from posttrain.planning.counts import META
 from posttrain.planning.footprint import Held, flops
 from posttrain.planning.throughput import matrix_flops
@@ -115,15 +115,16 @@ def bench(options: argparse.Namespace, tune: Tune | None = None) -> Bench:
     if options.device == "cpu":
         torch.set_num_threads(1)
     device, tokens = torch.device(options.device), 16 if options.model == "tiny" else 256
-    with _weights.quiet():
-        model = SD3FlowModel(_pipeline(options, device, tune is not None), Path(), tokens, device)
+    model = _model(options, tokens, device, tune is not None)
     # a fresh output layer is zero, and every velocity and most gradients with it
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.02)
     (tune or Full()).apply(model.transformer, 0)
     return Bench(options, model)
 
 
-def _pipeline(options: argparse.Namespace, device: torch.device, frozen: bool = False) -> Unpublished:
+def _model(
+    options: argparse.Namespace, tokens: int, device: torch.device, frozen: bool = False
+) -> DiffusersFlowModel:
     tiny = configs_at("posttrain/tiny-sd3")
     assert tiny is not None, "it comes with the package"
     configs = dict(tiny)
@@ -144,17 +145,17 @@ def _pipeline(options: argparse.Namespace, device: torch.device, frozen: bool = 
                 **tiny["text_encoder_3"],
                 "d_model": transformer["joint_attention_dim"],
             }
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    with _weights.quiet():
-        dtypes = {"default": dtype, "transformer": dtype if frozen else torch.float32}
-        return Unpublished(configs, dtypes, device)
+    dtype = "bf16" if options.precision == "bf16" else "fp32"
+    spec = SD3(path=options.model, max_sequence_length=tokens, dtype=dtype)
+    made = spec.outline_of(configs, dtype if frozen else "fp32", device)
+    assert made is not None, "every component has a configuration"
+    return made
 
 
 def forward_flops(it: Bench) -> int:
     """FLOPs of one forward of one sample, counted."""
-    tokens = it.model.max_sequence_length  # type: ignore[attr-defined]
-    with _weights.quiet():
-        model = SD3FlowModel(_pipeline(it.options, META), Path(), tokens, META)
+    tokens = it.model.spec.max_sequence_length  # type: ignore[attr-defined]
+    model = _model(it.options, tokens, META)
     with torch.no_grad():
         condition = model.encode_prompts(["a"])
     side = it.options.resolution

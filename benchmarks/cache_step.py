@@ -27,7 +27,8 @@ from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
 from posttrain.cache.fill import fill_for_stage
 from posttrain.feeds import feed_of
-from posttrain.models import sd3
+from posttrain.models import _diffusers_flow
+from posttrain.models.sd3 import SD3
 from posttrain.parallel.single import Single
 from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
@@ -69,7 +70,7 @@ def main() -> int:
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="posttrain-cache-"))
     atexit.register(shutil.rmtree, work, ignore_errors=True)
-    spec = sd3.SD3(path="posttrain/tiny-sd3", max_sequence_length=16)
+    spec = SD3(path="posttrain/tiny-sd3", max_sequence_length=16)
     loaded = {name: spec.load(torch.device("cpu"), "fp32") for name in CACHES}
     model = loaded["none"]
     for parameter in model.transformer.parameters():
@@ -102,9 +103,9 @@ def main() -> int:
                 return 1
         prompts = [""] * len(batch.conditions.table["pooled_projections"])
         timed("encode prompts, 8 at once", lambda prompts=prompts: model.encode_prompts(prompts))
-        sd3.PROMPTS_AT_ONCE, before = len(prompts), sd3.PROMPTS_AT_ONCE
+        _diffusers_flow.PROMPTS_AT_ONCE, before = len(prompts), _diffusers_flow.PROMPTS_AT_ONCE
         timed("encode prompts, all at once", lambda prompts=prompts: model.encode_prompts(prompts))
-        sd3.PROMPTS_AT_ONCE = before
+        _diffusers_flow.PROMPTS_AT_ONCE = before
         pixels = torch.rand(len(batch), 3, 64, 64) * 2 - 1
         timed("encode images, 8 at once", lambda pixels=pixels: model.posterior(pixels))
         with torch.no_grad():

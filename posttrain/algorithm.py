@@ -73,7 +73,7 @@ class Items:
 
     A field is read as an attribute, ``items.latents``. Two are always among them: ``prompt`` (n,), since
     items index the batch's conditions and do not copy them, and ``place`` (n,), that of the item's sample
-    in the batch.
+    in the batch. Raises ValueError where one is missing, or where first axes differ.
     """
 
     weight: Tensor
@@ -82,6 +82,16 @@ class Items:
     conditions: Conditions
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """What to record of the batch: scalars, and vectors (n,) to be recorded as histograms."""
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in ("prompt", "place") if name not in self.fields]:
+            raise ValueError(
+                f"items lack {' and '.join(map(repr, missing))}; they have {sorted(self.fields)}"
+            )
+        lengths = {name: len(tensor) for name, tensor in {"weight": self.weight, **self.fields}.items()}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"items: every field needs one entry per item, and the lengths are {found}")
 
     def __getattr__(self, name: str) -> Tensor:
         try:

@@ -10,14 +10,16 @@ from pydantic import TypeAdapter
 
 from posttrain.checkpoint import STATE, read
 from posttrain.errors import ModelError
-from posttrain.lineage import DESCRIPTION, LORA, read_text, sources, with_parents
-from posttrain.model import FlowModel, Model
+from posttrain.lineage import DESCRIPTION, read_text, sources, with_parents
+from posttrain.model import FlowModel, Model, Sampler
+from posttrain.model_choice import model_of
+from posttrain.pipeline_folder import local_folder
+from posttrain.transformer_files import LORA
 
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.recipe import Sampling
-    from posttrain.sampling import Sampler
+    from posttrain.sampling_settings import Sampling
 
 
 EMA, RAW = "ema", "raw"
@@ -46,14 +48,14 @@ def open_sampler(
     weights: str | None = None,
 ) -> tuple[Sampler, str]:
     """As :func:`open_artifact`, ready to draw images; also of models that cannot be trained."""
-    from posttrain.sampling import flow_sampler
+    from posttrain.sampling import flow_sampler, sampler_of
 
     if weights is None and not _is_checkpoint(path):
         spec, adapters, found = _described(path, base)
         if not spec.trainable:
             if adapters:
                 raise ModelError(f"{path!r} is a LoRA, and those of {spec.type} models cannot be loaded")
-            return spec.sampler(device, settings), found
+            return sampler_of(spec, device, settings), found
     model, spec, found = _opened(path, device, base, weights)
     return flow_sampler(model, spec, settings, path), found
 
@@ -76,9 +78,7 @@ def _opened(
 
 
 def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
-    """The model that ``path`` is or builds on, the adapters to load onto it, and which weights they are."""
-    from posttrain.models._weights import local_folder
-    from posttrain.models.pipelines import model_of
+    """The model that ``path`` is or builds on, what to load onto it in turn, and which weights they are."""
     from posttrain.recipe import AnyModel
 
     folder = local_folder(path)
@@ -105,9 +105,11 @@ def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
         spec = model_of(path)
     if not lora and base is not None:
         raise ModelError(f"--base is for a LoRA; {path!r} is a whole pipeline")
+    weights = described["weights"] if described else "raw" if lora else "base"
+    if "path" not in type(spec).model_fields:
+        return spec, with_parents(folder) if folder else [], weights
     if (source := base if lora else folder and str(folder)) is not None:
         spec = spec.model_copy(update={"path": source})
-    weights = described["weights"] if described else "raw" if lora else "base"
     return spec, with_parents(folder) if lora and folder else [], weights
 
 

@@ -15,9 +15,9 @@ from posttrain.suites import published_as
 from posttrain.versions import versions
 
 if TYPE_CHECKING:
+    from posttrain.model import Sampler
     from posttrain.recipe import Evaluation
     from posttrain.reward import Reward
-    from posttrain.sampling import Sampler
 
 Row = Mapping[str, Any]
 FORMAT = 1

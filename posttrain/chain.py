@@ -159,7 +159,7 @@ def _evaluate(
     from posttrain.device import set_tf32
     from posttrain.evaluate import evaluate
     from posttrain.lineage import sources
-    from posttrain.sampling import flow_sampler
+    from posttrain.sampling import flow_sampler, sampler_of
 
     assert recipe.evaluation is not None, "called for recipes with an evaluation"
     name = stage.name if stage else BASE
@@ -169,7 +169,7 @@ def _evaluate(
     set_tf32(False)
     weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"
     if stage is None:
-        sampler = spec.sampler(device, recipe.evaluation)
+        sampler = sampler_of(spec, device, recipe.evaluation)
     else:
         model = spec.load(device, "fp32")
         for source in sources(recipe, stage.name, folder):

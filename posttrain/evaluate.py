@@ -26,9 +26,9 @@ from posttrain.wording import no_multiple
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from posttrain.model import Sampler
     from posttrain.recipe import Evaluation
     from posttrain.reward import Scorer
-    from posttrain.sampling import Sampler
     from posttrain.scoring import Row
 
 CARD, RECORDS, CLAIM, PARTS = "eval.json", "records.jsonl", "claim.json", "parts"

@@ -16,9 +16,9 @@ from posttrain.errors import ModelError
 from posttrain.model import Model
 from posttrain.paths import is_path
 from posttrain.recipe import BASE, Recipe, Stage
+from posttrain.transformer_files import LORA
 
 DESCRIPTION = "posttrain.json"
-LORA = "pytorch_lora_weights.safetensors"
 
 
 def describe(spec: Model, parents: Sequence[Path], stage: Stage, final: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -16,7 +17,7 @@ from posttrain.wording import short
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from posttrain.model import EncoderName
+    from posttrain.model import EncoderName, FlowModel
     from posttrain.recipe import Recipe, Stage
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,15 +63,21 @@ def plan(recipe: Recipe) -> RenderableType:
 
 def _cache(recipe: Recipe) -> list[RenderableType]:
     """What is cached, how large one encoding is, and how much there is already."""
+    import torch
+
     from posttrain.cache.contents import contents
 
     cache, parts = recipe.cache, []
+    if not cache.prompts and cache.latents == "off":
+        return []
+    outline = recipe.model.outline("fp32", torch.device("meta"))
     if cache.prompts:
-        parts.append(f"prompts{_each(kept_bytes(recipe, 'prompts', 0))}")
+        size = kept_bytes(recipe, outline, "prompts", 0) if outline else None
+        parts.append(f"prompts{_each(size)}")
     if cache.latents != "off":
         sides = {s.data.resolution for s in recipe.stages if isinstance(s.data, Images) and s.data.resolution}
         side = sides.pop() if len(sides) == 1 else None
-        size = kept_bytes(recipe, "images", side) if side else None
+        size = kept_bytes(recipe, outline, "images", side) if side and outline else None
         at = f" at {side} px" if size else ""
         parts.append(f"latents ({cache.latents}){_each(size)}{at}")
     if not parts:
@@ -81,14 +88,21 @@ def _cache(recipe: Recipe) -> list[RenderableType]:
     return [Text(f"{words}. Each stage says how much it needs before it encodes.")]
 
 
-def kept_bytes(recipe: Recipe, encoder: EncoderName, side: int) -> float | None:
-    """What the cache keeps of a prompt, or of an image of ``side`` pixels squared; None where unknown."""
-    if (size := recipe.model.encoding_bytes(encoder, side)) is None:
-        return None
+def kept_bytes(recipe: Recipe, outline: FlowModel, encoder: EncoderName, side: int) -> float:
+    """What the cache keeps of a prompt, or of an image of ``side`` pixels squared."""
+    size = encoding_bytes(outline, encoder, side)
     # what is computed in half precision is kept as it is; latents are always computed in float32
     rounds = recipe.cache.dtype == "bf16" and (encoder == "images" or recipe.model.frozen_dtype() == "fp32")
     halves = rounds + (encoder == "images" and recipe.cache.latents == "sampled")
     return size / 2**halves
+
+
+def encoding_bytes(outline: FlowModel, encoder: EncoderName, side: int) -> int:
+    """Bytes of an encoded prompt, or of the posterior of an image of ``side`` pixels squared, as they are
+    computed."""
+    if encoder == "images":
+        return 2 * 4 * math.prod(outline.latent_shape(side, side))
+    return sum(tensor.nbytes for tensor in outline.encode_prompts(["a"]).values())
 
 
 def _each(size: float | None) -> str:

@@ -24,7 +24,7 @@ from posttrain.parallel.single import Single
 from posttrain.paths import is_path
 from posttrain.reward import Reward
 from posttrain.reward_blocks import reward_blocks
-from posttrain.solvers import Solver
+from posttrain.sampling_settings import Sampling
 from posttrain.spec import Spec, at, union
 from posttrain.spelling import meant
 from posttrain.train_settings import Train
@@ -114,22 +114,6 @@ def _no_reward_twice(rewards: list[Reward]) -> None:
     kinds = [reward.label for reward in rewards]
     if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
         raise at(("rewards",), f"{', '.join(sorted(twice))} is given twice")
-
-
-class Sampling(Spec):
-    """How images are drawn for prompts."""
-
-    resolution: int = Field(512, ge=8)
-    """Side of the images, in pixels."""
-    steps: int = Field(40, ge=1)
-    """Sampling steps."""
-    guidance: float = Field(4.5, ge=0)
-    """Classifier-free guidance scale; 1 is none."""
-    solver: Solver = "euler"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the transformer's forward (bf16 is autocast)."""
-    seed: int = 0
-    """Of the noise, which belongs to the prompt: equal for every stage, on any number of processes."""
 
 
 class Evaluation(Sampling):

@@ -87,8 +87,8 @@ class StandIn(FlowModel):
     """A velocity of one parameter, which notes how it is called."""
 
     def __init__(self) -> None:
-        self.transformer = nn.Linear(1, 1, bias=False)
-        self.device, self.shift, self.divisor = torch.device("cpu"), 3.0, 1
+        super().__init__(nn.Linear(1, 1, bias=False), torch.device("cpu"))
+        self.shift = 3.0
         self.calls: list[tuple[int, bool]] = []
         """(rows, whether with gradients) of each call."""
 
@@ -101,28 +101,17 @@ class StandIn(FlowModel):
         self.calls.append((len(latents), torch.is_grad_enabled()))
         return self.transformer.weight.sum() * latents
 
-    def sigmas(self, steps: int, height: int, width: int) -> list[float]:
-        return torch.linspace(1, 0, steps + 1).tolist()
-
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         return {"c": torch.zeros(len(prompts), 1)}
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a stand-in is given latents")
 
-    def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        return noise
-
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (1, 1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
-
-    def _unused(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("a stand-in has nothing to save")
-
-    save = save_lora = load_weights = _unused
 
 
 class StandInJudge:

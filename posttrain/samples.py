@@ -11,7 +11,7 @@ from posttrain.device import resolve, set_tf32
 from posttrain.errors import PosttrainError
 from posttrain.grids import grid, to_pil
 from posttrain.progress import stage_progress
-from posttrain.recipe import Sampling
+from posttrain.sampling_settings import Sampling
 from posttrain.solvers import Solver
 
 if TYPE_CHECKING:

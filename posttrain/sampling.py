@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +10,14 @@ from torch import Tensor
 
 from posttrain.condition import Conditions
 from posttrain.memory import fitted
-from posttrain.model import FlowModel, Model
+from posttrain.model import FlowModel, Model, Sampler
 from posttrain.policy import Policy
 from posttrain.randomness import generator
 from posttrain.solvers import Solver, solve
+from posttrain.weight_files import hash_of
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Sampling
+    from posttrain.sampling_settings import Sampling
 
 
 def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor]:
@@ -85,28 +84,6 @@ def sample_images(
     return fitted(drawn, policy, lambda: not policy.layout.in_parts)
 
 
-class Sampler(ABC):
-    """What an evaluation needs of a model: images for prompts."""
-
-    device: torch.device
-    divisor: int
-    """Image sides must be multiples of this many pixels."""
-    source: str
-    """Where the weights come from, for the result card."""
-    settings: Mapping[str, Any]
-    """What a recipe's ``model`` block says beside that."""
-    forward_equivalents: int
-    """Forwards of the denoiser so far, of one sample each."""
-
-    @abstractmethod
-    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
-        """Images (n, 3, h, w) in [0, 1], the ``indices[i]``-th of ``prompts[i]``, each from its own noise."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """The sha256 of the denoiser's weights."""
-
-
 class FlowSampler(Sampler):
     """Samples a :class:`FlowModel` by the policy's role in use; what it costs is not the policy's."""
 
@@ -144,11 +121,12 @@ def flow_sampler(model: FlowModel, spec: Model, settings: Sampling, source: str)
     return FlowSampler(Policy(model, autocast=autocast), source, spec.described())
 
 
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 over name, shape and float32 values of each tensor, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        values = tensor.detach().float().cpu().contiguous().numpy()
-        digest.update(values.data)  # a view: a large model's bytes are not copied
-    return digest.hexdigest()
+def sampler_of(spec: Model, device: torch.device, settings: Sampling) -> Sampler:
+    """What draws images with the weights that ``spec`` names: a sampler of its own, or the loaded model.
+
+    Raises ModelError as :meth:`Model.load`.
+    """
+    if (own := spec.sampler(device, settings)) is not None:
+        return own
+    source = spec.model_dump(mode="json").get("path", spec.type)
+    return flow_sampler(spec.load(device, "fp32"), spec, settings, source)

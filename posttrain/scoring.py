@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from posttrain.model import Sampler
     from posttrain.recipe import Evaluation
     from posttrain.reward import Reward, Scorer
-    from posttrain.sampling import Sampler
 
 Row = Mapping[str, Any]
 

@@ -12,11 +12,10 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.spec import Named
+from posttrain.transformer_files import ADAPTER
 
 if TYPE_CHECKING:
     from torch import nn
-
-ADAPTER = "default"
 
 
 class Tune(Named, ABC):

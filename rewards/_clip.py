@@ -69,7 +69,7 @@ def load_clip(weights: Path, processor: Path, device: torch.device) -> Clip:
 def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    from posttrain.models._weights import quiet
+    from posttrain.hugging_face import quiet
 
     with quiet():
         return CLIPTokenizer.from_pretrained(folder)
@@ -80,7 +80,7 @@ def load_pixels(folder: Path) -> Callable[[Tensor], Tensor]:
     from transformers import CLIPImageProcessorPil
 
     from posttrain.grids import to_pil
-    from posttrain.models._weights import quiet
+    from posttrain.hugging_face import quiet
 
     with quiet():
         # by name, so that machines with and without torchvision see the same pixels

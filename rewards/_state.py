@@ -41,7 +41,7 @@ def read(file: Path, key: str | None = None) -> dict[str, Tensor]:
 def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     """transformers' model of class ``kind`` in ``folder``, frozen, in float32. Raises RewardError where
     weights are missing: transformers makes up random ones."""
-    from posttrain.models._weights import quiet
+    from posttrain.hugging_face import quiet
 
     try:
         with quiet():

@@ -49,7 +49,7 @@ class ImageReward(Neural):
         from transformers import BertTokenizer
 
         from posttrain.grids import to_pil
-        from posttrain.models._weights import quiet
+        from posttrain.hugging_face import quiet
 
         with quiet():
             tokenizer = BertTokenizer.from_pretrained(self.located("tokenizer"))

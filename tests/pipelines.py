@@ -22,7 +22,7 @@ def pipeline_folder(seed=0):
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    from posttrain.models._weights import quiet
+    from posttrain.hugging_face import quiet
     from posttrain.models.tiny_sd3 import _clip_tokenizer, _t5_tokenizer
 
     torch.manual_seed(seed)

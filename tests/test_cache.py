@@ -295,12 +295,12 @@ def test_another_encoder_setting_or_machine_has_other_entries(tmp_path, monkeypa
     assert names(load(dtype="bf16"))[0] != before[0]
     assert names(load(), "bf16")[1] != before[1]
     longer = load()
-    longer.max_sequence_length = 17
+    longer.spec = longer.spec.model_copy(update={"max_sequence_length": 17})
     assert names(longer)[0] != before[0]
     for file, changed in (("text_encoder_2/model.safetensors", 0), ("vae/config.json", 1)):
         path = folder / file
         path.write_bytes(path.read_bytes() + b" ")
-        now = names(SD3FlowModel(longer.pipeline, folder, 16, longer.device))
+        now = names(SD3FlowModel(load().spec, longer.pipeline, folder, longer.device))
         assert now[changed] != before[changed]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     assert names(load())[1] != before[1]

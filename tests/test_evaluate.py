@@ -17,9 +17,11 @@ from posttrain.compare import compare_table, load, worded, write_page
 from posttrain.errors import PosttrainError, RecipeError, RewardError
 from posttrain.evaluate import evaluate
 from posttrain.launch import place
+from posttrain.model import Sampler
 from posttrain.recipe import Evaluation
-from posttrain.sampling import Sampler, hash_of, prompt_noise
+from posttrain.sampling import prompt_noise
 from posttrain.suites import SUITES, published_as, suite_prompts
+from posttrain.weight_files import hash_of
 
 
 class NoiseSampler(Sampler):

@@ -495,11 +495,11 @@ def test_encoders_at_rest_come_to_work_and_give_the_same():
         return [*model.encode_prompts(prompts).values(), mean, model.decode(mean)]
 
     before = results()
-    resting = [p for e in (*model._text_encoders(), model.vae) for p in e.parameters()]
+    resting = [p for e in (*model.text_encoders(), model.vae) for p in e.parameters()]
     kept = [p.data_ptr() for p in resting]
     at_work = []
     first = resting[0].data_ptr()
-    model._text_encoders()[0].register_forward_hook(lambda *_: at_work.append(resting[0].data_ptr() != first))
+    model.text_encoders()[0].register_forward_hook(lambda *_: at_work.append(resting[0].data_ptr() != first))
     for encoder in model.encoders.values():
         encoder.rest()
     after = results()
@@ -512,7 +512,7 @@ def test_offloaded_encoders_never_settle_on_the_device():
     path = {"path": str(pipeline_folder()), "max_sequence_length": 16}
     for offload, where in [(True, "cpu"), (False, "meta")]:
         model = SD3(**path, offload=offload).load(META, "fp32")
-        encoders = (*model._text_encoders(), model.vae)
+        encoders = (*model.text_encoders(), model.vae)
         assert {p.device.type for e in encoders for p in e.parameters()} == {where}
         assert {p.device.type for p in model.transformer.parameters()} == {"meta"}
 

@@ -10,10 +10,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from posttrain.artifact import open_sampler
 from posttrain.errors import DataError, ModelError, RecipeError
-from posttrain.models.pipelines import SDXL, Flux, model_of
+from posttrain.model_choice import model_of
+from posttrain.models.pipelines import SDXL, Flux
 from posttrain.models.sd3 import SD3
-from posttrain.recipe import Sampling
 from posttrain.recipe_file import parse_recipe
+from posttrain.sampling_settings import Sampling
 
 CPU = torch.device("cpu")
 TEXT = {

@@ -19,6 +19,7 @@ from posttrain.algorithm import Algorithm
 from posttrain.errors import PosttrainError
 from posttrain.models._published import PUBLISHED
 from posttrain.parallel.shares import Shares
+from posttrain.plan import encoding_bytes
 from posttrain.planning import remedies
 from posttrain.planning.counts import Counts
 from posttrain.planning.data import cache_bytes, known
@@ -63,7 +64,7 @@ def test_the_published_shape_has_the_published_number_of_weights(sd35m):
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert count(outline.transformer) == 2_243_171_520
     assert count(outline.vae) == 83_819_683
-    encoders = [count(e) for e in outline._text_encoders()]
+    encoders = [count(e) for e in outline.text_encoders()]
     assert encoders == [123_650_304, 694_659_840, 4_762_310_656]
     assert set(PUBLISHED["stabilityai/stable-diffusion-3.5-medium"]) >= {"transformer", "vae", "scheduler"}
 
@@ -358,8 +359,9 @@ def test_what_is_cached_is_encoded_once():
 def test_the_caches_size_is_told_where_it_is_known(tmp_path):
     recipe = overridden(planned("sft"), ["cache={prompts: true, latents: mean_logvar, dtype: bf16}"])
     counts = Counts(recipe.model, cuda=False)
-    prompt, image = (recipe.model.encoding_bytes(encoder, 64) for encoder in ("prompts", "images"))
-    assert prompt == sum(t.nbytes for t in counts.condition(1).values())
+    prompt, image = (encoding_bytes(counts.outline(), encoder, 64) for encoder in ("prompts", "images"))
+    assert prompt == 4 * ((16 + 16) * 96 + 96)  # CLIP's and T5's tokens, and the pooled embeddings
+    assert image == 2 * 4 * 8 * 8 * 8  # mean and log-variance of 8 channels
     assert cache_bytes(recipe, counts) == 100 * prompt / 2 + 100 * image / 2
     unknown = load_recipe("sd35m-soar", ["cache.prompts=true"], checks=False)
     assert cache_bytes(unknown, Counts(unknown.model, cuda=True)) is None

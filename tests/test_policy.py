@@ -16,8 +16,8 @@ from posttrain.parallel.single import Single
 from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
 from posttrain.randomness import Draws
-from posttrain.recipe import Sampling
 from posttrain.sampling import encode, flow_sampler
+from posttrain.sampling_settings import Sampling
 from posttrain.train_settings import Train
 from posttrain.trainer import update
 from posttrain.tuning import Full

@@ -367,7 +367,7 @@ def test_what_is_no_checkpoint_or_not_finished_is_said(finished, tmp_path):
 def test_the_shipped_model_says_how_it_was_made_and_is_small():
     import hashlib
 
-    from posttrain.models._weights import ASSETS
+    from posttrain.pipeline_folder import ASSETS
 
     folder = ASSETS / "tiny-sd3"
     files = [file for file in folder.rglob("*") if file.is_file()]

@@ -1,14 +1,18 @@
 """Does the SD3 model agree with diffusers' own pipeline, and do its artifacts load there?"""
 
+import json
+
 import pytest
 import torch
 from pipelines import load, pipeline_folder
+from safetensors import safe_open
 
 from posttrain.condition import Conditions
 from posttrain.errors import ModelError
 from posttrain.models.sd3 import SD3
 from posttrain.policy import Policy
 from posttrain.sampling import encode, prompt_noise, sample_images, sample_latents
+from posttrain.transformer_files import LORA, adapter_state
 from posttrain.tuning import Full, Lora
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
@@ -126,7 +130,19 @@ def test_a_lora_artifact_loads_in_diffusers_with_its_alpha_and_merges_to_the_sam
     conditions, rows = encode(model, PROMPTS)
     arguments = (conditions, rows, noise, model.sigmas(4, 16, 16), 4.5, "euler")
     own = sample_latents(Policy(model), *arguments)
-    model.save_lora(tmp_path / "final", dict(model.transformer.named_parameters()))
+    weights = dict(model.transformer.named_parameters())
+    model.save_lora(tmp_path / "final", weights)
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path / "diffusers",
+        transformer_lora_layers=adapter_state(model.transformer, weights),
+        transformer_lora_adapter_metadata=model.transformer.peft_config["default"].to_dict(),
+    )
+    ours, theirs = (safe_open(tmp_path / f / LORA, "pt") for f in ("final", "diffusers"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours.get_tensor(k), theirs.get_tensor(k)) for k in ours.keys())  # noqa: SIM118
+    ours, theirs = (json.loads(f.metadata()["lora_adapter_metadata"]) for f in (ours, theirs))
+    name = "transformer.target_modules"
+    assert {**ours, name: sorted(ours[name])} == {**theirs, name: sorted(theirs[name])}
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder())
     pipeline.set_progress_bar_config(disable=True)
@@ -237,7 +253,7 @@ def test_a_left_out_text_encoder_stays_out_of_the_artifact(tmp_path):
 def test_what_the_hub_refuses_says_what_to_do(kind, words):
     from huggingface_hub import errors
 
-    from posttrain.models._weights import explained
+    from posttrain.hugging_face import explained
 
     class Response:
         headers, request, status_code = {}, None, 403
@@ -248,7 +264,6 @@ def test_what_the_hub_refuses_says_what_to_do(kind, words):
 
 
 def test_text_encoders_that_do_not_fit_are_named(tmp_path):
-    import json
     import shutil
 
     folder = shutil.copytree(pipeline_folder(), tmp_path / "wide")

@@ -19,14 +19,14 @@ from posttrain.cache.store import Store
 from posttrain.data.prompts import prompt_rows
 from posttrain.feeds import Feed, ImageFeed
 from posttrain.parallel.world import ALONE, World
-from posttrain.sampling import FlowSampler, Sampler
+from posttrain.sampling import FlowSampler
 from posttrain.watch import samples_shown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from posttrain.cache.settings import Cache
-    from posttrain.model import EncoderName, FlowModel
+    from posttrain.model import EncoderName, FlowModel, Sampler
     from posttrain.recipe import Recipe, Stage
 
 
@@ -52,8 +52,9 @@ def fill_for_stage(
         if stage.monitor is not None and recipe.evaluation is not None:
             rows = prompt_rows(recipe.evaluation.prompts)
             prompts += [row["prompt"] for row in rows[: stage.monitor.prompts]]
-        model.prompt_cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
-        model.prompt_cache.fill(prompts, stage.name, console, world.rank, world.size)
+        cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
+        model.prompt_cache = cache
+        cache.fill(prompts, stage.name, console, world.rank, world.size)
         model.rest("prompts")
     if settings.latents != "off" and isinstance(feed, ImageFeed):
         store = _store(room, settings.latents, settings, model, "images", console)
@@ -74,8 +75,9 @@ def fill_for_evaluation(
     if settings.prompts and recipe.evaluation is not None and isinstance(sampler, FlowSampler):
         model, room = sampler.policy.model, Room(settings.folder(), settings.max_size)
         prompts = [row["prompt"] for row in prompt_rows(recipe.evaluation.prompts)]
-        model.prompt_cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
-        model.prompt_cache.fill(prompts, f"evaluate {name}", console, world.rank, world.size)
+        cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
+        model.prompt_cache = cache
+        cache.fill(prompts, f"evaluate {name}", console, world.rank, world.size)
         model.rest("prompts")
         world.barrier()
 

@@ -1,4 +1,4 @@
-"""How does a diffusers pipeline draw the images of an evaluation?"""
+"""Draws the images of an evaluation with a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from posttrain.model import Sampler
 from posttrain.randomness import generator
-from posttrain.sampling import Sampler, hash_of
+from posttrain.weight_files import hash_of
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Sampling
+    from posttrain.sampling_settings import Sampling
 
 
 class PipelineSampler(Sampler):

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from posttrain.errors import DataError, ModelError
-from posttrain.model import DtypeName, FlowModel, Model, torch_dtype
-from posttrain.models import _weights
+from posttrain.hugging_face import explained, quiet
+from posttrain.model import DtypeName, FlowModel, Model, Sampler, torch_dtype
+from posttrain.pipeline_folder import local_folder, missing
 
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.recipe import Sampling
-    from posttrain.sampling import Sampler
+    from posttrain.sampling_settings import Sampling
 
 
 class Pipeline(Model, ABC):
@@ -46,8 +46,8 @@ class Pipeline(Model, ABC):
                 "leave the solver at 'euler'"
             )
         dtype = torch_dtype(self.dtype or settings.precision)
-        with _weights.quiet(), _weights.explained(self.path):
-            folder = _weights.local_folder(self.path)
+        with quiet(), explained(self.path):
+            folder = local_folder(self.path)
             pipeline = DiffusionPipeline.from_pretrained(
                 self.path if folder is None else folder, revision=self.revision, torch_dtype=dtype
             )
@@ -66,13 +66,7 @@ class Pipeline(Model, ABC):
         return {}
 
     def missing(self) -> str | None:
-        return _weights.missing(self.path, self.denoiser, self.pipelines)
-
-    def divisor(self) -> int | None:
-        return None
-
-    def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        return None
+        return missing(self.path, self.denoiser, self.pipelines)
 
 
 class SDXL(Pipeline):
@@ -102,17 +96,3 @@ class Flux(Pipeline):
 
     def arguments(self, settings: Sampling) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
-
-
-def model_of(path: str) -> Model:
-    """The recipe's ``model`` for a diffusers folder or hub name, by the pipeline that its index names.
-
-    What is not known, or not there, is taken for Stable Diffusion 3, whose loader says what is wrong.
-    """
-    from posttrain.models.sd3 import SD3
-
-    index = _weights.index_of(path)
-    for variant in (SDXL, Flux):
-        if index is not None and index.get("_class_name") in variant.pipelines:
-            return variant.model_validate({"path": path})
-    return SD3.model_validate({"path": path})

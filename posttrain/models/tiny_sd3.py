@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from posttrain.errors import ModelError, TrainingError
-from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
-from posttrain.models import _weights
+from posttrain.hugging_face import quiet
+from posttrain.model import DtypeName, EncoderName, FlowModel, Model
+from posttrain.models._outline import configs_at
 from posttrain.models.sd3 import SD3
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class TinySD3(Model):
         settings = json.dumps(self.model_dump(), indent=2)
         if not done.is_dir():
             shutil.rmtree(part, ignore_errors=True)
-            with _weights.quiet():
+            with quiet():
                 _build(self, part, folder)
             (part / "tiny_sd3.json").write_text(settings)
             part.rename(done)
@@ -61,34 +62,23 @@ class TinySD3(Model):
         raise ModelError("a tiny_sd3 model is loaded after materialise(), as the SD3 folder that it makes")
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
-        from posttrain.models._unpublished import Unpublished, configs_at
-        from posttrain.models.sd3 import SD3FlowModel
-
         if (shipped := configs_at("posttrain/tiny-sd3")) is None:
             return None
-        size = {
+        own = {
             "num_layers": self.layers,
             "attention_head_dim": self.head_dim,
             "num_attention_heads": self.heads,
+            "caption_projection_dim": self.heads * self.head_dim,
         }
-        width = {"caption_projection_dim": self.heads * self.head_dim}
-        configs = {**shipped, "transformer": {**shipped["transformer"], **size, **width}}
-        dtypes = {"default": torch_dtype("fp32"), "transformer": torch_dtype(transformer_dtype)}
-        with _weights.quiet():
-            pipeline = Unpublished(configs, dtypes, device)
-        return SD3FlowModel(pipeline, Path("tiny-sd3"), TOKENS, device)
+        configs = {**shipped, "transformer": {**shipped["transformer"], **own}}
+        made = SD3(path="tiny-sd3", max_sequence_length=TOKENS)
+        return made.outline_of(configs, transformer_dtype, device)
 
     def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
         return cached  # as of the SD3 folder that it becomes
 
-    def missing(self) -> str | None:
-        return None
-
     def divisor(self) -> int | None:
         return 8
-
-    def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        return None
 
 
 def _build(spec: TinySD3, folder: Path, work: Path) -> None:

@@ -39,23 +39,23 @@ def known(data: Data, counts: Counts, name: str) -> Known:
 
 def cache_bytes(recipe: Recipe, counts: Counts) -> float | None:
     """What the recipe's cache takes of the disk, at most; None where that is not known here."""
-    total = 0.0
+    total, outline = 0.0, counts.outline()
     # stages of equal data share what is kept
     stages = {stage.data.model_dump_json(): stage for stage in recipe.stages}
     for stage in stages.values():
         data = known(stage.data, counts, stage.name)
         side = round((data.size[0] * data.size[1]) ** 0.5)
         if recipe.cache.prompts:
-            total += _times(data.prompts, kept_bytes(recipe, "prompts", side))
+            total += _times(data.prompts, kept_bytes(recipe, outline, "prompts", side))
         if recipe.cache.latents != "off" and not isinstance(stage.data, PromptData):
-            total += _times(data.images, kept_bytes(recipe, "images", side))
+            total += _times(data.images, kept_bytes(recipe, outline, "images", side))
     if recipe.cache.prompts and recipe.evaluation is not None:
-        total += _times(_distinct(recipe.evaluation.prompts), kept_bytes(recipe, "prompts", 0))
+        total += _times(_distinct(recipe.evaluation.prompts), kept_bytes(recipe, outline, "prompts", 0))
     return None if math.isnan(total) else total
 
 
-def _times(count: int | None, size: float | None) -> float:
-    return math.nan if count is None or size is None else count * size
+def _times(count: int | None, size: float) -> float:
+    return math.nan if count is None else count * size
 
 
 def _distinct(prompts: AnyPrompts) -> int | None:

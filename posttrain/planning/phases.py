@@ -17,7 +17,8 @@ from posttrain.stage import AUTOCAST
 from posttrain.watch import SHOWN
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Recipe, Sampling, Stage
+    from posttrain.recipe import Recipe, Stage
+    from posttrain.sampling_settings import Sampling
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 

@@ -11,7 +11,8 @@ from posttrain.watch import SHOWN
 
 if TYPE_CHECKING:
     from posttrain.planning.counts import Counts, Size
-    from posttrain.recipe import Recipe, Sampling, Stage
+    from posttrain.recipe import Recipe, Stage
+    from posttrain.sampling_settings import Sampling
 
 
 @dataclass(frozen=True)
