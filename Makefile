@@ -16,7 +16,7 @@ check: .venv/ready-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # torch first and pinned: on a Linux CPU a free range would fetch several GB of CUDA
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0

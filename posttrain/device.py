@@ -1,9 +1,8 @@
-"""On which device does a run live, and how much memory did it need there?"""
+"""Chooses the device of a run, and measures the memory that the run needs there."""
 
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -59,6 +58,12 @@ def peak_memory(device: torch.device) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has no such module
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -10,6 +10,10 @@ class PosttrainError(Exception):
     """A failure with a clear message; the command line prints it without a traceback."""
 
 
+class InstallError(PosttrainError, ImportError):
+    """An install that lacks a part of the package."""
+
+
 class RecipeError(PosttrainError, ValueError):
     """A recipe that cannot be run."""
 

@@ -21,6 +21,7 @@ from posttrain.recipe import Evaluation, Recipe, Scoring
 from posttrain.recipe_errors import listed, translated
 from posttrain.reward import Reward
 from posttrain.reward_blocks import reward_blocks
+from posttrain.shipped import shipped
 from posttrain.spelling import meant
 from posttrain.suites import suite_prompts
 from posttrain.yaml_source import Place, Source, parse, read_file
@@ -127,7 +128,9 @@ def chosen_rewards(names: Sequence[str], overrides: Sequence[str]) -> list[Rewar
 
 def shipped_recipes() -> dict[str, str]:
     """Name -> first comment line of each recipe that comes with the package."""
-    found = sorted((f for f in files("posttrain.recipes").iterdir() if f.name.endswith(".yaml")), key=str)
+    found = sorted(
+        (f for f in files(shipped("posttrain.recipes")).iterdir() if f.name.endswith(".yaml")), key=str
+    )
     return {f.name.removesuffix(".yaml"): f.read_text().splitlines()[0].lstrip("# ") for f in found}
 
 
@@ -136,7 +139,7 @@ def recipe_text(name: str) -> str:
     known = shipped_recipes()
     if name not in known:
         raise RecipeError(f"no recipe {name!r} is shipped{meant(name, known)}; there are {', '.join(known)}")
-    return (files("posttrain.recipes") / f"{name}.yaml").read_text()
+    return (files(shipped("posttrain.recipes")) / f"{name}.yaml").read_text()
 
 
 def dump_recipe(recipe: Recipe) -> str:

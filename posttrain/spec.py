@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Union, get_args
 from pydantic import BaseModel, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
 
+from posttrain.shipped import shipped
+
 Variants = dict[str, "type[Named]"]
 
 AnyPath = Annotated[Path, Strict(False)]
@@ -63,9 +65,10 @@ class Named(Spec):
 def discover(family: type[Named], package: str) -> Variants:
     """Import every public module of ``package`` and every entry point of the group of that name.
 
-    Returns the family's variants by name. Raises ImportError where a module cannot be imported.
+    Returns the family's variants by name. Raises InstallError where the install lacks ``package``, and
+    ImportError where a module cannot be imported.
     """
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+    for module in pkgutil.iter_modules(shipped(package).__path__):
         if not module.name.startswith("_"):  # what variants share is none, and may import heavy libraries
             importlib.import_module(f"{package}.{module.name}")
     for plugin in entry_points(group=package):
