@@ -78,7 +78,7 @@ def listed(targets: list[dict]) -> int:
 
 
 def reported(targets: list, options: argparse.Namespace) -> int:
-    from execution import SURVIVED
+    from execution import SURVIVED, TOO_LONG
     from operators import Module
 
     rows, below = [], False
@@ -102,11 +102,12 @@ def reported(targets: list, options: argparse.Namespace) -> int:
         count = len(target.outcomes)
         score = 100 * (1 - open_ / count) if count else 100.0
         below |= score < LEAST
-        rows.append((target.name, count, count - accepted - open_, accepted, open_, score))
+        late = sum(outcome == TOO_LONG for outcome in target.outcomes.values())
+        rows.append((target.name, count, count - accepted - open_, late, accepted, open_, score))
     width = max(len(row[0]) for row in rows)
-    print(f"{'module':{width}} mutants killed accepted open  score")
-    for name, count, killed, accepted, open_, score in rows:
-        print(f"{name:{width}} {count:7} {killed:6} {accepted:8} {open_:4} {score:5.1f}%")
+    print(f"{'module':{width}} mutants killed (too long) accepted open  score")
+    for name, count, killed, late, accepted, open_, score in rows:
+        print(f"{name:{width}} {count:7} {killed:6} {late:10} {accepted:8} {open_:4} {score:5.1f}%")
     return int(below)
 
 

@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib.util
 import json
+import math
 import os
 import resource
 import shutil
@@ -27,7 +28,7 @@ from types import CodeType, FunctionType
 import pytest
 from operators import Module, Mutant
 
-SURVIVED, KILLED, NOT_POSSIBLE = 0, 1, 3
+SURVIVED, KILLED, NOT_POSSIBLE, TOO_LONG = 0, 1, 3, 4
 PYTEST = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:xdist"]
 
 
@@ -64,12 +65,15 @@ def forked(run: Callable[[], int], *, silent: bool = True) -> int:
 def outcomes(jobs: Iterable[tuple[int, Callable[[], int], float]], at_once: int) -> Iterator[tuple[int, int]]:
     """Run (number, function, seconds allowed) in children, ``at_once`` together; yield (number, exit code).
 
-    A child that takes too long is stopped, and counts as killed, as one that crashes does.
+    A child that uses more processor time than allowed is stopped; one that crashes counts as killed.
     """
     waiting, running = iter(jobs), {}
     while True:
         while len(running) < at_once and (job := next(waiting, None)) is not None:
-            running[forked(job[1])] = (job[0], time.monotonic() + job[2])
+            number, function, seconds = job
+            # a busy machine must not stop what is merely waiting for its turn
+            pid = forked(functools.partial(limited, function, seconds))
+            running[pid] = (number, time.monotonic() + 60 + 10 * seconds)
         if not running:
             return
         time.sleep(0.003)
@@ -81,14 +85,19 @@ def outcomes(jobs: Iterable[tuple[int, Callable[[], int], float]], at_once: int)
             if done:
                 del running[pid]
                 code = os.waitstatus_to_exitcode(status)
-                yield number, code if code in (SURVIVED, NOT_POSSIBLE) else KILLED
+                if code in (-signal.SIGKILL, -signal.SIGXCPU):
+                    code = TOO_LONG
+                yield number, code if code in (SURVIVED, NOT_POSSIBLE, TOO_LONG) else KILLED
 
 
-def limited() -> None:
-    """Let a mutant that grows without end fail before the machine does."""
+def limited(function: Callable[[], int], seconds: float) -> int:
+    """Run ``function`` in at most so much processor time and 4 GiB: a mutant may go on, or grow, without end."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 4 * 2**30, resource.RLIM_INFINITY))
+    limit = min(math.ceil(seconds), 100_000)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    return function()
 
 
 def settle() -> None:
@@ -166,7 +175,7 @@ class Collected:
             keys = {outermost.get(c[1:]) for c in self.called[item.nodeid] if c[0] == target.path}
             for key in keys - {None}:
                 callers.setdefault(key, []).append(item)
-        jobs = [(-1, functools.partial(self.attempt, module, None, own), 1e9)]
+        jobs = [(-1, functools.partial(self.attempt, module, None, own), 1e5)]
         for number, mutant in list(enumerate(module.mutants))[:: self.every]:
             tests = callers.get(mutant.key, [])
             if mutant.key is None:
@@ -185,7 +194,6 @@ class Collected:
                 target.outcomes[number] = code
 
     def attempt(self, module: Module, mutant: Mutant | None, items: list[pytest.Item]) -> int:
-        limited()
         for cache in self.caches:
             cache.cache_clear()
         if mutant is not None:
