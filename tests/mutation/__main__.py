@@ -78,7 +78,7 @@ def listed(targets: list[dict]) -> int:
 
 
 def reported(targets: list, options: argparse.Namespace) -> int:
-    from execution import SURVIVED, TOO_LONG
+    from children import SURVIVED, TOO_LONG
     from operators import Module
 
     rows, below = [], False
