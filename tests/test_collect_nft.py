@@ -1,5 +1,7 @@
 """DiffusionNFT's rollout, loss and old policy on a linear velocity, worked out in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from by_hand import SHAPE, conditions, linear_policy, near, per_item, velocity, wide
@@ -28,7 +30,7 @@ def test_the_old_policy_draws_samples_that_are_noised_again(guidance, fraction, 
     with torch.no_grad():
         found, fields = algorithm.rollout(batch(), Tools(policy, draws, lambda steps: GRID[: steps + 1]))
     x = draws.normal("initial", SHAPE).double()
-    for s, t in zip(GRID, GRID[1:], strict=False):
+    for s, t in pairwise(GRID):
         x = x + (t - s) * velocity(0.5, x, torch.full((N,), s), batch().prompt, guidance)
     near(found, x)
     assert sorted(fields) == ["latents", "prompt", "sigma", "x0"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from by_hand import SHAPE, Given, conditions, linear_policy, near, per_item, step, velocity, wide
+from by_hand import SHAPE, Given, conditions, linear_policy, near, step, velocity, wide
 
 from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms._flow_matching import loss_weight

@@ -1,6 +1,7 @@
 """The flow's, the solvers' and the advantages' formulas at points where a person can compute them."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ SIGMAS = [1.0, 0.8, 0.5, 0.4, 0.0]
 def dpm(velocity, x, second_order):
     """DPM-Solver++ from its paper: lambda, h, r; sigma 1 and 0, where lambda is infinite, in first order."""
     points, before, h_before = [x], None, None
-    for i, (s, t) in enumerate(zip(SIGMAS, SIGMAS[1:], strict=False)):
+    for i, (s, t) in enumerate(pairwise(SIGMAS)):
         x0 = x - s * velocity(x, s)
         data = x0
         if s < 1 and t > 0:
@@ -96,7 +97,7 @@ def test_a_solver_steps_as_published(solver):
     assert torch.equal(points[0], noise)
     if solver == "euler":
         expected = [noise]
-        for s, t in zip(SIGMAS, SIGMAS[1:], strict=False):
+        for s, t in pairwise(SIGMAS):
             expected.append(expected[-1] - (s - t) * velocity(expected[-1], s))
     else:
         expected = dpm(velocity, noise, solver == "dpm2")
@@ -111,7 +112,7 @@ def test_euler_is_the_default_and_differs_in_its_bits_from_dpm1():
         return x.sin() + sigma
 
     x = noise
-    for s, t in zip(grid, grid[1:], strict=False):
+    for s, t in pairwise(grid):
         x = x + (t - s) * velocity(x, s)
     assert torch.equal(solve(velocity, noise, grid), x)
     assert torch.equal(solve(velocity, noise, grid, "euler"), x)
