@@ -43,7 +43,7 @@ NAMES |= {b: a for a, b in NAMES.items()}
 METHODS = NAMES | {"sum": "mean", "mean": "sum"}
 DROPPED_METHODS = {"clamp", "abs", "sqrt", "square", "exp", "log", "sign", "sigmoid", "detach", "tanh"}
 TALK = {"print", "log", "debug", "info", "warning", "warn", "error", "TypeVar", "ParamSpec"}
-"""Calls whose arguments are words for people, or types."""
+"""Calls of words for people, or of types."""
 WORDS = {"description", "help", "title"}
 """Keyword arguments that are words for people."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -259,7 +259,8 @@ def _statements(node: ast.stmt) -> Iterator[ast.AST]:
         case ast.If() | ast.While():
             yield from (_with(node, test=ast.Constant(v)) for v in (True, False))
         case ast.Expr(value=ast.Call() | ast.Await()) | ast.Raise() | ast.Continue() | ast.Break():
-            yield ast.Pass()
+            if not (isinstance(node, ast.Expr) and _left_alone(node.value)):
+                yield ast.Pass()
         case ast.AugAssign(op=op, target=target):
             yield ast.Pass()
             if type(op) in ARITHMETIC and not isinstance(op, ast.BitOr | ast.BitAnd):
