@@ -1,0 +1,195 @@
+"""What online algorithms make of rewards: advantages, weights and metrics, worked out by hand."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from by_hand import SHAPE, conditions, linear_policy, near
+
+from posttrain.algorithm import Batch, Losses, Tools
+from posttrain.algorithms._online import Online
+from posttrain.judge import Verdict
+from posttrain.parallel.world import World
+from posttrain.randomness import Draws
+
+QUALITY = [1.0, 4.0, 2.0, 2.0, 2.0, 9.0]
+PRICE = [0.5, 0.5, 0.0, 0.0, 0.0, -2.0]
+"""Rewards of two groups of three, to be mixed as quality - 2 price: (0, 3, 2) and (2, 2, 13)."""
+TOTAL = [0.0, 3.0, 2.0, 2.0, 2.0, 13.0]
+
+
+class Written(Online):
+    """Samples are what the batch has; two items each; samples of advantage below -1 are left out."""
+
+    type: str = "written"
+
+    def rollout(self, batch, tools):
+        assert list(tools.draws.ids) == batch.place.tolist()
+        fields = {"value": batch.latents.flatten(1)[:, :2], "prompt": batch.prompt[:, None].expand(-1, 2)}
+        return batch.latents + 0.5, fields
+
+    def kept(self, advantage):
+        return advantage >= -1
+
+    def loss(self, items, policy):
+        return Losses(items.value)
+
+    def forward_equivalents_per_sample(self):
+        return 1.0
+
+
+@dataclass
+class Scored:
+    """A judge that knows the scores beforehand."""
+
+    quality: list = field(default_factory=lambda: QUALITY)
+    fails_at: int | None = None
+    done: bool = True
+    weights: dict = field(default_factory=lambda: {"quality": 1.0, "price": -2.0})
+    futures: list = field(default_factory=list)
+    seen: list = field(default_factory=list)
+
+    def submit(self, latents, batch):
+        self.seen.append((latents, batch))
+        future = Future()
+        self.futures.append(future)
+        if self.fails_at == len(self.futures) - 1:
+            future.set_exception(ValueError("the reward broke"))
+        elif self.done:
+            rows = batch.place - 10
+            quality, price = torch.tensor(self.quality)[rows], torch.tensor(PRICE)[rows]
+            future.set_result(Verdict({"quality": quality, "price": price}, {"quality/sharp": quality * 10}))
+        return future
+
+
+def batch(count=6):
+    latents = torch.arange(2.0 * count).view(count, *SHAPE)
+    group = torch.arange(count) // 3
+    rows = [{"prompt": str(i)} for i in range(count)]
+    prompt = torch.tensor([1, 1, 1, 2, 2, 2])[:count]
+    return Batch(latents, prompt, conditions(), rows, group, place=torch.arange(10, 10 + count))
+
+
+def collected(judge=None, chunk=4, world=None, count=6, **settings):
+    judge = judge or Scored()
+    draws = Draws((0,), range(10, 10 + count))
+    tools = Tools(linear_policy(chunk=chunk), draws, judge=judge, **({"world": world} if world else {}))
+    return Written(group_size=3, **settings).collect(batch(count), tools), judge
+
+
+def advantages(global_std=True):
+    total = torch.tensor(TOTAL, dtype=torch.float64)
+    means = torch.tensor([5 / 3] * 3 + [17 / 3] * 3)
+    if global_std:
+        return (total - means) / (total.std(correction=0) + 1e-4)
+    stds = torch.stack([total[:3].std(correction=0), total[3:].std(correction=0)]).repeat_interleave(3)
+    return (total - means) / (stds + 1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 6, 100])
+@pytest.mark.parametrize("global_std", [True, False])
+def test_rewards_become_advantages_of_items(chunk, global_std):
+    items, judge = collected(chunk=chunk, global_std=global_std)
+    assert [len(b) for _, b in judge.seen] == {1: [1] * 6, 4: [4, 2], 6: [6], 100: [6]}[chunk]
+    assert [row["prompt"] for _, b in judge.seen for row in b.metadata] == list("012345")
+    assert torch.equal(torch.cat([x for x, _ in judge.seen]), batch().latents + 0.5)
+    a = advantages(global_std)
+    near(items.advantage, a.repeat_interleave(2))
+    assert items.advantage.dtype == items.weight.dtype == torch.float32
+    assert items.weight.tolist() == [float(x >= -1) for x in a for _ in range(2)]
+    assert items.place.tolist() == [p for p in range(10, 16) for _ in range(2)]
+    assert items.prompt.tolist() == [1] * 6 + [2] * 6
+    assert items.value.tolist() == list(range(12))
+    assert items.conditions.table["c"].shape == (4, 1)
+
+
+def test_the_metrics():
+    items, _ = collected()
+    metrics = dict(items.metrics)
+    near(metrics.pop("advantages"), advantages())
+    total = torch.tensor(TOTAL, dtype=torch.float64)
+    within = (total[:3].std(correction=0) + total[3:].std(correction=0)) / 2
+    expected = {
+        "reward": 22 / 6, "reward_std": total.std(correction=0).item(), "reward_group_std": within.item(),
+        "groups_without_spread": 0.0, "samples_trained": (advantages() >= -1).double().mean().item(),
+        "reward/quality": 20 / 6, "reward/price": -1 / 6, "reward/quality/sharp": 200 / 6,
+        "item_bytes": float(items.nbytes),
+    }  # fmt: skip
+    assert {name: pytest.approx(value.item(), rel=1e-6) for name, value in metrics.items()} == expected
+    flat, _ = collected(Scored(quality=[1.0, 1.0, 0.0, 5.0, 6.0, 7.0]))
+    assert flat.metrics["groups_without_spread"] == 0.5
+    near(flat.advantage[:6], [0.0] * 6)
+
+
+@pytest.mark.parametrize("most", [0.5, 1.0, 5.0])
+def test_advantages_are_clamped(most):
+    items, _ = collected(adv_clip_max=most)
+    a = advantages()
+    near(items.advantage, a.clamp(-most, most).repeat_interleave(2))
+    near(items.metrics["advantages"], a)
+    assert (a.abs().max() > most) == (most < 5)
+    assert items.metrics["samples_trained"] == (a.clamp(-most, most) >= -1).double().mean()
+
+
+def test_clamping_on_both_sides():
+    items, _ = collected(Scored(quality=[9.0, 1.0, 1.0, 0.0, 9.0, 5.0]), adv_clip_max=0.75)
+    assert items.advantage.max() == 0.75
+    assert items.advantage.min() == -0.75
+
+
+def test_advantages_may_be_mixed_instead_of_rewards():
+    items, _ = collected(reward_mixing="advantages")
+    parts = []
+    for values, weight in ((QUALITY, 1.0), (PRICE, -2.0)):
+        v = torch.tensor(values, dtype=torch.float64)
+        means = v.view(2, 3).mean(1).repeat_interleave(3)
+        parts.append(weight * (v - means) / (v.std(correction=0) + 1e-4))
+    near(items.metrics["advantages"], sum(parts))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_advantages_are_relative_to_the_groups_of_all_processes(rank):
+    """This process has samples 0 to 2; what it hands over, the others have too, plus 100."""
+
+    @dataclass(frozen=True)
+    class Two(World):
+        def everyone(self, rows):
+            asked.append(rows.clone())
+            other = rows + 100
+            return torch.cat([rows, other] if self.rank == 0 else [other, rows])
+
+    asked = []
+    items, _ = collected(world=Two(rank, 2), count=3, chunk=2)
+    assert len(asked) == 4  # quality, price, the detail and the group
+    mine, other = [1.0, 4.0, 2.0], [101.0, 104.0, 102.0]
+    price = [0.5, 0.5, 0.0, 100.5, 100.5, 100.0]
+    quality = torch.tensor(mine + other, dtype=torch.float64)
+    total = quality - 2 * torch.tensor(price, dtype=torch.float64)
+    means = total.view(2, 3).mean(1).repeat_interleave(3)
+    a = (total - means) / (total.std(correction=0) + 1e-4)
+    near(items.advantage, a[:3].repeat_interleave(2))
+    assert len(items.metrics["advantages"]) == 6
+    near(items.metrics["reward/quality"], quality.mean())
+    near(items.metrics["reward/quality/sharp"], (torch.tensor(mine) * 10).mean() + 50)
+
+
+def test_a_reward_that_fails_stops_the_rollout():
+    judge = Scored(fails_at=0)
+    with pytest.raises(ValueError, match="the reward broke"):
+        collected(judge, chunk=2)
+    assert len(judge.seen) == 1
+
+
+def test_a_rollout_that_fails_drops_what_is_not_scored_yet():
+    class Broken(Written):
+        def rollout(self, batch, tools):
+            if 14 in batch.place:
+                raise ValueError("the rollout broke")
+            return super().rollout(batch, tools)
+
+    judge = Scored(done=False)
+    tools = Tools(linear_policy(chunk=2), Draws((0,), range(10, 16)), judge=judge)
+    with pytest.raises(ValueError, match="the rollout broke"):
+        Broken(group_size=3).collect(batch(), tools)
+    assert [future.cancelled() for future in judge.futures] == [True, True]
