@@ -66,6 +66,16 @@ def test_what_must_not_be_repeated_is_an_error_that_says_where():
     assert not isinstance(other.value, PosttrainError)
 
 
+@pytest.fixture(autouse=True)
+def given_back(monkeypatch):
+    """What is done between two tries, in its order."""
+    calls = []
+    monkeypatch.setattr(memory.gc, "collect", lambda: calls.append("collect"))
+    monkeypatch.setattr(memory, "free_memory", lambda device: calls.append(device))
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: calls.append("autocast"))
+    return calls
+
+
 class Work:
     """Fails as long as more rows are asked for than there is ``room`` for; forwards ``rows`` at most at a time."""
 
@@ -150,14 +160,10 @@ def test_other_errors_are_not_tried_again(error):
     assert (len(work.tried), work.undone, policy.chunk) == (1, 0, 8)
 
 
-def test_what_is_kept_for_later_is_given_back_before_the_next_try(monkeypatch):
-    policy, given = line_policy(chunk=4), []
-    monkeypatch.setattr(memory, "free_memory", lambda device: given.append((device, policy.chunk)))
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: given.append("autocast"))
-    monkeypatch.setattr(memory.gc, "collect", lambda: given.append("collect"))
-    work = Work(policy, room=2)
+def test_what_is_kept_for_later_is_given_back_before_the_next_try(given_back):
+    work = Work(policy := line_policy(chunk=4), room=2)
     fitted(work, policy, work.undo)
-    assert given == ["collect", "autocast", (torch.device("cpu"), 4)]
+    assert given_back == ["collect", "autocast", torch.device("cpu")]
 
 
 def test_a_trial_leaves_no_gradient_no_bill_and_no_change():
