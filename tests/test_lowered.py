@@ -1,0 +1,44 @@
+"""What autocast keeps of lowered weights is kept in a block, and forgotten where it would be wrong."""
+
+import pytest
+import torch
+from lines import line_policy
+
+from posttrain.parallel.strategy import Layout
+
+
+@pytest.mark.parametrize(
+    ("autocast", "in_parts", "kept"),
+    [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (None, False, False)],
+)
+def test_only_whole_weights_under_autocast_are_kept_lowered(autocast, in_parts, kept, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
+    policy = line_policy(autocast=autocast)
+    policy.layout = type("InParts", (Layout,), {"in_parts": in_parts})()
+    with policy.steady():
+        for _ in range(2):
+            with policy.steady():
+                assert (torch.autocast_decrement_nesting() > 0) is kept
+                torch.autocast_increment_nesting()
+        assert cleared == [], "the outermost block alone forgets"
+    assert len(cleared) == kept
+    torch.autocast_increment_nesting()
+    assert torch.autocast_decrement_nesting() == 0
+
+
+def test_what_was_lowered_is_forgotten_where_the_kind_of_gradient_or_the_weights_change(monkeypatch):
+    cleared = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
+    policy = line_policy()
+    policy.add_role("old")
+    counts = []
+    for gradients in (False, False, True, True, False):
+        with torch.set_grad_enabled(gradients):
+            policy.velocity(torch.ones(1, 1), torch.zeros(1), {"c": torch.zeros(1)})
+        counts.append(len(cleared))
+        cleared.clear()
+    assert counts == [1, 1, 2, 1, 2], "autocast itself forgets once a forward"
+    with policy.using("old"):
+        assert len(cleared) == 1
+    assert len(cleared) == 2

@@ -1,0 +1,244 @@
+"""How many items at a time: what is remembered, and what is found by trying, on trials with given numbers."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from lines import Pull, descending, line_policy
+from ranks import on_ranks
+
+from posttrain import micro_batch, trial
+from posttrain.errors import TrainingError
+from posttrain.memory import OutOfMemory
+from posttrain.micro_batch import Trial, described, found_by_trying, remember, settled
+from posttrain.parallel.single import Single
+from posttrain.parallel.world import ALONE
+from posttrain.train_settings import Train
+
+RECIPE = SimpleNamespace(device="cpu", parallel=Single())
+LACK = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def stage(given="auto", algorithm=None, **train):
+    return SimpleNamespace(train=Train(steps=4, micro_batch=given, **train), algorithm=algorithm or Pull())
+
+
+def test_what_the_recipe_says_is_taken_where_nothing_was_found(tmp_path):
+    assert settled(RECIPE, stage(5), tmp_path, 1) == 5
+    assert settled(RECIPE, stage("auto"), tmp_path, 1) is None
+
+
+@pytest.mark.parametrize(("given", "found", "taken"), [("auto", 6, 6), (8, 6, 6), (4, 6, 4)])
+def test_what_was_found_is_taken_up_to_what_the_recipe_says(tmp_path, given, found, taken):
+    remember(RECIPE, tmp_path, 1, found)
+    assert settled(RECIPE, stage(given), tmp_path, 1) == taken
+
+
+def test_what_is_remembered_belongs_to_processes_strategy_and_device(tmp_path, monkeypatch):
+    remember(RECIPE, tmp_path, 2, 6, [Trial(2, 1.5, 7), Trial(6, 2.5, 9)])
+    assert [p.name for p in tmp_path.iterdir()] == ["micro_batch.json"]
+    assert json.loads((tmp_path / "micro_batch.json").read_text()) == {
+        "device": "cpu",
+        "parallel": {"strategy": "single"},
+        "processes": 2,
+        "micro_batch": 6,
+        "trials": [
+            {"items": 2, "items_per_second": 1.5, "bytes": 7},
+            {"items": 6, "items_per_second": 2.5, "bytes": 9},
+        ],
+    }
+    other = SimpleNamespace(device="cpu", parallel=Single.model_construct(strategy="other"))
+    assert settled(RECIPE, stage(), tmp_path, 2) == 6
+    assert settled(RECIPE, stage(), tmp_path, 1) is None
+    assert settled(other, stage(), tmp_path, 2) is None
+    monkeypatch.setattr(micro_batch, "resolve", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"A GPU of {device}")
+    assert settled(RECIPE, stage(), tmp_path, 2) is None
+    remember(RECIPE, tmp_path, 2, 3)
+    assert json.loads((tmp_path / "micro_batch.json").read_text())["device"] == "A GPU of cuda:1"
+    assert settled(RECIPE, stage(), tmp_path, 2) == 3
+    assert "trials" not in json.loads((tmp_path / "micro_batch.json").read_text())
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "2", True, None])
+def test_a_number_that_is_none_is_not_remembered(tmp_path, number):
+    remember(RECIPE, tmp_path, 1, 1)
+    assert settled(RECIPE, stage(), tmp_path, 1) == 1
+    whole = json.loads((tmp_path / "micro_batch.json").read_text())
+    (tmp_path / "micro_batch.json").write_text(json.dumps({**whole, "micro_batch": number}))
+    assert settled(RECIPE, stage(), tmp_path, 1) is None
+
+
+class Trials:
+    """Trials whose rows take ``bytes_each``, and gain speed up to ``fastest`` rows; ``room`` rows fit."""
+
+    def __init__(self, monkeypatch, rows=1, fastest=64, each=1000, room=10**9, free=None, base=0):
+        self.tried, self.ended = [], []
+        self.fastest, self.each, self.room, self.base = fastest, each, room, base
+        monkeypatch.setattr(trial, "timed", self.timed)
+        monkeypatch.setattr(micro_batch, "rehearse", lambda algorithm: SimpleNamespace(rows_with=rows))
+        monkeypatch.setattr(micro_batch, "available_memory", lambda device: free)
+        monkeypatch.setattr(micro_batch.gc, "collect", lambda: self.ended.append("collect"))
+        for name in ("free_memory", "reset_peak_memory"):
+            monkeypatch.setattr(micro_batch, name, lambda device, name=name: self.ended.append(name))
+
+    def timed(self, policy, strategy, sample, rows):
+        assert sample == "sample"
+        self.tried.append(rows)
+        if rows > self.room:
+            raise LACK
+        return rows / min(rows, self.fastest) / 8, self.base + self.each * rows
+
+
+def found(made=None, world=ALONE, repeatable=True, state=None):
+    policy = line_policy()
+    strategy = descending(policy, world=world)
+    strategy.repeatable = repeatable
+    strategy.optimizer.state.update(state or {})
+    return found_by_trying(made or stage(batch_size=32), policy, strategy, "sample")
+
+
+def test_numbers_are_doubled_as_long_as_they_pay(monkeypatch):
+    trials = Trials(monkeypatch, fastest=4)
+    assert found() == (4, [Trial(1, 8.0, 1000), Trial(2, 16.0, 2000), Trial(4, 32.0, 4000)])
+    assert trials.tried == [1, 2, 4, 8]
+    assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
+
+
+@pytest.mark.parametrize(("gain", "rate", "number"), [(1.05, 1.06, 2), (1.05, 1.04, 1), (1.25, 1.25, 2)])
+def test_twice_as_many_must_be_a_twentieth_faster(monkeypatch, gain, rate, number):
+    Trials(monkeypatch)
+    assert micro_batch.GAIN == 1.05
+    monkeypatch.setattr(micro_batch, "GAIN", gain)
+    monkeypatch.setattr(trial, "timed", lambda policy, strategy, sample, rows: ({1: 1, 2: 2 / rate}[rows], 0))
+    assert found(stage(batch_size=2))[0] == number
+
+
+class Three(Pull):
+    def items_per_sample(self):
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("train", "algorithm", "number", "rows"),
+    [
+        ({"batch_size": 32}, None, 32, 1),
+        ({"batch_size": 31}, None, 16, 1),
+        ({"batch_size": 1}, None, 1, 2),
+        ({"batch_size": 32, "steps_per_batch": 4}, None, 8, 2),
+        ({"batch_size": 6}, Three(), 16, 2),  # 18 items
+        ({"batch_size": 6, "steps_per_batch": 2}, Three(), 8, 1),  # 9
+    ],
+)
+def test_no_more_are_tried_than_a_step_has(monkeypatch, train, algorithm, number, rows):
+    train = {"checkpoint_every": 4, "sample_every": None, **train}
+    trials = Trials(monkeypatch, rows=rows, fastest=10**6)
+    assert found(stage(algorithm=algorithm, **train))[0] == number
+    assert trials.tried == [rows * 2**i for i in range(number.bit_length())]
+
+
+# expected for 2 n items after n: 1000 n + 2 * 500 n (n > 1, half of it before), and 8 bytes for the weight
+@pytest.mark.parametrize(
+    ("free", "number"),
+    [
+        (8008 / 0.9 + 1, 8),
+        (8008 / 0.9 - 1, 4),
+        (4008 / 0.9 + 1, 4),
+        (3008 / 0.9 + 1, 2),
+        (3008 / 0.9 - 1, 1),
+        (1, 1),
+    ],
+)
+def test_what_is_likely_not_to_fit_is_not_tried(monkeypatch, free, number):
+    # 1 item: 1000 bytes, so 2 are expected to take 1000 + 2 * 1000; 4 after 2: 2000 + 2 * 1000
+    trials = Trials(monkeypatch, free=free, fastest=10**6)
+    assert found()[0] == number
+    assert max(trials.tried) == number
+
+
+def test_moments_that_are_there_already_need_no_more_room(monkeypatch):
+    Trials(monkeypatch, free=3000 / 0.9 + 1)
+    assert found()[0] == 1
+    assert found(state={torch.zeros(1): {"step": 1}})[0] == 2
+
+
+def test_trials_that_took_no_more_than_those_before_are_expected_to_go_on_so(monkeypatch):
+    trials = Trials(monkeypatch, each=-100, base=1000, free=1000 / 0.9)
+    # 1: 900, then max(-100, 0) more for each doubling; the first doubling is 900 + 2 * 900
+    assert found(state={torch.zeros(1): {}})[0] == 1
+    trials.each, trials.base = 0, 300
+    assert found(stage(batch_size=8), state={torch.zeros(1): {}})[0] == 8
+
+
+@pytest.mark.parametrize("room", [2, 3])
+def test_what_ran_out_of_memory_ends_the_search(monkeypatch, room):
+    trials = Trials(monkeypatch, room=room)
+    assert found()[0] == 2
+    assert trials.tried == [1, 2, 4]
+    assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_one_item_that_does_not_fit_is_an_error(monkeypatch, repeatable):
+    Trials(monkeypatch, room=0)
+    with pytest.raises(TrainingError, match="with one item at a time") as error:
+        found(repeatable=repeatable)
+    assert not isinstance(error.value, OutOfMemory)
+    assert error.value.__cause__ is LACK
+
+
+def test_other_errors_are_passed_on(monkeypatch):
+    Trials(monkeypatch)
+    monkeypatch.setattr(trial, "timed", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match=r"^shapes$"):
+        found()
+
+
+@pytest.mark.parametrize(("ranks", "repeatable"), [(1, False), (2, True)])
+def test_where_weights_are_waited_for_the_search_stops_the_run(monkeypatch, ranks, repeatable):
+    Trials(monkeypatch, room=2)
+
+    def work(world):
+        with pytest.raises(OutOfMemory, match="with 4 rows at a time") as error:
+            found(world=world, repeatable=repeatable)
+        assert error.value.__cause__ is LACK
+        return error.value.chunk
+
+    assert on_ranks(ranks, work) == [2] * ranks
+
+
+def test_ranks_share_a_step_and_take_what_the_slowest_and_fullest_can(monkeypatch):
+    trials = Trials(monkeypatch)
+
+    def timed(policy, strategy, sample, rows):
+        rank = strategy.world.rank
+        return (1.0, 0.25)[rank], (100, 300)[rank] * rows
+
+    monkeypatch.setattr(trial, "timed", timed)
+    results = on_ranks(2, lambda world: found(stage(batch_size=8), world))
+    assert results == [(4, [Trial(n, n / 1.0, 300 * n) for n in (1, 2, 4)])] * 2
+    monkeypatch.setattr(micro_batch, "available_memory", lambda device: 10 * dist.get_rank() or None)
+    assert [number for number, _ in on_ranks(2, lambda world: found(stage(batch_size=8), world))] == [1, 1]
+    assert trials.tried == []
+    # fewer samples than ranks are one each
+    assert [number for number, _ in on_ranks(2, lambda world: found(stage(batch_size=1), world))] == [1, 1]
+
+
+def test_what_was_found_in_a_line():
+    trials = [Trial(1, 8.0, 1000), Trial(2, 15.123, 2_500_000)]
+    assert described(trials, torch.device("cpu")) == "micro_batch auto is 2 (1: 8/s, 2: 15.1/s)"
+    on_gpu = described(trials, torch.device("cuda"))
+    assert on_gpu == "micro_batch auto is 2 (1: 8/s, 2: 15.1/s; 2.5 MB more memory than at rest)"
+
+
+def test_a_trial_takes_the_fastest_of_three_and_its_peak(monkeypatch):
+    clock, peaks, calls = iter([0, 9, 10, 12, 20, 25]), iter([500, 800]), []
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(trial, "peak_memory", lambda device: next(peaks))
+    for name in ("reset_peak_memory", "synchronize"):
+        monkeypatch.setattr(trial, name, lambda device, name=name: calls.append(name))
+    monkeypatch.setattr(trial, "try_out", lambda policy, strategy, sample, rows: calls.append(rows))
+    assert trial.timed(line_policy(), "strategy", "sample", 4) == (2, 300)
+    assert calls == ["reset_peak_memory", *["synchronize", 4, "synchronize"] * 3]
