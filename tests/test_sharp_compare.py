@@ -215,17 +215,17 @@ def test_what_may_differ_is_listed():
 def test_what_cannot_be_compared_is_refused(tmp_path):
     rows = records(("p", 0, 1.0, {}))
     first = write(tmp_path / "run" / "evaluation", rows, CARD)
-    with pytest.raises(PosttrainError, match="^compare needs two evaluations or more$"):
+    with pytest.raises(PosttrainError, match=r"^compare needs two evaluations or more$"):
         load([first])
     with pytest.raises(PosttrainError, match=r"^'.*none' holds no finished evaluation \(no eval\.json\)$"):
         load([first, tmp_path / "none"])
     with pytest.raises(
-        PosttrainError, match="^the evaluations share no sample: other prompts, or other image numbers$"
+        PosttrainError, match=r"^the evaluations share no sample: other prompts, or other image numbers$"
     ):
         load([first, write(tmp_path / "b", records(("p", 1, 1.0, {})), CARD)])
-    with pytest.raises(PosttrainError, match="^the evaluations share no score$"):
+    with pytest.raises(PosttrainError, match=r"^the evaluations share no score$"):
         load([first, write(tmp_path / "c", rows, {"scores": {"t": {}}})])
-    with pytest.raises(PosttrainError, match="^compare was given one folder twice$"):
+    with pytest.raises(PosttrainError, match=r"^compare was given one folder twice$"):
         load([first, tmp_path / "run"])
 
 
