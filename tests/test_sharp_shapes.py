@@ -121,28 +121,22 @@ def test_a_pixel_is_a_part_of_the_nearest_colour_if_it_is_near(part, index, colo
     assert coverage[1, 4] == pytest.approx(part, abs=1e-5)
 
 
+def distance_to(color, pixel):
+    """From ``pixel`` to the line from the background to ``color``."""
+    toward, away = color - GREY, pixel - GREY
+    return np.linalg.norm(away - np.clip(away @ toward / (toward @ toward), 0, 1) * toward)
+
+
 @pytest.mark.parametrize(("off", "found"), [(0.21, True), (0.23, False)])
 def test_a_pixel_too_far_from_every_colour_is_none(off, found):
-    pixels = canvas(1, 9)
-    side = np.array([1.0, 1.0, 1.0]) / 3**0.5
-    toward = RED - GREY
-    side -= side @ toward * toward / (toward @ toward)
-    side /= np.linalg.norm(side)
-    away = side if (side @ (GREEN - GREY)) < 0 else -side
-    pixels[0, 4] = GREY + toward + off * away
-    coverage, color = _explained(pixels)
-    distances = [
-        np.linalg.norm(
-            pixels[0, 4]
-            - (
-                GREY
-                + np.clip((pixels[0, 4] - GREY) @ (c - GREY) / ((c - GREY) @ (c - GREY)), 0, 1) * (c - GREY)
-            )
-        )
-        for c in (RED, GREEN, BLUE, YELLOW)
-    ]
-    assert np.argmin(distances) == 0, "or the test says nothing of red"
-    assert color[0, 4] == (0 if found else -1)
+    pixels, toward = canvas(1, 9), RED - GREY
+    side = np.ones(3) - toward.sum() * toward / (toward @ toward)
+    side /= np.linalg.norm(side) * (-1 if side @ (GREEN - GREY) > 0 else 1)
+    pixels[0, 4] = GREY + toward + off * side
+    distances = [distance_to(color, pixels[0, 4]) for color in (RED, GREEN, BLUE, YELLOW)]
+    assert np.argmin(distances) == 0
+    assert distances[0] == pytest.approx(off, abs=1e-6)
+    assert _explained(pixels)[1][0, 4] == (0 if found else -1)
 
 
 def test_a_part_lies_between_0_and_1():
