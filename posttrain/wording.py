@@ -8,7 +8,7 @@ def short(value: float | None, unit: str = "") -> str:
     if value is None:
         return "–"
     prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
-    while abs(value) >= 1000 and len(prefixes) > 1:
+    while abs(float(f"{value:.3g}")) >= 1000 and len(prefixes) > 1:  # 999.9 is shown as 1k
         value /= 1000
         prefixes.pop(0)
     prefix = prefixes[0]
@@ -20,7 +20,7 @@ def duration(seconds: float | None) -> str:
     """``26 min``, as a person says it; a dash for None."""
     if seconds is None:
         return "–"
-    if seconds < 100:
+    if round(seconds) < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

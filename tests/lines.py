@@ -67,9 +67,6 @@ class Pull(Algorithm):
     def after_batch(self, policy, step):
         NOTES.append(("after", step, policy.trained["a"].item()))
 
-    def forward_equivalents_per_sample(self):
-        return 3.0
-
 
 NOTES = []
 """What :class:`Pull` was asked, in order; to be cleared by each test."""

@@ -10,6 +10,7 @@ from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
 from posttrain.errors import TrainingError
 from posttrain.randomness import Draws
+from posttrain.rehearsal import rehearse
 
 GRID = [1.0, 0.8, 0.5, 0.3, 0.1, 0.0]
 N = 4
@@ -48,7 +49,7 @@ def test_the_rollout_is_stochastic_where_it_is_trained(kind, guard, fraction):
     algorithm = grpo(sde_type=kind, grpo_guard=guard, timestep_fraction=fraction)
     trained = {0.99: 4, 0.5: 2}[fraction]
     found, fields, draws, policy = rollout(algorithm)
-    assert algorithm.items_per_sample() == trained
+    assert rehearse(algorithm).items == trained
     x, prompt = draws.normal("initial", SHAPE).double(), batch().prompt
     names = ["latents", "log_prob", "next_latents", "prompt", "sigma", "sigma_max", "sigma_next"]
     assert sorted(fields) == sorted(names + ["mean"] * guard)
@@ -85,8 +86,8 @@ def test_a_window_is_drawn_for_each_iteration_from_the_range():
         near(fields["sigma"], torch.tensor([GRID[first : first + 2]] * N))
         starts.add(first)
     assert starts == {1, 2}
-    assert algorithm.items_per_sample() == 2
-    assert grpo(sde_window_range=[2, 4], sde_window_size=1).items_per_sample() == 1
+    assert rehearse(algorithm).items == 2
+    assert rehearse(grpo(sde_window_range=[2, 4], sde_window_size=1)).items == 1
 
 
 def test_samples_of_a_group_may_start_from_the_same_noise():
@@ -111,7 +112,7 @@ def test_the_cost(settings):
     branches = 1 if settings.get("guidance_scale") == 1 else 2
     # 5 steps of the rollout; on each of 4 items a forward and backward, and the reference's forward
     expected = branches * (5 + 4 * (3 + ("beta" not in settings)))
-    assert algorithm.forward_equivalents_per_sample() == expected
+    assert rehearse(algorithm).forward_equivalents == expected
 
 
 ADVANTAGE = torch.tensor([1.5, -0.5, 2.0, -1.0])

@@ -9,6 +9,7 @@ from by_hand import SHAPE, conditions, linear_policy, near, per_item, velocity, 
 from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, old_decay, optimality
 from posttrain.randomness import Draws
+from posttrain.rehearsal import rehearse
 
 GRID = [1.0, 0.8, 0.5, 0.0]
 N = 3
@@ -42,13 +43,13 @@ def test_the_old_policy_draws_samples_that_are_noised_again(guidance, fraction, 
         near(fields["latents"][:, k], (1 - wide(sigma)) * x + wide(sigma) * noise[:, k])
         assert fields["prompt"][:, k].tolist() == [1, 2, 3]
     assert fields["sigma"].shape == (N, count)
-    assert algorithm.items_per_sample() == count
+    assert rehearse(algorithm).items == count
     branches = 1 if guidance == 1 else 2
     assert policy.forward_equivalents == N * branches * 3
     # on each item: a forward and backward, the old policy's forward and the reference's
-    assert algorithm.forward_equivalents_per_sample() == branches * 3 + 5 * count
+    assert rehearse(algorithm).forward_equivalents == branches * 3 + 5 * count
     without = nft(guidance_scale=guidance, timestep_fraction=fraction, kl_weight=0.0)
-    assert without.forward_equivalents_per_sample() == branches * 3 + 4 * count
+    assert rehearse(without).forward_equivalents == branches * 3 + 4 * count
 
 
 def test_the_rollouts_solver_is_the_one_named():

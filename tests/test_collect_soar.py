@@ -10,6 +10,7 @@ from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms._flow_matching import loss_weight
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR, auxiliary_point
+from posttrain.rehearsal import rehearse
 
 N = 4
 
@@ -107,7 +108,7 @@ def test_soar_adds_points_between_where_a_step_lands_and_the_noise(dynamics, dro
         sigma_floor=0.05,
     )  # fmt: skip
     items, given, _ = collected(soar, **given)
-    assert len(items) == N * soar.items_per_sample() == N * 7
+    assert len(items) == N * rehearse(soar).items == N * 7
     x0, noise, prompt = batch().latents.double(), given.normal("noise", SHAPE).double(), batch().prompt
     t1 = torch.tensor([0.95, 0.45, 0.0, 0.25])
     s0, s1 = shifted(t0), shifted(t1)
@@ -140,14 +141,14 @@ def test_soar_without_points_takes_no_step(settings):
     items, _, policy = collected(SOAR(**settings))
     assert len(items) == N
     assert policy.forward_equivalents == 0
-    assert SOAR(**settings).items_per_sample() == 1
+    assert rehearse(SOAR(**settings)).items == 1
     assert SOAR(**settings).forward_equivalents_per_sample() == 3
 
 
 def test_soars_cost():
-    assert SFT().items_per_sample() == 1
+    assert rehearse(SFT()).items == 1
     assert SFT().forward_equivalents_per_sample() == 3
-    assert SOAR(num_rollout_paths=2, trajectory_length=3).items_per_sample() == 7
+    assert rehearse(SOAR(num_rollout_paths=2, trajectory_length=3)).items == 7
     assert SOAR(num_rollout_paths=2, trajectory_length=3).forward_equivalents_per_sample() == 3 * 7 + 2
     assert SOAR(trajectory_length=1, cfg_scale_sampling=1.0).forward_equivalents_per_sample() == 3 * 2 + 1
     _, _, policy = collected(SOAR(cfg_scale_sampling=1.0, trajectory_length=1))

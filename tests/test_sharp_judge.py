@@ -1,0 +1,183 @@
+"""Samples are drawn and scored in order, each by its own prompt, and the weights' signs say what is better."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from posttrain.errors import RewardError
+from posttrain.judge import Judge, Verdict
+from posttrain.reward import Scores
+from posttrain.scoring import numbered, scored, scorers_of, shown_of
+
+CPU = torch.device("cpu")
+
+
+def reward(label, score, weight=1.0, higher=True):
+    """A reward whose scores are ``score(images, prompts, rows)``; it keeps the device it is loaded on."""
+    kind = SimpleNamespace(label=label, weight=weight, higher_is_better=higher, loaded=[])
+    kind.load = lambda device: (kind.loaded.append(device), score)[1]
+    return kind
+
+
+def lengths(images, prompts, rows):
+    return Scores(
+        torch.tensor([float(len(p)) for p in prompts]), {"tag": torch.tensor([float(r["n"]) for r in rows])}
+    )
+
+
+def brightness(images, prompts, rows):
+    return Scores(images.flatten(1).mean(1).double())
+
+
+class Grey:
+    """Draws the index-th image of a prompt in the grey of the index over 10; it keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def images(self, prompts, indices, settings):
+        self.asked.append((prompts, indices, settings))
+        return torch.tensor(indices).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 10
+
+
+def test_samples_are_scored_a_batch_at_a_time_in_order():
+    sampler, evaluation = Grey(), SimpleNamespace(batch_size=2)
+    rows = [{"prompt": "a", "n": 1, "tag": "t"}, {"prompt": "bb", "n": 2}]
+    samples = [(rows[0], 3), (rows[1], 0), (rows[1], 5)]
+    scorers = scorers_of([reward("len", lengths), reward("bright", brightness)], CPU)
+    parts = list(scored(sampler, evaluation, samples, scorers))
+    assert sampler.asked == [(["a", "bb"], [3, 0], evaluation), (["bb"], [5], evaluation)]
+    assert [len(images) for _, images in parts] == [2, 1]
+    assert parts[1][1].mean().item() == pytest.approx(0.5)
+    assert [r for records, _ in parts for r in records] == [
+        {
+            "prompt": "a",
+            "index": 3,
+            "tag": "t",
+            "scores": {"len": 1.0, "len/tag": 1.0, "bright": pytest.approx(0.3)},
+        },
+        {"prompt": "bb", "index": 0, "tag": None, "scores": {"len": 2.0, "len/tag": 2.0, "bright": 0.0}},
+        {
+            "prompt": "bb",
+            "index": 5,
+            "tag": None,
+            "scores": {"len": 2.0, "len/tag": 2.0, "bright": pytest.approx(0.5)},
+        },
+    ]
+
+
+def test_scorers_are_loaded_on_the_device_by_name_and_checked():
+    kind = reward("short", lambda images, prompts, rows: Scores(torch.zeros(1)))
+    scorers = scorers_of([kind], torch.device("meta"))
+    assert kind.loaded == [torch.device("meta")]
+    with pytest.raises(RewardError, match="reward 'short' returned value"):
+        scorers["short"](torch.zeros(2, 3, 1, 1), ["a", "b"], [{}, {}])
+
+
+def test_a_prompt_that_comes_again_goes_on_counting():
+    a, b, again = {"prompt": "a"}, {"prompt": "b"}, {"prompt": "a", "tag": "x"}
+    assert numbered([a, b, again], 2) == [(a, 0), (a, 1), (b, 0), (b, 1), (again, 2), (again, 3)]
+    assert numbered([a], 0) == []
+
+
+def test_first_images_are_shown_by_tag_in_turn():
+    tags = ["x", "x", "y", None, "x", None]
+    samples = [({"tag": tag} if tag else {}, int(i == 1)) for i, tag in enumerate(tags)]
+    order = [0, 2, 3, 4, 5]  # sample 1 is no first image
+    assert shown_of(samples, 9) == {sample: place for place, sample in enumerate(order)}
+    assert shown_of(samples, 3) == {0: 0, 2: 1, 3: 2}
+    assert shown_of(samples, 0) == shown_of([], 4) == {}
+
+
+class Halving:
+    """Decodes latents to half their values, in bfloat16; it keeps the threads that it decoded in."""
+
+    device = CPU
+
+    def __init__(self):
+        self.threads = []
+
+    def decode(self, latents):
+        self.threads.append(threading.current_thread())
+        return (latents / 2).bfloat16()
+
+
+def batch(*prompts):
+    return SimpleNamespace(metadata=[{"prompt": p, "n": i} for i, p in enumerate(prompts)])
+
+
+def test_the_weights_are_negative_where_lower_is_better(tmp_path):
+    kinds = [reward("a", lengths, 2.0), reward("b", brightness, 0.5, higher=False)]
+    with Judge(Halving(), kinds, tmp_path) as judge:
+        assert judge.weights == {"a": 2.0, "b": -0.5}
+        assert [kind.loaded for kind in kinds] == [[CPU], [CPU]]
+
+
+def test_a_verdict_has_every_reward_and_detail_as_float32(tmp_path):
+    model, seen = Halving(), []
+
+    def bright(images, prompts, rows):
+        seen.append((images.dtype, threading.current_thread()))
+        return brightness(images, prompts, rows)
+
+    with Judge(model, [reward("len", lengths), reward("bright", bright)], tmp_path / "failures") as judge:
+        found = judge.submit(
+            torch.tensor([1.0, 0.5]).view(2, 1, 1, 1).expand(2, 3, 2, 2), batch("a", "bcd")
+        ).result()
+    assert {k: v.tolist() for k, v in found.rewards.items()} == {"len": [1, 3], "bright": [0.5, 0.25]}
+    assert {k: v.tolist() for k, v in found.details.items()} == {"len/tag": [0, 1]}
+    assert {v.dtype for v in (*found.rewards.values(), *found.details.values())} == {torch.float32}
+    assert model.threads == [threading.current_thread()], "decoding is the caller's"
+    assert seen[0][0] == torch.float32
+    assert seen[0][1].name.startswith("rewards_"), "scoring is the worker's"
+    assert not (tmp_path / "failures").exists()
+
+
+def test_verdicts_are_joined_in_order():
+    first = Verdict({"a": torch.tensor([1.0])}, {"a/d": torch.tensor([2.0])})
+    second = Verdict({"a": torch.tensor([3.0, 4.0])}, {"a/d": torch.tensor([5.0, 6.0])})
+    joined = Verdict.cat([first, second])
+    assert joined.rewards["a"].tolist() == [1, 3, 4]
+    assert joined.details["a/d"].tolist() == [2, 5, 6]
+
+
+def test_the_first_failure_keeps_its_images_and_prompts(tmp_path):
+    folder = tmp_path / "deep" / "failures"
+    with Judge(Halving(), [reward("bad", lambda *_: 1 / 0)], folder) as judge:
+        for level in (1.0, 0.0):
+            waiting = judge.submit(torch.full((2, 3, 4, 4), level), batch(f"p{level}", "q"))
+            with pytest.raises(
+                RewardError, match=r"^reward 'bad' failed .*division by zero \(its images and prompts are in "
+            ):
+                waiting.result()
+    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"image": "0000.png", "prompt": "p1.0", "n": 0},
+        {"image": "0001.png", "prompt": "q", "n": 1},
+    ]
+    assert (np.array(Image.open(folder / "0001.png")) == 128).all(), (
+        "0.5 rounds to 128; the first batch's, not the second's"
+    )
+
+
+def test_only_one_batch_is_scored_at_a_time_and_closing_drops_what_waits(tmp_path):
+    begun, go, count = threading.Event(), threading.Event(), []
+
+    def slow(images, prompts, rows):
+        count.append(prompts[0])
+        begun.set()
+        go.wait(5)
+        return Scores(torch.zeros(len(prompts)))
+
+    with Judge(Halving(), [reward("slow", slow)], tmp_path) as judge:
+        waiting = [judge.submit(torch.zeros(1, 3, 1, 1), batch(name)) for name in "ab"]
+        begun.wait(5)
+        threading.Timer(0.05, go.set).start()
+    assert count == ["a"]
+    assert waiting[0].done(), "closing waits for the worker"
+    assert waiting[1].cancelled()

@@ -1,0 +1,176 @@
+"""A run folder is read field by field, and its sentences and figures are worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.results import Results, StageResult, difference, load_results, verdict
+from posttrain.statistics import paired_difference
+from posttrain.wording import duration, short
+
+
+def stage(name, values, higher=True, prompts=None, mean=None, score="s"):
+    """A stage whose samples score ``values``, one prompt each unless ``prompts`` names them."""
+    prompts = prompts or [f"p{i}" for i in range(len(values))]
+    rows = [
+        {"prompt": p, "index": i, "scores": {score: v}}
+        for i, (p, v) in enumerate(zip(prompts, values, strict=True))
+    ]
+    average = sum(values) / len(values) if mean is None else mean
+    summary = {"scores": {score: {"mean": average, "higher_is_better": higher}}}
+    return StageResult(name, "sft", "base", card=summary, samples=rows)
+
+
+def results(*stages):
+    return Results("run", list(stages), "", {})
+
+
+def test_a_stage_without_files_is_empty():
+    empty = StageResult("a", None, None)
+    assert (empty.account, empty.card, empty.samples, empty.metrics, empty.images) == ({}, {}, [], [], {})
+    assert empty.scores == {}
+    assert StageResult("a", None, None).card is not empty.card
+
+
+def test_score_names_are_in_order_without_repeats():
+    first, second = StageResult("a", None, None), StageResult("b", None, None)
+    first.card, second.card = {"scores": {"z": {}, "a": {}}}, {"scores": {"m": {}, "z": {}}}
+    assert results(first, second).score_names == ["z", "a", "m"]
+
+
+def test_the_difference_pairs_equal_prompts_and_indices_with_the_score():
+    base, other = (
+        stage("base", [1.0, 2.0, 5.0, 0.0], prompts=["a", "a", "b", "c"]),
+        stage("x", [2.0, 2.5, 9.0, 1.0], prompts=["a", "a", "b", "c"]),
+    )
+    groups = ["a", "a", "b", "c"]
+    assert difference(base, other, "s") == paired_difference([1, 2, 5, 0], [2, 2.5, 9, 1], groups=groups)
+    assert difference(base, other, "s")[0] == 1.625
+    other.samples[0]["index"] = 7
+    del other.samples[1]["scores"]["s"]
+    del base.samples[2]["scores"]["s"]
+    assert difference(base, other, "s") == (1.0, 1.0, 1.0)
+    other.samples.pop()
+    assert difference(base, other, "s") is None
+
+
+def test_the_pairs_of_one_prompt_are_drawn_together():
+    base, other = (
+        stage("base", [0.0] * 4, prompts=list("aabb")),
+        stage("x", [1.0, 1.0, 3.0, 3.0], prompts=list("aabb")),
+    )
+    assert difference(base, other, "s") == (2.0, 1.0, 3.0)
+
+
+def test_the_verdict_with_nothing_measured():
+    assert verdict(results(StageResult("base", None, None))) == "Nothing has been evaluated."
+
+
+def test_the_verdict_where_the_base_model_stays_best():
+    words = verdict(results(stage("base", [0.5, 0.75]), stage("x", [0.25, 0.25])))
+    assert words == "No stage beats the base model on s (0.625)."
+
+
+def test_the_verdict_of_a_sure_gain():
+    words = verdict(results(stage("base", [0.25, 0.5]), stage("x", [0.375, 0.625]), stage("y", [0.25, 0.25])))
+    assert words == (
+        "x scores best on s: 0.500, +0.125 against the base model "
+        "(95 % interval +0.125 to +0.125, paired over prompts)."
+    )
+
+
+def test_the_verdict_of_a_sure_fall_where_lower_is_better():
+    words = verdict(
+        results(
+            stage("base", [2.0, 3.0], False), stage("x", [1.0, 2.0], False), stage("y", [4.0, 4.0], False)
+        )
+    )
+    assert words == (
+        "x scores best on s: 1.500, -1.000 against the base model "
+        "(95 % interval -1.000 to -1.000, paired over prompts)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("gains", "bounds"), [([-1.0, 3.0], "-1.000 to +3.000"), ([0.0, 2.0], "+0.000 to +2.000")]
+)
+def test_a_gain_whose_interval_holds_0_is_not_significant(gains, bounds):
+    words = verdict(results(stage("base", [0.0, 0.0]), stage("x", gains)))
+    assert words == (
+        f"x scores best on s: 1.000, +1.000 against the base model (95 % interval {bounds}, "
+        "paired over prompts), which is not significant."
+    )
+
+
+def test_a_fall_to_0_is_not_significant_where_lower_is_better():
+    words = verdict(results(stage("base", [2.0, 0.0], False), stage("x", [0.0, 0.0], False)))
+    assert "-2.000 to +0.000, paired over prompts), which is not significant." in words
+
+
+def test_a_best_stage_without_pairs_is_told_by_its_mean_and_higher_is_the_default():
+    base, other = stage("base", [0.25]), stage("x", [0.75], prompts=["another"])
+    for one in (base, other):
+        del one.card["scores"]["s"]["higher_is_better"]
+    assert verdict(results(base, other)) == "x scores best on s (0.750)."
+
+
+def test_a_stage_that_lacks_the_first_score_is_left_out():
+    other = stage("t", [9.0], score="another")
+    assert verdict(results(stage("base", [0.5]), other)) == "No stage beats the base model on s (0.500)."
+    assert verdict(results(StageResult("base", None, None), other)) == "t scores best on another (9.000)."
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (None, "", "–"), (0, "", "0"), (7.0, "", "7"), (999, "", "999"), (999.9, "", "1k"), (999_900, "B", "1 MB"), (-999.7, "", "-1k"), (999.4, "", "999"), (0.12345, "", "0.123"),
+        (12.5, "", "12.5"), (1000, "", "1k"), (55234, "", "55.2k"), (-2500, "", "-2.5k"), (-999, "", "-999"),
+        (5, "B", "5 B"), (1.5e9, "B", "1.5 GB"), (2e6, "", "2M"), (3e12, "", "3T"), (4e15, "", "4P"), (5e18, "", "5E"),
+        (6e21, "", "6Z"), (6e25, "", "6e+04Z"), (123456, "B", "123 kB"), (1234, "", "1.23k"),
+    ],
+)  # fmt: skip
+def test_a_figure_has_three_digits_and_a_prefix(value, unit, text):
+    assert short(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"), (0.4, "0 s"), (99.4, "99 s"), (99.9, "2 min"), (100, "2 min"), (89 * 60, "89 min"),
+        (5969, "99 min"), (6000, "1 h 40 min"), (7260, "2 h 01 min"), (151, "3 min"),
+    ],
+)  # fmt: skip
+def test_a_duration_is_in_the_unit_a_person_would_use(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_run_folder_is_read_whole(tmp_path):
+    rows = [
+        {"name": "base", "algorithm": None, "parent": None},
+        {"name": "x", "algorithm": "sft", "parent": "base"},
+    ]
+    (tmp_path / "run.json").write_text(json.dumps({"name": "demo", "stages": rows}))
+    (tmp_path / "recipe.yaml").write_text("name: demo\n")
+    (tmp_path / "environment.json").write_text('{"device": "cpu"}')
+    grid = tmp_path / "x" / "evaluation" / "grid"
+    grid.mkdir(parents=True)
+    for name in ("001.png", "000.png", "note.txt"):
+        (grid / name).touch()
+    (tmp_path / "x" / "stage.json").write_text('{"steps": 3}')
+    (tmp_path / "x" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    (grid.parent / "eval.json").write_text('{"scores": {"s": {"mean": 1}}, "grid_prompts": ["p", "q"]}')
+    (grid.parent / "records.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q"}\n')
+    found = load_results(tmp_path)
+    assert (found.name, found.recipe, found.environment) == ("demo", "name: demo\n", {"device": "cpu"})
+    base, x = found.stages
+    assert base == StageResult("base", None, None)
+    assert (x.name, x.algorithm, x.parent, x.account) == ("x", "sft", "base", {"steps": 3})
+    assert x.metrics == [{"step": 1, "loss": 0.5}]
+    assert x.scores == {"s": {"mean": 1}}
+    assert x.samples == [{"prompt": "p"}, {"prompt": "q"}]
+    assert x.images == {"p": grid / "000.png", "q": grid / "001.png"}
+
+
+def test_a_folder_without_a_run_is_empty_and_named_by_itself(tmp_path: Path):
+    assert load_results(tmp_path / "mine") == Results("mine", [], "", {})

@@ -1,0 +1,212 @@
+"""The Shapes detector on tiny images drawn in the test, with areas and overlaps worked out by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from posttrain.shapes import detect as module
+from posttrain.shapes.detect import _explained, classified, components, detect
+
+RED, GREEN, BLUE, YELLOW = (
+    np.array(c) / 255 for c in ((214, 48, 49), (46, 160, 67), (38, 92, 214), (245, 196, 26))
+)
+GREY = np.array([0.9, 0.9, 0.9])
+
+
+def canvas(side=64, width=None, grey=GREY):
+    return np.broadcast_to(grey, (side, width or side, 3)).astype(np.float32).copy()
+
+
+def seen(pixels):
+    return detect(np.moveaxis(pixels, 2, 0))
+
+
+def filled(pixels, x0, y0, x1, y1, color=RED):
+    pixels[y0:y1, x0:x1] = color
+    return pixels
+
+
+def test_the_constants():
+    assert (module.LEAST_AREA, module.TOLERANCE, module.MALFORMED, module.CLEAR, module.THRESHOLD) == (
+        16,
+        0.22,
+        0.62,
+        0.88,
+        0.3,
+    )
+    assert module.NAMES == ["red", "green", "blue", "yellow"]
+    np.testing.assert_allclose(module.PALETTE, [RED, GREEN, BLUE, YELLOW], rtol=1e-6)
+
+
+def test_squares_of_all_colours_are_found_with_their_boxes():
+    pixels = canvas()
+    for color, (x, y) in zip((RED, GREEN, BLUE, YELLOW), ((8, 8), (30, 8), (8, 36), (40, 40)), strict=True):
+        filled(pixels, x, y, x + 12, y + 10, color)
+    found = seen(pixels)
+    assert list(found) == ["square"]
+    assert [(d["color"], d["box"]) for d in found["square"]] == [
+        ("red", [8, 8, 20, 18]), ("green", [30, 8, 42, 18]), ("blue", [8, 36, 20, 46]), ("yellow", [40, 40, 52, 50]),
+    ]  # fmt: skip
+    assert {d["score"] for d in found["square"]} == {1.0}
+    assert all(type(v) is float for d in found["square"] for v in (*d["box"], d["score"]))
+
+
+def test_the_best_come_first():
+    pixels = filled(filled(canvas(), 8, 8, 28, 22), 8, 40, 28, 60, YELLOW)
+    found = seen(pixels)["square"]
+    assert [d["color"] for d in found] == ["yellow", "red"]
+    assert found[1]["score"] == pytest.approx((14 / 20 / 0.8 - 0.62) / 0.26)
+
+
+@pytest.mark.parametrize(("side", "least"), [(64, 16), (32, 4), (128, 64)])
+def test_specks_smaller_than_16_pixels_of_64_x_64_are_noise(side, least):
+    edge = int(least**0.5)
+    pixels = filled(canvas(side), 8, 8, 8 + edge, 8 + edge)
+    assert sum(map(len, seen(pixels).values())) == 1
+    pixels[8, 8] = GREY
+    assert not seen(pixels)
+
+
+def test_the_area_is_counted_for_images_that_are_not_square():
+    assert seen(filled(canvas(64, 32), 8, 8, 11, 11))  # 9 of at least 8
+    assert not seen(filled(canvas(64, 48), 8, 8, 11, 11))  # 9 of at least 12
+
+
+@pytest.mark.parametrize(("part", "found"), [(0.45, False), (0.55, True), (1.0, True)])
+def test_more_than_half_of_the_colour_makes_a_pixel(part, found):
+    assert bool(seen(filled(canvas(), 20, 20, 40, 40, GREY + part * (RED - GREY)))) is found
+
+
+def test_the_background_is_each_rows_own():
+    pixels = canvas()
+    pixels[:32] = (0.75, 0.85, 0.95)
+    pixels[32:] = (0.95, 0.9, 0.8)
+    filled(filled(pixels, 10, 10, 22, 22), 40, 44, 52, 56, BLUE)
+    assert [d["color"] for d in seen(pixels)["square"]] == ["red", "blue"]
+
+
+def test_the_background_is_the_median_of_three_pixels_at_each_end():
+    pixels = canvas(4, 9)
+    pixels[0, 0], pixels[0, 2], pixels[0, 6], pixels[0, 8] = 0.1, 1.0, 1.0, 0.2
+    coverage, color = _explained(pixels)
+    assert (color[1:] == 0).all()
+    assert (coverage[1:] == 0).all(), "the background is nothing of a colour"
+    pixels = canvas(1, 9)
+    pixels[0, 3:6] = 0.0  # the middle is not asked: the rows' ends are
+    pixels[0, :3], pixels[0, 6:] = BLUE * 0.5 + GREY * 0.5, GREY
+    coverage, _ = _explained(pixels)
+    middle = (BLUE * 0.5 + GREY * 1.5) / 2
+    expected = np.clip(np.dot(GREY - middle, BLUE - middle) / np.square(BLUE - middle).sum(), 0, 1)
+    assert expected == 0.0
+    assert coverage[0, 0] == pytest.approx(1 / 3, abs=1e-5), "a quarter of the way is a third of what is left"
+
+
+def on_the_way(color, part, off):
+    """A pixel ``part`` of the way from the background to ``color`` and ``off`` beside it."""
+    toward = color - GREY
+    side = np.cross(toward, [1.0, 2.0, 3.0])
+    return GREY + part * toward + off * side / np.linalg.norm(side)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.8])
+@pytest.mark.parametrize(("index", "color"), enumerate((RED, GREEN, BLUE, YELLOW)))
+def test_a_pixel_is_a_part_of_the_nearest_colour_if_it_is_near(part, index, color):
+    pixels = canvas(3, 9)
+    pixels[1, 4] = on_the_way(color, part, 0.02)
+    coverage, found = _explained(pixels)
+    assert coverage.shape == found.shape == (3, 9)
+    assert found[1, 4] == index
+    assert coverage[1, 4] == pytest.approx(part, abs=1e-5)
+
+
+def distance_to(color, pixel):
+    """From ``pixel`` to the line from the background to ``color``."""
+    toward, away = color - GREY, pixel - GREY
+    return np.linalg.norm(away - np.clip(away @ toward / (toward @ toward), 0, 1) * toward)
+
+
+@pytest.mark.parametrize(("off", "found"), [(0.21, True), (0.23, False)])
+def test_a_pixel_too_far_from_every_colour_is_none(off, found):
+    pixels, toward = canvas(1, 9), RED - GREY
+    side = np.ones(3) - toward.sum() * toward / (toward @ toward)
+    side /= np.linalg.norm(side) * (-1 if side @ (GREEN - GREY) > 0 else 1)
+    pixels[0, 4] = GREY + toward + off * side
+    distances = [distance_to(color, pixels[0, 4]) for color in (RED, GREEN, BLUE, YELLOW)]
+    assert np.argmin(distances) == 0
+    assert distances[0] == pytest.approx(off, abs=1e-6)
+    assert _explained(pixels)[1][0, 4] == (0 if found else -1)
+
+
+def test_a_part_lies_between_0_and_1():
+    pixels = canvas(1, 9)
+    pixels[0, 3], pixels[0, 5] = GREY + 1.05 * (RED - GREY), GREY - 0.05 * (RED - GREY)
+    coverage, color = _explained(pixels)
+    assert coverage[0, 3] == 1.0
+    assert (coverage >= 0).all()
+    assert (color[0, 3:6] >= 0).all()
+
+
+def test_a_background_that_is_a_colour_itself_divides_by_nothing():
+    with np.errstate(all="raise"):
+        coverage, _ = _explained(canvas(2, 8, RED.astype(np.float32)))
+    assert np.isfinite(coverage).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 6))))
+def test_components_are_those_of_a_flood_by_hand(mask):
+    height, width = mask.shape
+    label = np.where(mask, np.arange(mask.size).reshape(mask.shape), -1)
+    for _ in range(mask.size):  # the least number spreads
+        for y in range(height):
+            for x in range(width):
+                for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                    if 0 <= near[0] < height and 0 <= near[1] < width and mask[y, x] and mask[near]:
+                        label[y, x] = min(label[y, x], label[near])
+    expected = {
+        frozenset(zip(*map(np.ndarray.tolist, np.nonzero(label == i)), strict=True))
+        for i in set(label[mask].tolist())
+    }
+    found = [list(zip(y.tolist(), x.tolist(), strict=True)) for y, x in components(mask)]
+    assert sum(map(len, found)) == mask.sum(), "each pixel once"
+    assert set(map(frozenset, found)) == expected
+
+
+def drawn(rows):
+    return np.nonzero(np.array([[c == "#" for c in row] for row in rows]))
+
+
+def test_a_full_rectangle_is_a_square_less_so_the_longer_it_is():
+    assert classified(*np.nonzero(np.ones((10, 10)))) == ("square", 1.0)
+    assert classified(*np.nonzero(np.ones((8, 10)))) == ("square", 1.0)
+    for shape in ((7, 10), (10, 7)):
+        assert classified(*np.nonzero(np.ones(shape))) == ("square", pytest.approx((0.7 / 0.8 - 0.62) / 0.26))
+    assert classified(*np.nonzero(np.ones((3, 10))))[1] == 0.0
+
+
+def test_the_score_rises_with_the_overlap():
+    mask = np.ones((10, 10))
+    mask[3:6, 3:9] = 0  # 18 of 100 are missing
+    assert classified(*np.nonzero(mask)) == ("square", pytest.approx((0.82 - 0.62) / 0.26))
+    y, x = np.nonzero(mask)
+    assert classified(y + 7, x + 30)[1] == pytest.approx((0.82 - 0.62) / 0.26), "wherever it is"
+
+
+def test_the_outlines_of_circle_and_triangle_are_closed_forms():
+    for side in (4, 7, 10, 16):
+        middles = [(i + 0.5) / side for i in range(side)]
+        circle = [["#" if (u - 0.5) ** 2 + (v - 0.5) ** 2 <= 0.25 else " " for u in middles] for v in middles]
+        triangle = [["#" if abs(u - 0.5) <= v / 2 else " " for u in middles] for v in middles]
+        if side > 4:
+            assert classified(*drawn(circle)) == ("circle", 1.0)
+        assert classified(*drawn(triangle))[0] == "triangle"
+        assert (
+            classified(*drawn(triangle[::-1]))[0] != "triangle" or classified(*drawn(triangle[::-1]))[1] == 0
+        )
+
+
+def test_small_outlines_pixel_by_pixel():
+    assert classified(*drawn([" ## ", "####", "####", " ## "])) == ("circle", 1.0)
+    assert classified(*drawn(["  #  ", "  #  ", " ### ", "#####"])) == ("triangle", pytest.approx(1.0))
