@@ -1,22 +1,16 @@
-"""How many items does a stage take at a time? What the recipe says, or what trying once has shown.
-
-What was found, and what had to be lowered since, is remembered in the stage's folder, so that a run that goes
-on begins with it.
-"""
+"""Finds by trying how many items the device takes in one forward-backward."""
 
 from __future__ import annotations
 
 import gc
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from posttrain import trial
-from posttrain.device import available_memory, free_memory, reset_peak_memory, resolve
-from posttrain.files import write
+from posttrain.algorithm import Algorithm
+from posttrain.device import available_memory, free_memory, reset_peak_memory
 from posttrain.memory import OutOfMemory, is_out_of_memory, too_little
 from posttrain.rehearsal import rehearse
 from posttrain.wording import short
@@ -24,9 +18,8 @@ from posttrain.wording import short
 if TYPE_CHECKING:
     from posttrain.parallel.strategy import Strategy
     from posttrain.policy import Policy
-    from posttrain.recipe import Recipe, Stage
+    from posttrain.train_settings import Train
 
-FILE = "micro_batch.json"
 GAIN = 1.05
 """How much faster a row must become for twice as many to be worth their memory."""
 FILLED = 0.9
@@ -43,43 +36,8 @@ class Trial:
     """At its peak, on top of what was held before."""
 
 
-def settled(recipe: Recipe, stage: Stage, folder: Path, size: int) -> int | None:
-    """The number to begin with; None where it is to be found first."""
-    given, found = stage.train.micro_batch, _remembered(recipe, folder, size)
-    if found is not None:
-        return found if given == "auto" else min(given, found)
-    return None if given == "auto" else given
-
-
-def remember(recipe: Recipe, folder: Path, size: int, number: int, trials: list[Trial] | None = None) -> None:
-    """Keep ``number`` for when the run goes on in as many processes, under the same strategy, on such a
-    device."""
-    about = {**_circumstances(recipe, size), "micro_batch": number}
-    if trials:
-        about["trials"] = [asdict(made) for made in trials]
-    write(folder / FILE, json.dumps(about, indent=2))
-
-
-def _remembered(recipe: Recipe, folder: Path, size: int) -> int | None:
-    try:
-        found = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    now = _circumstances(recipe, size)
-    if not isinstance(found, dict) or {name: found.get(name) for name in now} != now:
-        return None
-    number = found.get("micro_batch")
-    return number if type(number) is int and number >= 1 else None
-
-
-def _circumstances(recipe: Recipe, size: int) -> dict[str, Any]:
-    device = resolve(recipe.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "parallel": recipe.parallel.model_dump(mode="json"), "processes": size}
-
-
 def found_by_trying(
-    stage: Stage, policy: Policy, strategy: Strategy, sample: trial.Sample
+    algorithm: Algorithm, settings: Train, policy: Policy, strategy: Strategy, sample: trial.Sample
 ) -> tuple[int, list[Trial]]:
     """The largest power of two of items that fits and is faster than half of it; and what was tried.
 
@@ -87,10 +45,10 @@ def found_by_trying(
     nothing is trained. All processes try alike. Raises TrainingError where one item alone does not fit, and
     OutOfMemory where more did not, and the strategy cannot go on from there.
     """
-    algorithm, world, device = stage.algorithm, strategy.world, policy.model.device
+    world, device = strategy.world, policy.model.device
     calls = rehearse(algorithm)
     rows = calls.rows_with
-    per_step = int(stage.train.batch_size * calls.items) // stage.train.steps_per_batch
+    per_step = int(settings.batch_size * calls.items) // settings.steps_per_batch
     most, trials = max(per_step // world.size, 1), []
     while not trials or 2 * trials[-1].items <= most:
         items = 2 * trials[-1].items if trials else 1

@@ -22,12 +22,13 @@ from posttrain.files import published, write
 from posttrain.judge import Judge
 from posttrain.lineage import DESCRIPTION
 from posttrain.memory import OutOfMemory
-from posttrain.micro_batch import described, found_by_trying, remember, settled
+from posttrain.micro_batch import described, found_by_trying
 from posttrain.model import FlowModel, torch_dtype
 from posttrain.parallel.world import ALONE, World
 from posttrain.policy import Policy
 from posttrain.progress import stage_progress
 from posttrain.records import Tracker
+from posttrain.settled_micro_batch import remember, settled
 from posttrain.trainer import EMA, REFERENCE, train
 from posttrain.trial import blank
 from posttrain.watch import Account, StageWatch
@@ -150,7 +151,7 @@ def _try_out(
         words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
         console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
     if search:
-        policy.chunk, trials = found_by_trying(stage, policy, strategy, sample)
+        policy.chunk, trials = found_by_trying(stage.algorithm, stage.train, policy, strategy, sample)
         line = f"[dim]{stage.name}: {described(trials, policy.model.device)}[/dim]"
         console.print(line, highlight=False, soft_wrap=True)
         if world.main:

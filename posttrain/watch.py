@@ -23,7 +23,6 @@ from posttrain.feeds import Feed
 from posttrain.files import write
 from posttrain.grids import grid, png
 from posttrain.judge import Judge
-from posttrain.micro_batch import remember
 from posttrain.monitor import Action, collapsed, hacking
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy import Policy
@@ -31,6 +30,7 @@ from posttrain.progress import StageProgress
 from posttrain.records import Tracker
 from posttrain.sampling import FlowSampler, sample_images
 from posttrain.scoring import numbered, scored, scorers_of
+from posttrain.settled_micro_batch import remember
 from posttrain.trainer import EMA
 
 if TYPE_CHECKING:

@@ -35,9 +35,6 @@ class Written(Online):
     def loss(self, items, policy):
         return Losses(items.value)
 
-    def forward_equivalents_per_sample(self):
-        return 1.0
-
 
 @dataclass
 class Scored:

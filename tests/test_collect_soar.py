@@ -142,15 +142,15 @@ def test_soar_without_points_takes_no_step(settings):
     assert len(items) == N
     assert policy.forward_equivalents == 0
     assert rehearse(SOAR(**settings)).items == 1
-    assert SOAR(**settings).forward_equivalents_per_sample() == 3
+    assert rehearse(SOAR(**settings)).forward_equivalents == 3
 
 
 def test_soars_cost():
     assert rehearse(SFT()).items == 1
-    assert SFT().forward_equivalents_per_sample() == 3
+    assert rehearse(SFT()).forward_equivalents == 3
     assert rehearse(SOAR(num_rollout_paths=2, trajectory_length=3)).items == 7
-    assert SOAR(num_rollout_paths=2, trajectory_length=3).forward_equivalents_per_sample() == 3 * 7 + 2
-    assert SOAR(trajectory_length=1, cfg_scale_sampling=1.0).forward_equivalents_per_sample() == 3 * 2 + 1
+    assert rehearse(SOAR(num_rollout_paths=2, trajectory_length=3)).forward_equivalents == 3 * 7 + 2
+    assert rehearse(SOAR(trajectory_length=1, cfg_scale_sampling=1.0)).forward_equivalents == 3 * 2 + 1
     _, _, policy = collected(SOAR(cfg_scale_sampling=1.0, trajectory_length=1))
     assert policy.forward_equivalents == N
 

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from lines import Pull, descending, line_policy
 from ranks import on_ranks
 
-from posttrain import micro_batch, trial
+from posttrain import micro_batch, settled_micro_batch, trial
 from posttrain.errors import TrainingError
 from posttrain.memory import OutOfMemory
-from posttrain.micro_batch import Trial, described, found_by_trying, remember, settled
+from posttrain.micro_batch import Trial, described, found_by_trying
 from posttrain.parallel.single import Single
 from posttrain.parallel.world import ALONE
+from posttrain.settled_micro_batch import remember, settled
 from posttrain.train_settings import Train
 
 RECIPE = SimpleNamespace(device="cpu", parallel=Single())
@@ -53,7 +54,7 @@ def test_what_is_remembered_belongs_to_processes_strategy_and_device(tmp_path, m
     assert settled(RECIPE, stage(), tmp_path, 2) == 6
     assert settled(RECIPE, stage(), tmp_path, 1) is None
     assert settled(other, stage(), tmp_path, 2) is None
-    monkeypatch.setattr(micro_batch, "resolve", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(settled_micro_batch, "resolve", lambda name: torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"A GPU of {device}")
     assert settled(RECIPE, stage(), tmp_path, 2) is None
     remember(RECIPE, tmp_path, 2, 3)
@@ -97,7 +98,8 @@ def found(made=None, world=ALONE, repeatable=True, state=None):
     strategy = descending(policy, world=world)
     strategy.repeatable = repeatable
     strategy.optimizer.state.update(state or {})
-    return found_by_trying(made or stage(batch_size=32), policy, strategy, "sample")
+    made = made or stage(batch_size=32)
+    return found_by_trying(made.algorithm, made.train, policy, strategy, "sample")
 
 
 def test_numbers_are_doubled_as_long_as_they_pay(monkeypatch):
