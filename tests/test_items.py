@@ -119,7 +119,7 @@ def test_what_an_algorithm_is_lent_by_default():
 def test_an_algorithm_that_declares_nothing_needs_nothing():
     pull = Pull()
     assert pull.roles == frozenset()
-    assert (pull.samples_per_prompt, pull.items_per_sample()) == (1, 1)
+    assert pull.samples_per_prompt == 1
     policy = line_policy(3)
     policy.add_role("old")
     super(Pull, pull).after_batch(policy, 1)

@@ -72,6 +72,10 @@ def test_a_number_that_is_none_is_not_remembered(tmp_path, number):
     assert settled(RECIPE, stage(), tmp_path, 1) is None
 
 
+class Three(Pull):
+    """Makes three items of each sample, says the stand-in for its rehearsal."""
+
+
 class Trials:
     """Trials whose rows take ``bytes_each``, and gain speed up to ``fastest`` rows; ``room`` rows fit."""
 
@@ -79,7 +83,13 @@ class Trials:
         self.tried, self.ended = [], []
         self.fastest, self.each, self.room, self.base = fastest, each, room, base
         monkeypatch.setattr(trial, "timed", self.timed)
-        monkeypatch.setattr(micro_batch, "rehearse", lambda algorithm: SimpleNamespace(rows_with=rows))
+        monkeypatch.setattr(
+            micro_batch,
+            "rehearse",
+            lambda algorithm: SimpleNamespace(
+                rows_with=rows, items=3.0 if isinstance(algorithm, Three) else 1.0
+            ),
+        )
         monkeypatch.setattr(micro_batch, "available_memory", lambda device: free)
         monkeypatch.setattr(micro_batch.gc, "collect", lambda: self.ended.append("collect"))
         for name in ("free_memory", "reset_peak_memory"):
@@ -116,11 +126,6 @@ def test_twice_as_many_must_be_a_twentieth_faster(monkeypatch, gain, rate, numbe
     monkeypatch.setattr(micro_batch, "GAIN", gain)
     monkeypatch.setattr(trial, "timed", lambda policy, strategy, sample, rows: ({1: 1, 2: 2 / rate}[rows], 0))
     assert found(stage(batch_size=2))[0] == number
-
-
-class Three(Pull):
-    def items_per_sample(self):
-        return 3
 
 
 @pytest.mark.parametrize(
