@@ -61,7 +61,7 @@ def velocity(w, x, sigma, prompt, guidance=1.0):
 
 def step(dynamics, x, v, s, s_next, level, s_max):
     """Mean and standard deviation of a stochastic step, in float64, from the papers' formulas."""
-    s, s_next, s_max = wide(s), wide(s_next), wide(torch.as_tensor(s_max))
+    s, s_next, s_max = wide(s), wide(s_next), wide(torch.as_tensor(s_max, dtype=torch.float64))
     x0, noise, dt = x - s * v, x + (1 - s) * v, s - s_next
     if dynamics == "cps":
         angle = level * math.pi / 2
