@@ -28,6 +28,14 @@ def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["final"]
 
 
+def failing(target, error, removed):
+    """Fail while the folder is written, which somebody may have ``removed``."""
+    with checkpoint.published(target) as part:
+        if removed:
+            shutil.rmtree(target.parent if target.parent.name == "none" else part)
+        raise error
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -43,17 +51,10 @@ def test_a_disk_that_fails_is_one_clear_error_and_leaves_what_was_there(tmp_path
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or room)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").touch()
-
-    def failing(target):
-        with checkpoint.published(target):
-            if target.parent != tmp_path:
-                shutil.rmtree(target.parent)
-            raise fault
-
     for target in (tmp_path / "old", tmp_path / "none" / "final"):
         match = rf"cannot write '{target}': {words} \(2\.50 GB free\); earlier"
         with pytest.raises(PosttrainError, match=match) as found:
-            failing(target)
+            failing(target, fault, removed=target.parent != tmp_path)
         assert found.value.__cause__ is fault
         assert not target.with_name(f".{target.name}.part").exists()
     assert (tmp_path / "old" / "file").exists()
@@ -62,9 +63,10 @@ def test_a_disk_that_fails_is_one_clear_error_and_leaves_what_was_there(tmp_path
 
 @pytest.mark.parametrize("error", [PosttrainError("mine"), RuntimeError("mine")])
 def test_other_errors_are_passed_on_and_leave_nothing(tmp_path, error):
-    with pytest.raises(type(error), match=r"^mine$"), checkpoint.published(tmp_path / "final"):
-        raise error
-    assert list(tmp_path.iterdir()) == []
+    for removed in (False, True):
+        with pytest.raises(type(error), match=r"^mine$"):
+            failing(tmp_path / "final", error, removed)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_files_and_their_folder_reach_the_disk_before_and_after_the_name(tmp_path, monkeypatch):
