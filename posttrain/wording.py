@@ -12,8 +12,7 @@ def short(value: float | None, unit: str = "") -> str:
         value /= 1000
         prefixes.pop(0)
     prefix = prefixes[0]
-    number = f"{value:.0f}" if prefix == "" and value == int(value) else f"{value:.3g}"
-    return f"{number}{' ' if unit else ''}{prefix}{unit}"
+    return f"{value:.3g}{' ' if unit else ''}{prefix}{unit}"
 
 
 def duration(seconds: float | None) -> str:

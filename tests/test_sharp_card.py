@@ -75,6 +75,17 @@ def test_the_card_before_the_first_sample(monkeypatch):
     assert set(found["versions"]) == {"python", "posttrain", "torch", "diffusers", "transformers"}
 
 
+def test_the_prompts_file_is_named_in_json(tmp_path):
+    (tmp_path / "p.txt").write_text("a\n")
+    rewards = {
+        "prompts": {"type": "file", "path": str(tmp_path / "p.txt")},
+        "rewards": ["jpeg_compressibility"],
+    }
+    found = card(Drawn(), Evaluation.model_validate(rewards), [{"prompt": "a"}], "ema")
+    assert found["prompts"]["path"] == str(tmp_path / "p.txt")
+    assert found["prompts"]["published_as"] is None
+
+
 def test_the_summary_of_a_score_and_of_its_details():
     rows = [record("a", 0, 1.0, part=0.0), record("a", 1, 3.0, part=1.0), record("b", 0, 8.0, part=1.0)]
     found = summaries(rows, [JPEG])
@@ -108,6 +119,7 @@ def test_the_mean_of_tags_weighs_each_tag_alike():
 def test_without_tags_there_is_no_mean_of_them():
     found = result([record("a", 0, 1.0)], [JPEG])
     assert (found["tags"], found["tag_means"]) == ({}, {})
+    assert result([record("a", 0, 1.0, "x")], [JPEG])["tag_means"] == {NAME: 1.0}
 
 
 def test_cards_differ_by_place_and_value():

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from posttrain.compare import EXPECTED, Comparison, Evaluated, compare_table, load, worded, write_page
+from posttrain.compare import Comparison, Evaluated, compare_table, worded, write_page
 from posttrain.errors import PosttrainError
 from posttrain.statistics import paired_difference
 
@@ -38,13 +38,6 @@ def pair(tmp_path):
         evaluated("b", tmp_path / "b", 2.0, 2.0, 7.0, 7.0),
     )
     return Comparison([a, b], list(a.records), ["beware"])
-
-
-def write(folder, rows, card):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps(card))
-    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    return folder
 
 
 def test_means_and_paired_differences_are_over_the_shared_samples(pair):
@@ -96,6 +89,23 @@ def test_an_image_is_the_kept_one_or_the_grids(tmp_path):
     )
 
 
+def test_images_of_a_prompt_are_drawn_together(tmp_path):
+    keys = [(p, i) for p in "pqr" for i in range(3)]
+    one, two = (
+        [(*key, v, {}) for key, v in zip(keys, vs, strict=True)]
+        for vs in ([0.0] * 9, [1.0, 1, 1, 2, 2, 2, 6, 6, 6])
+    )
+    pair = Comparison(
+        [Evaluated(n, tmp_path, CARD, records(*rows)) for n, rows in (("a", one), ("b", two))], keys, []
+    )
+    assert pair.difference(pair.evaluations[1], "s") == (3.0, 1.0, 6.0)
+
+
+def test_the_direction_is_the_first_evaluations(pair):
+    pair.evaluations[1].card["scores"]["s"]["higher_is_better"] = False
+    assert pair.heading("s") == "s"
+
+
 def test_the_table_has_a_row_for_each_score_and_model(pair):
     pair.evaluations[0].records["p", 0]["scores"]["low"] = -50.0
     table = compare_table(pair)
@@ -143,6 +153,10 @@ def test_the_page_shows_those_with_most_images_first(pair, tmp_path):
     assert ">4 samples of" in page
     assert "<h1>a · b</h1>" in page
     assert "image 1<" in page
+    write_page(pair, tmp_path / "deep" / "er" / "c.html", 9)
+    assert (tmp_path / "deep" / "er" / "c.html").read_text().count("<tr><td>") == 2 + 2, (
+        "only rows with an image"
+    )
     write_page(pair, tmp_path / "deep" / "er" / "c.html", 1)
     assert jpeg not in (tmp_path / "deep" / "er" / "c.html").read_text()
 
@@ -158,78 +172,3 @@ def test_a_page_that_cannot_be_written_is_told(pair, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PosttrainError, match=r"cannot write '.*c\.html': "):
         write_page(pair, tmp_path / "file" / "c.html", 1)
-
-
-def test_folders_are_read_and_what_was_not_measured_alike_is_told(tmp_path):
-    one, two = (
-        records(("p", 0, 1.0, {}), ("q", 0, 2.0, {})),
-        records(("q", 0, 5.0, {}), ("p", 0, 4.0, {}), ("r", 0, 0, {})),
-    )
-    card = CARD | {
-        "sampler": {"steps": 4, "batch_size": 2},
-        "shown": {"grid": 1},
-        "model": {"weights": "raw", "sha256": "a"},
-    }
-    card["model"]["settings"] = {"type": "sd3", "revision": "main"}
-    write(tmp_path / "one" / "evaluation", one, card)
-    other = json.loads(json.dumps(card))
-    other["sampler"] = {"steps": 5, "batch_size": 9}
-    other["model"] = {"weights": "ema", "sha256": "b", "settings": {"type": "flux", "revision": "x"}}
-    other["shown"]["grid"] = 9
-    write(tmp_path / "two", two, other)
-    found = load([tmp_path / "one", tmp_path / "two", tmp_path / "two"][:2])
-    assert [e.name for e in found.evaluations] == ["one", "two"]
-    assert [e.folder for e in found.evaluations] == [tmp_path / "one" / "evaluation", tmp_path / "two"]
-    assert found.evaluations[1].records == two
-    assert found.keys == [("p", 0), ("q", 0)]
-    assert found.remarks == [
-        "compared on the 2 samples that all have (2 in one, 3 in two)",
-        "one and two were not measured alike: sampler.steps (one: 4, two: 5)",
-    ]
-    assert load([tmp_path / "two", tmp_path / "one"]).remarks[0].endswith("(3 in two, 2 in one)")
-    write(tmp_path / "two", one, card)
-    assert load([tmp_path / "one", tmp_path / "two"]).remarks == []
-
-
-def test_differences_in_two_places_stand_in_one_remark(tmp_path):
-    rows = records(("p", 0, 1.0, {}))
-    for name, steps in (("a", 1), ("b", 2), ("c", 2)):
-        write(tmp_path / name, rows, CARD | {"steps": steps, "seed": steps})
-    remarks = load([tmp_path / n for n in "abc"]).remarks
-    assert remarks == [
-        f"a and {n} were not measured alike: steps (a: 1, {n}: 2); seed (a: 1, {n}: 2)" for n in "bc"
-    ]
-
-
-def test_what_may_differ_is_listed():
-    assert EXPECTED == (
-        "model.weights",
-        "model.sha256",
-        "model.settings.type",
-        "model.settings.revision",
-        "shown",
-        "sampler.batch_size",
-    )
-
-
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    rows = records(("p", 0, 1.0, {}))
-    first = write(tmp_path / "run" / "evaluation", rows, CARD)
-    with pytest.raises(PosttrainError, match=r"^compare needs two evaluations or more$"):
-        load([first])
-    with pytest.raises(PosttrainError, match=r"^'.*none' holds no finished evaluation \(no eval\.json\)$"):
-        load([first, tmp_path / "none"])
-    with pytest.raises(
-        PosttrainError, match=r"^the evaluations share no sample: other prompts, or other image numbers$"
-    ):
-        load([first, write(tmp_path / "b", records(("p", 1, 1.0, {})), CARD)])
-    with pytest.raises(PosttrainError, match=r"^the evaluations share no score$"):
-        load([first, write(tmp_path / "c", rows, {"scores": {"t": {}}})])
-    with pytest.raises(PosttrainError, match=r"^compare was given one folder twice$"):
-        load([first, tmp_path / "run"])
-
-
-def test_names_are_as_long_as_needed_to_differ(tmp_path):
-    rows = records(("p", 0, 1.0, {}))
-    folders = [write(tmp_path / name / "sft" / "evaluation", rows, CARD) for name in ("x", "y")]
-    assert [e.name for e in load(folders).evaluations] == ["x/sft", "y/sft"]

@@ -142,12 +142,16 @@ def test_verdicts_are_joined_in_order():
     first = Verdict({"a": torch.tensor([1.0])}, {"a/d": torch.tensor([2.0])})
     second = Verdict({"a": torch.tensor([3.0, 4.0])}, {"a/d": torch.tensor([5.0, 6.0])})
     joined = Verdict.cat([first, second])
+    assert Verdict.cat([first]).rewards["a"].tolist() == [1]
     assert joined.rewards["a"].tolist() == [1, 3, 4]
     assert joined.details["a/d"].tolist() == [2, 5, 6]
 
 
-def test_the_first_failure_keeps_its_images_and_prompts(tmp_path):
+@pytest.mark.parametrize("existing", [True, False])
+def test_the_first_failure_keeps_its_images_and_prompts(tmp_path, existing):
     folder = tmp_path / "deep" / "failures"
+    if existing:
+        folder.mkdir(parents=True)
     with Judge(Halving(), [reward("bad", lambda *_: 1 / 0)], folder) as judge:
         for level in (1.0, 0.0):
             waiting = judge.submit(torch.full((2, 3, 4, 4), level), batch(f"p{level}", "q"))

@@ -159,7 +159,7 @@ def test_a_run_folder_is_read_whole(tmp_path):
         (grid / name).touch()
     (tmp_path / "x" / "stage.json").write_text('{"steps": 3}')
     (tmp_path / "x" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
-    (grid.parent / "eval.json").write_text('{"scores": {"s": {"mean": 1}}, "grid_prompts": ["p", "q"]}')
+    (grid.parent / "eval.json").write_text('{"scores": {"s": {"mean": 1}}, "grid_prompts": ["p", "q", "r"]}')
     (grid.parent / "records.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q"}\n')
     found = load_results(tmp_path)
     assert (found.name, found.recipe, found.environment) == ("demo", "name: demo\n", {"device": "cpu"})

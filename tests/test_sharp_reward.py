@@ -25,6 +25,7 @@ class Plain(Reward):
     path: str = "./nowhere"
     head: str = "some/repository"
     colour: str = "red"
+    words: Path = Path("w.txt")
 
     def load(self, device):
         raise NotImplementedError
@@ -95,7 +96,7 @@ def test_weights_that_cannot_be_had_are_an_error_that_says_what_to_do():
 
 
 def test_what_scores_depend_on_is_neither_weights_nor_the_weight():
-    assert Plain(weight=3.0).measures() == {"type": "sharp_plain", "colour": "red"}
+    assert Plain(weight=3.0).measures() == {"type": "sharp_plain", "colour": "red", "words": "w.txt"}
 
 
 def answer(scores):
