@@ -143,6 +143,13 @@ def _pipeline(options: argparse.Namespace, device: torch.device, frozen: bool = 
                 **tiny["text_encoder_3"],
                 "d_model": transformer["joint_attention_dim"],
             }
+    if layers := getattr(options, "layers", 0):
+        # one block of each kind compiles to what the whole model's do
+        configs["transformer"] = {
+            **configs["transformer"],
+            "num_layers": layers,
+            "dual_attention_layers": [0],
+        }
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     with _weights.quiet():
         dtypes = {"default": dtype, "transformer": dtype if frozen else torch.float32}
