@@ -3,9 +3,10 @@
     OUT=runs/gpu python benchmarks/gpu_lab.py --seconds 180
     python benchmarks/gpu_lab.py --tiny
 
-The transformer of Stable Diffusion 3.5 Medium's shape with plain bf16 weights, no autocast, its
-blocks compiled: forward-backward at 512 px and 77 + 256 tokens with several rows at a time and under the compiler's memory budgets, the optimizer on float32 masters, a whole step of SOAR put together from these, a LoRA in bf16,
-fp8, the decoder.
+The transformer has SD3.5 Medium's shape and plain bf16 weights, without autocast, its blocks compiled.
+Measured are forward-backward at 512 px and 77 + 256 tokens, with several rows at a time and under the
+compiler's memory budgets; the optimizer on float32 masters; a whole step of SOAR put together from these; a
+LoRA in bf16; fp8; the decoder.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python benchmarks/gpu_table.py --tiny
 
 One model at a time: first the one with a LoRA, then the one that is trained whole. Entries are in the order
-of their importance. A SOAR step has 6 points and batch 4, all images 512 px and prompts 77 + 256 tokens, where
-nothing else is said. Weights are random: they change no time.
+of their importance. A SOAR step has 6 points and batch 4, all images 512 px and prompts 77 + 256 tokens,
+where nothing else is said. Weights are random: they change no time.
 """
 
 from __future__ import annotations

@@ -1,15 +1,24 @@
 """On a CUDA device: does every kind of stage train, go on to the same bits, and make do with the memory there is?"""
 
+import functools
+
 import pytest
 import torch
 from runs import TRAIN, recipe, run_quietly, stage
+from test_compiling import _as_before  # noqa: F401
 from test_run import assert_equal_weights
+from toys import alone
 
-from posttrain.algorithm import Tools
+from posttrain.algorithm import Batch, Tools
 from posttrain.algorithms.sft import SFT
+from posttrain.artifact import open_artifact
 from posttrain.condition import Conditions
 from posttrain.memory import fitted
+from posttrain.policy import Policy
+from posttrain.randomness import Draws
 from posttrain.records import read_metrics
+from posttrain.train_settings import Train
+from posttrain.trainer import update
 from posttrain.watch import StageWatch
 
 pytestmark = [
@@ -73,8 +82,6 @@ def test_an_iteration_in_bf16_takes_a_finite_step(tmp_path, algorithm, tune):
 
 @pytest.mark.parametrize(("algorithm", "tune"), [("{type: sft}", "{type: full}"), (SOAR, LORA)])
 def test_compiled_blocks_train_as_plain_ones(tmp_path, algorithm, tune):
-    from posttrain.compiling import compile_blocks  # noqa: F401
-
     run_quietly(made("only", algorithm, ONE, tune=tune), tmp_path / "plain")
     compiled = ONE.replace("{", "{compile: true, ")
     printed = run_quietly(made("only", algorithm, compiled, tune=tune), tmp_path / "compiled")
@@ -84,14 +91,6 @@ def test_compiled_blocks_train_as_plain_ones(tmp_path, algorithm, tune):
 
 
 def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
-    from toys import alone
-
-    from posttrain.artifact import open_artifact
-    from posttrain.policy import Policy
-    from posttrain.randomness import Draws
-    from posttrain.train_settings import Train
-    from posttrain.trainer import update
-
     device, count = torch.device(DEVICE), 256
     model, _ = open_artifact("posttrain/tiny-sd3", device)
     model.transformer.requires_grad_(True)
@@ -101,18 +100,17 @@ def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
     def gradient(chunk):
         policy = Policy(model, chunk=chunk)
         draws = Draws((0, 0, 0), range(count), device)
-        from posttrain.algorithm import Batch
-
         ones = torch.ones(count, dtype=torch.int64, device=device)
         batch = Batch(draws.normal("data", shape), ones, conditions)
         with torch.no_grad():
             items = SFT().collect(batch, Tools(policy, draws))
         strategy, settings = alone(policy), Train(steps=1, max_grad_norm=1e9)
-        work = lambda: update(SFT(), policy, items, strategy, settings, 1)  # noqa: E731
+        work = functools.partial(update, SFT(), policy, items, strategy, settings, 1)
         fitted(work, policy, lambda: strategy.forget() or True)
         return torch.cat([g.flatten() for g in strategy.optimizer.seen]), policy.chunk
 
     gradient(32)  # libraries take memory of their own at their first use
+    torch.cuda.empty_cache()
     rest = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     free, chunk = gradient(count)
@@ -126,4 +124,4 @@ def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert chunk < count
-    torch.testing.assert_close(halves, free, rtol=1e-3, atol=1e-5)
+    assert (halves - free).norm() <= 1e-4 * free.norm()
