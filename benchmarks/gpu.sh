@@ -60,7 +60,7 @@ grep '"error"' "$OUT/warm.log" | cut -c1-300
 
 # the seconds that a process takes to begin are not on its own clock
 echo "== table"
-part=$((($(left) - 20) * 60 / 100))
+part=$((($(left) - 20) * 55 / 100))
 [ -n "$tiny" ] && part=1500
 timeout $((part + 45)) "$python" benchmarks/gpu_table.py $tiny --seconds "$part" 2>"$OUT/table.log"
 [ $? -eq 0 ] || tail -n 5 "$OUT/table.log"
