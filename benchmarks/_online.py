@@ -26,8 +26,9 @@ from posttrain.tuning import Lora
 class Iteration:
     """Everything that an iteration of ``algorithm`` on ``options.batch`` samples needs."""
 
-    def __init__(self, options: argparse.Namespace, algorithm: Algorithm) -> None:
-        self.it: Bench = bench(options, Lora())
+    def __init__(self, options: argparse.Namespace, algorithm: Algorithm, it: Bench | None = None) -> None:
+        """``it`` is a model that is there already, with a LoRA; its parts are not timed."""
+        self.it: Bench = it or bench(options, Lora())
         self.algorithm, self.side = algorithm, options.resolution
         self.count, self.size = options.batch, algorithm.samples_per_prompt
         self.model, self.micro = self.it.model, options.micro_batch
@@ -40,7 +41,8 @@ class Iteration:
         self.prompts = [p for p in self.it.captions(self.count // self.size) for _ in range(self.size)]
         self.draws = Draws((0, 0, 0), range(self.count), self.it.device)
         self.judge = Judge(self.model, [JpegIncompressibility()], Path("failed_reward"))
-        watched(self.it)
+        if it is None:
+            watched(self.it)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,7 +58,7 @@ class Iteration:
         metadata = [{"prompt": p} for p in self.prompts]
         latents = torch.empty(self.count, *self.shape, device="meta")
         batch = Batch(latents, rows, conditions, metadata, group)
-        with torch.no_grad():
+        with torch.no_grad(), self.policy.steady():
             items = self.algorithm.collect(batch, Tools(self.policy, self.draws, self.sigmas, self.judge))
         with self.it.timed("training"):
             update(self.algorithm, self.policy, items, self.strategy, self.settings, 1)

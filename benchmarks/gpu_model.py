@@ -1,0 +1,124 @@
+"""The models and steps that the entries of ``gpu_table.py`` measure."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from _bench import Bench, forward_flops
+from _gpu import Session
+from _online import Iteration
+from _soar import SoarStep
+
+from posttrain.activations import Checkpointing, checkpoint_blocks
+from posttrain.algorithm import Algorithm, Tools
+from posttrain.algorithms.sft import SFT
+from posttrain.blocks import blocks
+from posttrain.compiling import OPTIONS
+from posttrain.data.loader import ImageBatch
+from posttrain.feeds import encoded
+from posttrain.randomness import Draws
+from posttrain.recipe import Evaluation
+from posttrain.sampling import FlowSampler
+from posttrain.trainer import update
+
+
+def options_of(session: Session, **changes: Any) -> argparse.Namespace:
+    """What the benchmarks' command line would say: the true shape at 512 px in bf16, batches of 4."""
+    tiny = session.options.tiny
+    chosen = {
+        "device": session.device.type,
+        "model": "tiny" if tiny else "sd35m",
+        "text_encoders": "tiny",
+        "resolution": 32 if tiny else 512,
+        "precision": "bf16",
+        "batch": 2 if tiny else 4,
+        "layers": 0 if tiny else session.options.layers,
+        "micro_batch": 4,
+        **changes,
+    }
+    return argparse.Namespace(**chosen)
+
+
+@contextlib.contextmanager
+def as_set(it: Bench, checkpointing: Checkpointing = "off", *, compiled: bool = False) -> Iterator[None]:
+    """Within the block the transformer's blocks are checkpointed and compiled so."""
+    parts = blocks(it.model.transformer)
+    checkpoint_blocks(it.model.transformer, checkpointing)
+    for block in parts if compiled else ():
+        block.compile(**OPTIONS)
+    try:
+        yield
+    finally:
+        for block in parts:
+            block._compiled_call_impl = None
+        checkpoint_blocks(it.model.transformer, "off")
+
+
+class Work:
+    """FLOPs of a forward of one sample, counted once for each size of image and prompt."""
+
+    def __init__(self) -> None:
+        self.counted: dict[tuple[int, int], int] = {}
+
+    def of(self, it: Bench, forward_equivalents: float) -> float:
+        tokens = it.model.max_sequence_length  # type: ignore[attr-defined]
+        key = it.options.resolution, tokens
+        if key not in self.counted:
+            self.counted[key] = forward_flops(it)
+        return self.counted[key] * forward_equivalents
+
+
+class Watched:
+    """An algorithm, and how far its ratios were off 1 in the first micro-batch of its first update."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.algorithm, self.first = algorithm, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.algorithm, name)
+
+    def loss(self, items: Any, policy: Any) -> Any:
+        losses = self.algorithm.loss(items, policy)
+        if self.first is None and "ratio_deviation" in losses.metrics:
+            self.first = losses.metrics["ratio_deviation"].detach().max().item()
+        return losses
+
+
+def online(session: Session, it: Bench, algorithm: Algorithm, **changes: Any) -> Iteration:
+    """Iterations of an online algorithm on the model of ``it``, which has a LoRA."""
+    options = options_of(session, **changes)
+    return Iteration(options, Watched(algorithm), Bench(options, it.model))  # type: ignore[arg-type]
+
+
+def sft(it: Bench, count: int, step: SoarStep) -> Callable[[], None]:
+    """A step of supervised fine-tuning on ``count`` images, by the policy and optimizer of a SOAR step."""
+    algorithm, ids, side = SFT(), list(range(count)), it.options.resolution
+    pixels, captions = torch.randn(count, 3, side, side), it.captions(count)
+    draws = Draws((0, 0, 1), ids, it.device)
+
+    def run() -> None:
+        batch = encoded(ImageBatch(0, 0, ids, pixels, captions, ids, (side, side)), it.model, draws)
+        with torch.no_grad(), step.policy.steady():
+            items = algorithm.collect(batch, Tools(step.policy, draws))
+        update(algorithm, step.policy, items, step.strategy, step.settings, 1)
+
+    return run
+
+
+def sampling(it: Bench, count: int, steps: int) -> Callable[[], object]:
+    """An evaluation's images of ``count`` prompts, guided by 4.5."""
+    settings = Evaluation(
+        prompts="unused.txt",  # type: ignore[arg-type]
+        rewards=["jpeg_incompressibility"],  # type: ignore[list-item]
+        resolution=it.options.resolution,
+        steps=steps,
+        guidance=4.5,
+        batch_size=count,
+    )
+    sampler = FlowSampler(it.policy(64))
+    captions = it.captions(count)
+    return lambda: sampler.images(captions, [0] * count, settings)
