@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from posttrain.compiling import OPTIONS
+from posttrain.device import synchronize
 from posttrain.memory import is_out_of_memory
-from posttrain.planning.throughput import synchronise
 
 
 def command_line(title: str) -> argparse.Namespace:
@@ -130,11 +130,11 @@ class Session:
         a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         for _ in range(2):
             a @ b
-        synchronise(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         for _ in range(repeats):
             a @ b
-        synchronise(self.device)
+        synchronize(self.device)
         self.rate = 2 * side**3 * repeats / (time.perf_counter() - start)
 
     def timed(
@@ -147,10 +147,10 @@ class Session:
         cuda = self.device.type == "cuda"
 
         def once() -> float:
-            synchronise(self.device)
+            synchronize(self.device)
             start = time.perf_counter()
             step()
-            synchronise(self.device)
+            synchronize(self.device)
             return time.perf_counter() - start
 
         first = once()

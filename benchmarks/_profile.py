@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from posttrain.planning.throughput import synchronise
+from posttrain.device import synchronize
 
 KINDS = {
     "attention": r"flash|attention|fmha|sdpa|cudnn_generated",
@@ -31,10 +31,10 @@ def kernels(step: Callable[[], object], device: torch.device, file: Path, most: 
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     step()
-    synchronise(device)
+    synchronize(device)
     with profile(activities=activities) as profiled:
         step()
-        synchronise(device)
+        synchronize(device)
     found: list[tuple[float, int, str]] = []
     launches = 0
     for event in profiled.key_averages():

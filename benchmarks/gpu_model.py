@@ -65,7 +65,7 @@ class Work:
         self.counted: dict[tuple[int, int], int] = {}
 
     def of(self, it: Bench, forward_equivalents: float) -> float:
-        tokens = it.model.max_sequence_length  # type: ignore[attr-defined]
+        tokens = it.model.spec.max_sequence_length  # type: ignore[attr-defined]
         key = it.options.resolution, tokens
         if key not in self.counted:
             self.counted[key] = forward_flops(it)

@@ -26,7 +26,7 @@ from gpu_model import Work, as_set, online, options_of, sampling, sft
 from posttrain.activations import Checkpointing
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
 from posttrain.algorithms.flow_grpo import FlowGRPO
-from posttrain.planning.throughput import synchronise
+from posttrain.device import synchronize
 from posttrain.rehearsal import rehearse
 from posttrain.tuning import Lora
 
@@ -205,7 +205,7 @@ class Whole(Table):
             encoded = self.session.timed(lambda: model.posterior(pixels), count)
             self.session.free()
             decoded = self.session.timed(lambda: model.decode(latents), count)
-        synchronise(self.session.device)
+        synchronize(self.session.device)
         return {"encode": encoded, "decode": decoded}
 
 
