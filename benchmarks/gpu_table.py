@@ -129,7 +129,8 @@ class WithLora(Table):
         model: Any = self.it.model
         count, side = (4, 32) if self.tiny else (count, 512)
         algorithm = DiffusionNFT(group_size=count, num_steps=4 if self.tiny else 10, beta=1.0)
-        before, model.max_sequence_length = model.max_sequence_length, 16 if self.tiny else 128
+        before = model.spec
+        model.spec = before.model_copy(update={"max_sequence_length": 16 if self.tiny else 128})
         made = online(
             self.session, self.it, algorithm, batch=count, resolution=side, micro_batch=min(count, 9)
         )
@@ -139,7 +140,7 @@ class WithLora(Table):
                 found = self.session.timed(made.engine, count, flops, rounds=1, settle=0)
             return {"micro_batch": made.micro, **found, "slice": count, "of": 1152}
         finally:
-            model.max_sequence_length = before
+            model.spec = before
             made.judge.close()
             made.strategy.forget()
 
