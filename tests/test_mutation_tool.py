@@ -81,7 +81,9 @@ def test_a_test_that_notices_nothing_is_found_out(tmp_path):
     for name in ("__main__", "operators", "execution", "children"):
         (tests / "mutation" / f"{name}.py").write_text((FOLDER / f"{name}.py").read_text())
     target = '[[target]]\nmodule = "pack.m"\ntests = ["tests/test_m.py"]\n'
-    survivor = '[[target.survivor]]\nfunction = "idle"\nbefore = "return a - 1"\nafter = "return a + 1"\nwhy = "w"\n'
+    survivor = (
+        '[[target.survivor]]\nfunction = "idle"\nbefore = "return a - 1"\nafter = "return a + 1"\nwhy = "w"\n'
+    )
     (tests / "mutation" / "targets" / "t.toml").write_text(target + survivor)
     done = subprocess.run([sys.executable, "tests/mutation"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
