@@ -42,9 +42,9 @@ def outcomes(jobs: Iterable[tuple[int, Callable[[], int], float]], at_once: int)
     while True:
         while len(running) < at_once and (job := next(waiting, None)) is not None:
             number, function, seconds = job
-            # a busy machine must not stop what is merely waiting for its turn
+            # in processor time, so that a busy machine stops nothing; the other limit is for what waits forever
             pid = forked(functools.partial(limited, function, seconds))
-            running[pid] = (number, time.monotonic() + 60 + 10 * seconds)
+            running[pid] = (number, time.monotonic() + 60 + seconds / 3)
         if not running:
             return
         time.sleep(0.003)
