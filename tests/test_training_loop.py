@@ -18,7 +18,7 @@ def settings(steps, **more):
     return Train(**{"steps": steps, "learning_rate": 1.0, "max_grad_norm": 1e9, "batch_size": 4, **more})
 
 
-def trained(batches, given, policy=None, watch=None, algorithm=None, start=0, strategy=None):
+def trained(batches, given, policy=None, watch=None, algorithm=None, strategy=None, **more):
     """The watch, the policy, and how many batches were drawn."""
     NOTES.clear()
     policy, watch, drawn = policy or line_policy(), watch or Steps(), []
@@ -29,7 +29,7 @@ def trained(batches, given, policy=None, watch=None, algorithm=None, start=0, st
             yield made(policy)
 
     strategy = strategy or descending(policy, lr=123.0)
-    train(algorithm or Pull(), policy, strategy, source(), given, watch, start)
+    train(algorithm or Pull(), policy, strategy, source(), given, watch, **more)
     return watch, policy, len(drawn)
 
 
