@@ -35,9 +35,8 @@ def load_colors(clip: Clip) -> Classifier:
 
     @cache
     def directions(kind: str) -> Tensor:
-        with torch.no_grad():
-            texts = [clip.of_texts([t.format(color=c, kind=kind) for t in TEMPLATES]) for c in COLORS]
-            return normalize(torch.stack([normalize(t).mean(0) for t in texts]))
+        texts = [clip.of_texts([t.format(color=c, kind=kind) for t in TEMPLATES]) for c in COLORS]
+        return normalize(torch.stack([normalize(t).mean(0) for t in texts]))
 
     def classify(crops: Sequence[Image.Image], kind: str) -> list[str]:
         with torch.no_grad():

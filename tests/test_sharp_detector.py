@@ -63,6 +63,19 @@ def test_what_is_not_above_the_least_is_left_out():
     assert (tuple(kept.shape), tuple(scores.shape), tuple(labels.shape)) == ((0, 4, 6), (0,), (0,))
 
 
+def test_scores_and_masks_that_are_left_belong_together():
+    classes = torch.tensor([[9.0, 0.0], [0.0, 0.0], [8.0, 0.0]])
+    masks, scores, labels = instances(classes, flat(1.0, 2.0, 3.0), [], 0.5)
+    assert scores.tolist() == pytest.approx([sigmoid(9) * sigmoid(1), sigmoid(8) * sigmoid(3)], abs=1e-5)
+    assert (len(masks), labels.tolist()) == (2, [0, 0])
+
+
+def test_the_mean_inside_is_over_a_millionth_of_a_pixel_more():
+    sure = torch.full((1, 1, 1), 99.0)  # one pixel, of certainty 1
+    score = float(instances(torch.zeros(1, 2), sure, [], 0.4)[1][0])
+    assert 0.499999 < score < 0.4999997
+
+
 def test_fewer_scores_than_queries_are_all():
     assert len(instances(torch.zeros(3, 2), flat(1.0, 1.0, 1.0), [], 0.1)[1]) == 3
 
@@ -182,3 +195,8 @@ def test_a_detector_answers_for_each_image_at_its_own_size(monkeypatch):
     assert found["mask"].shape == (20, 60)
     assert found["box"] == [0, 0, 30, 20]
     assert len(load_detector(folder, (64, 100), 2, device)(pictures[:1], [0.3])[0]["cat"]) == 2
+    square = Image.new("RGB", (40, 40))
+    detect([square], [0.3])
+    assert seen[-1][0] == (1, 3, 64, 64), "40 x 40 to 64 x 64"
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        detect(pictures, [0.3])

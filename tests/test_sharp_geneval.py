@@ -202,3 +202,5 @@ def test_the_shapes_reward_judges_each_image_by_its_own_task():
         Shapes().load(CPU)(images, ["p", "q"], [tasks[0], {}])
     with pytest.raises(ValueError, match="shorter"):
         Shapes().load(CPU)(images, ["p", "q"], tasks[:1])
+    with pytest.raises(ValueError, match="shorter"):
+        Shapes().load(CPU)(images[:1], ["p", "q"], tasks[:1])

@@ -100,6 +100,7 @@ def test_by_the_shorter_side_averages_where_it_shrinks_and_blends_where_it_grows
         (4, 8, 8, (2, 6), (0, 8)),
         (3, 8, 8, (2, 5), (0, 8)),
         (16, 10, 8, (0, 8), (1, 6)),
+        (2, 1, 4, (0, 4), (1, 3)),
     ],
 )
 def test_by_the_longer_side_pads_with_black(height, width, size, rows, columns):

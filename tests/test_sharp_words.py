@@ -133,6 +133,7 @@ def test_a_function_of_ones_own_gets_everything_and_may_return_any_numbers(monke
 def test_a_function_is_found_in_the_current_folder_when_it_is_loaded_first(monkeypatch, tmp_path):
     (tmp_path / "sharp_here.py").write_text("def taste(images, prompts, metadata):\n    return [1]\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "sharp_here", raising=False)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     assert Callable(function="sharp_here:taste").load(CPU)(torch.zeros(1), ["a"], [{}]).value.tolist() == [
         1.0
