@@ -10,8 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from posttrain.report import table, write_report
-from posttrain.results import load_results, short, verdict
+from posttrain.results import load_results, verdict
 from posttrain.statistics import bootstrap_interval
+from posttrain.wording import short
 
 EVIL = '<script>alert("x")</script> & two'
 PROMPTS = ["one red circle", "two blue squares", EVIL, "a star"]
