@@ -87,7 +87,9 @@ def test_a_window_is_drawn_for_each_iteration_from_the_range():
         starts.add(first)
     assert starts == {1, 2}
     assert rehearse(algorithm).items == 2
-    assert rehearse(grpo(sde_window_range=[2, 4], sde_window_size=1)).items == 1
+    one = grpo(sde_window_range=[2, 3], sde_window_size=1)
+    assert rehearse(one).items == 1
+    near(rollout(one)[1]["sigma"], torch.full((N, 1), 0.5))
 
 
 def test_samples_of_a_group_may_start_from_the_same_noise():
@@ -102,6 +104,7 @@ def test_samples_without_an_advantage_may_be_left_out():
     a = torch.tensor([0.0, -1.0, 1e-7])
     assert grpo().kept(a).tolist() == [False, True, True]
     assert grpo(drop_zero_advantage=False).kept(a).tolist() == [True, True, True]
+    assert grpo(drop_zero_advantage=False).kept(a).dtype == torch.bool
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ TARGETS = [
     t for p in sorted((FOLDER / "targets").glob("*.toml")) for t in tomllib.loads(p.read_text())["target"]
 ]
 
+sys.path.insert(0, str(FOLDER))
 spec = importlib.util.spec_from_file_location("mutation_operators", FOLDER / "operators.py")
 operators = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = operators
 spec.loader.exec_module(operators)
+sys.path.remove(str(FOLDER))
 
 
 def mutants(tmp_path, source):
@@ -78,8 +80,8 @@ def test_a_test_that_notices_nothing_is_found_out(tmp_path):
     (tests / "test_m.py").write_text(
         "from pack.m import called\n\n\ndef test_m():\n    assert called(2) == 3\n"
     )
-    for name in ("__main__", "operators", "execution", "children"):
-        (tests / "mutation" / f"{name}.py").write_text((FOLDER / f"{name}.py").read_text())
+    for file in FOLDER.glob("*.py"):
+        (tests / "mutation" / file.name).write_text(file.read_text())
     target = '[[target]]\nmodule = "pack.m"\ntests = ["tests/test_m.py"]\n'
     survivor = (
         '[[target.survivor]]\nfunction = "idle"\nbefore = "return a - 1"\nafter = "return a + 1"\nwhy = "w"\n'
