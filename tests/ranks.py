@@ -1,6 +1,7 @@
 """Ranks as threads of this process: real collectives between them, in milliseconds."""
 
 import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from posttrain.parallel.world import World
 
 
-def on_ranks(size, work, seconds=20):
+def on_ranks(size, work, seconds=10):
     """What ``work(world)`` returns on each of ``size`` ranks, in their order; raises what one of them raised."""
     results, errors, store = [None] * size, [], dist.HashStore()
 
@@ -30,8 +31,9 @@ def on_ranks(size, work, seconds=20):
         threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(size)]
         for thread in threads:
             thread.start()
+        until = time.monotonic() + seconds
         for thread in threads:
-            thread.join(seconds)
+            thread.join(max(until - time.monotonic(), 0))
         alive = [thread for thread in threads if thread.is_alive()]
     finally:
         torch._C._distributed_c10d._set_thread_isolation_mode(False)

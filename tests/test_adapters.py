@@ -92,7 +92,9 @@ def test_the_draw_is_as_init_says():
         values = torch.cat([p.detach().flatten() for p in names.values()])
         assert values.std().item() == pytest.approx(1 / rank, rel=0.1)
         assert values.abs().max() > 2 / rank
-    uniform = trained(drawn(init="default"))[f"{QUERY}.lora_A.default.weight"].detach()
+    default = trained(drawn(init="default"))
+    assert not any(p.any() for n, p in default.items() if ".lora_B." in n)
+    uniform = default[f"{QUERY}.lora_A.default.weight"].detach()
     bound = 1 / math.sqrt(16)  # Kaiming's, of 16 inputs and a = sqrt(5)
     assert 0.9 * bound < uniform.abs().max() <= bound
 
@@ -104,6 +106,8 @@ def test_only_the_layers_that_end_in_a_target_get_an_adapter():
         ModelError, match=r"no linear layer of the transformer ends in 'o_q', 'x'; the endings there are "
     ):
         drawn(targets=["to_q", "o_q", "x"])
+    with pytest.raises(ModelError, match="ends in 'attn'"):
+        drawn(targets=["attn"])  # which is there, but is no linear layer
 
 
 def test_the_endings_that_there_are_are_told_in_order_and_once():
@@ -122,6 +126,7 @@ def test_by_default_an_adapter_is_that_of_flow_grpo():
     ends = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     assert lora.targets == [f"attn.{end}" for end in ends]
     assert ADAPTER == "default"
+    assert (Lora(rank=1, alpha=0.5).rank, Lora(alpha=0.5).alpha) == (1, 0.5)
     assert (Full().merges, lora.merges, Lora(before="stack").merges) == (True, True, False)
     for bad in (
         {"rank": 0},
@@ -171,6 +176,8 @@ def test_a_stacked_adapter_is_trained_beside_a_frozen_one_that_still_counts(recw
     x = torch.arange(16.0)[None]
     with torch.no_grad():
         before = layer(x)
+    with pytest.raises(ModelError, match="ends in 'before'"):
+        Lora(rank=4, before="stack", targets=["before"]).apply(model, 0)  # no adapter of an adapter
     Lora(rank=4, before="stack", targets=["attn.to_q"]).apply(model, 0)
     with torch.no_grad():
         assert torch.equal(layer(x), before)
