@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 
 import httpx
 import numpy as np
@@ -131,7 +132,11 @@ def test_the_judges_score_is_divided_by_5_for_each_image(monkeypatch):
 
 
 def test_after_a_failure_the_rest_is_not_asked(monkeypatch):
-    score, sent = judged(monkeypatch, lambda body: httpx.Response(400, text="no"), concurrency=1)
+    def answer(body):
+        time.sleep(0.15)  # so that the failure is seen before many more are asked
+        return httpx.Response(400, text="no")
+
+    score, sent = judged(monkeypatch, answer, concurrency=1)
     with pytest.raises(RewardError, match="status 400: no"):
         score(torch.zeros(40, 3, 2, 2), ["a"] * 40, [{}] * 40)
     assert len(sent) < 20
