@@ -18,6 +18,7 @@ from posttrain import pipeline_folder
 from posttrain.errors import ModelError
 from posttrain.hugging_face import explained, quiet
 from posttrain.model import DtypeName, EncoderName, Model, torch_dtype
+from posttrain.models._diffusers_flow import DiffusersFlowModel
 from posttrain.models._outline import Configs, configs_at, outlined
 from posttrain.weight_files import header_shapes
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     import torch
-
-    from posttrain.models._diffusers_flow import DiffusersFlowModel
 
 
 class DiffusersModel(Model, ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain import pipeline_folder
 from posttrain.hugging_face import explained, quiet
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.condition import Condition
-    from posttrain.models._diffusers import DiffusersModel
 
 PROMPTS_AT_ONCE = 8
 """Every call of the text encoders has this many rows, short ones filled up with the empty prompt: kernels are
@@ -36,14 +35,27 @@ PIXELS = 2**20
 image than the transformer, and is no faster on more of them."""
 
 
+class Block(Protocol):
+    """What a loaded pipeline asks of the recipe's block, which is a DiffusersModel."""
+
+    @property
+    def offload(self) -> bool: ...
+
+    def divisor_of(self, transformer: Any, factor: int) -> int: ...
+
+    def encoding_settings(self) -> dict[str, Any]: ...
+
+
 class DiffusersFlowModel(FlowModel):
     """A loaded diffusers pipeline."""
 
-    def __init__(self, spec: DiffusersModel, pipeline: Any, source: Path, device: torch.device) -> None:
+    def __init__(self, spec: Block, pipeline: Any, source: Path, device: torch.device) -> None:
         """``spec`` loaded the ``pipeline`` from the folder ``source``. Raises ModelError where its components
         do not fit together."""
         super().__init__(pipeline.transformer, device)
-        self.spec, self.pipeline, self.source = spec, pipeline, source
+        self.spec: Any = spec
+        """The recipe's block, with the family's own fields."""
+        self.pipeline, self.source = pipeline, source
         self.vae, self.scheduler = pipeline.vae, pipeline.scheduler
         self.check()
         self.shift = float(self.scheduler.config.shift)

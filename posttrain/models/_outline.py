@@ -47,10 +47,10 @@ def outlined(
 
     kind: Any = getattr(diffusers, pipeline)
     types = kind._get_signature_types()
-    required, _ = kind._get_signature_keys(kind)
-    made: dict[str, Any] = dict.fromkeys(name for name in required if name != "self")
+    names, _ = kind._get_signature_keys(kind)
+    made: dict[str, Any] = dict.fromkeys(names)
     models = {name for name in made if not name.startswith(("tokenizer", "scheduler"))}
-    if models - configs.keys() - set(absent):
+    if models - configs.keys() - {*absent, *kind._optional_components}:
         return None
     with torch.device(device):
         for name in made.keys() & configs.keys():
