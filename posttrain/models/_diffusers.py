@@ -9,6 +9,7 @@ A family in diffusers' folder format is two short classes (see :mod:`posttrain.m
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,8 +18,7 @@ from pydantic import Field
 from posttrain import pipeline_folder
 from posttrain.errors import ModelError
 from posttrain.hugging_face import explained, quiet
-from posttrain.model import DtypeName, EncoderName, Model, torch_dtype
-from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
 from posttrain.models._outline import Configs, configs_at, outlined
 from posttrain.weight_files import header_shapes
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class DiffusersModel(Model, ABC):
     """A diffusers pipeline whose ``transformer`` can be trained."""
 
-    flow: ClassVar[type[DiffusersFlowModel]]
+    flow: ClassVar[Callable[..., FlowModel]]
     """What the family loads."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Components that a folder may lack. diffusers wants to be told of each."""
@@ -59,7 +59,7 @@ class DiffusersModel(Model, ABC):
         own = type(self).model_fields.keys() - DiffusersModel.model_fields.keys()
         return self.model_dump(mode="json", include=set(own))
 
-    def load(self, device: torch.device, transformer_dtype: DtypeName) -> DiffusersFlowModel:
+    def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         import diffusers
 
         if (reason := self.missing()) is not None:
@@ -73,13 +73,13 @@ class DiffusersModel(Model, ABC):
             pipeline = kind.from_pretrained(source, torch_dtype=dtypes, **dict.fromkeys(absent))
         return self.flow(self, pipeline, source, device)
 
-    def outline(self, transformer_dtype: DtypeName, device: torch.device) -> DiffusersFlowModel | None:
+    def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
         configs = configs_at(self.path)
         return None if configs is None else self.outline_of(configs, transformer_dtype, device)
 
     def outline_of(
         self, configs: Configs, transformer_dtype: DtypeName, device: torch.device
-    ) -> DiffusersFlowModel | None:
+    ) -> FlowModel | None:
         """As :meth:`outline`, for components of other configurations than those at ``path``."""
         absent = self.left_out() | self.optional
         kept = {name: config for name, config in configs.items() if name not in self.left_out()}
