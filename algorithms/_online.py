@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from posttrain.advantages import Mixing, has_spread, mean_group_std, mixed_advantages, weighted
 from posttrain.algorithm import Algorithm, Batch, Items, Tools, Verdict
+from posttrain.flow.advantages import Mixing, has_spread, mean_group_std, mixed_advantages, weighted
 
 
 class Online(Algorithm, ABC):

@@ -11,9 +11,9 @@ from torch import Tensor
 from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.algorithms._online import Online
 from posttrain.flow import interpolate, predicted_x0
+from posttrain.flow.solvers import Solver
 from posttrain.policy import Policy
-from posttrain.sampling import sample_latents
-from posttrain.solvers import Solver
+from posttrain.sampling.sampler import sample_latents
 
 AdvMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 

@@ -14,7 +14,7 @@ from posttrain.algorithms._online import Online
 from posttrain.errors import TrainingError
 from posttrain.flow import expand, log_prob, stochastic_step
 from posttrain.policy import Policy
-from posttrain.spec import at
+from posttrain.registry import at
 
 SDE = Literal["flow_sde", "cps", "dance"]
 KL = Literal["without_dt", "with_dt", "velocity_mse"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms._flow_matching import FlowMatching
-from posttrain.flow import Dynamics, expand, shift_sigma, stochastic_step
+from posttrain.flow.rectified import Dynamics, expand, shift_sigma, stochastic_step
 
 
 class SOAR(FlowMatching):

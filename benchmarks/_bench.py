@@ -22,10 +22,7 @@ from typing import Any, get_args
 
 import torch
 
-from posttrain.activations import Checkpointing, checkpoint_blocks
-from posttrain.blocks import blocks
-from posttrain.compiling import OPTIONS
-from posttrain.device import synchronize
+from posttrain.engine.compiling import OPTIONS
 from posttrain.model import FlowModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
 from posttrain.models._outline import configs_at
@@ -35,8 +32,11 @@ from posttrain.planning.counts import META
 from posttrain.planning.footprint import Held, flops
 from posttrain.planning.throughput import matrix_flops
 from posttrain.policy import Policy
-from posttrain.tuning import Full, Tune
-from posttrain.wording import short
+from posttrain.policy.activations import Checkpointing, checkpoint_blocks
+from posttrain.policy.blocks import blocks
+from posttrain.policy.tuning import Full, Tune
+from posttrain.support.device import synchronize
+from posttrain.support.wording import short
 
 WORDS = ["red", "green", "blue", "circle", "square", "triangle", "left", "right", "above", "below"]
 

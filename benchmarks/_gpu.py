@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from posttrain.compiling import OPTIONS
-from posttrain.device import synchronize
-from posttrain.memory import is_out_of_memory
+from posttrain.engine.compiling import OPTIONS
+from posttrain.policy.out_of_memory import is_out_of_memory
+from posttrain.support.device import synchronize
 
 
 def command_line(title: str) -> argparse.Namespace:

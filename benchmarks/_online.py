@@ -11,16 +11,16 @@ from _bench import Bench, bench, watched
 from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Tools
-from posttrain.judge import Judge
+from posttrain.distributed.world import ALONE
+from posttrain.engine.trainer import update
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
+from posttrain.policy.tuning import Lora
 from posttrain.rewards.jpeg import JpegIncompressibility
-from posttrain.sampling import encode
-from posttrain.train_settings import Train
-from posttrain.trainer import update
-from posttrain.tuning import Lora
+from posttrain.sampling.sampler import encode
+from posttrain.scoring.judge import Judge
+from posttrain.support.randomness import Draws
 
 
 class Iteration:

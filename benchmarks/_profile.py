@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from posttrain.device import synchronize
+from posttrain.support.device import synchronize
 
 KINDS = {
     "attention": r"flash|attention|fmha|sdpa|cudnn_generated",

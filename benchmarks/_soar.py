@@ -7,14 +7,14 @@ from _bench import Bench
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms.soar import SOAR, auxiliary_point
+from posttrain.data.batches import encoded
 from posttrain.data.loader import ImageBatch
-from posttrain.feeds import encoded
+from posttrain.distributed.world import ALONE
+from posttrain.engine.trainer import update
 from posttrain.flow import expand, guided, interpolate, shift_sigma
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
-from posttrain.parallel.world import ALONE
-from posttrain.randomness import Draws
-from posttrain.train_settings import Train
-from posttrain.trainer import update
+from posttrain.support.randomness import Draws
 
 
 class SoarStep:

@@ -25,17 +25,17 @@ from rich.console import Console
 from posttrain.algorithm import Algorithm, Batch, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
-from posttrain.cache.fill import fill_for_stage
-from posttrain.feeds import feed_of
+from posttrain.data.batches import feed_of
+from posttrain.distributed.world import ALONE
+from posttrain.engine.trainer import update
 from posttrain.models import _diffusers_flow
 from posttrain.models.sd3 import SD3
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
-from posttrain.recipe_file import parse_recipe
-from posttrain.train_settings import Train
-from posttrain.trainer import update
+from posttrain.recipe.file import parse_recipe
+from posttrain.stages.caches import fill_for_stage
+from posttrain.support.randomness import Draws
 
 IMAGES = 128
 CACHES = {"none": "{}", "prompts": "{prompts: true}", "both": "{prompts: true, latents: mean_logvar}"}

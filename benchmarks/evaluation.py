@@ -14,11 +14,11 @@ import torch
 from _bench import arguments, bench, compare, watched
 
 from posttrain.flow import guided
-from posttrain.recipe import Evaluation
+from posttrain.flow.solvers import solve
+from posttrain.recipe.schema import Evaluation
 from posttrain.rewards.jpeg import JpegIncompressibility
-from posttrain.sampling import FlowSampler, prompt_noise
-from posttrain.scoring import scored, scorers_of
-from posttrain.solvers import solve
+from posttrain.sampling.sampler import FlowSampler, prompt_noise
+from posttrain.scoring.batches import scored, scorers_of
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from _gpu import Session, command_line
 from gpu_model import Work, options_of
 from torch import Tensor, nn
 
-from posttrain.blocks import blocks
-from posttrain.compiling import OPTIONS
+from posttrain.engine.compiling import OPTIONS
 from posttrain.model import FlowModel
-from posttrain.tuning import Lora
+from posttrain.policy.blocks import blocks
+from posttrain.policy.tuning import Lora
 
 Experiment = tuple[str, float, Callable[[], dict[str, Any]]]
 """Its name, the seconds that it takes on an H100, and the work."""

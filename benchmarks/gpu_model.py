@@ -13,17 +13,17 @@ from _gpu import Session
 from _online import Iteration
 from _soar import SoarStep
 
-from posttrain.activations import Checkpointing, checkpoint_blocks
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
-from posttrain.blocks import blocks
-from posttrain.compiling import OPTIONS
+from posttrain.data.batches import encoded
 from posttrain.data.loader import ImageBatch
-from posttrain.feeds import encoded
-from posttrain.randomness import Draws
-from posttrain.recipe import Evaluation
-from posttrain.sampling import FlowSampler
-from posttrain.trainer import update
+from posttrain.engine.compiling import OPTIONS
+from posttrain.engine.trainer import update
+from posttrain.policy.activations import Checkpointing, checkpoint_blocks
+from posttrain.policy.blocks import blocks
+from posttrain.recipe.schema import Evaluation
+from posttrain.sampling.sampler import FlowSampler
+from posttrain.support.randomness import Draws
 
 
 def options_of(session: Session, **changes: Any) -> argparse.Namespace:

@@ -23,12 +23,12 @@ from _profile import kernels
 from _soar import SoarStep
 from gpu_model import Work, as_set, online, options_of, sampling, sft
 
-from posttrain.activations import Checkpointing
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
 from posttrain.algorithms.flow_grpo import FlowGRPO
-from posttrain.device import synchronize
-from posttrain.rehearsal import rehearse
-from posttrain.tuning import Lora
+from posttrain.engine.rehearsal import rehearse
+from posttrain.policy.activations import Checkpointing
+from posttrain.policy.tuning import Lora
+from posttrain.support.device import synchronize
 
 POINTS = 6
 Entry = tuple[str, float, Callable[[], dict[str, Any]]]

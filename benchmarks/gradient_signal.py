@@ -19,12 +19,12 @@ from torch import Tensor
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms._online import Online
-from posttrain.feeds import feed_of
-from posttrain.judge import Judge
+from posttrain.data.batches import feed_of
+from posttrain.engine.trainer import REFERENCE
 from posttrain.policy import Policy
-from posttrain.recipe_file import load_recipe
-from posttrain.stage import AUTOCAST
-from posttrain.trainer import REFERENCE
+from posttrain.recipe.file import load_recipe
+from posttrain.scoring.judge import Judge
+from posttrain.stages.stage import AUTOCAST
 
 
 def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tensor, int, float, float]:

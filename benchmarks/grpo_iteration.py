@@ -17,8 +17,8 @@ from _online import Iteration
 from torch import Tensor
 
 from posttrain.algorithms.flow_grpo import FlowGRPO
+from posttrain.engine.rehearsal import rehearse
 from posttrain.flow import expand, guided, log_prob, stochastic_step
-from posttrain.rehearsal import rehearse
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from posttrain.curves import chart
-from posttrain.results import difference, load_results
-from posttrain.wording import short
+from posttrain.evaluation.report.curves import chart
+from posttrain.evaluation.report.results import difference, load_results
+from posttrain.support.wording import short
 
 STYLE = (
     "<style>svg{font-family:sans-serif;background:#fff}.title{font-size:14px;font-weight:600}"

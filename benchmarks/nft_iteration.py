@@ -16,9 +16,9 @@ from _bench import arguments, compare
 from _online import Iteration
 
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses
+from posttrain.engine.rehearsal import rehearse
 from posttrain.flow import interpolate
-from posttrain.rehearsal import rehearse
-from posttrain.solvers import solve
+from posttrain.flow.solvers import solve
 
 
 def main() -> None:

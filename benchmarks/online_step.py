@@ -10,17 +10,17 @@ import torch
 from posttrain.algorithm import Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
 from posttrain.algorithms.flow_grpo import FlowGRPO
-from posttrain.data.spec import PromptData, ShapesPrompts
-from posttrain.feeds import PromptFeed
-from posttrain.judge import Judge
+from posttrain.data.batches import PromptFeed
+from posttrain.data.settings import PromptData, ShapesPrompts
+from posttrain.distributed.world import ALONE
+from posttrain.engine.rehearsal import rehearse
+from posttrain.engine.trainer import OnPolicy, update
 from posttrain.models.sd3 import SD3
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.rehearsal import rehearse
 from posttrain.rewards.shapes import Shapes
-from posttrain.train_settings import Train
-from posttrain.trainer import OnPolicy, update
+from posttrain.scoring.judge import Judge
 
 GROUPS, SIZE = 2, 4
 CASES = {

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from posttrain.probes import probe
 from posttrain.rewards.remote import Remote
+from posttrain.scoring.probes import probe
 
 SECONDS = 5.0
 

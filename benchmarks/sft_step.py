@@ -13,15 +13,15 @@ from _bench import arguments, bench, compare, watched
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms.sft import SFT
+from posttrain.data.batches import encoded
 from posttrain.data.loader import ImageBatch
-from posttrain.feeds import encoded
+from posttrain.distributed.world import ALONE
+from posttrain.engine.rehearsal import rehearse
+from posttrain.engine.trainer import update
 from posttrain.flow import interpolate, shift_sigma
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
-from posttrain.parallel.world import ALONE
-from posttrain.randomness import Draws
-from posttrain.rehearsal import rehearse
-from posttrain.train_settings import Train
-from posttrain.trainer import update
+from posttrain.support.randomness import Draws
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from _bench import arguments, bench, compare, peak, watched
 from _soar import SoarStep
 
-from posttrain.activations import checkpoint_blocks
 from posttrain.algorithms.soar import SOAR
-from posttrain.rehearsal import rehearse
+from posttrain.engine.rehearsal import rehearse
+from posttrain.policy.activations import checkpoint_blocks
 
 
 def main() -> None:

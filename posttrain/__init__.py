@@ -6,9 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.chain import run
-    from posttrain.recipe import Recipe
-    from posttrain.recipe_file import load_recipe
+    from posttrain.recipe.file import load_recipe
+    from posttrain.recipe.schema import Recipe
+    from posttrain.stages.chain import run
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "run"]
@@ -16,7 +16,11 @@ __all__ = ["Recipe", "load_recipe", "run"]
 # peft imports bitsandbytes where it is installed, which then warns of a 4-bit product that nobody here needs
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-_HOMES = {"Recipe": "posttrain.recipe", "load_recipe": "posttrain.recipe_file", "run": "posttrain.chain"}
+_HOMES = {
+    "Recipe": "posttrain.recipe.schema",
+    "load_recipe": "posttrain.recipe.file",
+    "run": "posttrain.stages.chain",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """``python -m posttrain``."""
 
-from posttrain.cli import main
+from posttrain.cli.app import main
 
 main()

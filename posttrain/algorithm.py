@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from posttrain.condition import Condition, Conditions
-from posttrain.parallel.world import ALONE, World
-from posttrain.spec import Named
+from posttrain.distributed.world import ALONE, World
+from posttrain.registry import Named
 
 if TYPE_CHECKING:
-    from posttrain.policy import Policy
-    from posttrain.randomness import Draws
+    from posttrain.policy.policy import Policy
+    from posttrain.support.randomness import Draws
 
 
 @dataclass(frozen=True)

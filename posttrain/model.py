@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from posttrain.errors import ModelError
-from posttrain.spec import Named
+from posttrain.registry import Named
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from posttrain.condition import Condition
-    from posttrain.sampling_settings import Sampling
+    from posttrain.flow.sampling_settings import Sampling
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 EncoderName = Literal["prompts", "images"]
@@ -126,11 +126,11 @@ class FlowModel(ABC):
     """A loaded model. Algorithms train ``transformer``; everything else is frozen."""
 
     shift: float = 1.0
-    """Of the timestep schedule, for sigma(t); see :func:`posttrain.flow.shift_sigma`."""
+    """Of the timestep schedule, for sigma(t); see :func:`posttrain.flow.rectified.shift_sigma`."""
     divisor: int = 1
     """Image sides must be multiples of this many pixels."""
     prompt_cache: PromptSource | None = None
-    """Where :func:`posttrain.sampling.encode` looks before it encodes; set by :mod:`posttrain.cache.fill`."""
+    """Where :func:`posttrain.sampling.sampler.encode` looks before it encodes."""
 
     def __init__(self, transformer: Any, device: torch.device) -> None:
         self.transformer = transformer
@@ -166,7 +166,7 @@ class FlowModel(ABC):
         """The sampling grid for images of that size: ``steps`` sigmas from 1 downwards, then 0."""
         import torch
 
-        from posttrain.flow import shift_sigma
+        from posttrain.flow.rectified import shift_sigma
 
         del height, width
         return shift_sigma(torch.linspace(1, 0, steps + 1), self.shift).tolist()
@@ -203,13 +203,13 @@ class FlowModel(ABC):
     def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
         """Write what other tools load, the transformer in ``dtype`` with ``weights`` by parameter name; here
         the transformer alone."""
-        from posttrain.transformer_files import save_component
+        from posttrain.weights.transformer import save_component
 
         save_component(self.transformer, folder, torch_dtype(dtype), weights)
 
     def save_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write an adapter as other tools load it; ``weights`` are its tensors by parameter name."""
-        from posttrain.transformer_files import save_adapter
+        from posttrain.weights.transformer import save_adapter
 
         save_adapter(self.transformer, folder, weights)
 
@@ -217,7 +217,7 @@ class FlowModel(ABC):
         """Replace the transformer's weights by those of a folder that :meth:`save` wrote, or add an adapter
         that :meth:`save_lora` wrote: merged into the weights, or kept beside them, active. Raises
         ModelError where anything is missing or does not fit."""
-        from posttrain.transformer_files import LORA, load_adapter, load_component
+        from posttrain.weights.transformer import LORA, load_adapter, load_component
 
         if (source / LORA).is_file():
             return load_adapter(self.transformer, source / LORA, merge=merge)

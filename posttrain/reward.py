@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from posttrain.errors import RewardError
-from posttrain.paths import is_path
-from posttrain.spec import Named
-from posttrain.weights import Weights
+from posttrain.registry import Named
+from posttrain.support.paths import is_path
+from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posttrain.reward import Scores
 from posttrain.rewards._state import loaded
-from posttrain.weights import Weights
+from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
     from posttrain.reward import Scorer
@@ -69,7 +69,7 @@ def load_clip(weights: Path, processor: Path, device: torch.device) -> Clip:
 def load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    from posttrain.hugging_face import quiet
+    from posttrain.weights.hugging_face import quiet
 
     with quiet():
         return CLIPTokenizer.from_pretrained(folder)
@@ -79,8 +79,8 @@ def load_pixels(folder: Path) -> Callable[[Tensor], Tensor]:
     """What the folder's ``preprocessor_config.json`` makes of images (n, 3, h, w) in [0, 1], as 8-bit."""
     from transformers import CLIPImageProcessorPil
 
-    from posttrain.grids import to_pil
-    from posttrain.hugging_face import quiet
+    from posttrain.support.images import to_pil
+    from posttrain.weights.hugging_face import quiet
 
     with quiet():
         # by name, so that machines with and without torchvision see the same pixels

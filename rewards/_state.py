@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import RewardError
-from posttrain.fitting import misfit
+from posttrain.weights.fitting import misfit
 
 _COLLECTED: ContextVar[list[nn.Module] | None] = ContextVar("collected", default=None)
 LAYERS = (0, 2, 4, 6, 7)
@@ -41,7 +41,7 @@ def read(file: Path, key: str | None = None) -> dict[str, Tensor]:
 def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     """transformers' model of class ``kind`` in ``folder``, frozen, in float32. Raises RewardError where
     weights are missing: transformers makes up random ones."""
-    from posttrain.hugging_face import quiet
+    from posttrain.weights.hugging_face import quiet
 
     try:
         with quiet():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, in_batches, load_clip, load_pixels
 from posttrain.rewards._neural import Neural
 from posttrain.rewards._state import frozen, linear_head, read
-from posttrain.weights import Weights
+from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,8 +18,8 @@ from posttrain.rewards._colors import COLORS, colored, load_colors
 from posttrain.rewards._detector import CLASSES, load_detector
 from posttrain.rewards._geneval_scores import Verdict, scores, untold
 from posttrain.rewards._neural import Neural
-from posttrain.spelling import meant
-from posttrain.weights import Weights
+from posttrain.support.spelling import meant
+from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class GenEval(Neural):
         return None
 
     def scorer(self, device: torch.device) -> Scorer:
-        from posttrain.grids import to_pil
+        from posttrain.support.images import to_pil
 
         sides = (self.shorter_side, self.longer_side)
         detect = load_detector(self.located("detector"), sides, self.max_objects, device)

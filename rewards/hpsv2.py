@@ -10,7 +10,7 @@ from posttrain.rewards._neural import Neural
 from posttrain.rewards._open_clip import clip_of
 from posttrain.rewards._pixels import by_longer_side
 from posttrain.rewards._state import frozen, read
-from posttrain.weights import Weights
+from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

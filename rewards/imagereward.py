@@ -10,7 +10,7 @@ from posttrain.rewards._clip import in_batches
 from posttrain.rewards._neural import Neural
 from posttrain.rewards._pixels import of_pil
 from posttrain.rewards._state import read
-from posttrain.weights import Weights
+from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,8 +48,8 @@ class ImageReward(Neural):
     def scorer(self, device: torch.device) -> Scorer:
         from transformers import BertTokenizer
 
-        from posttrain.grids import to_pil
-        from posttrain.hugging_face import quiet
+        from posttrain.support.images import to_pil
+        from posttrain.weights.hugging_face import quiet
 
         with quiet():
             tokenizer = BertTokenizer.from_pretrained(self.located("tokenizer"))

@@ -50,7 +50,7 @@ class JpegCompressibility(Reward):
 
 def kilobytes(images: Tensor) -> Tensor:
     """(n,) sizes of ``images`` (n, 3, h, w) in [0, 1] as JPEG files, in units of 1000 bytes."""
-    from posttrain.grids import to_pil
+    from posttrain.support.images import to_pil
 
     sizes = []
     for image in to_pil(images):

@@ -36,7 +36,7 @@ class OCR(Reward):
         del device  # the models are small and run on the CPU
         from rapidocr import RapidOCR
 
-        from posttrain.grids import to_pil
+        from posttrain.support.images import to_pil
 
         read: Any = RapidOCR(
             params={

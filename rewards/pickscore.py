@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from posttrain.rewards._clip import in_batches, load_clip, load_pixels
 from posttrain.rewards._neural import Neural
-from posttrain.weights import Weights
+from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
     import torch

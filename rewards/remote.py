@@ -58,7 +58,7 @@ class Remote(OverHttp):
         self.asked(lambda: client.get(f"{base}/health"), f"{base}/health", self._verified)
 
         def some(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-            from posttrain.wire import packed, scores_of
+            from posttrain.scoring.server.wire import packed, scores_of
 
             body, url = packed(images, prompts, metadata), f"{base}/score"
 

@@ -61,7 +61,7 @@ class UnifiedReward(OverHttp):
 
     def load(self, device: torch.device) -> Scorer:
         del device  # the server has its own
-        from posttrain.grids import to_pil
+        from posttrain.support.images import to_pil
 
         client, url = self.client(), f"{self.url.rstrip('/')}/chat/completions"
 

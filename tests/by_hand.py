@@ -9,7 +9,7 @@ from toys import ToyModel
 
 from posttrain.condition import Conditions
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
+from posttrain.support.randomness import Draws
 
 SHAPE = (1, 1, 2)
 TABLE = torch.tensor([[0.1], [1.0], [-2.0], [0.7]])

@@ -9,10 +9,10 @@ import warnings
 
 import torch
 
-from posttrain.parallel.world import joined
+from posttrain.distributed.world import joined
 from posttrain.planning.memory import Phase, Sizes, memory
 from posttrain.policy import Policy
-from posttrain.recipe_file import load_recipe
+from posttrain.recipe.file import load_recipe
 
 
 def held():

@@ -6,11 +6,11 @@ from toys import ToyModel
 
 from posttrain.algorithm import Algorithm, Batch, Items, Losses, Tools
 from posttrain.condition import Conditions
+from posttrain.distributed.world import ALONE
 from posttrain.parallel.single import Alone
 from posttrain.parallel.strategy import Layout
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
+from posttrain.support.randomness import Draws
 
 
 class Pair(nn.Module):

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from posttrain.chain import run
-from posttrain.device import peak_memory, reset_peak_memory
-from posttrain.recipe_file import load_recipe
+from posttrain.recipe.file import load_recipe
+from posttrain.stages.chain import run
+from posttrain.support.device import peak_memory, reset_peak_memory
 
 
 def resident():

@@ -22,8 +22,8 @@ def pipeline_folder(seed=0):
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    from posttrain.hugging_face import quiet
     from posttrain.models.tiny_sd3 import _clip_tokenizer, _t5_tokenizer
+    from posttrain.weights.hugging_face import quiet
 
     torch.manual_seed(seed)
     folder = Path(tempfile.mkdtemp(prefix="posttrain-test-"))

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from posttrain import checkpoint
-from posttrain.chain import run
-from posttrain.parallel.world import joined
-from posttrain.recipe_file import parse_recipe
+from posttrain.distributed.world import joined
+from posttrain.engine import checkpoint
+from posttrain.recipe.file import parse_recipe
+from posttrain.stages.chain import run
 
 
 class Stopped(BaseException):

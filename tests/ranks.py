@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-from posttrain.parallel.world import World
+from posttrain.distributed.world import World
 
 
 def on_ranks(size, work, seconds=10):

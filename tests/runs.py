@@ -5,8 +5,8 @@ import io
 from pipelines import pipeline_folder
 from rich.console import Console
 
-from posttrain.chain import run
-from posttrain.recipe_file import parse_recipe
+from posttrain.recipe.file import parse_recipe
+from posttrain.stages.chain import run
 
 TRAIN = "{steps: 6, batch_size: 4, micro_batch: 4, learning_rate: 1e-3, checkpoint_every: 2, log_every: 1, ema: 0.9, sample_every: null}"
 DATA = "{type: shapes, images: 10, seed: 1}"

@@ -8,7 +8,7 @@ from diffusers import SD3Transformer2DModel
 from pydantic import ValidationError
 
 from posttrain.errors import ModelError
-from posttrain.tuning import ADAPTER, Full, Lora
+from posttrain.policy.tuning import ADAPTER, Full, Lora
 
 QUERY = "transformer_blocks.0.attn.to_q"
 

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 from pydantic import ValidationError
 
-from posttrain.monitor import BATCHES, Monitor, collapsed, hacking
+from posttrain.engine.monitor import BATCHES, Monitor, collapsed, hacking
 
 # differences -1 and -3: mean -2, standard deviation sqrt(2), standard error 1: just not more than two errors
 EDGE = ({"score": [5.0, 5.0]}, {"score": [4.0, 2.0]})

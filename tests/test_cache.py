@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from test_run import assert_equal_weights, weights
 
 from posttrain.cache import keys
-from posttrain.cache.fill import fill_for_stage
+from posttrain.data.batches import feed_of
+from posttrain.distributed.world import World
 from posttrain.errors import ModelError, PosttrainError, RecipeError
-from posttrain.feeds import feed_of
 from posttrain.models.sd3 import SD3FlowModel
-from posttrain.parallel.world import World
-from posttrain.recipe_file import dump_recipe, parse_recipe
+from posttrain.recipe.file import dump_recipe, parse_recipe
 from posttrain.shapes.dataset import build
+from posttrain.stages.caches import fill_for_stage
 
 SOAR = "{type: soar, trajectory_length: 2}"
 SHOWS = TRAIN.replace("sample_every: null", "sample_every: 6")
@@ -379,7 +379,7 @@ def test_random_crops_cannot_be_cached(tmp_path):
 
 
 def test_the_plan_says_what_is_cached_and_how_large_it_is(filled):
-    from posttrain.plan import plan
+    from posttrain.planning.outline import plan
 
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(plan(chain(cached(filled[0], BOTH))))
@@ -394,7 +394,7 @@ def test_the_plan_says_what_is_cached_and_how_large_it_is(filled):
 def test_the_command_line_shows_and_clears_the_cache(filled, tmp_path):
     from typer.testing import CliRunner
 
-    from posttrain.cli import app
+    from posttrain.cli.app import app
 
     folder = shutil.copytree(filled[0] / "cache", tmp_path / "cache")
     shown = CliRunner().invoke(app, ["cache", "--path", str(folder)])

@@ -8,13 +8,13 @@ from lines import Line, descending
 from ranks import on_ranks
 from toys import ToyModel
 
-from posttrain import checkpoint
+from posttrain.distributed.world import ALONE
+from posttrain.engine import checkpoint
 from posttrain.errors import PosttrainError
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Alone, Single
 from posttrain.parallel.strategy import Layout
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.train_settings import Train
 
 EXTRA = {"account": {"rewards": [0.25, 0.5], "good": 4}, "text": "x"}
 

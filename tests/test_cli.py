@@ -24,14 +24,14 @@ def test_help_needs_no_torch(tmp_path):
     done = posttrain("--help", cwd=tmp_path)
     for word in ("run", "check", "recipes", "eval", "sample", "shapes", "rewards", "score", "serve-reward"):
         assert word in done.stdout
-    probe = "import sys; sys.argv = ['posttrain', '--help']\nimport posttrain.cli as c\ntry: c.app()\nexcept SystemExit: pass\nprint([m for m in ('torch', 'pydantic', 'diffusers') if m in sys.modules])"
+    probe = "import sys; sys.argv = ['posttrain', '--help']\nimport posttrain.cli.app as c\ntry: c.app()\nexcept SystemExit: pass\nprint([m for m in ('torch', 'pydantic', 'diffusers') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT).stdout
     assert loaded.strip().endswith("[]")
 
 
 def test_check_loads_no_model_library(tmp_path):
     (tmp_path / "r.yaml").write_text(HEAD + "stages:\n" + stage("sft"))
-    probe = "import sys\nfrom posttrain.recipe_file import load_recipe\nfrom posttrain.plan import plan\nplan(load_recipe('r.yaml'))\nprint([m for m in ('diffusers', 'transformers', 'peft', 'tensorboard') if m in sys.modules])"
+    probe = "import sys\nfrom posttrain.recipe.file import load_recipe\nfrom posttrain.planning.outline import plan\nplan(load_recipe('r.yaml'))\nprint([m for m in ('diffusers', 'transformers', 'peft', 'tensorboard') if m in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, env=env

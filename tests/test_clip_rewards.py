@@ -11,7 +11,6 @@ from tiny_clip import END, tiny_clip, tiny_tokenizer
 from torch import nn
 
 from posttrain.errors import RewardError
-from posttrain.grids import to_pil
 from posttrain.rewards._clip import load_clip
 from posttrain.rewards._open_clip import clip_of
 from posttrain.rewards._pixels import by_longer_side, by_shorter_side, of_pil
@@ -19,6 +18,7 @@ from posttrain.rewards.aesthetic import Aesthetic
 from posttrain.rewards.clipscore import CLIPScore
 from posttrain.rewards.hpsv2 import HPSv2
 from posttrain.rewards.pickscore import PickScore
+from posttrain.support.images import to_pil
 
 CPU = torch.device("cpu")
 SHAPES = [(40, 56), (57, 40), (16, 16), (96, 33), (32, 32)]

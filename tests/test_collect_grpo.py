@@ -8,9 +8,9 @@ from by_hand import SHAPE, conditions, gaussian, linear_policy, near, per_item, 
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
+from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import TrainingError
-from posttrain.randomness import Draws
-from posttrain.rehearsal import rehearse
+from posttrain.support.randomness import Draws
 
 GRID = [1.0, 0.8, 0.5, 0.3, 0.1, 0.0]
 N = 4

@@ -8,8 +8,8 @@ from by_hand import SHAPE, conditions, linear_policy, near, per_item, velocity, 
 
 from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, old_decay, optimality
-from posttrain.randomness import Draws
-from posttrain.rehearsal import rehearse
+from posttrain.engine.rehearsal import rehearse
+from posttrain.support.randomness import Draws
 
 GRID = [1.0, 0.8, 0.5, 0.0]
 N = 3

@@ -9,9 +9,9 @@ from by_hand import SHAPE, conditions, linear_policy, near
 
 from posttrain.algorithm import Batch, Losses, Tools
 from posttrain.algorithms._online import Online
-from posttrain.judge import Verdict
-from posttrain.parallel.world import World
-from posttrain.randomness import Draws
+from posttrain.distributed.world import World
+from posttrain.scoring.judge import Verdict
+from posttrain.support.randomness import Draws
 
 QUALITY = [1.0, 4.0, 2.0, 2.0, 2.0, 9.0]
 PRICE = [0.5, 0.5, 0.0, 0.0, 0.0, -2.0]

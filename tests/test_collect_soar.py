@@ -10,7 +10,7 @@ from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms._flow_matching import loss_weight
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR, auxiliary_point
-from posttrain.rehearsal import rehearse
+from posttrain.engine.rehearsal import rehearse
 
 N = 4
 

@@ -8,10 +8,10 @@ import torch
 from runs import TRAIN, recipe, run_quietly, stage
 from test_run import assert_equal_weights, weights
 
-from posttrain import compiling
-from posttrain.blocks import blocks
+from posttrain.engine import compiling
+from posttrain.engine.tracker import read_metrics
 from posttrain.errors import RecipeError
-from posttrain.records import read_metrics
+from posttrain.policy.blocks import blocks
 
 COMPILED = TRAIN.replace("{", "{compile: true, ")
 PROMPTS = "{prompts: {type: shapes, count: 12}, resolution: 16}"

@@ -11,15 +11,15 @@ from toys import alone
 
 from posttrain.algorithm import Batch, Tools
 from posttrain.algorithms.sft import SFT
-from posttrain.artifact import open_artifact
 from posttrain.condition import Conditions
-from posttrain.memory import fitted
+from posttrain.engine.tracker import read_metrics
+from posttrain.engine.trainer import update
+from posttrain.optim.settings import Train
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
-from posttrain.records import read_metrics
-from posttrain.train_settings import Train
-from posttrain.trainer import update
-from posttrain.watch import StageWatch
+from posttrain.policy.out_of_memory import fitted
+from posttrain.stages.artifact import open_artifact
+from posttrain.stages.watch import StageWatch
+from posttrain.support.randomness import Draws
 
 pytestmark = [
     pytest.mark.cuda,

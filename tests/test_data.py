@@ -17,7 +17,7 @@ from posttrain.data.buckets import bucket_problem, bucket_sizes, cover_resize_an
 from posttrain.data.decode import image_size, open_image
 from posttrain.data.loader import ImageSource
 from posttrain.data.prompts import read_prompts
-from posttrain.data.records import read_records
+from posttrain.data.rows import read_records
 from posttrain.errors import DataError
 
 LIMIT = 178_956_970

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.data.order import batches, batches_per_epoch, epoch_batches, rank_slice
-from posttrain.randomness import Draws, generator
+from posttrain.support.randomness import Draws, generator
 
 DRAWS = Draws((42, 1, 7), [3, 5])
 BUCKETS = {(2, 1): [5, 4, 3, 6, 7], (1, 1): [2, 0, 1]}

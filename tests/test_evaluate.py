@@ -12,16 +12,16 @@ from PIL import ExifTags, Image
 from rich.console import Console
 from test_cli import ROOT, posttrain
 
-from posttrain.card import differing
-from posttrain.compare import compare_table, load, worded, write_page
+from posttrain.distributed.launch import place
 from posttrain.errors import PosttrainError, RecipeError, RewardError
-from posttrain.evaluate import evaluate
-from posttrain.launch import place
+from posttrain.evaluation.card import differing
+from posttrain.evaluation.compare import compare_table, load, worded, write_page
+from posttrain.evaluation.evaluate import evaluate
 from posttrain.model import Sampler
-from posttrain.recipe import Evaluation
-from posttrain.sampling import prompt_noise
-from posttrain.suites import SUITES, published_as, suite_prompts
-from posttrain.weight_files import hash_of
+from posttrain.recipe.schema import Evaluation
+from posttrain.recipe.suites import SUITES, published_as, suite_prompts
+from posttrain.sampling.sampler import prompt_noise
+from posttrain.weights.files import hash_of
 
 
 class NoiseSampler(Sampler):
@@ -151,7 +151,7 @@ def test_a_kill_at_any_moment_loses_and_leaves_nothing(prompts, tmp_path, monkey
         def killed(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(f"posttrain.evaluate.{place}", killed)
+        patch.setattr(f"posttrain.evaluation.evaluate.{place}", killed)
         with pytest.raises(KeyboardInterrupt):
             run(NoiseSampler(), settings(prompts, keep="png"), tmp_path / "cut")
     (tmp_path / "cut" / ".claim.json.part").touch()

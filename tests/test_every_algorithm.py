@@ -9,10 +9,10 @@ from toys import alone, toy_batch, toy_policy
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
-from posttrain.rehearsal import rehearse
-from posttrain.spec import discover
-from posttrain.train_settings import Train
-from posttrain.trainer import update
+from posttrain.engine.rehearsal import rehearse
+from posttrain.engine.trainer import update
+from posttrain.optim.settings import Train
+from posttrain.registry import discover
 
 ALL = sorted(discover(Algorithm, "posttrain.algorithms"))
 OFFLINE = [name for name in ALL if Algorithm.variants[name].needs == "images"]

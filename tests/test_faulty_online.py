@@ -5,7 +5,7 @@ from pipelines import pipeline_folder
 from runs import EVALUATION, HEAD, stage
 
 from posttrain.errors import RecipeError
-from posttrain.recipe_file import dump_recipe, parse_recipe
+from posttrain.recipe.file import dump_recipe, parse_recipe
 
 GOOD = f"""\
 name: rl

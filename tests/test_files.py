@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from posttrain import files
-from posttrain.differences import differences
 from posttrain.errors import PosttrainError
-from posttrain.files import aside, locked, publish, published, write
-from posttrain.fitting import misfit
-from posttrain.paths import is_path
-from posttrain.wording import multiples_near
+from posttrain.support import files
+from posttrain.support.differences import differences
+from posttrain.support.files import aside, locked, publish, published, write
+from posttrain.support.paths import is_path
+from posttrain.support.wording import multiples_near
+from posttrain.weights.fitting import misfit
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPS = [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()]
@@ -109,7 +109,7 @@ def test_a_kill_leaves_the_old_folder_and_the_next_write_clears_up(tmp_path, mom
     with published(tmp_path / "final") as part:
         (part / "a").write_text("old")
     die = "os.kill(os.getpid(), 9)"
-    script = "import os, sys; from pathlib import Path; from posttrain.files import published\n"
+    script = "import os, sys; from pathlib import Path; from posttrain.support.files import published\n"
     if moment == "between the renames":
         script += "rename, calls = Path.rename, []\n"
         script += f"Path.rename = lambda *a: {die} if calls else (calls.append(a), rename(*a))\n"
@@ -176,7 +176,7 @@ def test_safetensors_words_for_a_full_disk_are_known():
 
 def test_a_lock_is_held_against_others_and_goes_with_its_process(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from posttrain.files import locked\n"
+        "import sys, time; from pathlib import Path; from posttrain.support.files import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / ".lock")]

@@ -19,7 +19,7 @@ from posttrain.flow import (
     shift_sigma,
     stochastic_step,
 )
-from posttrain.solvers import solve
+from posttrain.flow.solvers import solve
 
 MEAN, STD = 0.7, 0.5
 

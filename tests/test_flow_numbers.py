@@ -7,9 +7,8 @@ import pytest
 import torch
 from by_hand import gaussian, near, step
 
-from posttrain import advantages
-from posttrain.advantages import group_advantages, has_spread, mean_group_std, mixed_advantages, weighted
 from posttrain.flow import (
+    advantages,
     expand,
     flow_sde_diffusion,
     guided,
@@ -20,7 +19,8 @@ from posttrain.flow import (
     shift_sigma,
     stochastic_step,
 )
-from posttrain.solvers import solve, trajectory
+from posttrain.flow.advantages import group_advantages, has_spread, mean_group_std, mixed_advantages, weighted
+from posttrain.flow.solvers import solve, trajectory
 
 X = torch.tensor([[[1.0, -2.0]], [[0.5, 3.0]], [[-1.5, 0.25]]])
 V = torch.tensor([[[0.3, 1.0]], [[-2.0, 0.7]], [[4.0, -0.1]]])

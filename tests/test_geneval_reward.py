@@ -15,15 +15,15 @@ from tiny_clip import tiny_clip
 
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError, RecipeError, RewardError
-from posttrain.grids import to_pil
-from posttrain.plan import plan
-from posttrain.recipe_file import parse_recipe
+from posttrain.planning.outline import plan
+from posttrain.recipe.file import parse_recipe
 from posttrain.rewards._colors import COLORS, colored, cut_out, load_colors
 from posttrain.rewards._detector import CLASSES, instances, load_detector, named
 from posttrain.rewards._geneval import lenient, strict
 from posttrain.rewards._state import loaded
 from posttrain.rewards.geneval import GenEval
 from posttrain.rewards.shapes import Shapes
+from posttrain.support.images import to_pil
 
 CPU = torch.device("cpu")
 NAMES = dict(enumerate(CLASSES))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from lines import descending, line_policy
 
-from posttrain import memory, micro_batch, trial
 from posttrain.condition import Conditions
+from posttrain.engine import micro_batch, trial
 from posttrain.errors import PosttrainError, RewardError, TrainingError
-from posttrain.memory import OutOfMemory, fitted, is_out_of_memory, not_repeated, too_little
+from posttrain.policy import out_of_memory as memory
+from posttrain.policy.out_of_memory import OutOfMemory, fitted, is_out_of_memory, not_repeated, too_little
 
 LACK = torch.OutOfMemoryError("CUDA out of memory. " + "x" * 300)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from posttrain.errors import RewardError
-from posttrain.grids import to_pil
 from posttrain.rewards._pixels import of_pil
 from posttrain.rewards.imagereward import ImageReward
+from posttrain.support.images import to_pil
 
 CPU = torch.device("cpu")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from posttrain.device import peak_memory
+from posttrain.support.device import peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE = ("algorithms", "rewards", "recipes")
@@ -49,13 +49,13 @@ def test_no_module_needs_a_posix_module_to_be_imported():
 
 def test_on_windows_the_peak_of_memory_is_the_peak_of_the_working_set(monkeypatch):
     asked = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7 * 2**30, rss=2**30))
-    monkeypatch.setattr("posttrain.device.sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr("posttrain.support.device.sys", SimpleNamespace(platform="win32"))
     monkeypatch.setattr("psutil.Process", lambda: asked)
     assert peak_memory(torch.device("cpu")) == 7 * 2**30
 
 
 def test_the_engine_imports_no_algorithm_reward_or_model():
-    engine = "trainer, posttrain.policy, posttrain.algorithm, posttrain.reward, posttrain.flow, posttrain.checkpoint"
+    engine = "trainer, posttrain.policy.policy, posttrain.algorithm, posttrain.reward, posttrain.flow.rectified, posttrain.engine.checkpoint"
     probe = f"import sys, posttrain.{engine}\nprint([m for m in sys.modules if m.startswith(('posttrain.algorithms.', 'posttrain.rewards.', 'posttrain.models.'))])"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

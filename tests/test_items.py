@@ -6,8 +6,8 @@ from lines import Pull, items_of, line_policy, of
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.condition import EMPTY_PROMPT, Conditions, concatenated
-from posttrain.parallel.world import ALONE, World
-from posttrain.randomness import Draws
+from posttrain.distributed.world import ALONE, World
+from posttrain.support.randomness import Draws
 
 TABLE = Conditions({"c": torch.tensor([-1.0, 10, 20, 30]), "wide": torch.arange(8.0).view(4, 2)})
 

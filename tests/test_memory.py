@@ -13,22 +13,23 @@ from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
 from test_run import assert_equal_weights, weights
 from toys import ToyModel, alone, toy_batch, toy_policy
 
-from posttrain import checkpoint, micro_batch, optimizers, trial
-from posttrain.activations import checkpoint_blocks
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
+from posttrain.engine import checkpoint, micro_batch, trial
+from posttrain.engine.trainer import train, update
 from posttrain.errors import RecipeError, RewardError, TrainingError
-from posttrain.memory import OutOfMemory, fitted, is_out_of_memory
 from posttrain.models._resting import Resting
 from posttrain.models.sd3 import SD3, SD3FlowModel
-from posttrain.optimizers import optimizer_of
+from posttrain.optim import optimizers
+from posttrain.optim.optimizers import optimizer_of
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Alone
 from posttrain.policy import Policy
-from posttrain.recipe_file import parse_recipe
-from posttrain.sampling import encode
-from posttrain.train_settings import Train
-from posttrain.trainer import train, update
-from posttrain.tuning import Full, Lora
+from posttrain.policy.activations import checkpoint_blocks
+from posttrain.policy.out_of_memory import OutOfMemory, fitted, is_out_of_memory
+from posttrain.policy.tuning import Full, Lora
+from posttrain.recipe.file import parse_recipe
+from posttrain.sampling.sampler import encode
 
 META = torch.device("meta")
 

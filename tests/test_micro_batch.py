@@ -9,14 +9,15 @@ import torch.distributed as dist
 from lines import Pull, descending, line_policy
 from ranks import on_ranks
 
-from posttrain import micro_batch, settled_micro_batch, trial
+from posttrain.distributed.world import ALONE
+from posttrain.engine import micro_batch, trial
+from posttrain.engine.micro_batch import Trial, described, found_by_trying
 from posttrain.errors import TrainingError
-from posttrain.memory import OutOfMemory
-from posttrain.micro_batch import Trial, described, found_by_trying
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
-from posttrain.parallel.world import ALONE
-from posttrain.settled_micro_batch import remember, settled
-from posttrain.train_settings import Train
+from posttrain.policy.out_of_memory import OutOfMemory
+from posttrain.stages import micro_batch as settled_micro_batch
+from posttrain.stages.micro_batch import remember, settled
 
 RECIPE = SimpleNamespace(device="cpu", parallel=Single())
 LACK = torch.OutOfMemoryError("CUDA out of memory")

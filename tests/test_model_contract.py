@@ -12,15 +12,15 @@ from runs import EVALUATION, recipe, run_quietly, stage
 from safetensors.torch import load_file
 from torch import nn
 
-import posttrain.recipe
+import posttrain.recipe.schema
 from posttrain.algorithm import Items
-from posttrain.artifact import open_artifact, open_sampler
 from posttrain.condition import Conditions
 from posttrain.errors import ModelError
+from posttrain.flow.sampling_settings import Sampling
 from posttrain.model import FlowModel, Model
-from posttrain.sampling_settings import Sampling
-from posttrain.spec import union
-from posttrain.tuning import Lora
+from posttrain.policy.tuning import Lora
+from posttrain.registry import union
+from posttrain.stages.artifact import open_artifact, open_sampler
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ del Model.variants["toy"]  # or other tests would find it
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setitem(Model.variants, "toy", Toy)
-    monkeypatch.setattr(posttrain.recipe, "AnyModel", union(Model, "posttrain.models"))
+    monkeypatch.setattr(posttrain.recipe.schema, "AnyModel", union(Model, "posttrain.models"))
     return Toy()
 
 

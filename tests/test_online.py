@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import alone, online_batch, toy_judge, toy_policy
 
-from posttrain.advantages import group_advantages, has_spread, mixed_advantages
 from posttrain.algorithm import Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, old_decay, optimality
 from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
+from posttrain.engine.rehearsal import rehearse
+from posttrain.engine.trainer import OnPolicy, train, update
 from posttrain.errors import TrainingError
 from posttrain.flow import log_prob, stochastic_step
-from posttrain.rehearsal import rehearse
-from posttrain.train_settings import Train
-from posttrain.trainer import OnPolicy, train, update
+from posttrain.flow.advantages import group_advantages, has_spread, mixed_advantages
+from posttrain.optim.settings import Train
 
 ONLINE = [
     FlowGRPO(group_size=4, num_steps=4),

@@ -137,7 +137,7 @@ def test_an_editable_install_without_links_finds_every_file(editable, linkless, 
 
 def test_an_editable_install_without_links_reads_a_recipe(editable, linkless, tmp_path):
     code = (
-        "from posttrain.recipe_file import load_recipe, shipped_recipes\n"
+        "from posttrain.recipe.file import load_recipe, shipped_recipes\n"
         "print(*shipped_recipes())\nprint(load_recipe('quickstart').stages[0].algorithm.type)"
     )
     recipes, algorithm = probe(editable, linkless, code, tmp_path).splitlines()
@@ -149,7 +149,7 @@ def test_the_installed_wheel_runs_outside_the_checkout(built, tmp_path):
     site = tmp_path / "site"
     called(*PIP, "--target", site, built[1])
     code = (
-        "from posttrain.recipe_file import load_recipe, shipped_recipes\n"
+        "from posttrain.recipe.file import load_recipe, shipped_recipes\n"
         "print(sorted(shipped_recipes())); load_recipe('quickstart')\n"
         "import torch; from posttrain.models.sd3 import SD3\n"
         "SD3(path='posttrain/tiny-sd3', max_sequence_length=16).load(torch.device('cpu'), 'fp32')\n"
@@ -175,11 +175,11 @@ def last_line(folder, code):
 
 
 def importing(package):
-    return f"from posttrain.shipped import shipped\nshipped({package!r})"
+    return f"from posttrain.support.shipped import shipped\nshipped({package!r})"
 
 
 def commanding(*arguments):
-    return f"sys.argv[1:] = {list(arguments)}\nfrom posttrain.cli import main\nmain()"
+    return f"sys.argv[1:] = {list(arguments)}\nfrom posttrain.cli.app import main\nmain()"
 
 
 @pytest.mark.parametrize("package", [f"posttrain.{name}" for name in BESIDE])

@@ -15,12 +15,12 @@ from pipelines import pipeline_folder
 from runs import HEAD, stage
 from safetensors.torch import load_file
 
-from posttrain import checkpoint
-from posttrain.chain import check_processes
+from posttrain.distributed.launch import MPI, _free_port, _stop_if_failed, place, share
+from posttrain.engine import checkpoint
+from posttrain.engine.tracker import read_metrics
 from posttrain.errors import PosttrainError, RecipeError
-from posttrain.launch import MPI, _free_port, _stop_if_failed, place, share
-from posttrain.recipe_file import parse_recipe
-from posttrain.records import read_metrics
+from posttrain.recipe.file import parse_recipe
+from posttrain.stages.chain import check_processes
 
 TRAIN = (
     "{steps: 20, batch_size: 8, micro_batch: 2, learning_rate: 1e-3, checkpoint_every: 4, keep_checkpoints: 1, "
@@ -373,7 +373,7 @@ def test_of_processes_that_failed_the_killed_one_is_named():
 
 
 def test_a_process_without_the_others_address_is_refused(monkeypatch):
-    from posttrain.parallel.world import joined
+    from posttrain.distributed.world import joined
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

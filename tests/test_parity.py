@@ -7,7 +7,7 @@ from parity_vectors import assert_close, ids, of_kind
 from posttrain.algorithms._flow_matching import loss_weight
 from posttrain.algorithms.soar import auxiliary_point
 from posttrain.flow import expand, guided, interpolate, shift_sigma, stochastic_step
-from posttrain.solvers import trajectory
+from posttrain.flow.solvers import trajectory
 
 SOLVERS = {"flow": "euler", "dpm1": "dpm1", "dpm2": "dpm2"}
 

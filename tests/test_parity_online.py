@@ -6,11 +6,11 @@ import pytest
 import torch
 from parity_vectors import assert_close, ids, of_kind
 
-from posttrain.advantages import group_advantages
 from posttrain.algorithm import Items
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, optimality
 from posttrain.algorithms.flow_grpo import FlowGRPO
 from posttrain.condition import Conditions
+from posttrain.flow.advantages import group_advantages
 from posttrain.model import FlowModel
 from posttrain.policy import Policy
 

@@ -8,13 +8,13 @@ from pipelines import pipeline_folder
 from test_cli import posttrain
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from posttrain.artifact import open_sampler
 from posttrain.errors import DataError, ModelError, RecipeError
-from posttrain.model_choice import model_of
+from posttrain.flow.sampling_settings import Sampling
 from posttrain.models.pipelines import SDXL, Flux
 from posttrain.models.sd3 import SD3
-from posttrain.recipe_file import parse_recipe
-from posttrain.sampling_settings import Sampling
+from posttrain.recipe.file import parse_recipe
+from posttrain.stages.artifact import open_sampler
+from posttrain.stages.model_choice import model_of
 
 CPU = torch.device("cpu")
 TEXT = {

@@ -14,23 +14,23 @@ import torch
 from rich.console import Console
 from test_cli import posttrain
 
-from posttrain.activations import Checkpointing
 from posttrain.algorithm import Algorithm
+from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import PosttrainError
 from posttrain.models._published import PUBLISHED
 from posttrain.parallel.shares import Shares
-from posttrain.plan import encoding_bytes
 from posttrain.planning import remedies
 from posttrain.planning.counts import Counts
 from posttrain.planning.data import cache_bytes, known
 from posttrain.planning.gpus import custom, gpu
 from posttrain.planning.memory import Phase, Sizes, memory, moment_bytes
 from posttrain.planning.needs import evaluation_needs, stage_needs
+from posttrain.planning.outline import encoding_bytes
 from posttrain.planning.remedies import evaluation_remedies, stage_remedies
-from posttrain.planning.report import Budget, resources
-from posttrain.recipe_file import load_recipe, overridden, parse_recipe, shipped_recipes
-from posttrain.rehearsal import rehearse
-from posttrain.tuning import Full
+from posttrain.planning.tables import Budget, resources
+from posttrain.policy.activations import Checkpointing
+from posttrain.policy.tuning import Full
+from posttrain.recipe.file import load_recipe, overridden, parse_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 COSTS = {
@@ -145,7 +145,7 @@ MEASURED = [
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident peak is reset by Linux only")
 @pytest.mark.parametrize(("name", "tune", "train"), MEASURED)
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path, name, tune, train):
-    from posttrain.recipe_file import dump_recipe
+    from posttrain.recipe.file import dump_recipe
 
     recipe = planned(name, tune, f"micro_batch: 32, {train}")
     estimate = need(recipe).memory.total

@@ -9,18 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms.soar import SOAR
+from posttrain.data.batches import encoded
 from posttrain.data.loader import ImageBatch
-from posttrain.feeds import encoded
+from posttrain.distributed.world import ALONE
+from posttrain.engine.trainer import update
+from posttrain.flow.sampling_settings import Sampling
 from posttrain.models.sd3 import SD3
+from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
-from posttrain.sampling import encode, flow_sampler
-from posttrain.sampling_settings import Sampling
-from posttrain.train_settings import Train
-from posttrain.trainer import update
-from posttrain.tuning import Full
+from posttrain.policy.tuning import Full
+from posttrain.sampling.sampler import encode, flow_sampler
+from posttrain.support.randomness import Draws
 
 
 class Lowered(TorchDispatchMode):

@@ -44,7 +44,7 @@ def test_the_algorithm_in_the_readme_trains_from_a_package_outside(tmp_path):
 
 
 def test_every_file_and_recipe_that_the_docs_name_exists():
-    from posttrain.recipe_file import shipped_recipes
+    from posttrain.recipe.file import shipped_recipes
 
     for text in (README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -8,7 +8,7 @@ from pipelines import pipeline_folder
 from ruamel.yaml import YAML
 
 from posttrain.errors import RecipeError
-from posttrain.recipe_file import dump_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
+from posttrain.recipe.file import dump_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
 
 GOOD = f"""\
 name: good

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.records import METRICS, MetricsFile, Tracker, read_metrics
+from posttrain.engine.tracker import METRICS, MetricsFile, Tracker, read_metrics
 
 
 def strict(text):

@@ -19,16 +19,16 @@ from runs import recipe, run_quietly, stage
 from servers import Quiet, running, serving
 
 from posttrain.errors import PosttrainError, RecipeError, RewardError
-from posttrain.recipe_file import chosen_rewards
+from posttrain.recipe.file import chosen_rewards
 from posttrain.reward import Scores, checked
 from posttrain.rewards.callable import Callable
 from posttrain.rewards.jpeg import JpegIncompressibility
 from posttrain.rewards.remote import Remote
 from posttrain.rewards.shapes import Shapes
-from posttrain.serve import application, check_exposure
+from posttrain.scoring.server.app import application, check_exposure
+from posttrain.scoring.server.wire import answer, packed, scores_of, unpacked
 from posttrain.shapes.dataset import scene_at
 from posttrain.shapes.render import render
-from posttrain.wire import answer, packed, scores_of, unpacked
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -338,7 +338,7 @@ def until(condition):
 
 def held(monkeypatch):
     """Numbers of jobs that wait, of the batcher that is made next."""
-    import posttrain.serve as serve
+    import posttrain.scoring.server.app as serve
 
     made = []
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from posttrain.curves import chart, smoothed, ticks
-from posttrain.grids import grid, to_pil
-from posttrain.records import Tracker, read_metrics
-from posttrain.report import table, write_report
-from posttrain.results import load_results, verdict
-from posttrain.statistics import bootstrap_interval, paired_difference
-from posttrain.wording import duration, short
+from posttrain.engine.tracker import Tracker, read_metrics
+from posttrain.evaluation.intervals import bootstrap_interval, paired_difference
+from posttrain.evaluation.report.curves import chart, smoothed, ticks
+from posttrain.evaluation.report.page import table, write_report
+from posttrain.evaluation.report.results import load_results, verdict
+from posttrain.support.images import grid, to_pil
+from posttrain.support.wording import duration, short
 
 EVIL = 'a <script>alert(1)</script> & "quoted" prompt'
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from posttrain.report import table, write_report
-from posttrain.results import load_results, verdict
-from posttrain.statistics import bootstrap_interval
-from posttrain.wording import short
+from posttrain.evaluation.intervals import bootstrap_interval
+from posttrain.evaluation.report.page import table, write_report
+from posttrain.evaluation.report.results import load_results, verdict
+from posttrain.support.wording import short
 
 EVIL = '<script>alert("x")</script> & two'
 PROMPTS = ["one red circle", "two blue squares", EVIL, "a star"]

@@ -12,14 +12,14 @@ from tiny_clip import tiny_clip
 
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError, RewardError
-from posttrain.grids import to_pil
+from posttrain.registry import discover
 from posttrain.reward import Reward, checked
 from posttrain.rewards.callable import Callable
 from posttrain.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from posttrain.rewards.ocr import OCR, quoted, similarity
 from posttrain.rewards.pickscore import SCALE, PickScore
 from posttrain.rewards.shapes import Shapes
-from posttrain.spec import discover
+from posttrain.support.images import to_pil
 
 CPU = torch.device("cpu")
 RECORDED = [json.loads(line) for line in (FOLDER / "ocr_reward.jsonl").read_text().splitlines()]

@@ -8,14 +8,14 @@ import torch
 from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
 from safetensors.torch import load_file
 
-from posttrain import checkpoint
-from posttrain.artifact import open_artifact
+from posttrain.engine import checkpoint
+from posttrain.engine.tracker import read_metrics
+from posttrain.engine.trainer import train
 from posttrain.errors import ModelError, PosttrainError, RecipeError, TrainingError
 from posttrain.policy import Policy
-from posttrain.recipe_file import load_recipe
-from posttrain.records import read_metrics
-from posttrain.sampling import sample_images
-from posttrain.trainer import train
+from posttrain.recipe.file import load_recipe
+from posttrain.sampling.sampler import sample_images
+from posttrain.stages.artifact import open_artifact
 
 CPU = torch.device("cpu")
 SOAR = "{type: soar, trajectory_length: 2}"
@@ -133,7 +133,7 @@ def test_every_artifact_is_opened_again_as_it_was_evaluated(finished, name, tmp_
     )
     from PIL import Image
 
-    from posttrain.grids import to_pil
+    from posttrain.support.images import to_pil
 
     first = Image.open(folder / name / "evaluation" / "grid" / "000.png")
     assert list(to_pil(images[:1])[0].getdata()) == list(first.getdata())
@@ -171,7 +171,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
         train(algorithm, policy, strategy, batches, settings, watch, start)
 
     with monkeypatch.context() as patch:
-        patch.setattr("posttrain.stage.train", dying)
+        patch.setattr("posttrain.stages.stage.train", dying)
         with pytest.raises(Killed):
             run_quietly(made, tmp_path / "killed")
     printed = run_quietly(made, tmp_path / "killed")
@@ -367,7 +367,7 @@ def test_what_is_no_checkpoint_or_not_finished_is_said(finished, tmp_path):
 def test_the_shipped_model_says_how_it_was_made_and_is_small():
     import hashlib
 
-    from posttrain.pipeline_folder import ASSETS
+    from posttrain.weights.pipeline_folder import ASSETS
 
     folder = ASSETS / "tiny-sd3"
     files = [file for file in folder.rglob("*") if file.is_file()]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from runs import EVALUATION, recipe, run_quietly, stage
 
-from posttrain import checkpoint
+from posttrain.engine import checkpoint
+from posttrain.engine.monitor import collapsed, hacking
+from posttrain.engine.tracker import read_metrics
 from posttrain.errors import RewardError, TrainingError
-from posttrain.monitor import collapsed, hacking
-from posttrain.records import read_metrics
 
 LORA = "{type: lora, rank: 2, alpha: 4}"
 SOAR = "{type: soar, trajectory_length: 1}"
@@ -82,7 +82,7 @@ def test_a_lora_named_by_its_folder_brings_its_parents(tmp_path):
         online("more", tune=LORA, start_from=str(final), reference=str(tmp_path / "one" / "soar" / "final"))
     )
     run_quietly(held, tmp_path / "three")
-    from posttrain.artifact import open_artifact
+    from posttrain.stages.artifact import open_artifact
 
     opened, _ = open_artifact(str(tmp_path / "two" / "more"), torch.device("cpu"))
     assert (
@@ -109,7 +109,7 @@ def test_a_stacked_adapter_starts_from_the_very_model_that_a_merged_one_does(tmp
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path, algorithm, monkeypatch):
     made = recipe(online("rl", algorithm, TRAIN.replace("steps: 4,", "steps: 6,")), evaluation=EVALUATION)
     run_quietly(made, tmp_path / "whole")
-    from posttrain.watch import StageWatch
+    from posttrain.stages.watch import StageWatch
 
     def cut(self, step, samples, metrics, original=StageWatch.after_step):
         original(self, step, samples, metrics)

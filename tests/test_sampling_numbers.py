@@ -9,11 +9,10 @@ import torch
 from by_hand import SHAPE, Linear, conditions, linear_policy, near, velocity
 from torch import nn
 
-from posttrain import memory
 from posttrain.errors import TrainingError
 from posttrain.policy import Policy
-from posttrain.randomness import generator
-from posttrain.sampling import (
+from posttrain.policy import out_of_memory as memory
+from posttrain.sampling.sampler import (
     FlowSampler,
     encode,
     flow_sampler,
@@ -22,6 +21,7 @@ from posttrain.sampling import (
     sample_images,
     sample_latents,
 )
+from posttrain.support.randomness import generator
 
 
 class Encoding(Linear):

@@ -10,20 +10,20 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from posttrain.cli import app
-from posttrain.conformance import conformance, differences
+from posttrain.cli.app import app
 from posttrain.data.lines import lines
 from posttrain.errors import PosttrainError
-from posttrain.grids import to_pil
-from posttrain.hub import sha256
-from posttrain.probes import COUNT, probe
-from posttrain.recipe_file import chosen_rewards
+from posttrain.recipe.file import chosen_rewards
 from posttrain.reward import Scores
 from posttrain.rewards.jpeg import JpegIncompressibility
 from posttrain.rewards.pickscore import PickScore
 from posttrain.rewards.shapes import Shapes
+from posttrain.scoring.conformance import conformance, differences
+from posttrain.scoring.probes import COUNT, probe
 from posttrain.shapes.dataset import scene_at
 from posttrain.shapes.render import render
+from posttrain.support.images import to_pil
+from posttrain.weights.hub import sha256
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "conformance").glob("*.json"))

@@ -11,9 +11,9 @@ from posttrain.condition import Conditions
 from posttrain.errors import ModelError
 from posttrain.models.sd3 import SD3
 from posttrain.policy import Policy
-from posttrain.sampling import encode, prompt_noise, sample_images, sample_latents
-from posttrain.transformer_files import LORA, adapter_state
-from posttrain.tuning import Full, Lora
+from posttrain.policy.tuning import Full, Lora
+from posttrain.sampling.sampler import encode, prompt_noise, sample_images, sample_latents
+from posttrain.weights.transformer import LORA, adapter_state
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
 
@@ -253,7 +253,7 @@ def test_a_left_out_text_encoder_stays_out_of_the_artifact(tmp_path):
 def test_what_the_hub_refuses_says_what_to_do(kind, words):
     from huggingface_hub import errors
 
-    from posttrain.hugging_face import explained
+    from posttrain.weights.hugging_face import explained
 
     class Response:
         headers, request, status_code = {}, None, 403

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from posttrain.data.prompts import prompt_rows
-from posttrain.data.spec import ShapesPrompts
+from posttrain.data.settings import ShapesPrompts
 from posttrain.errors import DataError, RewardError
 from posttrain.reward import checked
 from posttrain.rewards._geneval import graded, lenient, strict

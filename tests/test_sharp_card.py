@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from posttrain import card as module
-from posttrain.card import card, differing, result, summaries
-from posttrain.recipe import Evaluation
+from posttrain.evaluation import card as module
+from posttrain.evaluation.card import card, differing, result, summaries
+from posttrain.evaluation.intervals import bootstrap_interval
+from posttrain.recipe.schema import Evaluation
 from posttrain.rewards.jpeg import JpegCompressibility
-from posttrain.statistics import bootstrap_interval
-from posttrain.versions import versions
+from posttrain.support.versions import versions
 
 JPEG = JpegCompressibility()
 NAME = JPEG.label

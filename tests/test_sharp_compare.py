@@ -7,9 +7,9 @@ import json
 import pytest
 from rich.console import Console
 
-from posttrain.compare import Comparison, Evaluated, compare_table, worded, write_page
 from posttrain.errors import PosttrainError
-from posttrain.statistics import paired_difference
+from posttrain.evaluation.compare import Comparison, Evaluated, compare_table, worded, write_page
+from posttrain.evaluation.intervals import paired_difference
 
 CARD = {
     "scores": {"s": {"higher_is_better": True}, "low": {"higher_is_better": False}},

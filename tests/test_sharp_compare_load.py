@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_sharp_compare import CARD, records
 
-from posttrain.compare import EXPECTED, _names, load
 from posttrain.errors import PosttrainError
+from posttrain.evaluation.compare import EXPECTED, _names, load
 
 
 def write(folder, rows, card):

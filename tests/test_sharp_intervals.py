@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain import statistics
-from posttrain.statistics import bootstrap_interval, paired_difference
+from posttrain.evaluation import intervals as statistics
+from posttrain.evaluation.intervals import bootstrap_interval, paired_difference
 
 VALUES = [1.0, 2.0, 4.0, 9.0, -3.0]
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from posttrain.errors import RewardError
-from posttrain.judge import Judge, Verdict
 from posttrain.reward import Scores
-from posttrain.scoring import numbered, scored, scorers_of, shown_of
+from posttrain.scoring.batches import numbered, scored, scorers_of, shown_of
+from posttrain.scoring.judge import Judge, Verdict
 
 CPU = torch.device("cpu")
 

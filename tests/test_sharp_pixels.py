@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.grids import to_pil
 from posttrain.rewards import _colors
 from posttrain.rewards._colors import BACKGROUND, COLORS, TEMPLATES, colored, cut_out, load_colors
 from posttrain.rewards._pixels import (
@@ -18,6 +17,7 @@ from posttrain.rewards._pixels import (
     normalised,
     of_pil,
 )
+from posttrain.support.images import to_pil
 
 
 def undone(images):

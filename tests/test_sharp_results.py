@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.results import Results, StageResult, difference, load_results, verdict
-from posttrain.statistics import paired_difference
-from posttrain.wording import duration, short
+from posttrain.evaluation.intervals import paired_difference
+from posttrain.evaluation.report.results import Results, StageResult, difference, load_results, verdict
+from posttrain.support.wording import duration, short
 
 
 def stage(name, values, higher=True, prompts=None, mean=None, score="s"):

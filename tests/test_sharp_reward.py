@@ -9,7 +9,7 @@ import torch
 
 from posttrain.errors import RewardError
 from posttrain.reward import Reward, Scores, checked
-from posttrain.weights import Weights
+from posttrain.weights.published import Weights
 
 CPU = torch.device("cpu")
 

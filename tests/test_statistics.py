@@ -3,7 +3,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from posttrain.statistics import bootstrap_interval, paired_difference
+from posttrain.evaluation.intervals import bootstrap_interval, paired_difference
 
 
 def test_a_95_percent_interval_covers_the_true_mean_about_95_times_in_100():

@@ -7,12 +7,12 @@ import pytest
 import torch
 from lines import Line, descending, line_policy
 
+from posttrain.distributed.world import ALONE
+from posttrain.optim.settings import Train
 from posttrain.parallel.shares import Shares
 from posttrain.parallel.single import Alone, Single
 from posttrain.parallel.strategy import Layout, Parallel
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.train_settings import Train
 
 
 def two_weights(a=3.0, b=4.0):

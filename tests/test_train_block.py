@@ -7,9 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from posttrain import optimizers
-from posttrain.optimizers import optimizer_of, problem
-from posttrain.train_settings import Train
+from posttrain.optim import optimizers
+from posttrain.optim.optimizers import optimizer_of, problem
+from posttrain.optim.settings import Train
 
 DEFAULTS = {
     "batch_size": 32,

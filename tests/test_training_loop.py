@@ -7,11 +7,11 @@ import torch
 from lines import NOTES, Pull, Steps, descending, line_policy, noted, of
 from ranks import on_ranks
 
-from posttrain import trainer
+from posttrain.engine import trainer
+from posttrain.engine.trainer import EMA, REFERENCE, learning_rate, train
 from posttrain.errors import TrainingError
-from posttrain.memory import OutOfMemory
-from posttrain.train_settings import Train
-from posttrain.trainer import EMA, REFERENCE, learning_rate, train
+from posttrain.optim.settings import Train
+from posttrain.policy.out_of_memory import OutOfMemory
 
 
 def settings(steps, **more):

@@ -8,10 +8,10 @@ from lines import NOTES, Pull, descending, items_of, line_policy, noted
 from ranks import on_ranks
 
 from posttrain.algorithm import Losses
+from posttrain.engine.trainer import OnPolicy, update
 from posttrain.errors import TrainingError
-from posttrain.memory import OutOfMemory
-from posttrain.train_settings import Train
-from posttrain.trainer import OnPolicy, update
+from posttrain.optim.settings import Train
+from posttrain.policy.out_of_memory import OutOfMemory
 
 FREE = Train(steps=4, max_grad_norm=1e9)
 

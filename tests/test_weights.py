@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import constants, file_download
 from servers import Hub, serving
 
-from posttrain import catalogue
 from posttrain.errors import RewardError
-from posttrain.hub import fetch, sha256
-from posttrain.weights import Weights
+from posttrain.scoring import catalogue
+from posttrain.weights.hub import fetch, sha256
+from posttrain.weights.published import Weights
 
 ROOT = Path(__file__).parent.parent
 BIG = np.random.default_rng(0).bytes(600_000)
@@ -84,9 +84,7 @@ def test_large_files_come_from_elsewhere_which_is_not_told_the_token(hub, monkey
 
 
 def test_processes_that_want_the_same_file_at_once_all_get_it(hub, tmp_path):
-    script = (
-        "import sys; from posttrain.hub import fetch; print(fetch('some/model', sys.argv[2:], sys.argv[1]))"
-    )
+    script = "import sys; from posttrain.weights.hub import fetch; print(fetch('some/model', sys.argv[2:], sys.argv[1]))"
     command = [sys.executable, "-c", script, hub.url, *WANTED]
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     children = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE) for _ in range(3)]

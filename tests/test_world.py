@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from posttrain.distributed import world
+from posttrain.distributed.world import ALONE, World, joined
 from posttrain.errors import PosttrainError
-from posttrain.parallel import world
 from posttrain.parallel.shares import Part, Shares
-from posttrain.parallel.world import ALONE, World, joined
 
 CPU = torch.device("cpu")
 

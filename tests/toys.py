@@ -8,15 +8,15 @@ from torch import nn
 
 from posttrain.algorithm import Batch
 from posttrain.condition import Conditions
-from posttrain.judge import Judge
-from posttrain.layout import Layout
+from posttrain.distributed.world import ALONE
 from posttrain.model import FlowModel
 from posttrain.parallel.single import Alone
-from posttrain.parallel.world import ALONE
 from posttrain.policy import Policy
-from posttrain.randomness import Draws
+from posttrain.policy.layout import Layout
 from posttrain.reward import Scores
-from posttrain.sampling import encode
+from posttrain.sampling.sampler import encode
+from posttrain.scoring.judge import Judge
+from posttrain.support.randomness import Draws
 
 
 class ToyModel(FlowModel):

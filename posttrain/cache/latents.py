@@ -20,8 +20,8 @@ from posttrain.cache.keys import digest
 from posttrain.cache.store import Entry, Store, size_of
 from posttrain.data.loader import Choice, ImageSource
 from posttrain.model import FlowModel
-from posttrain.progress import stage_progress
-from posttrain.randomness import Draws, generator
+from posttrain.support.progress import stage_progress
+from posttrain.support.randomness import Draws, generator
 
 Kind = Literal["mean_logvar", "sampled"]
 Decoded = tuple[int, bool, Tensor]

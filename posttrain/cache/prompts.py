@@ -11,7 +11,7 @@ from posttrain.cache.keys import digest
 from posttrain.cache.store import Entry, Store, size_of
 from posttrain.condition import Condition
 from posttrain.model import FlowModel
-from posttrain.progress import stage_progress
+from posttrain.support.progress import stage_progress
 
 AT_ONCE = 64
 """Prompts in one call of the encoders while the cache is filled: the time between two looks at the bar."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from posttrain.errors import PosttrainError
-from posttrain.files import locked, problem, publish
-from posttrain.wording import short
+from posttrain.support.files import locked, problem, publish
+from posttrain.support.wording import short
 
 SHARDS = "*/*.safetensors"
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.cache.room import Room, writing
-from posttrain.files import aside, publish
+from posttrain.support.files import aside, publish
 
 ABOUT = "about.json"
 """What the store's entries were made by, for people."""

@@ -3,6 +3,6 @@
 Only the specs are imported here, so that a recipe is read without torch.
 """
 
-from posttrain.data.spec import AnyData, Data, Images, PromptData, ShapesData, with_type
+from posttrain.data.settings import AnyData, Data, Images, PromptData, ShapesData, with_type
 
 __all__ = ["AnyData", "Data", "Images", "PromptData", "ShapesData", "with_type"]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from posttrain.data.records import Bucket
+from posttrain.data.rows import Bucket
 from posttrain.errors import DataError
-from posttrain.wording import multiples_near
+from posttrain.support.wording import multiples_near
 
 MAX_ASPECT = 2
 """Buckets go from 1:2 to 2:1; a longer image loses its ends."""

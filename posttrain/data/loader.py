@@ -18,11 +18,11 @@ from posttrain.data.buckets import bucket_problem, bucket_sizes, nearest_bucket,
 from posttrain.data.decode import BadImage, image_size
 from posttrain.data.lines import Problem, listing
 from posttrain.data.order import batches, batches_per_epoch, rank_slice
-from posttrain.data.records import Bucket, Record, read_records, stop_beyond_tolerance
-from posttrain.data.spec import Images
+from posttrain.data.rows import Bucket, Record, read_records, stop_beyond_tolerance
+from posttrain.data.settings import Images
 from posttrain.data.workers import Crops, Middles, Whole, flipped, read
 from posttrain.errors import DataError
-from posttrain.randomness import generator
+from posttrain.support.randomness import generator
 
 SAMPLE = 64
 """Images decoded before a run starts, so that a rotten folder stops it at once."""

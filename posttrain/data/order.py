@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from posttrain.data.records import Bucket
-from posttrain.randomness import generator
+from posttrain.data.rows import Bucket
+from posttrain.support.randomness import generator
 
 Buckets = Mapping[Bucket, Sequence[int]]
 """Bucket -> the ids of its samples; each id is in one bucket."""

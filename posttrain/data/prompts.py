@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.lines import Problem, json_object, lines, listing, string, text
-from posttrain.data.spec import PromptFile, ShapesPrompts
+from posttrain.data.settings import PromptFile, ShapesPrompts
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from posttrain.data.buckets import cover_and_crop
 from posttrain.data.decode import BadImage, open_image
 from posttrain.data.lines import Problem
-from posttrain.data.records import Bucket, Record
-from posttrain.data.spec import Images
-from posttrain.randomness import generator
+from posttrain.data.rows import Bucket, Record
+from posttrain.data.settings import Images
+from posttrain.support.randomness import generator
 
 MIDDLE = (0.5, 0.5)
 """The offsets of a crop from the middle; see :func:`posttrain.data.buckets.cover_and_crop`."""

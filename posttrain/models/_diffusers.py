@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from posttrain import pipeline_folder
 from posttrain.errors import ModelError
-from posttrain.hugging_face import explained, quiet
 from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
 from posttrain.models._outline import Configs, configs_at, outlined
-from posttrain.weight_files import header_shapes
+from posttrain.weights import pipeline_folder
+from posttrain.weights.files import header_shapes
+from posttrain.weights.hugging_face import explained, quiet
 
 if TYPE_CHECKING:
     from typing import Self

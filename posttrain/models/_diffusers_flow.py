@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from posttrain import pipeline_folder
-from posttrain.hugging_face import explained, quiet
 from posttrain.model import DtypeName, EncoderName, FlowModel, torch_dtype
 from posttrain.models._resting import Resting
-from posttrain.transformer_files import LORA, next_adapter, save_component
-from posttrain.weight_files import content_hash
+from posttrain.weights import pipeline_folder
+from posttrain.weights.files import content_hash
+from posttrain.weights.hugging_face import explained, quiet
+from posttrain.weights.transformer import LORA, next_adapter, save_component
 
 if TYPE_CHECKING:
     import torch

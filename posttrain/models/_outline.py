@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from posttrain import pipeline_folder
 from posttrain.models._published import PUBLISHED
+from posttrain.weights import pipeline_folder
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from posttrain.model import Sampler
-from posttrain.randomness import generator
-from posttrain.weight_files import hash_of
+from posttrain.support.randomness import generator
+from posttrain.weights.files import hash_of
 
 if TYPE_CHECKING:
-    from posttrain.sampling_settings import Sampling
+    from posttrain.flow.sampling_settings import Sampling
 
 
 class PipelineSampler(Sampler):

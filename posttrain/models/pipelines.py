@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from posttrain.errors import DataError, ModelError
-from posttrain.hugging_face import explained, quiet
 from posttrain.model import DtypeName, FlowModel, Model, Sampler, torch_dtype
-from posttrain.pipeline_folder import local_folder, missing
+from posttrain.weights.hugging_face import explained, quiet
+from posttrain.weights.pipeline_folder import local_folder, missing
 
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.sampling_settings import Sampling
+    from posttrain.flow.sampling_settings import Sampling
 
 
 class Pipeline(Model, ABC):

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from posttrain.errors import ModelError, TrainingError
-from posttrain.hugging_face import quiet
 from posttrain.model import DtypeName, EncoderName, FlowModel, Model
 from posttrain.models._outline import configs_at
 from posttrain.models.sd3 import SD3
+from posttrain.weights.hugging_face import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +165,7 @@ def _fitted_autoencoder(spec: TinySD3, work: Path) -> Any:
     from diffusers import AutoencoderKL
 
     from posttrain.data.loader import ImageSource
-    from posttrain.data.spec import ShapesData
+    from posttrain.data.settings import ShapesData
 
     data = ShapesData(images=spec.autoencoder_images, seed=spec.seed, style="web")
     source = ImageSource(data.materialise(work / "autoencoder-images"), divisor=8)

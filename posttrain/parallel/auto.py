@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from posttrain.distributed.world import World
 from posttrain.parallel.ddp import DDP
 from posttrain.parallel.shares import Shares
 from posttrain.parallel.single import Single
 from posttrain.parallel.strategy import Parallel, Strategy
-from posttrain.parallel.world import World
 
 if TYPE_CHECKING:
-    from posttrain.policy import Policy
-    from posttrain.train_settings import Train
+    from posttrain.optim.settings import Train
+    from posttrain.policy.policy import Policy
 
 
 class Auto(Parallel):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from posttrain.layout import Layout
-from posttrain.optimizers import optimizer_of
+from posttrain.distributed.world import World
+from posttrain.optim.optimizers import optimizer_of
 from posttrain.parallel.shares import Shares
 from posttrain.parallel.strategy import Direct, Parallel, Strategy
-from posttrain.parallel.world import World
+from posttrain.policy.layout import Layout
 
 if TYPE_CHECKING:
-    from posttrain.policy import Policy
-    from posttrain.train_settings import Train
+    from posttrain.optim.settings import Train
+    from posttrain.policy.policy import Policy
 
 
 class DDP(Parallel):

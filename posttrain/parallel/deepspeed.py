@@ -13,17 +13,17 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from posttrain.distributed.world import World
 from posttrain.errors import TrainingError
-from posttrain.layout import Layout
-from posttrain.optimizers import optimizer_of
+from posttrain.optim.optimizers import optimizer_of
 from posttrain.parallel.shares import Part, Shares
 from posttrain.parallel.strategy import Parallel, Strategy
-from posttrain.parallel.world import World
-from posttrain.spec import AnyPath, at
+from posttrain.policy.layout import Layout
+from posttrain.registry import AnyPath, at
 
 if TYPE_CHECKING:
-    from posttrain.policy import Policy
-    from posttrain.train_settings import Train
+    from posttrain.optim.settings import Train
+    from posttrain.policy.policy import Policy
 
 BUCKET = 500_000_000
 """Gradients in one message, where the file says nothing else: DeepSpeed's own number."""

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from posttrain.blocks import blocks
+from posttrain.distributed.world import World
 from posttrain.errors import TrainingError
-from posttrain.layout import Layout
-from posttrain.optimizers import optimizer_of
+from posttrain.optim.optimizers import optimizer_of
 from posttrain.parallel.shares import Part, Shares
 from posttrain.parallel.strategy import Direct, Parallel, Strategy
-from posttrain.parallel.world import World
+from posttrain.policy.blocks import blocks
+from posttrain.policy.layout import Layout
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from posttrain.policy import Policy
-    from posttrain.train_settings import Train
+    from posttrain.optim.settings import Train
+    from posttrain.policy.policy import Policy
 
 
 class FSDP2(Parallel):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from posttrain.layout import Layout
-from posttrain.optimizers import optimizer_of
+from posttrain.distributed.world import World
+from posttrain.optim.optimizers import optimizer_of
 from posttrain.parallel.strategy import Direct, Parallel, Strategy
-from posttrain.parallel.world import World
+from posttrain.policy.layout import Layout
 
 if TYPE_CHECKING:
-    from posttrain.policy import Policy
-    from posttrain.train_settings import Train
+    from posttrain.optim.settings import Train
+    from posttrain.policy.policy import Policy
 
 
 class Single(Parallel):

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from posttrain.layout import Layout
+from posttrain.distributed.world import World
 from posttrain.parallel.shares import Shares
-from posttrain.parallel.world import World
-from posttrain.spec import Spec
+from posttrain.policy.layout import Layout
+from posttrain.registry import Spec
 
 if TYPE_CHECKING:
-    from posttrain.policy import Policy
-    from posttrain.train_settings import Train
+    from posttrain.optim.settings import Train
+    from posttrain.policy.policy import Policy
 
 
 class Parallel(Spec, ABC):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from posttrain.activations import checkpoint_blocks
 from posttrain.condition import Condition
 from posttrain.errors import PosttrainError
 from posttrain.planning.footprint import flops, peak_bytes
+from posttrain.policy.activations import checkpoint_blocks
 
 if TYPE_CHECKING:
-    from posttrain.activations import Checkpointing
     from posttrain.model import DtypeName, FlowModel, Model
-    from posttrain.tuning import Tune
+    from posttrain.policy.activations import Checkpointing
+    from posttrain.policy.tuning import Tune
 
 Work = Literal["training", "forward", "decode", "encode", "text"]
 META = torch.device("meta")

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.data.prompts import prompt_rows
-from posttrain.data.records import read_records
-from posttrain.data.spec import Images, PromptData, ShapesData
+from posttrain.data.rows import read_records
+from posttrain.data.settings import Images, PromptData, ShapesData
 from posttrain.errors import DataError, PosttrainError
-from posttrain.plan import kept_bytes
+from posttrain.planning.outline import kept_bytes
 
 if TYPE_CHECKING:
-    from posttrain.data.spec import AnyPrompts, Data
+    from posttrain.data.settings import AnyPrompts, Data
     from posttrain.planning.counts import Counts, Size
-    from posttrain.recipe import Recipe
+    from posttrain.recipe.schema import Recipe
 
 SHAPES_SIDE = 64
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from posttrain.cache.settings import size_in_bytes
 from posttrain.errors import PosttrainError
-from posttrain.spelling import meant
+from posttrain.support.spelling import meant
 
 
 @dataclass(frozen=True)

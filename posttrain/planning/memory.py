@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from posttrain.model import EncoderName
-    from posttrain.train_settings import OptimizerName
+    from posttrain.optim.settings import OptimizerName
 
 SMALL, BLOCK = 4096, 256
 """Moments in 8 bits: of tensors of at least so many numbers, with a float32 scale for each so many."""

@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.blocks import blocks
 from posttrain.cache.prompts import AT_ONCE as PROMPTS_AT_ONCE
 from posttrain.data.prompts import prompt_rows
+from posttrain.engine.trainer import REFERENCE
 from posttrain.errors import PosttrainError
 from posttrain.model import EncoderName
 from posttrain.parallel.shares import Shares
-from posttrain.plan import disk_bytes
 from posttrain.planning.counts import Counts
 from posttrain.planning.memory import Memory, Phase, Sizes, memory, moment_bytes
+from posttrain.planning.outline import disk_bytes
 from posttrain.planning.phases import (
     ENCODERS,
     at_rest,
@@ -27,15 +27,15 @@ from posttrain.planning.phases import (
     there,
 )
 from posttrain.planning.work import Work, image_work, stage_work
-from posttrain.stage import AUTOCAST
-from posttrain.trainer import REFERENCE
+from posttrain.policy.blocks import blocks
+from posttrain.stages.stage import AUTOCAST
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Evaluation, Recipe, Stage
+    from posttrain.recipe.schema import Evaluation, Recipe, Stage
     from posttrain.reward import Reward
 
 CHUNK = 64
-"""Most rows in one forward of an evaluation, the default of :class:`posttrain.policy.Policy`."""
+"""Most rows in one forward of an evaluation, the default of :class:`posttrain.policy.policy.Policy`."""
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, get_args
 
 from posttrain.cache.latents import AT_ONCE as IMAGES_AT_ONCE
 from posttrain.cache.prompts import AT_ONCE as PROMPTS_AT_ONCE
+from posttrain.engine.rehearsal import Calls, rehearse
 from posttrain.model import EncoderName
 from posttrain.planning.counts import Counts, Size
 from posttrain.planning.data import known
 from posttrain.planning.memory import Phase
-from posttrain.rehearsal import Calls, rehearse
-from posttrain.stage import AUTOCAST
-from posttrain.watch import SHOWN
+from posttrain.stages.stage import AUTOCAST
+from posttrain.stages.watch import SHOWN
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Recipe, Stage
-    from posttrain.sampling_settings import Sampling
+    from posttrain.flow.sampling_settings import Sampling
+    from posttrain.recipe.schema import Recipe, Stage
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.chain import check_processes
 from posttrain.errors import RecipeError
 from posttrain.planning.needs import Needs, evaluation_needs, stage_needs
-from posttrain.recipe_file import overridden
-from posttrain.wording import short
+from posttrain.recipe.file import overridden
+from posttrain.stages.chain import check_processes
+from posttrain.support.wording import short
 
 if TYPE_CHECKING:
     from posttrain.planning.counts import Counts
-    from posttrain.recipe import Recipe, Stage
+    from posttrain.recipe.schema import Recipe, Stage
 
 SHOWN = 3
 SLOWER = "changes no result, a little slower"

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from posttrain.device import synchronize
+from posttrain.support.device import synchronize
 
 SHAPES = {"cuda": [(8192, 8192, 8192), (8192, 1536, 6144), (8192, 6144, 1536)], "cpu": [(1024, 1024, 1024)]}
 """Rows, inner and outer width: a large square, and the feed-forward layers of SD3.5 Medium."""

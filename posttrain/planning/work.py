@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from posttrain.planning.data import known
 from posttrain.planning.phases import branches_of, calls_of, in_cache, square
-from posttrain.watch import SHOWN
+from posttrain.stages.watch import SHOWN
 
 if TYPE_CHECKING:
+    from posttrain.flow.sampling_settings import Sampling
     from posttrain.planning.counts import Counts, Size
-    from posttrain.recipe import Recipe, Stage
-    from posttrain.sampling_settings import Sampling
+    from posttrain.recipe.schema import Recipe, Stage
 
 
 @dataclass(frozen=True)

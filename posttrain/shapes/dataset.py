@@ -12,9 +12,9 @@ from typing import Any
 from numpy.random import Generator, Philox
 
 from posttrain.errors import DataError
-from posttrain.files import aside, publish
 from posttrain.shapes.render import render
 from posttrain.shapes.scene import SIZE, STYLES, TASKS, Scene, sample_scene, sample_task
+from posttrain.support.files import aside, publish
 
 VERSION = 4
 """Raised whenever the same settings would render other images."""

@@ -1,0 +1,144 @@
+"""Which images and captions does a JSONL file list, and which of its lines cannot be used?"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from posttrain.data.lines import Problem, json_object, lines, listing, string
+from posttrain.data.settings import Images
+from posttrain.errors import DataError
+
+Bucket = tuple[int, int]
+"""(width, height) in pixels."""
+
+COLUMNS = {"md5": "caption_en", "image": "caption"}
+"""The column that names the image -> the column of its caption, for each format."""
+
+LENGTHS = ("long", "medium", "short", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A usable row. ``id`` counts all rows of the file from 0, so it does not depend on which are usable."""
+
+    id: int
+    path: Path
+    caption: str
+    bucket: Bucket | None
+    line: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file lists: ``rows`` = len(records) + len(problems); ``notes`` are worth telling, no faults."""
+
+    file: Path
+    rows: int
+    records: list[Record]
+    problems: list[Problem]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_records(spec: Images) -> Table:
+    """The rows of ``spec.images``, without opening an image.
+
+    Raises DataError if the file or image_dir cannot be read, if no row is usable, or if more than
+    ``spec.tolerance`` of the rows are not.
+    """
+    if spec.image_dir is not None and not spec.image_dir.is_dir():
+        raise DataError(f"{spec.image_dir}: image_dir is no folder; it must hold the images of {spec.images}")
+    folder = spec.image_dir if spec.image_dir is not None else spec.images.parent
+    records: list[Record] = []
+    problems: list[Problem] = []
+    column = None
+    for index, (line, raw) in enumerate(lines(spec.images)):
+        path = None
+        try:
+            row = json_object(raw)
+            column = column or next((name for name in COLUMNS if name in row), None)
+            path = _path(row, column, folder)
+            record = Record(index, path, _caption(row, column), _bucket(row), line)
+            _check_file(path)
+        except ValueError as error:
+            problems.append(Problem(line, path, str(error)))
+        else:
+            records.append(record)
+    rows = len(records) + len(problems)
+    stop_beyond_tolerance(spec, problems, rows)
+    if repeated := len(records) - len({record.path for record in records}):
+        return Table(spec.images, rows, records, problems, [f"{repeated} rows repeat an image; all are kept"])
+    return Table(spec.images, rows, records, problems)
+
+
+def stop_beyond_tolerance(spec: Images, problems: Sequence[Problem], rows: int) -> None:
+    """Raises DataError if no row is left or if more than ``spec.tolerance`` of ``rows`` have problems."""
+    allowed = int(spec.tolerance * rows + 1e-9)  # 0.29 * 100 is below 29 in binary
+    if len(problems) < rows and len(problems) <= allowed:
+        return
+    found = f"{len(problems)} of {rows} rows cannot be used" if rows else "it has no rows"
+    limit = f" (allowed: {allowed}, by tolerance {spec.tolerance:g})" if len(problems) > allowed else ""
+    raise DataError(
+        f"{spec.images}: {found}{limit}{listing(spec.images, problems)}\n"
+        "Repair or remove these rows"
+        + (", or raise 'tolerance' to skip them." if len(problems) < rows else "; none is left to train on.")
+    )
+
+
+def _path(row: dict[str, Any], column: str | None, folder: Path) -> Path:
+    if column is None:
+        raise ValueError(f"neither 'md5' nor 'image' (found: {', '.join(map(repr, row)) or 'nothing'})")
+    if mixed := [name for name in COLUMNS if name in row and name != column]:
+        raise ValueError(f"'{mixed[0]}' in a file whose rows name their images by '{column}'")
+    name = string(row, column)
+    if column == "md5":
+        if re.search(r"[/\\\0]", name):
+            raise ValueError(f"'md5' must be a file name without its '.jpg', not {name!r}")
+        return folder / f"{name}.jpg"
+    if "\0" in name or ".." in PurePath(name).parts:
+        raise ValueError(f"'image' must not leave the folder of the images: {name!r}")
+    return folder / name  # an absolute path stays as it is
+
+
+def _caption(row: dict[str, Any], column: str | None) -> str:
+    key = COLUMNS[column or "md5"]
+    value = row.get(key)
+    if isinstance(value, str) and re.match(r"\s*\{\s*[\"'}]", value):
+        # Meant as JSON, so it is never trained on as text.
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'{key}' starts like a JSON object but is none: {error}") from error
+    if not isinstance(value, dict):
+        return string(row, key)
+    for length in LENGTHS:
+        if isinstance(value.get(length), str) and value[length].strip():
+            return string(value, length)
+    raise ValueError(f"'{key}' is an object without text under any of {', '.join(LENGTHS)}")
+
+
+def _bucket(row: dict[str, Any]) -> Bucket | None:
+    if row.get("bw") is None and row.get("bh") is None:
+        return None
+    for key in ("bw", "bh"):
+        if type(row.get(key)) is not int or row[key] <= 0:
+            raise ValueError(f"'{key}' must be a positive whole number, not {json.dumps(row.get(key))[:60]}")
+    return row["bw"], row["bh"]
+
+
+def _check_file(path: Path) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except OSError as error:
+        raise ValueError((error.strerror or str(error)).lower()) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a file")
+    if not status.st_size:
+        raise ValueError("the file has zero bytes")

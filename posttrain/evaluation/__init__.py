@@ -1,0 +1,1 @@
+"""Evaluating models: records, result cards, intervals, comparisons and reports."""

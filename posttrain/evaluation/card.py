@@ -1,0 +1,94 @@
+"""What exactly was measured? The result card ``eval.json``: prompts, model, sampler, scorers, and scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posttrain.evaluation.intervals import bootstrap_interval
+from posttrain.recipe.suites import published_as
+from posttrain.support.differences import differences
+from posttrain.support.versions import versions
+
+if TYPE_CHECKING:
+    from posttrain.model import Sampler
+    from posttrain.recipe.schema import Evaluation
+    from posttrain.reward import Reward
+
+Row = Mapping[str, Any]
+FORMAT = 1
+PACKAGES = ("posttrain", "torch", "diffusers", "transformers")
+FREE = ("versions", "model.source", "prompts.path")
+"""What may differ between two tries of one evaluation."""
+RESULTS = ("images", "scores", "tags", "tag_means", "forward_equivalents", "seconds", "grid_prompts")
+
+
+def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights: str) -> dict[str, Any]:
+    """All that is known before the first sample."""
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return {
+        "format": FORMAT,
+        "prompts": {
+            **evaluation.prompts.model_dump(mode="json"),
+            "rows": len(rows),
+            "distinct": len({row["prompt"] for row in rows}),
+            "sha256": digest,
+            "published_as": published_as(digest),
+        },
+        "model": {
+            "source": sampler.source,
+            "weights": weights,
+            "settings": sampler.settings,
+            "sha256": sampler.fingerprint(),
+        },
+        "sampler": evaluation.model_dump(mode="json", exclude={"prompts", "rewards", "grid", "keep"}),
+        "shown": evaluation.model_dump(mode="json", include={"grid", "keep"}),
+        "scorers": {r.label: {**r.measures(), "weights": r.hashes()} for r in evaluation.rewards},
+        "versions": versions(PACKAGES),
+    }
+
+
+def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:
+    """The scores of all samples: over all, by tag, and, where there are tags, the mean of their means."""
+    tags = {
+        tag: summaries([r for r in records if r["tag"] == tag], rewards)
+        for tag in dict.fromkeys(r["tag"] for r in records if r["tag"] is not None)
+    }
+    names = records[0]["scores"] if tags else ()
+    means = {name: float(np.mean([scores[name]["mean"] for scores in tags.values()])) for name in names}
+    return {
+        "images": len(records),
+        "scores": summaries(records, rewards),
+        "tags": tags,
+        "tag_means": means,
+    }
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The places, with both values, in which two cards describe different evaluations."""
+    one, other = ({k: v for k, v in c.items() if k not in RESULTS} for c in (before, now))
+    return list(differences(one, other, FREE))
+
+
+def summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
+    """Each score's mean, its interval (prompts are resampled, or the images of a single one), and its
+    direction."""
+    groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
+    found = {}
+    for name in records[0]["scores"]:
+        reward = next(r for r in rewards if r.label == name.split("/")[0])
+        values = np.array([record["scores"][name] for record in records])
+        low, high = bootstrap_interval(values, groups=groups)
+        found[name] = {
+            "mean": float(values.mean()),
+            "low": low,
+            "high": high,
+            "count": len(values),
+            "higher_is_better": reward.higher_is_better,
+        }
+    return found

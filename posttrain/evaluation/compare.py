@@ -1,0 +1,190 @@
+"""Is one evaluated model better than another? On the samples that both have, pair by pair."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import PosttrainError
+from posttrain.evaluation.card import differing
+from posttrain.evaluation.evaluate import CARD, RECORDS
+from posttrain.evaluation.intervals import paired_difference
+from posttrain.support.files import writing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Key = tuple[str, int]
+EXPECTED = (
+    *("model.weights", "model.sha256", "model.settings.type", "model.settings.revision"),
+    *("shown", "sampler.batch_size"),
+)
+"""Parts of a result card in which compared evaluations may differ without a remark."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation: its name in the table, its card, and its records by (prompt, index)."""
+
+    name: str
+    folder: Path
+    card: dict[str, Any]
+    records: dict[Key, dict[str, Any]]
+
+    def image(self, key: Key) -> Path | None:
+        """The file of a sample's image, if it was kept."""
+        if (kept := self.records[key].get("image")) is not None:
+            return self.folder / kept
+        shown = self.card.get("grid_prompts", [])
+        if key[1] == 0 and key[0] in shown:
+            return self.folder / "grid" / f"{shown.index(key[0]):03d}.png"
+        return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several evaluations, the samples that all of them have, and what stands in the way of comparing."""
+
+    evaluations: list[Evaluated]
+    keys: list[Key]
+    remarks: list[str]
+
+    @property
+    def scores(self) -> list[str]:
+        """The scores that every evaluation has, in the first one's order."""
+        first, *others = self.evaluations
+        return [s for s in first.card["scores"] if all(s in other.card["scores"] for other in others)]
+
+    def heading(self, score: str) -> str:
+        """The score's name, and that lower is better where it is."""
+        higher = self.evaluations[0].card["scores"][score]["higher_is_better"]
+        return score if higher else f"{score} (lower is better)"
+
+    def mean(self, of: Evaluated, score: str) -> float:
+        """Over the shared samples."""
+        return fmean(self.values(of, score))
+
+    def values(self, of: Evaluated, score: str) -> list[float]:
+        """The shared samples' scores."""
+        return [of.records[key]["scores"][score] for key in self.keys]
+
+    def difference(self, of: Evaluated, score: str) -> tuple[float, float, float]:
+        """Mean of ``of`` minus the first evaluation, and its 95 % interval over prompts."""
+        groups = [prompt for prompt, _ in self.keys]
+        first = self.values(self.evaluations[0], score)
+        return paired_difference(first, self.values(of, score), groups=groups)
+
+
+def load(folders: Sequence[Path]) -> Comparison:
+    """Read evaluations, given as their folders or as those of the stages that have them.
+
+    Raises PosttrainError where one is none, or where they share no sample or no score.
+    """
+    if len(folders) < 2:
+        raise PosttrainError("compare needs two evaluations or more")
+    paths = [f / "evaluation" if (f / "evaluation" / CARD).is_file() else f for f in folders]
+    evaluations = [_read(path, name) for path, name in zip(paths, _names(folders), strict=True)]
+    first, *others = evaluations
+    keys = [key for key in first.records if all(key in other.records for other in others)]
+    if not keys:
+        raise PosttrainError("the evaluations share no sample: other prompts, or other image numbers")
+    remarks = []
+    for one in others:
+        if len(one.records) != len(keys) or len(first.records) != len(keys):
+            counts = f"{len(first.records)} in {first.name}, {len(one.records)} in {one.name}"
+            remarks.append(f"compared on the {len(keys)} samples that all have ({counts})")
+        names = [d for d in differing(first.card, one.card) if not d.startswith(EXPECTED)]
+        if names := [d.replace("(was", f"({first.name}:").replace(", now", f", {one.name}:") for d in names]:
+            remarks.append(f"{first.name} and {one.name} were not measured alike: {'; '.join(names)}")
+    found = Comparison(evaluations, keys, list(dict.fromkeys(remarks)))
+    if not found.scores:
+        raise PosttrainError("the evaluations share no score")
+    return found
+
+
+def compare_table(comparison: Comparison) -> Table:
+    """Means on the shared samples, and what changed against the first evaluation."""
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"{len(comparison.keys)} shared samples, against {comparison.evaluations[0].name}"
+    shown = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
+    for heading in ("score", "model"):
+        shown.add_column(heading, overflow="fold")
+    shown.add_column("mean", justify="right", no_wrap=True)
+    shown.add_column("difference [95 %]", no_wrap=True)
+    for score in comparison.scores:
+        for i, one in enumerate(comparison.evaluations):
+            change = Text(worded(comparison.difference(one, score)) if i else "")
+            if "not significant" in change.plain:
+                change.stylize("dim")
+            mean = f"{comparison.mean(one, score):.3f}"
+            shown.add_row("" if i else comparison.heading(score), one.name, mean, change)
+    return shown
+
+
+def worded(difference: tuple[float, float, float]) -> str:
+    """``+0.050 [+0.010, +0.090]``, or that it is not significant."""
+    change, low, high = difference
+    text = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{text} not significant" if low <= 0 <= high else text
+
+
+def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
+    """Write one page, without scripts or network: the table, and images of shared samples side by side."""
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("posttrain.evaluation.report", "")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
+    count = {key: sum(e.image(key) is not None for e in comparison.evaluations) for key in comparison.keys}
+    with_images = sorted((key for key in comparison.keys if count[key]), key=lambda k: -count[k])
+    page = environment.get_template("compare.html.j2").render(
+        names=[e.name for e in comparison.evaluations],
+        scores=[(comparison.heading(s), _score_cells(comparison, s)) for s in comparison.scores],
+        remarks=comparison.remarks,
+        samples=len(comparison.keys),
+        rows=[(key, [_cell(e, key) for e in comparison.evaluations]) for key in with_images[:prompts]],
+    )
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page)  # it may be a pipe
+
+
+def _score_cells(comparison: Comparison, score: str) -> list[tuple[float, str]]:
+    """Each evaluation's mean, and its difference from the first one's, in words."""
+    first, *others = comparison.evaluations
+    cells = [(comparison.mean(first, score), "")]
+    return cells + [(comparison.mean(e, score), worded(comparison.difference(e, score))) for e in others]
+
+
+def _cell(of: Evaluated, key: Key) -> tuple[str | None, dict[str, float]]:
+    file = of.image(key)
+    scores = {name: value for name, value in of.records[key]["scores"].items() if "/" not in name}
+    if file is None or not file.is_file():
+        return None, scores
+    kind = "jpeg" if file.suffix == ".jpg" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}", scores
+
+
+def _read(folder: Path, name: str) -> Evaluated:
+    if not (folder / CARD).is_file():
+        raise PosttrainError(f"{str(folder)!r} holds no finished evaluation (no {CARD})")
+    records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
+    card = json.loads((folder / CARD).read_text())
+    return Evaluated(name, folder, card, {(r["prompt"], r["index"]): r for r in records})
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart; ``evaluation`` tells nothing."""
+    paths = [[p for p in f.absolute().parts if p != "evaluation"] for f in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = [os.sep.join(p[-length:]) for p in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise PosttrainError("compare was given one folder twice")

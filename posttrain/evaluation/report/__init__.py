@@ -1,0 +1,1 @@
+"""The report of a run: results, curves and the HTML page."""

@@ -1,0 +1,13 @@
+"""Rectified-flow mathematics: interpolation, sigma schedules, stochastic steps, solvers and advantages."""
+
+from posttrain.flow.rectified import (
+    expand,
+    guided,
+    interpolate,
+    log_prob,
+    predicted_x0,
+    shift_sigma,
+    stochastic_step,
+)
+
+__all__ = ["expand", "guided", "interpolate", "log_prob", "predicted_x0", "shift_sigma", "stochastic_step"]

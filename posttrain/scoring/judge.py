@@ -1,0 +1,76 @@
+"""How are a stage's samples scored while the next ones are drawn?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from posttrain.algorithm import Batch, Verdict
+from posttrain.errors import RewardError
+from posttrain.model import FlowModel
+from posttrain.scoring.batches import scorers_of
+from posttrain.support.files import published
+from posttrain.support.images import to_pil
+
+if TYPE_CHECKING:
+    from posttrain.reward import Reward
+
+
+class Judge:
+    """A stage's rewards behind one worker thread; a context manager.
+
+    Latents are decoded where they are submitted; the scoring goes on beside what the caller does next.
+    """
+
+    def __init__(self, model: FlowModel, rewards: Sequence[Reward], failures: Path) -> None:
+        self.model, self.failures = model, failures
+        self.scorers = scorers_of(rewards, model.device)
+        self.weights = {r.label: r.weight if r.higher_is_better else -r.weight for r in rewards}
+        """Of the weighted sum to maximise: negative for a reward where lower is better."""
+        self._failed = False
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+
+    def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
+        """Score the images of ``latents`` (n, c, h, w) for the prompts in ``batch.metadata``.
+
+        The future's result raises RewardError, by the reward's name, where a score could not be computed;
+        the images and prompts are then in the folder ``failures``.
+        """
+        images = self.model.decode(latents).float().cpu()
+        return self._worker.submit(self._scored, images, batch.metadata)
+
+    def close(self) -> None:
+        """Drop what is not yet begun, and wait for the worker."""
+        self._worker.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _scored(self, images: Tensor, rows: Sequence[Any]) -> Verdict:
+        prompts = [row["prompt"] for row in rows]
+        rewards, details = {}, {}
+        try:
+            for name, score in self.scorers.items():
+                scores = score(images, prompts, rows)
+                rewards[name] = scores.value.float().cpu()
+                details |= {f"{name}/{key}": v.float().cpu() for key, v in scores.details.items()}
+        except RewardError as error:
+            if not self._failed:
+                self._keep(images, rows)
+            self._failed = True
+            raise RewardError(f"{error} (its images and prompts are in {str(self.failures)!r})") from error
+        return Verdict(rewards, details)
+
+    def _keep(self, images: Tensor, rows: Sequence[Any]) -> None:
+        with published(self.failures) as part, (part / "prompts.jsonl").open("w") as file:
+            for i, (row, image) in enumerate(zip(rows, to_pil(images), strict=True)):
+                image.save(part / f"{i:04d}.png")
+                file.write(json.dumps({"image": f"{i:04d}.png", **row}) + "\n")

@@ -1,0 +1,1 @@
+"""The HTTP server that scores images, and its wire format."""

@@ -1,0 +1,1 @@
+"""Running a recipe: the chain of stages, one stage, and the artifacts it writes."""

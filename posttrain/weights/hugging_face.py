@@ -1,0 +1,62 @@
+"""Runs Hugging Face's loaders quietly, and turns what they raise into one clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from posttrain.errors import ModelError
+from posttrain.weights.pipeline_folder import local_folder
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn what a loading library raises for ``path`` into one ModelError that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{path!r} is gated: accept its licence on its hub page and log in with `hf auth login`, "
+            "or give the path of a local folder"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub knows no model {path!r} that you may read: check the spelling, log in with "
+            "`hf auth login` if it is private or gated, or give the path of a local folder"
+        ) from error
+    except ModelError:
+        raise
+    except Exception as error:
+        hub = local_folder(path) is None and not Path(path).exists()
+        advice = (
+            "; if the hub cannot be reached, or the model is gated (accept its licence, then "
+            "`hf auth login`), give the path of a local folder"
+        )
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot load {path!r}: {first}{advice if hub else ''}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' progress bars and advice: what matters is raised as an error."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [diffusers_logging, transformers_logging]
+    levels = [module.get_verbosity() for module in loggers]
+    for module in loggers:
+        module.set_verbosity(logging.ERROR)
+        module.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # diffusers renames torch_dtype to dtype; the old name is what all versions understand
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            yield
+    finally:
+        for module, level in zip(loggers, levels, strict=True):
+            module.set_verbosity(level)
