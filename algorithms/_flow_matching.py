@@ -53,8 +53,8 @@ class FlowMatching(Algorithm, ABC):
             "latents": interpolate(batch.latents, noise, sigma),
             "sigma": sigma,
             "target": noise - batch.latents,
-            "prompt": torch.where(dropped, EMPTY_PROMPT, batch.prompt),
-            "place": batch.place,
+            "prompt_index": torch.where(dropped, EMPTY_PROMPT, batch.prompt_index),
+            "sample_index": batch.sample_index,
         }
         return Items(torch.ones_like(sigma), fields, batch.conditions), noise, t
 

@@ -57,11 +57,11 @@ class Online(Algorithm, ABC):
         pending: list[Future[Verdict]] = []
         parts: list[dict[str, Tensor]] = []
         try:
-            for start in range(0, len(batch), tools.policy.chunk):
+            for start in range(0, len(batch), tools.policy.micro_batch):
                 for future in pending:
                     if future.done():
                         future.result()  # a reward that fails stops the rollout
-                index = slice(start, start + tools.policy.chunk)
+                index = slice(start, start + tools.policy.micro_batch)
                 some = batch.take(index)
                 latents, fields = self.rollout(some, replace(tools, draws=tools.draws.take(index)))
                 pending.append(tools.judge.submit(latents, some))
@@ -72,21 +72,24 @@ class Online(Algorithm, ABC):
                 future.cancel()  # nobody waits for what is not scored yet, where something failed
         fields = {name: torch.cat([p.pop(name) for p in parts]) for name in list(parts[0])}
         rewards, details = (
-            {name: tools.world.everyone(values) for name, values in part.items()}
+            {name: tools.world.gather(values) for name, values in part.items()}
             for part in (verdict.rewards, verdict.details)
         )
-        group, weights = tools.world.everyone(batch.group.cpu()), tools.judge.weights
+        group, weights = tools.world.gather(batch.group.cpu()), tools.judge.weights
         advantage = mixed_advantages(
             rewards, weights, group, global_std=self.global_std, mixing=self.reward_mixing
         )
         clipped = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()
-        per_sample, kept = fields["prompt"].shape[1], self.kept(clipped).float()
+        per_sample, kept = fields["prompt_index"].shape[1], self.kept(clipped).float()
 
         def each(values: Tensor) -> Tensor:
-            own = tools.world.own(values).to(batch.prompt.device)
+            own = tools.world.local(values).to(batch.prompt_index.device)
             return own[:, None].expand(-1, per_sample)
 
-        fields |= {"advantage": each(clipped), "place": batch.place[:, None].expand(-1, per_sample)}
+        fields |= {
+            "advantage": each(clipped),
+            "sample_index": batch.sample_index[:, None].expand(-1, per_sample),
+        }
         flat = {name: fields.pop(name).flatten(0, 1) for name in list(fields)}
         items = Items(each(kept).flatten(), flat, batch.conditions)
         total = weighted(rewards, weights)

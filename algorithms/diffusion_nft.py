@@ -51,7 +51,7 @@ class DiffusionNFT(Online):
             x0 = sample_latents(
                 tools.policy,
                 batch.conditions,
-                batch.prompt,
+                batch.prompt_index,
                 tools.draws.normal("initial", shape),
                 sigmas,
                 self.guidance_scale,
@@ -61,8 +61,8 @@ class DiffusionNFT(Online):
         sigma, noise = times[:, :count], tools.draws.normal("noise", (count, *shape))
         clean = x0[:, None].expand_as(noise)
         latents = interpolate(clean.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()).view_as(noise)
-        prompt = batch.prompt[:, None].expand(-1, count)
-        return x0, {"latents": latents, "x0": clean, "sigma": sigma, "prompt": prompt}
+        prompt = batch.prompt_index[:, None].expand(-1, count)
+        return x0, {"latents": latents, "x0": clean, "sigma": sigma, "prompt_index": prompt}
 
     def kept(self, advantage: Tensor) -> Tensor:
         return torch.ones_like(advantage, dtype=torch.bool)

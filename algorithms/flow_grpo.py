@@ -123,14 +123,20 @@ class FlowGRPO(Online):
         x, rows = initial.normal("initial", shape), []
         for i, (s, s_next) in enumerate(pairwise(sigmas)):
             sigma, sigma_next, sigma_max = (torch.full_like(x[:, 0, 0, 0], c) for c in (s, s_next, sigmas[1]))
-            v = tools.policy.guided_velocity(x, sigma, batch.prompt, batch.conditions, self.guidance_scale)
+            v = tools.policy.guided_velocity(
+                x, sigma, batch.prompt_index, batch.conditions, self.guidance_scale
+            )
             if not first <= i < end:
                 x = x + expand(sigma_next - sigma, x) * v
                 continue
             row = {"latents": x, "sigma": sigma, "sigma_next": sigma_next, "sigma_max": sigma_max}
             mean, std = self._step(x, v, sigma, sigma_next, sigma_max)
             x = mean + std * tools.draws.normal(f"step.{i}", shape)
-            row |= {"next_latents": x, "log_prob": self._log_prob(x, mean, std), "prompt": batch.prompt}
+            row |= {
+                "next_latents": x,
+                "log_prob": self._log_prob(x, mean, std),
+                "prompt_index": batch.prompt_index,
+            }
             rows.append(row | ({"mean": mean} if self.grpo_guard else {}))
         return x, {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}
 
@@ -179,7 +185,7 @@ class FlowGRPO(Online):
 
     def _velocity(self, items: Items, policy: Policy) -> Tensor:
         return policy.guided_velocity(
-            items.latents, items.sigma, items.prompt, items.conditions, self.guidance_scale
+            items.latents, items.sigma, items.prompt_index, items.conditions, self.guidance_scale
         )
 
     def _step(

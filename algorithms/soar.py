@@ -51,7 +51,7 @@ class SOAR(FlowMatching):
         t1 = (t0 - 1 / self.num_sampling_steps).clamp(min=0)
         sigma0, sigma1 = base.sigma, shift_sigma(t1, shift)
         v = tools.policy.guided_velocity(
-            base.latents, sigma0, batch.prompt, batch.conditions, self.cfg_scale_sampling
+            base.latents, sigma0, batch.prompt_index, batch.conditions, self.cfg_scale_sampling
         )
         grid = shift_sigma(torch.tensor(1 - 1 / self.num_sampling_steps), shift)
         parts = [base]
@@ -70,7 +70,7 @@ class SOAR(FlowMatching):
                     batch.latents, noise, start, sigma1, fraction, self.sigma_floor
                 )
                 fields = {"latents": latents, "sigma": sigma, "target": target}
-                fields |= {"prompt": base.prompt, "place": base.place}
+                fields |= {"prompt_index": base.prompt_index, "sample_index": base.sample_index}
                 parts.append(Items(self.lambda_aux * weight, fields, batch.conditions))
         return Items.cat(parts)
 

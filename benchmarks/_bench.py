@@ -62,7 +62,7 @@ class Bench:
 
     def policy(self, chunk: int) -> Policy:
         """The model's policy, whose parameters are as they were tuned."""
-        return Policy(self.model, autocast=self.autocast, chunk=chunk)
+        return Policy(self.model, autocast=self.autocast, micro_batch=chunk)
 
     def captions(self, count: int) -> list[str]:
         return [f"a {WORDS[i % 10]} {WORDS[i // 10 % 10]}" for i in range(count)]

@@ -58,7 +58,7 @@ class Iteration:
         metadata = [{"prompt": p} for p in self.prompts]
         latents = torch.empty(self.count, *self.shape, device="meta")
         batch = Batch(latents, rows, conditions, metadata, group)
-        with torch.no_grad(), self.policy.steady():
+        with torch.no_grad(), self.policy.casts_kept():
             items = self.algorithm.collect(batch, Tools(self.policy, self.draws, self.sigmas, self.judge))
         with self.it.timed("training"):
             update(self.algorithm, self.policy, items, self.strategy, self.settings, 1)

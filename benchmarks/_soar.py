@@ -34,7 +34,7 @@ class SoarStep:
         soar, ids, model = soar or self.soar, list(range(self.count)), self.it.model
         images = ImageBatch(0, 0, ids, self.pixels, self.captions, ids, (self.side, self.side))
         batch = encoded(images, model, self.draws)
-        with torch.no_grad(), self.policy.steady():
+        with torch.no_grad(), self.policy.casts_kept():
             items = soar.collect(batch, Tools(self.policy, self.draws))
         with self.it.timed("training"):
             update(soar, self.policy, items, self.strategy, self.settings, 1)

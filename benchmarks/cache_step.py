@@ -75,7 +75,7 @@ def main() -> int:
     model = loaded["none"]
     for parameter in model.transformer.parameters():
         parameter.requires_grad_(True)
-    policy, settings = Policy(model, chunk=64), Train(steps=1)
+    policy, settings = Policy(model, micro_batch=64), Train(steps=1)
     strategy = Single().prepare(policy, settings, ALONE)
     feeds = {name: batches(loaded[name], cache, options.batch, work) for name, cache in CACHES.items()}
     algorithms: dict[str, Algorithm] = {

@@ -77,9 +77,9 @@ class Lab:
                 run = self.forward_backward(rows)
                 return {"rows": rows, "budget": budget, **self.session.timed(run, rows, 3 * self.flops)}
         finally:
-            self.forget()
+            self.zero_grad()
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         for parameter in self.transformer.parameters():
             parameter.grad = None
 
@@ -134,7 +134,7 @@ class Lab:
                 return {"rows": rows, "budget": budget, **found}
         finally:
             held.clear()
-            self.forget()
+            self.zero_grad()
 
     def fp8(self, rows: int) -> dict[str, Any]:
         """The blocks' linear layers in fp8; cannot be undone, so it is the last."""

@@ -102,7 +102,7 @@ def sft(it: Bench, count: int, step: SoarStep) -> Callable[[], None]:
 
     def run() -> None:
         batch = encoded(ImageBatch(0, 0, ids, pixels, captions, ids, (side, side)), it.model, draws)
-        with torch.no_grad(), step.policy.steady():
+        with torch.no_grad(), step.policy.casts_kept():
             items = algorithm.collect(batch, Tools(step.policy, draws))
         update(algorithm, step.policy, items, step.strategy, step.settings, 1)
 

@@ -46,11 +46,11 @@ class Table:
         """A SOAR step with ``rows`` at a time, or fewer where they do not fit."""
 
         def go(size: int) -> dict[str, Any]:
-            step.policy.chunk = size
+            step.policy.micro_batch = size
             try:
                 return self.session.timed(step.engine, step.count, flops)
             finally:
-                step.strategy.forget()
+                step.strategy.zero_grad()
 
         flops = self.work.of(step.it, rehearse(step.soar).forward_equivalents)
         with as_set(step.it, checkpointing, compiled=compiled):
@@ -105,7 +105,7 @@ class WithLora(Table):
                 found = self.session.timed(made.engine, count, flops, rounds=1, settle=0)
             finally:
                 made.judge.close()
-                made.strategy.forget()
+                made.strategy.zero_grad()
             return {**found, "slice": count, "of": 768, "ratio_off_1": made.algorithm.first}  # type: ignore
 
         with as_set(self.it, "off", compiled=compiled):
@@ -122,7 +122,7 @@ class WithLora(Table):
             return self.profile("grpo", self.it, made.engine, compiled=True)
         finally:
             made.judge.close()
-            made.strategy.forget()
+            made.strategy.zero_grad()
 
     def nft(self, compiled: bool, count: int) -> dict[str, Any]:
         """DiffusionNFT as sd35m-nft-pickscore has it: 10 steps of dpm2, 128 tokens, 9 rows at a time."""
@@ -142,7 +142,7 @@ class WithLora(Table):
         finally:
             model.spec = before
             made.judge.close()
-            made.strategy.forget()
+            made.strategy.zero_grad()
 
 
 class Whole(Table):
@@ -171,7 +171,7 @@ class Whole(Table):
 
     def soar_profile(self) -> dict[str, Any]:
         """A step with 7 rows at a time, compiled."""
-        self.step.policy.chunk = 7
+        self.step.policy.micro_batch = 7
         return self.profile("soar", self.it, self.step.engine, compiled=True)
 
     def straightforward(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Whole(Table):
     def sft(self, compiled: bool) -> dict[str, Any]:
         """28 images encoded, and trained 7 at a time."""
         count = 7 if self.tiny or self.warm else 28
-        self.step.policy.chunk = 7
+        self.step.policy.micro_batch = 7
         with as_set(self.it, "off", compiled=compiled):
             run = sft(self.it, count, self.step)
             return {"micro_batch": 7, **self.session.timed(run, count, self.work.of(self.it, 3.0), rounds=1)}

@@ -36,7 +36,7 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
     model = recipe.model.load(torch.device("cpu"), "fp32")
     stage.tune.apply(model.transformer, recipe.seed)
     rows = settings.micro_batch if isinstance(settings.micro_batch, int) else 8
-    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=rows)
+    policy = Policy(model, autocast=AUTOCAST[settings.precision], micro_batch=rows)
     for role in algorithm.roles:
         policy.add_role(role, moves=role != REFERENCE)
     found, spreads = [], []

@@ -44,7 +44,7 @@ def main() -> None:
     print(f"{'per image':48} forward-eq.  at most  latents stored  bytes stored")
     for name, (algorithm, allowed) in CASES.items():
         model.transformer.requires_grad_(True)
-        policy = Policy(model, chunk=8)
+        policy = Policy(model, micro_batch=8)
         for role in algorithm.roles:
             policy.add_role(role, moves=role != "reference")
         feed = PromptFeed(
@@ -62,7 +62,7 @@ def main() -> None:
             Single().prepare(policy, settings, ALONE),
             settings,
             1,
-            OnPolicy(policy.chunk),
+            OnPolicy(policy.micro_batch),
         )
         samples = int((items.weight > 0).sum()) / rehearse(algorithm).items
         rollout = len(batch) * (algorithm.num_steps * (1 if algorithm.guidance_scale == 1 else 2))

@@ -38,7 +38,7 @@ def main() -> None:
     def engine() -> None:
         images = ImageBatch(0, 0, list(range(count)), pixels, captions, list(range(count)), (side, side))
         batch = encoded(images, model, draws)
-        with torch.no_grad(), policy.steady():
+        with torch.no_grad(), policy.casts_kept():
             items = sft.collect(batch, Tools(policy, draws))
         with it.timed("training"):
             update(sft, policy, items, strategy, settings, 1)

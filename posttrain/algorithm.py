@@ -32,7 +32,7 @@ class Batch:
     latents: Tensor
     """(n, c, h, w) float32 clean latents, scaled as the model wants them; for prompts, whose images are
     still to be made, a tensor that has the shape only (on torch's meta device)."""
-    prompt: Tensor
+    prompt_index: Tensor
     """(n,) int64: each sample's row in ``conditions``."""
     conditions: Conditions
     """The encoded prompts; row 0 is the empty prompt."""
@@ -40,30 +40,30 @@ class Batch:
     """n rows of whatever the prompt file says of each sample, ``prompt`` included, or nothing."""
     group: Tensor | None = None
     """(n,) int64: which samples are of one prompt; for algorithms that need rewards."""
-    place: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    sample_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """(n,) int64: each sample's place in the whole batch, of all processes, or -1 for one that only fills
     the batch up, so that every process has as many; 0 to n - 1 by default."""
     total: int = 0
     """Samples of all processes, fillers not counted; n by default."""
 
     def __post_init__(self) -> None:
-        if not len(self.place):
-            object.__setattr__(self, "place", torch.arange(len(self), device=self.prompt.device))
+        if not len(self.sample_index):
+            object.__setattr__(self, "sample_index", torch.arange(len(self), device=self.prompt_index.device))
         if not self.total:
             object.__setattr__(self, "total", len(self))
 
     def __len__(self) -> int:
-        return len(self.prompt)
+        return len(self.prompt_index)
 
     def take(self, index: slice) -> Batch:
         """Some of the samples, with the same conditions."""
         return replace(
             self,
             latents=self.latents[index],
-            prompt=self.prompt[index],
+            prompt_index=self.prompt_index[index],
             metadata=self.metadata[index],
             group=None if self.group is None else self.group[index],
-            place=self.place[index],
+            sample_index=self.sample_index[index],
         )
 
 
@@ -71,9 +71,9 @@ class Batch:
 class Items:
     """Training items: named tensors that share a first axis n, one entry per item.
 
-    A field is read as an attribute, ``items.latents``. Two are always among them: ``prompt`` (n,), since
-    items index the batch's conditions and do not copy them, and ``place`` (n,), that of the item's sample
-    in the batch. Raises ValueError where one is missing, or where first axes differ.
+    A field is read as an attribute, ``items.latents``. Two are always among them: ``prompt_index`` (n,),
+    since items index the batch's conditions and do not copy them, and ``sample_index`` (n,), that of the
+    item's sample. Raises ValueError where one is missing, or where first axes differ.
     """
 
     weight: Tensor
@@ -84,7 +84,7 @@ class Items:
     """What to record of the batch: scalars, and vectors (n,) to be recorded as histograms."""
 
     def __post_init__(self) -> None:
-        if missing := [name for name in ("prompt", "place") if name not in self.fields]:
+        if missing := [name for name in ("prompt_index", "sample_index") if name not in self.fields]:
             raise ValueError(
                 f"items lack {' and '.join(map(repr, missing))}; they have {sorted(self.fields)}"
             )
@@ -105,7 +105,7 @@ class Items:
     @property
     def condition(self) -> Condition:
         """Each item's own condition, gathered from the batch's."""
-        return self.conditions.rows(self.fields["prompt"])
+        return self.conditions.rows(self.fields["prompt_index"])
 
     def take(self, index: Tensor | slice) -> Items:
         """The items at ``index``, with the same conditions."""
@@ -120,7 +120,7 @@ class Items:
         """The items in ``count`` parts by the place of their sample, so that samples of one prompt, which
         are neighbours, spread over all parts, on any number of processes alike."""
         for i in range(count):
-            yield self.take(self.fields["place"] % count == i) if count > 1 else self
+            yield self.take(self.fields["sample_index"] % count == i) if count > 1 else self
 
     @property
     def nbytes(self) -> int:
@@ -194,8 +194,8 @@ class Tools:
     judge: Judge | None = None
     """Scores samples by the stage's rewards; for algorithms that need rewards."""
     world: World = ALONE
-    """Lets an algorithm see the whole batch: ``world.everyone(rows)`` has all processes' rows,
-    ``world.own(rows)`` this one's part of them. With one process both change nothing."""
+    """Lets an algorithm see the whole batch: ``world.gather(rows)`` has all processes' rows,
+    ``world.local(rows)`` this one's part of them. With one process both change nothing."""
 
 
 class Algorithm(Named, ABC):

@@ -36,9 +36,9 @@ class Linear(ToyModel):
         return self.transformer.w * latents + sigma.view(-1, 1, 1, 1) + condition["c"].view(-1, 1, 1, 1)
 
 
-def linear_policy(w=0.5, chunk=64, **roles):
+def linear_policy(w=0.5, micro_batch=64, **roles):
     """A policy of weight ``w``, with roles of other weights."""
-    policy = Policy(Linear(w), chunk=chunk)
+    policy = Policy(Linear(w), micro_batch=micro_batch)
     for name, value in roles.items():
         policy.add_role(name, {"w": torch.tensor(value)})
     return policy

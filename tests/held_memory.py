@@ -35,7 +35,7 @@ if __name__ == "__main__":
         strategy = recipe.parallel.prepare(policy, stage.train, world)
         condition = model.encode_prompts(["a red circle"] * 2)
         for _ in range(2):
-            strategy.begin(last=True)
+            strategy.begin_micro_batch(last=True)
             latents = torch.randn(2, *model.latent_shape(64, 64))
             strategy.backward(policy.velocity(latents, torch.rand(2), condition).square().mean())
             strategy.step(1.0)
@@ -44,7 +44,7 @@ if __name__ == "__main__":
         sizes = Sizes(trained, 0, 8.0 * trained, 0, encoders={"prompts": encoders})
         idle = {"idle": Phase(0.0, encoders=frozenset({"prompts"}))}
         planned = memory(sizes, idle, recipe.parallel.shares(world.size), separate=False)
-        if world.main:
+        if world.is_main:
             print("held", held(), planned.total)
         world.barrier()
         strategy.close()

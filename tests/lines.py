@@ -47,7 +47,7 @@ class Pull(Algorithm):
         assert not torch.is_grad_enabled()
         NOTES.append(("collect", tools.policy.trained["a"].item()))
         x = batch.latents.flatten()
-        fields = {"x": x, "prompt": batch.prompt, "place": batch.place}
+        fields = {"x": x, "prompt_index": batch.prompt_index, "sample_index": batch.sample_index}
         metrics = {"mean_x": x.mean(), "loss": torch.tensor(99.0)}
         return Items(
             batch.metadata[0]["weight"] if batch.metadata else torch.ones_like(x),
@@ -77,32 +77,32 @@ def noted(kind):
     return [note[1:] if len(note) > 2 else note[1] for note in NOTES if note[0] == kind]
 
 
-def line_policy(a=1.0, b=1.0, chunk=64, **options):
-    return Policy(Line(a, b), chunk=chunk, **options)
+def line_policy(a=1.0, b=1.0, micro_batch=64, **options):
+    return Policy(Line(a, b), micro_batch=micro_batch, **options)
 
 
-def of(x, weight=None, place=None, **metadata):
+def of(x, weight=None, sample_index=None, **metadata):
     """A batch of samples with the numbers ``x``, which items of ``weight`` are made of, and tools for it."""
 
     def made(policy):
         n, values = len(x), torch.tensor(x, dtype=torch.float32)
         rows = [{"weight": torch.tensor(weight, dtype=torch.float32)}] * n if weight else ()
         conditions = Conditions({"c": torch.arange(n + 1, dtype=torch.float32)})
-        where = {} if place is None else {"place": torch.tensor(place)}
+        where = {} if sample_index is None else {"sample_index": torch.tensor(sample_index)}
         batch = Batch(values.view(-1, 1), torch.arange(1, n + 1), conditions, rows, **where, **metadata)
         return batch, Tools(policy, Draws((0, 0, 0), range(n)))
 
     return made
 
 
-def items_of(x, weight=None, place=None):
+def items_of(x, weight=None, sample_index=None):
     n, values = len(x), torch.tensor(x, dtype=torch.float32)
     return Items(
         torch.ones(n) if weight is None else torch.tensor(weight, dtype=torch.float32),
         {
             "x": values,
-            "prompt": torch.arange(1, n + 1),
-            "place": torch.arange(n) if place is None else torch.tensor(place),
+            "prompt_index": torch.arange(1, n + 1),
+            "sample_index": torch.arange(n) if sample_index is None else torch.tensor(sample_index),
         },
         Conditions({"c": torch.arange(n + 1, dtype=torch.float32)}),
     )

@@ -24,7 +24,7 @@ class Stopped(BaseException):
 def held(policy):
     """Of the weights and each role: how many numbers are held here, of how many; and the frozen weights' types."""
     layout, all_of = policy.layout, policy.parameters
-    weights = {"": {n: layout.held(p) for n, p in all_of.items()}, **policy.roles}
+    weights = {"": {n: layout.local(p) for n, p in all_of.items()}, **policy.roles}
     return {
         "held": {role: sum(t.numel() for t in tensors.values()) for role, tensors in weights.items()},
         "of": {

@@ -166,7 +166,7 @@ def images_recipe(folder, cache="", data=""):
 def seen(made, folder, count=12):
     _, feed = prepared(made.stages[0], made, folder)
     found = [batch for batch, _ in zip(feed.batches((1, 2), 0), range(count), strict=False)]
-    return [(n, list(d.ids), b.latents, b.conditions.rows(b.prompt)) for n, b, d in found], feed
+    return [(n, list(d.ids), b.latents, b.conditions.rows(b.prompt_index)) for n, b, d in found], feed
 
 
 @pytest.mark.parametrize("workers", [0, 1])

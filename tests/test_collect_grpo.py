@@ -50,8 +50,8 @@ def test_the_rollout_is_stochastic_where_it_is_trained(kind, guard, fraction):
     trained = {0.99: 4, 0.5: 2}[fraction]
     found, fields, draws, policy = rollout(algorithm)
     assert rehearse(algorithm).items == trained
-    x, prompt = draws.normal("initial", SHAPE).double(), batch().prompt
-    names = ["latents", "log_prob", "next_latents", "prompt", "sigma", "sigma_max", "sigma_next"]
+    x, prompt = draws.normal("initial", SHAPE).double(), batch().prompt_index
+    names = ["latents", "log_prob", "next_latents", "prompt_index", "sigma", "sigma_max", "sigma_next"]
     assert sorted(fields) == sorted(names + ["mean"] * guard)
     for i in range(5):
         s, s_next = torch.full((N,), GRID[i]), torch.full((N,), GRID[i + 1])
@@ -65,7 +65,7 @@ def test_the_rollout_is_stochastic_where_it_is_trained(kind, guard, fraction):
         expected = {"latents": x, "sigma": s, "sigma_next": s_next, "sigma_max": torch.full((N,), 0.8)}
         expected |= {
             "next_latents": after,
-            "prompt": prompt,
+            "prompt_index": prompt,
             "log_prob": log_prob(kind, guard, after, mean, std),
         }
         expected |= {"mean": mean} if guard else {}
@@ -126,7 +126,7 @@ def items_of(algorithm, at=None):
     _, fields, _, _ = rollout(algorithm)
     fields |= {"advantage": ADVANTAGE[:, None].expand(-1, fields["sigma"].shape[1])}
     fields = {name: value[:, at or slice(None)].flatten(0, 1) for name, value in fields.items()}
-    fields["place"] = torch.arange(len(fields["sigma"]))
+    fields["sample_index"] = torch.arange(len(fields["sigma"]))
     return Items(torch.ones(len(fields["sigma"])), fields, conditions())
 
 
@@ -134,7 +134,7 @@ def expected_loss(algorithm, items, w, w_reference):
     """Loss, ratio and KL of a policy of weight ``w`` in float64."""
     kind, guard = algorithm.sde_type, algorithm.grpo_guard
     x, after, s, s_next = items.latents.double(), items.next_latents.double(), items.sigma, items.sigma_next
-    v, v_ref = (velocity(number, x, s, items.prompt, 2.0) for number in (w, w_reference))
+    v, v_ref = (velocity(number, x, s, items.prompt_index, 2.0) for number in (w, w_reference))
     mean, std = step(kind, x, v, s, s_next, LEVEL, items.sigma_max)
     mean_ref, _ = step(kind, x, v_ref, s, s_next, LEVEL, items.sigma_max)
     log_ratio = log_prob(kind, guard, after, mean, std) - items.log_prob.double()

@@ -32,16 +32,16 @@ def test_the_old_policy_draws_samples_that_are_noised_again(guidance, fraction, 
         found, fields = algorithm.rollout(batch(), Tools(policy, draws, lambda steps: GRID[: steps + 1]))
     x = draws.normal("initial", SHAPE).double()
     for s, t in pairwise(GRID):
-        x = x + (t - s) * velocity(0.5, x, torch.full((N,), s), batch().prompt, guidance)
+        x = x + (t - s) * velocity(0.5, x, torch.full((N,), s), batch().prompt_index, guidance)
     near(found, x)
-    assert sorted(fields) == ["latents", "prompt", "sigma", "x0"]
+    assert sorted(fields) == ["latents", "prompt_index", "sigma", "x0"]
     times, noise = draws.permutations("times", 3), draws.normal("noise", (count, *SHAPE)).double()
     for k in range(count):
         sigma = torch.tensor(GRID)[times[:, k]]
         near(fields["sigma"][:, k], sigma)
         near(fields["x0"][:, k], x)
         near(fields["latents"][:, k], (1 - wide(sigma)) * x + wide(sigma) * noise[:, k])
-        assert fields["prompt"][:, k].tolist() == [1, 2, 3]
+        assert fields["prompt_index"][:, k].tolist() == [1, 2, 3]
     assert fields["sigma"].shape == (N, count)
     assert rehearse(algorithm).items == count
     branches = 1 if guidance == 1 else 2
@@ -73,7 +73,7 @@ def items():
     x = torch.tensor([[1.0, 0.2], [-0.5, 0.4], [0.3, -2.0]]).view(N, *SHAPE)
     fields = {
         "latents": x, "x0": x0, "sigma": torch.tensor([0.9, 0.5, 0.2]), "advantage": torch.tensor([3.0, -1.0, 0.5]),
-        "prompt": torch.tensor([1, 2, 3]), "place": torch.arange(N),
+        "prompt_index": torch.tensor([1, 2, 3]), "sample_index": torch.arange(N),
     }  # fmt: skip
     return Items(torch.ones(N), fields, conditions())
 
@@ -81,7 +81,7 @@ def items():
 def expected(w, w_old, beta):
     """r, the two implicit losses and the velocities' distance, in float64, at clip 5 and mode "all"."""
     i = items()
-    v, v_old = (velocity(number, i.latents, i.sigma, i.prompt) for number in (w, w_old))
+    v, v_old = (velocity(number, i.latents, i.sigma, i.prompt_index) for number in (w, w_old))
     parts = []
     for mixed in (beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v):
         error = i.latents.double() - wide(i.sigma) * mixed - i.x0.double()
@@ -100,7 +100,11 @@ def test_the_loss(kl_weight, beta):
     policy_loss = 5 / beta * (r * positive + (1 - r) * negative)
     i = items()
     kl = per_item(
-        (velocity(0.6, i.latents, i.sigma, i.prompt) - velocity(-0.2, i.latents, i.sigma, i.prompt)) ** 2
+        (
+            velocity(0.6, i.latents, i.sigma, i.prompt_index)
+            - velocity(-0.2, i.latents, i.sigma, i.prompt_index)
+        )
+        ** 2
     )
     near(losses.per_item, policy_loss + kl_weight * kl)
     metrics = {
@@ -122,8 +126,8 @@ def test_the_gradient_flows_through_the_trained_velocity_and_not_through_the_sca
     def loss(w, frozen):
         """The squared errors of ``w`` over the scales of ``frozen``."""
         total = 0
-        v, v_old = (velocity(n, i.latents, i.sigma, i.prompt) for n in (w, 0.4))
-        at = velocity(frozen, i.latents, i.sigma, i.prompt)
+        v, v_old = (velocity(n, i.latents, i.sigma, i.prompt_index) for n in (w, 0.4))
+        at = velocity(frozen, i.latents, i.sigma, i.prompt_index)
         r = torch.tensor([0.8, 0.4, 0.55], dtype=torch.float64)
         for sign, share in ((1, r), (-1, 1 - r)):
             errors = [

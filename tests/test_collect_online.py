@@ -25,8 +25,11 @@ class Written(Online):
     type: str = "written"
 
     def rollout(self, batch, tools):
-        assert list(tools.draws.ids) == batch.place.tolist()
-        fields = {"value": batch.latents.flatten(1)[:, :2], "prompt": batch.prompt[:, None].expand(-1, 2)}
+        assert list(tools.draws.ids) == batch.sample_index.tolist()
+        fields = {
+            "value": batch.latents.flatten(1)[:, :2],
+            "prompt_index": batch.prompt_index[:, None].expand(-1, 2),
+        }
         return batch.latents + 0.5, fields
 
     def kept(self, advantage):
@@ -54,7 +57,7 @@ class Scored:
         if self.fails_at == len(self.futures) - 1:
             future.set_exception(ValueError("the reward broke"))
         elif self.done:
-            rows = batch.place - 10
+            rows = batch.sample_index - 10
             quality, price = torch.tensor(self.quality)[rows], torch.tensor(PRICE)[rows]
             future.set_result(Verdict({"quality": quality, "price": price}, {"quality/sharp": quality * 10}))
         return future
@@ -65,13 +68,15 @@ def batch(count=6):
     group = torch.arange(count) // 3
     rows = [{"prompt": str(i)} for i in range(count)]
     prompt = torch.tensor([1, 1, 1, 2, 2, 2])[:count]
-    return Batch(latents, prompt, conditions(), rows, group, place=torch.arange(10, 10 + count))
+    return Batch(latents, prompt, conditions(), rows, group, sample_index=torch.arange(10, 10 + count))
 
 
-def collected(judge=None, chunk=4, world=None, count=6, **settings):
+def collected(judge=None, micro_batch=4, world=None, count=6, **settings):
     judge = judge or Scored()
     draws = Draws((0,), range(10, 10 + count))
-    tools = Tools(linear_policy(chunk=chunk), draws, judge=judge, **({"world": world} if world else {}))
+    tools = Tools(
+        linear_policy(micro_batch=micro_batch), draws, judge=judge, **({"world": world} if world else {})
+    )
     return Written(group_size=3, **settings).collect(batch(count), tools), judge
 
 
@@ -84,19 +89,19 @@ def advantages(global_std=True):
     return (total - means) / (stds + 1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 6, 100])
+@pytest.mark.parametrize("micro_batch", [1, 4, 6, 100])
 @pytest.mark.parametrize("global_std", [True, False])
-def test_rewards_become_advantages_of_items(chunk, global_std):
-    items, judge = collected(chunk=chunk, global_std=global_std)
-    assert [len(b) for _, b in judge.seen] == {1: [1] * 6, 4: [4, 2], 6: [6], 100: [6]}[chunk]
+def test_rewards_become_advantages_of_items(micro_batch, global_std):
+    items, judge = collected(micro_batch=micro_batch, global_std=global_std)
+    assert [len(b) for _, b in judge.seen] == {1: [1] * 6, 4: [4, 2], 6: [6], 100: [6]}[micro_batch]
     assert [row["prompt"] for _, b in judge.seen for row in b.metadata] == list("012345")
     assert torch.equal(torch.cat([x for x, _ in judge.seen]), batch().latents + 0.5)
     a = advantages(global_std)
     near(items.advantage, a.repeat_interleave(2))
     assert items.advantage.dtype == items.weight.dtype == torch.float32
     assert items.weight.tolist() == [float(x >= -1) for x in a for _ in range(2)]
-    assert items.place.tolist() == [p for p in range(10, 16) for _ in range(2)]
-    assert items.prompt.tolist() == [1] * 6 + [2] * 6
+    assert items.sample_index.tolist() == [p for p in range(10, 16) for _ in range(2)]
+    assert items.prompt_index.tolist() == [1] * 6 + [2] * 6
     assert items.value.tolist() == list(range(12))
     assert items.conditions.table["c"].shape == (4, 1)
 
@@ -151,13 +156,13 @@ def test_advantages_are_relative_to_the_groups_of_all_processes(rank):
 
     @dataclass(frozen=True)
     class Two(World):
-        def everyone(self, rows):
+        def gather(self, rows):
             asked.append(rows.clone())
             other = rows + 100
             return torch.cat([rows, other] if self.rank == 0 else [other, rows])
 
     asked = []
-    items, _ = collected(world=Two(rank, 2), count=3, chunk=2)
+    items, _ = collected(world=Two(rank, 2), count=3, micro_batch=2)
     assert len(asked) == 4  # quality, price, the detail and the group
     mine, other = [1.0, 4.0, 2.0], [101.0, 104.0, 102.0]
     price = [0.5, 0.5, 0.0, 100.5, 100.5, 100.0]
@@ -174,19 +179,19 @@ def test_advantages_are_relative_to_the_groups_of_all_processes(rank):
 def test_a_reward_that_fails_stops_the_rollout():
     judge = Scored(fails_at=0)
     with pytest.raises(ValueError, match="the reward broke"):
-        collected(judge, chunk=2)
+        collected(judge, micro_batch=2)
     assert len(judge.seen) == 1
 
 
 def test_a_rollout_that_fails_drops_what_is_not_scored_yet():
     class Broken(Written):
         def rollout(self, batch, tools):
-            if 14 in batch.place:
+            if 14 in batch.sample_index:
                 raise ValueError("the rollout broke")
             return super().rollout(batch, tools)
 
     judge = Scored(done=False)
-    tools = Tools(linear_policy(chunk=2), Draws((0,), range(10, 16)), judge=judge)
+    tools = Tools(linear_policy(micro_batch=2), Draws((0,), range(10, 16)), judge=judge)
     with pytest.raises(ValueError, match="the rollout broke"):
         Broken(group_size=3).collect(batch(), tools)
     assert [future.cancelled() for future in judge.futures] == [True, True]

@@ -17,7 +17,7 @@ N = 4
 
 def batch():
     latents = torch.arange(2.0 * N).view(N, *SHAPE) / 4 - 1
-    return Batch(latents, torch.tensor([1, 2, 3, 1]), conditions(), place=torch.tensor([7, 3, 9, 5]))
+    return Batch(latents, torch.tensor([1, 2, 3, 1]), conditions(), sample_index=torch.tensor([7, 3, 9, 5]))
 
 
 def draws(**values):
@@ -42,10 +42,10 @@ def test_sft_trains_on_noisy_images_at_logit_normal_times(mean, std):
     near(items.sigma, sigma)
     near(items.latents, (1 - wide(sigma)) * x0 + wide(sigma) * noise)
     near(items.target, noise - x0)
-    assert items.prompt.tolist() == [1, 2, 3, 1]
-    assert items.place.tolist() == [7, 3, 9, 5]
+    assert items.prompt_index.tolist() == [1, 2, 3, 1]
+    assert items.sample_index.tolist() == [7, 3, 9, 5]
     assert items.weight.tolist() == [1.0] * N
-    assert sorted(items.fields) == ["latents", "place", "prompt", "sigma", "target"]
+    assert sorted(items.fields) == ["latents", "prompt_index", "sample_index", "sigma", "target"]
     assert items.conditions.table["c"].shape == (4, 1)
     assert policy.forward_equivalents == 0
 
@@ -76,14 +76,14 @@ def test_the_weight_of_each_scheme():
 def test_condition_dropout_is_the_chance_of_the_empty_prompt(dropout):
     u = torch.tensor([0.39, 0.4, 0.0, 0.99])
     items, _, _ = collected(SFT(cond_dropout=dropout), cond_dropout=u)
-    assert items.prompt.tolist() == {0.0: [1, 2, 3, 1], 0.4: [0, 2, 0, 1], 1.0: [0, 0, 0, 0]}[dropout]
+    assert items.prompt_index.tolist() == {0.0: [1, 2, 3, 1], 0.4: [0, 2, 0, 1], 1.0: [0, 0, 0, 0]}[dropout]
 
 
 def test_the_loss_is_the_weighted_mean_squared_velocity_error():
     x, target = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([[2.0, 3.0], [0.0, 0.0]])
     fields = {
         "latents": x.view(2, *SHAPE), "target": target.view(2, *SHAPE), "sigma": torch.tensor([0.5, 0.25]),
-        "prompt": torch.tensor([1, 0]), "place": torch.arange(2),
+        "prompt_index": torch.tensor([1, 0]), "sample_index": torch.arange(2),
     }  # fmt: skip
     policy = linear_policy(0.5)
     losses = SFT(weighting_scheme="sigma_sqrt").loss(Items(torch.ones(2), fields, conditions()), policy)
@@ -109,7 +109,7 @@ def test_soar_adds_points_between_where_a_step_lands_and_the_noise(dynamics, dro
     )  # fmt: skip
     items, given, _ = collected(soar, **given)
     assert len(items) == N * rehearse(soar).items == N * 7
-    x0, noise, prompt = batch().latents.double(), given.normal("noise", SHAPE).double(), batch().prompt
+    x0, noise, prompt = batch().latents.double(), given.normal("noise", SHAPE).double(), batch().prompt_index
     t1 = torch.tensor([0.95, 0.45, 0.0, 0.25])
     s0, s1 = shifted(t0), shifted(t1)
     x = (1 - wide(s0)) * x0 + wide(s0) * noise
@@ -132,8 +132,8 @@ def test_soar_adds_points_between_where_a_step_lands_and_the_noise(dynamics, dro
             near(part.latents, start + alpha * (noise - start), atol=1e-4)
             near(part.target, (start + alpha * (noise - start) - x0) / wide(sigma), atol=1e-3)
             assert part.weight.tolist() == weight
-            assert part.prompt.tolist() == ([0] * N if dropout else prompt.tolist())
-            assert part.place.tolist() == [7, 3, 9, 5]
+            assert part.prompt_index.tolist() == ([0] * N if dropout else prompt.tolist())
+            assert part.sample_index.tolist() == [7, 3, 9, 5]
 
 
 @pytest.mark.parametrize("settings", [{"lambda_aux": 0.0}, {"trajectory_length": 0}])

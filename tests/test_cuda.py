@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
     shape = model.latent_shape(64, 64)
 
     def gradient(chunk):
-        policy = Policy(model, chunk=chunk)
+        policy = Policy(model, micro_batch=chunk)
         draws = Draws((0, 0, 0), range(count), device)
         ones = torch.ones(count, dtype=torch.int64, device=device)
         batch = Batch(draws.normal("data", shape), ones, conditions)
@@ -106,8 +106,8 @@ def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
             items = SFT().collect(batch, Tools(policy, draws))
         strategy, settings = alone(policy), Train(steps=1, max_grad_norm=1e9)
         work = functools.partial(update, SFT(), policy, items, strategy, settings, 1)
-        fitted(work, policy, lambda: strategy.forget() or True)
-        return torch.cat([g.flatten() for g in strategy.optimizer.seen]), policy.chunk
+        fitted(work, policy, lambda: strategy.zero_grad() or True)
+        return torch.cat([g.flatten() for g in strategy.optimizer.seen]), policy.micro_batch
 
     gradient(32)  # libraries take memory of their own at their first use
     torch.cuda.empty_cache()

@@ -29,7 +29,7 @@ def collected(algorithm, policy, **kwargs):
 def gradient(algorithm, micro_batch, **kwargs):
     policy = toy_policy()
     items = collected(algorithm, policy, **kwargs)
-    settings, policy.chunk = Train(steps=1, max_grad_norm=1e9), micro_batch
+    settings, policy.micro_batch = Train(steps=1, max_grad_norm=1e9), micro_batch
     strategy = alone(policy)
     update(algorithm, policy, items, strategy, settings, 1)
     return torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen])
@@ -120,9 +120,9 @@ def test_a_path_that_would_start_at_the_image_keeps_the_ode_point_only():
 def test_condition_dropout_is_per_sample_and_leaves_the_rollout_its_prompt():
     dropped = collected(SOAR(cond_dropout=0.5, trajectory_length=1), toy_policy(), n=40)
     kept = collected(SOAR(cond_dropout=0.0, trajectory_length=1), toy_policy(), n=40)
-    share = (dropped.prompt[:40] == 0).float().mean().item()
+    share = (dropped.prompt_index[:40] == 0).float().mean().item()
     assert 0.2 < share < 0.8
-    assert torch.equal(dropped.prompt[:40], dropped.prompt[40:])
+    assert torch.equal(dropped.prompt_index[:40], dropped.prompt_index[40:])
     assert torch.equal(dropped.latents, kept.latents)
 
 
@@ -139,7 +139,7 @@ def test_ode_only_soar_learns_the_flow_of_a_point_mass():
     settings, losses = Train(steps=400), []
     for step in range(400):
         batch, draws = toy_batch(policy.model, n=32, step=step)
-        point = type(batch)(torch.full_like(batch.latents, 0.5), batch.prompt, batch.conditions)
+        point = type(batch)(torch.full_like(batch.latents, 0.5), batch.prompt_index, batch.conditions)
         with torch.no_grad():
             items = soar.collect(point, Tools(policy, draws))
         losses.append(update(soar, policy, items, strategy, settings, step)["loss"].item())

@@ -52,7 +52,7 @@ def test_messages_are_short_and_say_what_helps():
     assert "gradient_checkpointing" in str(error)
     assert type(error) is TrainingError
     stopped = OutOfMemory(RuntimeError("a\nb"), 8, 3)
-    assert (str(stopped), stopped.chunk) == ("out of memory with 8 rows at a time (a b)", 3)
+    assert (str(stopped), stopped.micro_batch) == ("out of memory with 8 rows at a time (a b)", 3)
 
 
 def test_what_must_not_be_repeated_is_an_error_that_says_where():
@@ -85,10 +85,10 @@ class Work:
         self.tried, self.undone = [], 0
 
     def __call__(self):
-        rows = min(self.policy.chunk, self.rows)
-        assert self.policy.most_rows == 0
-        self.policy.most_rows = rows
-        self.tried.append((self.policy.chunk, rows))
+        rows = min(self.policy.micro_batch, self.rows)
+        assert self.policy.largest_forward == 0
+        self.policy.largest_forward = rows
+        self.tried.append((self.policy.micro_batch, rows))
         if rows > self.room:
             raise self.error
         return "done"
@@ -109,24 +109,24 @@ class Work:
     ],
 )
 def test_rows_are_halved_until_they_fit(chunk, rows, room, tried, caplog):
-    policy = line_policy(chunk=chunk)
-    policy.most_rows = 99
+    policy = line_policy(micro_batch=chunk)
+    policy.largest_forward = 99
     work = Work(policy, room, rows)
     with caplog.at_level(logging.WARNING):
         assert fitted(work, policy, work.undo) == "done"
     assert [chunk for chunk, _ in work.tried] == tried
-    assert policy.chunk == tried[-1]
+    assert policy.micro_batch == tried[-1]
     assert work.undone == len(tried) - 1
     said = [min(chunk, rows) for chunk in tried]
     assert [record.args for record in caplog.records] == list(itertools.pairwise(said))
 
 
 def test_a_failure_before_the_first_forward_halves_the_chunk():
-    policy, calls = line_policy(chunk=8), []
+    policy, calls = line_policy(micro_batch=8), []
 
     def work():
-        calls.append(policy.chunk)
-        if policy.chunk > 4:
+        calls.append(policy.micro_batch)
+        if policy.micro_batch > 4:
             raise MemoryError
 
     fitted(work, policy, lambda: True)
@@ -134,19 +134,19 @@ def test_a_failure_before_the_first_forward_halves_the_chunk():
 
 
 def test_one_row_that_does_not_fit_is_an_error():
-    work = Work(policy := line_policy(chunk=2), room=0)
+    work = Work(policy := line_policy(micro_batch=2), room=0)
     with pytest.raises(TrainingError, match="out of memory with one row at a time") as found:
         fitted(work, policy, work.undo)
     assert not isinstance(found.value, OutOfMemory)
     assert found.value.__cause__ is LACK
-    assert (work.undone, policy.chunk) == (1, 1)
+    assert (work.undone, policy.micro_batch) == (1, 1)
 
 
 def test_work_that_cannot_be_undone_stops_with_what_to_go_on_with():
-    work = Work(policy := line_policy(chunk=10), room=1, rows=6)
+    work = Work(policy := line_policy(micro_batch=10), room=1, rows=6)
     with pytest.raises(OutOfMemory, match="with 6 rows at a time") as found:
         fitted(work, policy, lambda: work.undo(False))
-    assert (found.value.chunk, policy.chunk, len(work.tried)) == (3, 10, 1)
+    assert (found.value.micro_batch, policy.micro_batch, len(work.tried)) == (3, 10, 1)
     assert found.value.__cause__ is LACK
 
 
@@ -154,15 +154,15 @@ def test_work_that_cannot_be_undone_stops_with_what_to_go_on_with():
     "error", [RuntimeError("shapes"), caused(TrainingError("x"), LACK), ValueError("out of memory")]
 )
 def test_other_errors_are_not_tried_again(error):
-    work = Work(policy := line_policy(chunk=8), room=1, error=error)
+    work = Work(policy := line_policy(micro_batch=8), room=1, error=error)
     with pytest.raises(type(error)) as found:
         fitted(work, policy, work.undo)
     assert found.value is error
-    assert (len(work.tried), work.undone, policy.chunk) == (1, 0, 8)
+    assert (len(work.tried), work.undone, policy.micro_batch) == (1, 0, 8)
 
 
 def test_what_is_kept_for_later_is_given_back_before_the_next_try(given_back):
-    work = Work(policy := line_policy(chunk=4), room=2)
+    work = Work(policy := line_policy(micro_batch=4), room=2)
     fitted(work, policy, work.undo)
     assert given_back == ["collect", "autocast", torch.device("cpu")]
 
@@ -172,12 +172,12 @@ def test_a_trial_leaves_no_gradient_no_bill_and_no_change():
     policy.forward_equivalents = 5
     told = []
     strategy = descending(policy)
-    strategy.begin = lambda *, last: told.append(last)
+    strategy.begin_micro_batch = lambda *, last: told.append(last)
     sample = (torch.ones(1, 2, 2), Conditions({"c": torch.tensor([3.0, 9.0])}))
     trial.try_out(policy, strategy, sample, 4)
     assert policy.model.seen == [(4, True, None)]
     assert (policy.forward_equivalents, policy.trained["a"].grad, told) == (5, None, [False])
-    assert policy.most_rows == 4
+    assert policy.largest_forward == 4
     strategy.backward = lambda loss: told.append(loss.item()) or (_ for _ in ()).throw(LACK)
     with pytest.raises(torch.OutOfMemoryError):
         trial.try_out(policy, strategy, sample, 2)

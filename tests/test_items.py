@@ -31,11 +31,11 @@ def test_conditions_are_looked_up_by_row_and_row_0_is_the_empty_prompt():
 
 def test_a_batch_knows_its_places_and_its_total_by_default():
     batch = Batch(torch.zeros(3, 1), torch.tensor([2, 1, 3]), TABLE)
-    assert (len(batch), batch.total, batch.place.tolist()) == (3, 3, [0, 1, 2])
-    assert batch.place.dtype == torch.int64
+    assert (len(batch), batch.total, batch.sample_index.tolist()) == (3, 3, [0, 1, 2])
+    assert batch.sample_index.dtype == torch.int64
     assert (batch.metadata, batch.group) == ((), None)
-    given = Batch(torch.zeros(2, 1), torch.tensor([1, 2]), TABLE, place=torch.tensor([4, -1]), total=9)
-    assert (given.total, given.place.tolist()) == (9, [4, -1])
+    given = Batch(torch.zeros(2, 1), torch.tensor([1, 2]), TABLE, sample_index=torch.tensor([4, -1]), total=9)
+    assert (given.total, given.sample_index.tolist()) == (9, [4, -1])
     # without samples, but of a batch whose others are elsewhere
     assert Batch(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), TABLE, total=5).total == 5
 
@@ -47,14 +47,14 @@ def test_some_samples_of_a_batch_keep_all_that_is_theirs():
         TABLE,
         [{"n": i} for i in range(4)],
         group=torch.tensor([5, 6, 7, 8]),
-        place=torch.tensor([9, 8, 7, 6]),
+        sample_index=torch.tensor([9, 8, 7, 6]),
         total=12,
     )
     part = batch.take(slice(1, 3))
     assert part.latents.tolist() == [[1], [2]]
-    assert part.prompt.tolist() == [1, 2]
+    assert part.prompt_index.tolist() == [1, 2]
     assert part.metadata == [{"n": 1}, {"n": 2}]
-    assert (part.group.tolist(), part.place.tolist(), part.total) == ([6, 7], [8, 7], 12)
+    assert (part.group.tolist(), part.sample_index.tolist(), part.total) == ([6, 7], [8, 7], 12)
     assert part.conditions is TABLE
     assert Batch(torch.zeros(3, 1), torch.arange(3), TABLE).take(slice(2)).group is None
 
@@ -65,7 +65,7 @@ def test_items_are_read_by_name_and_name_what_they_have():
     assert listed(items.condition) == {"c": [1, 2, 3]}
     assert len(items) == 3
     with pytest.raises(
-        AttributeError, match=r"no field 'latents'; these items have \['place', 'prompt', 'x'\]"
+        AttributeError, match=r"no field 'latents'; these items have \['prompt_index', 'sample_index', 'x'\]"
     ):
         items.latents  # noqa: B018
 
@@ -73,13 +73,13 @@ def test_items_are_read_by_name_and_name_what_they_have():
 def test_items_are_taken_split_and_joined_in_order():
     items = items_of([1, 2, 3, 4, 5], weight=[5, 4, 3, 2, 1])
     some = items.take(torch.tensor([4, 0]))
-    assert (some.weight.tolist(), some.x.tolist(), some.prompt.tolist()) == ([1, 5], [5, 1], [5, 1])
+    assert (some.weight.tolist(), some.x.tolist(), some.prompt_index.tolist()) == ([1, 5], [5, 1], [5, 1])
     assert some.conditions is items.conditions
     runs = list(items.split(2))
     assert [run.x.tolist() for run in runs] == [[1, 2], [3, 4], [5]]
     assert [run.weight.tolist() for run in runs] == [[5, 4], [3, 2], [1]]
     whole = Items.cat(runs)
-    assert (whole.weight.tolist(), whole.x.tolist(), whole.place.tolist()) == (
+    assert (whole.weight.tolist(), whole.x.tolist(), whole.sample_index.tolist()) == (
         [5, 4, 3, 2, 1],
         [1, 2, 3, 4, 5],
         [0, 1, 2, 3, 4],
@@ -90,7 +90,7 @@ def test_items_are_taken_split_and_joined_in_order():
 
 
 def test_parts_go_by_place_and_one_part_is_the_whole():
-    items = items_of([1, 2, 3, 4, 5], place=[7, 0, 2, 4, 1])
+    items = items_of([1, 2, 3, 4, 5], sample_index=[7, 0, 2, 4, 1])
     assert [part.x.tolist() for part in items.parts(3)] == [[2], [1, 4, 5], [3]]
     assert [part.x.tolist() for part in items.parts(2)] == [[2, 3, 4], [1, 5]]
     (only,) = items.parts(1)
@@ -129,17 +129,17 @@ def test_an_algorithm_that_declares_nothing_needs_nothing():
 
 def test_a_world_of_one_is_the_identity():
     values = torch.tensor([1.0, 2.0])
-    assert (ALONE.rank, ALONE.size, ALONE.main) == (0, 1, True)
-    assert not World(1, 2).main
-    for made in (ALONE.sum(values), ALONE.everyone(values), ALONE.own(values), ALONE.said(values)):
+    assert (ALONE.rank, ALONE.size, ALONE.is_main) == (0, 1, True)
+    assert not World(1, 2).is_main
+    for made in (ALONE.sum(values), ALONE.gather(values), ALONE.local(values), ALONE.broadcast(values)):
         assert made is values
-    assert (ALONE.most(3), ALONE.objects("a")) == (3, ["a"])
+    assert (ALONE.max(3), ALONE.gather_objects("a")) == (3, ["a"])
     ALONE.barrier()
-    with ALONE.one_first():
+    with ALONE.main_first():
         pass
 
 
 def test_the_helpers_of_these_tests_make_a_batch_of_their_numbers():
-    batch, _ = of([4, 5], place=[1, 0])(line_policy())
+    batch, _ = of([4, 5], sample_index=[1, 0])(line_policy())
     assert batch.latents.flatten().tolist() == [4, 5]
-    assert batch.place.tolist() == [1, 0]
+    assert batch.sample_index.tolist() == [1, 0]

@@ -16,9 +16,9 @@ def test_only_whole_weights_under_autocast_are_kept_lowered(autocast, in_parts, 
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
     policy = line_policy(autocast=autocast)
     policy.layout = type("InParts", (Layout,), {"in_parts": in_parts})()
-    with policy.steady():
+    with policy.casts_kept():
         for _ in range(2):
-            with policy.steady():
+            with policy.casts_kept():
                 assert (torch.autocast_decrement_nesting() > 0) is kept
                 torch.autocast_increment_nesting()
         assert cleared == [], "the outermost block alone forgets"

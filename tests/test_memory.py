@@ -58,14 +58,14 @@ class Late(ToyModel):
 
 
 def gradient(model, chunk, world=None):
-    policy = Policy(model, chunk=chunk)
+    policy = Policy(model, micro_batch=chunk)
     batch, draws = toy_batch(policy.model, n=10)
     with torch.no_grad():
         items = SFT().collect(batch, Tools(policy, draws))
     strategy, settings = alone(policy), Train(steps=1, max_grad_norm=1e9)
 
     def undone():
-        strategy.forget()
+        strategy.zero_grad()
         return True
 
     fitted(lambda: update(SFT(), policy, items, strategy, settings, 1), policy, undone)
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_done_again_in_halves_and_counts_once(model, caplog
     with caplog.at_level(logging.WARNING):
         found, policy = gradient(model(), 4)
     assert torch.equal(found, whole)
-    assert policy.chunk == 2
+    assert policy.micro_batch == 2
     assert "out of memory with 4 rows at a time; going on with 2" in caplog.text
 
 
@@ -146,7 +146,7 @@ class Nothing:
 )
 def test_the_first_batch_that_is_trained_as_it_was_collected_is_checked_once(model, chunk, seen):
     CHECKED.clear()
-    policy = Policy(model(), chunk=chunk)
+    policy = Policy(model(), micro_batch=chunk)
     drawn = []
 
     def batches():
@@ -162,7 +162,7 @@ def test_the_first_batch_that_is_trained_as_it_was_collected_is_checked_once(mod
 
 
 def test_processes_that_would_wait_for_each_other_stop_with_the_number_to_go_on_with():
-    policy = Policy(Small(), chunk=4)
+    policy = Policy(Small(), micro_batch=4)
     strategy = alone(policy)
     strategy.world = replace(strategy.world, size=2)
 
@@ -174,7 +174,7 @@ def test_processes_that_would_wait_for_each_other_stop_with_the_number_to_go_on_
     object.__setattr__(failing, "collect", no_room)
     with pytest.raises(OutOfMemory, match="with 4 rows at a time") as found:
         train(failing, policy, strategy, iter([(batch, Tools(policy, draws))]), Train(steps=1), Nothing())
-    assert found.value.chunk == 2
+    assert found.value.micro_batch == 2
 
 
 def test_an_optimizer_step_is_never_taken_twice():
@@ -186,20 +186,20 @@ def test_an_optimizer_step_is_never_taken_twice():
             first.data += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    policy = Policy(ToyModel(), chunk=4)
+    policy = Policy(ToyModel(), micro_batch=4)
     batch, draws = toy_batch(policy.model)
     strategy = alone(policy, Halfway, lr=0.1)
     first = next(iter(policy.trained.values()))
     before = first.detach().clone()
     with pytest.raises(TrainingError, match=r"in the optimizer's step .*adamw8bit"):
         train(SFT(), policy, strategy, iter([(batch, Tools(policy, draws))]), Train(steps=1), Nothing())
-    assert policy.chunk == 4
+    assert policy.micro_batch == 4
     torch.testing.assert_close(first.detach(), before + 1)
 
 
 def test_what_is_halved_is_what_was_tried(caplog):
     """A chunk is often larger than what there was to put into it."""
-    policy = Policy(Small(), chunk=64)
+    policy = Policy(Small(), micro_batch=64)
     batch, draws = toy_batch(policy.model, n=8)
     with caplog.at_level(logging.WARNING):
         train(SFT(), policy, alone(policy), iter([(batch, Tools(policy, draws))]), Train(steps=1), Nothing())

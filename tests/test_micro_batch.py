@@ -212,7 +212,7 @@ def test_where_weights_are_waited_for_the_search_stops_the_run(monkeypatch, rank
         with pytest.raises(OutOfMemory, match="with 4 rows at a time") as error:
             found(world=world, repeatable=repeatable)
         assert error.value.__cause__ is LACK
-        return error.value.chunk
+        return error.value.micro_batch
 
     assert on_ranks(ranks, work) == [2] * ranks
 

@@ -147,12 +147,14 @@ def test_its_encodings_are_not_cached_and_its_grid_is_shifted():
 
 def items(**fields):
     n = torch.arange(3)
-    return Items(torch.ones(3), {"prompt": n, "place": n, **fields}, Conditions({"c": torch.zeros(1, 2)}))
+    return Items(
+        torch.ones(3), {"prompt_index": n, "sample_index": n, **fields}, Conditions({"c": torch.zeros(1, 2)})
+    )
 
 
 def test_items_name_the_field_that_is_missing_or_of_another_length():
     assert len(items(latents=torch.zeros(3, 1))) == 3
-    for name in ("prompt", "place"):
+    for name in ("prompt_index", "sample_index"):
         fields = {key: value for key, value in items().fields.items() if key != name}
         with pytest.raises(ValueError, match=f"items lack '{name}'; they have"):
             Items(torch.ones(3), fields, items().conditions)

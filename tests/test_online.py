@@ -39,11 +39,11 @@ def named(algorithm):
 each = pytest.mark.parametrize("algorithm", ONLINE, ids=named)
 
 
-def collected(algorithm, policy, *, prompts=3, step=0, reward=None, chunk=4):
+def collected(algorithm, policy, *, prompts=3, step=0, reward=None, micro_batch=4):
     batch, draws = online_batch(policy.model, prompts, algorithm.group_size, step)
     for role in algorithm.roles:
         policy.add_role(role, moves=role != "reference")
-    policy.chunk = chunk
+    policy.micro_batch = micro_batch
     with torch.no_grad(), toy_judge(policy.model, reward) as judge:
         sigmas = lambda steps: policy.model.sigmas(steps, 2, 2)  # noqa: E731
         return algorithm.collect(batch, Tools(policy, draws, sigmas, judge))
@@ -67,7 +67,7 @@ def test_forward_equivalents_are_what_the_plan_says(algorithm):
 
 @each
 def test_the_rollout_does_not_depend_on_how_it_is_chunked(algorithm):
-    one, other = (collected(algorithm, toy_policy(), chunk=chunk) for chunk in (3, 100))
+    one, other = (collected(algorithm, toy_policy(), micro_batch=micro_batch) for micro_batch in (3, 100))
     for name in one.fields:
         torch.testing.assert_close(one.fields[name], other.fields[name], rtol=1e-4, atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(algorithm):
     for size in (1000, 7):
         policy = toy_policy()
         items = collected(algorithm, policy)
-        settings, policy.chunk = Train(steps=1, max_grad_norm=1e9), size
+        settings, policy.micro_batch = Train(steps=1, max_grad_norm=1e9), size
         strategy = alone(policy)
         update(algorithm, policy, items, strategy, settings, 1)
         gradients.append(torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen]))
@@ -101,7 +101,7 @@ def test_rewards_and_draws_are_what_the_metrics_say(algorithm):
 @pytest.mark.parametrize("algorithm", [a for a in ONLINE if a.type == "flow_grpo"], ids=named)
 def test_replaying_the_rollout_gives_the_very_same_log_probabilities(algorithm):
     policy = toy_policy()
-    items = collected(algorithm, policy, prompts=1, chunk=4)
+    items = collected(algorithm, policy, prompts=1, micro_batch=4)
     steps = int(rehearse(algorithm).items)
     for j in range(steps):  # the very batches that the rollout had
         order = items.take(slice(j, None, steps))
@@ -118,7 +118,7 @@ def test_a_step_of_the_rollout_is_replayed_exactly_in_float32():
         _, fields = grpo.rollout(batch, tools)
     for j in range(3):
         row = {name: value[:, j] for name, value in fields.items()}
-        v = policy.guided_velocity(row["latents"], row["sigma"], batch.prompt, batch.conditions, 4.5)
+        v = policy.guided_velocity(row["latents"], row["sigma"], batch.prompt_index, batch.conditions, 4.5)
         mean, std = grpo._step(row["latents"], v, row["sigma"], row["sigma_next"], row["sigma_max"])
         assert torch.equal(log_prob(row["next_latents"], mean, std), row["log_prob"])
         if j:
@@ -133,7 +133,7 @@ def test_a_policy_that_moved_before_its_first_step_is_refused():
     strategy = alone(policy)
     settings = Train(steps=1)
     with pytest.raises(TrainingError, match="must be 1, but it is off by"):
-        update(grpo, policy, items, strategy, settings, 1, check=OnPolicy(policy.chunk))
+        update(grpo, policy, items, strategy, settings, 1, check=OnPolicy(policy.micro_batch))
     update(grpo, policy, items, strategy, settings, 1)  # a later step on the batch may have another policy
 
 
@@ -144,10 +144,10 @@ def test_members_of_a_group_start_from_noise_of_their_own():
     assert len(first.flatten(1).unique(dim=0)) == 12
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_members_of_a_group_may_start_alike_and_groups_do_not(chunk):
+@pytest.mark.parametrize("micro_batch", [3, 100])
+def test_members_of_a_group_may_start_alike_and_groups_do_not(micro_batch):
     grpo = FlowGRPO(group_size=4, num_steps=4, init_same_noise=True, drop_zero_advantage=False)
-    items = collected(grpo, toy_policy(), chunk=chunk)
+    items = collected(grpo, toy_policy(), micro_batch=micro_batch)
     first = items.latents[items.sigma == items.sigma.max()]
     assert len(first) == 12
     assert len(first.flatten(1).unique(dim=0)) == 3
@@ -159,7 +159,7 @@ def test_a_window_is_one_for_the_batch_and_moves_between_batches():
     grpo = FlowGRPO(group_size=2, num_steps=10, sde_window_size=2, sde_window_range=[0, 6])
     starts = set()
     for step in range(20):
-        sigma = collected(grpo, toy_policy(), prompts=2, step=step, chunk=1).sigma.view(-1, 2)
+        sigma = collected(grpo, toy_policy(), prompts=2, step=step, micro_batch=1).sigma.view(-1, 2)
         assert torch.equal(sigma, sigma[:1].expand_as(sigma))
         starts.add(round(1 - sigma[0, 0].item(), 3))
     assert starts == {0.0, 0.1, 0.2, 0.3, 0.4}
@@ -172,7 +172,7 @@ def test_equal_rewards_train_nothing_and_take_no_step():
     assert items.metrics["groups_without_spread"] == 1
     before = [p.clone() for p in policy.trained.values()]
     strategy = alone(policy, torch.optim.AdamW, lr=1.0)
-    metrics = update(grpo, policy, items, strategy, Train(steps=1), 1, check=OnPolicy(policy.chunk))
+    metrics = update(grpo, policy, items, strategy, Train(steps=1), 1, check=OnPolicy(policy.micro_batch))
     assert list(metrics) == ["skipped_steps"]
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trained.values(), strict=True))
 
@@ -357,9 +357,9 @@ def test_it_learns_to_please_a_simple_reward(algorithm):
     strategy = alone(policy, torch.optim.Adam, lr=3e-3)
     settings = Train(steps=40)
     for step in range(40):
-        items = collected(algorithm, policy, prompts=4, step=step, chunk=1000)
+        items = collected(algorithm, policy, prompts=4, step=step, micro_batch=1000)
         rewards.append(items.metrics["reward"].item())
-        update(algorithm, policy, items, strategy, settings, step + 1, check=OnPolicy(policy.chunk))
+        update(algorithm, policy, items, strategy, settings, step + 1, check=OnPolicy(policy.micro_batch))
         algorithm.after_batch(policy, step + 1)
         policy.roles = {k: v for k, v in policy.roles.items() if k == "none"}
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.5
@@ -369,5 +369,5 @@ def test_items_in_parts_are_all_there_once():
     items = replace(collected(ONLINE[0], toy_policy()), metrics={})
     parts = list(items.parts(5))
     assert [len(p) for p in parts] == [9, 9, 6, 6, 6]  # of 12 samples, with 3 items each
-    assert all((p.place % 5 == i).all() for i, p in enumerate(parts))
+    assert all((p.sample_index % 5 == i).all() for i, p in enumerate(parts))
     assert sorted(torch.cat([p.log_prob for p in parts]).tolist()) == sorted(items.log_prob.tolist())

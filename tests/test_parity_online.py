@@ -93,8 +93,8 @@ def test_parity_flow_grpo_step(v):
             "sigma_max": sigma_max,
             "log_prob": v[f"step.{i}.log_prob"],
             "advantage": v["advantages"].clamp(-grpo.adv_clip_max, grpo.adv_clip_max),
-            "prompt": prompt,
-            "place": torch.arange(n),
+            "prompt_index": prompt,
+            "sample_index": torch.arange(n),
         }
         x = v[f"step.{i}.next"]
     for i in sorted({int(k.split(".")[1]) for k in v.tensors if k.startswith("loss.")}):
@@ -125,7 +125,9 @@ def test_parity_diffusion_nft_step(v):
     assert_close(optimality(advantage, "all", nft.adv_clip_max), v["r"], 1e-5)
     fields = {"latents": latents, "x0": v["x0"], "sigma": sigma, "advantage": advantage}
     items = Items(
-        torch.ones(n), {**fields, "prompt": torch.arange(1, n + 1), "place": torch.arange(n)}, conditions
+        torch.ones(n),
+        {**fields, "prompt_index": torch.arange(1, n + 1), "sample_index": torch.arange(n)},
+        conditions,
     )
     losses = nft.loss(items, policy)
     losses.per_item.mean().backward()

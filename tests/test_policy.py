@@ -39,7 +39,7 @@ class Lowered(TorchDispatchMode):
 def policy():
     model = load()
     Full().apply(model.transformer, 0)
-    return Policy(model, autocast=torch.bfloat16, chunk=2)
+    return Policy(model, autocast=torch.bfloat16, micro_batch=2)
 
 
 def forwards(policy):
@@ -63,7 +63,7 @@ def forwards(policy):
 def test_what_is_kept_changes_no_bit_of_weights_roles_and_gradients(policy):
     policy.add_role("old", {n: 1.1 * p.detach() for n, p in policy.trained.items()})
     plain = forwards(policy)
-    with policy.steady():
+    with policy.casts_kept():
         kept = forwards(policy)
     assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
     assert not torch.equal(plain[0], plain[1])
@@ -81,7 +81,7 @@ def test_weights_are_lowered_once_for_forwards_of_a_kind(policy, steady, times):
 
     with Lowered() as once:
         forward()
-    with policy.steady() if steady else contextlib.nullcontext(), Lowered() as seen:
+    with policy.casts_kept() if steady else contextlib.nullcontext(), Lowered() as seen:
         with torch.no_grad():
             for _ in range(3):
                 forward()
@@ -96,7 +96,7 @@ def test_an_evaluation_lowers_weights_once_a_batch(monkeypatch):
     sampler = flow_sampler(load(), spec, settings, "here")
     with Lowered() as seen:
         images = sampler.images(["a red circle"], [0], settings)
-    monkeypatch.setattr(Policy, "steady", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(Policy, "casts_kept", lambda self: contextlib.nullcontext())
     with Lowered() as plain:
         assert torch.equal(sampler.images(["a red circle"], [0], settings), images)
     assert not images.requires_grad
@@ -109,9 +109,9 @@ def test_steps_are_taken_on_the_weights_as_they_are(monkeypatch):
     for keeps in (True, False):
         model = load()
         Full().apply(model.transformer, 0)
-        policy = Policy(model, autocast=torch.bfloat16, chunk=3)
+        policy = Policy(model, autocast=torch.bfloat16, micro_batch=3)
         if not keeps:
-            monkeypatch.setattr(Policy, "steady", lambda self: contextlib.nullcontext())
+            monkeypatch.setattr(Policy, "casts_kept", lambda self: contextlib.nullcontext())
         strategy = Single().prepare(policy, settings := Train(steps=2, learning_rate=1e-3), ALONE)
         draws = Draws((0, 0, 0), range(4))
         images = ImageBatch(
@@ -119,7 +119,7 @@ def test_steps_are_taken_on_the_weights_as_they_are(monkeypatch):
         )
         batch, soar = encoded(images, model, draws), SOAR(trajectory_length=2)
         for step in (1, 2):
-            with torch.no_grad(), policy.steady():
+            with torch.no_grad(), policy.casts_kept():
                 items = soar.collect(batch, Tools(policy, draws))
             update(soar, policy, items, strategy, settings, step)
         found.append(torch.cat([p.detach().flatten() for p in policy.trained.values()]))

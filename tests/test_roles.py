@@ -17,9 +17,9 @@ def value(policy, role=None):
 
 def test_a_policy_begins_with_nothing_but_its_weights():
     policy = line_policy(2, 3)
-    assert Policy(policy.model).chunk == 64
+    assert Policy(policy.model).micro_batch == 64
     assert (policy.autocast, policy.roles, policy.static) == (None, {}, set())
-    assert (policy.forward_equivalents, policy.most_rows) == (0, 0)
+    assert (policy.forward_equivalents, policy.largest_forward) == (0, 0)
     assert list(policy.parameters) == ["a", "b"]
     assert list(policy.trained) == ["a"]
     assert type(policy.layout) is Layout
@@ -111,16 +111,16 @@ class Noting(Layout):
     def __init__(self):
         self.calls = []
 
-    def part(self, parameter, whole):
+    def shard(self, parameter, whole):
         return -whole
 
-    def whole(self, parameter, held):
+    def gathered(self, parameter, held):
         return -held
 
-    def settle(self):
+    def synchronize(self):
         self.calls.append("settle")
 
-    def written(self):
+    def mark_written(self):
         self.calls.append("written")
 
 
@@ -163,10 +163,10 @@ def forward(policy, rows, scale=None):
 def test_a_forward_costs_one_a_row_and_three_with_gradients():
     policy = line_policy(2)
     forward(policy, 5)
-    assert (policy.forward_equivalents, policy.most_rows) == (15, 5)
+    assert (policy.forward_equivalents, policy.largest_forward) == (15, 5)
     with torch.no_grad():
         forward(policy, 3)
-    assert (policy.forward_equivalents, policy.most_rows) == (18, 5)
+    assert (policy.forward_equivalents, policy.largest_forward) == (18, 5)
 
 
 # velocity = 2 x + c - sigma with c = 10, 20, 10, ... of the prompts and -1 of the empty one
@@ -177,7 +177,7 @@ UNCONDITIONAL = [2 * (i + 1) - 1 - i / 8 for i in range(5)]
 @pytest.mark.parametrize("gradients", [True, False])
 def test_velocities_under_guidance_in_closed_form(gradients):
     with torch.set_grad_enabled(gradients):
-        policy = line_policy(2, chunk=2)
+        policy = line_policy(2, micro_batch=2)
         assert forward(policy, 5).tolist() == CONDITIONAL
         policy.model.seen.clear()
         assert forward(policy, 5, 1).tolist() == CONDITIONAL

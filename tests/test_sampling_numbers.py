@@ -90,7 +90,7 @@ def test_the_solver_is_the_one_named():
 
 def test_low_precision_copies_are_kept_from_step_to_step(monkeypatch):
     entered, plain = [], Policy.steady
-    monkeypatch.setattr(Policy, "steady", lambda self: entered.append(self) or plain(self))
+    monkeypatch.setattr(Policy, "casts_kept", lambda self: entered.append(self) or plain(self))
     policy = linear_policy()
     sample_latents(policy, conditions(), torch.tensor([1]), torch.zeros(1, *SHAPE), [1.0, 0.0], 1.0, "euler")
     assert entered == [policy]
@@ -132,16 +132,16 @@ def test_images_are_drawn_in_smaller_chunks_where_memory_does_not_suffice(monkey
             return super().velocity(latents, sigma, condition)
 
     monkeypatch.setattr(memory, "free_memory", lambda device: None)
-    policy = Policy(Small(), chunk=4)
+    policy = Policy(Small(), micro_batch=4)
     policy.model.room = 1
     near(images(policy, guidance=1.0), expected(1.0, 0))
-    assert policy.chunk == 1
+    assert policy.micro_batch == 1
     policy.model.room = 0
     with pytest.raises(TrainingError):
         images(policy, guidance=1.0)
     # weights in parts cannot go on in the middle
-    policy, policy.layout = Policy(Small(), chunk=4), SimpleNamespace(in_parts=True, held=lambda p: p)
-    policy.layout.in_parts, policy.model.room = True, 1
+    policy, policy.layout = Policy(Small(), micro_batch=4), SimpleNamespace(in_parts=True, held=lambda p: p)
+    policy.layout.sharded, policy.model.room = True, 1
     with pytest.raises(memory.OutOfMemory):
         images(policy, guidance=1.0)
 

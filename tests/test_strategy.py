@@ -50,7 +50,7 @@ def test_one_process_can_begin_a_step_anew():
     policy = line_policy()
     strategy = descending(policy)
     strategy.backward(policy.trained["a"].sum())
-    strategy.forget()
+    strategy.zero_grad()
     assert policy.trained["a"].grad is None
     assert strategy.repeatable
     assert not Alone.__base__.repeatable
@@ -112,19 +112,19 @@ def test_a_layout_of_whole_weights_gives_and_takes_them_as_they_are(monkeypatch)
     layout, parameter = Layout(), torch.nn.Parameter(torch.ones(2, 3))
     value = torch.zeros(2, 3)
     assert layout.shape(parameter) == (2, 3)
-    held = layout.held(parameter)
+    held = layout.local(parameter)
     assert (held.data_ptr(), held.requires_grad) == (parameter.data_ptr(), False)
-    assert layout.whole(parameter, value) is value
-    assert layout.part(parameter, value) is value
-    assert layout.part(torch.nn.Parameter(torch.ones(1, device="meta")), value).device.type == "meta"
-    assert (layout.in_parts, layout.offloaded) == (False, False)
+    assert layout.gathered(parameter, value) is value
+    assert layout.shard(parameter, value) is value
+    assert layout.shard(torch.nn.Parameter(torch.ones(1, device="meta")), value).device.type == "meta"
+    assert (layout.sharded, layout.offloaded) == (False, False)
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
-    layout.settle()
-    layout.written()
+    layout.synchronize()
+    layout.mark_written()
     assert waited == []
     layout.offloaded = True
-    layout.settle()
+    layout.synchronize()
     assert waited == [1]
 
 
@@ -132,11 +132,11 @@ def test_a_strategy_tells_its_layout_of_writing_and_lets_the_model_go():
     policy = Policy(Line())
     strategy = descending(policy)
     written = []
-    strategy.layout.written = lambda: written.append(1)
+    strategy.layout.mark_written = lambda: written.append(1)
     strategy.loaded()
     assert written == [1]
     policy.model.module = "wrapped"
-    strategy.begin(last=True)
+    strategy.begin_micro_batch(last=True)
     strategy.close()
     assert policy.model.module is policy.model.transformer
 

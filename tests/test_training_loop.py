@@ -106,7 +106,7 @@ def test_without_a_decay_no_average_moves():
 
 
 def test_fillers_train_nothing_and_are_no_samples():
-    made = of([2, 4, 100, 100], place=[0, 1, -1, -1], total=2)
+    made = of([2, 4, 100, 100], sample_index=[0, 1, -1, -1], total=2)
     watch, policy, _ = trained([made], settings(1), policy=line_policy(0))
     assert policy.trained["a"].item() == pytest.approx(-3)
     assert watch.told[0][1] == 2
@@ -114,7 +114,7 @@ def test_fillers_train_nothing_and_are_no_samples():
 
 
 def test_the_weights_of_items_are_kept():
-    made = of([2, 4, 6], weight=[3, 1, 0], place=[0, 1, 2])
+    made = of([2, 4, 6], weight=[3, 1, 0], sample_index=[0, 1, 2])
     _, policy, _ = trained([made], settings(1), policy=line_policy(0))
     assert policy.trained["a"].item() == pytest.approx(-10 / 4)
 
@@ -139,16 +139,16 @@ def test_each_step_on_a_batch_takes_an_equal_part_of_it():
 )
 def test_only_the_part_that_is_trained_first_is_checked(chunk, checked):
     given = settings(2, steps_per_batch=2)
-    policy = line_policy(1, chunk=chunk)
+    policy = line_policy(1, micro_batch=chunk)
     trained([of([2, 7, 3, 8])], given, policy=policy)
     assert noted("check") == checked
 
 
 def test_the_check_is_made_once_on_what_the_rollout_held_at_a_time():
-    policy = line_policy(1, chunk=2)
+    policy = line_policy(1, micro_batch=2)
     trained([of([1, 2, 3])] * 3, settings(3), policy=policy)
     assert noted("check") == [[0, 1]]
-    trained([of([1, 2, 3])], settings(1), policy=line_policy(1, chunk=8))
+    trained([of([1, 2, 3])], settings(1), policy=line_policy(1, micro_batch=8))
     assert noted("check") == [[0, 1, 2]], "a batch smaller than the chunk is checked whole"
 
 
@@ -159,14 +159,14 @@ def test_a_batch_without_weight_leaves_the_check_to_the_next_part_and_batch():
     assert noted("check") == [[4, 5]]
     assert watch.told[0][2] == {"mean_x": 1.5, "loss": 99, "skipped_steps": 1}
     # its first part trains nothing, so the second is still by the weights that collected it
-    trained([half], settings(2, steps_per_batch=2), policy=line_policy(1, chunk=2))
+    trained([half], settings(2, steps_per_batch=2), policy=line_policy(1, micro_batch=2))
     assert noted("check") == [[1, 3]]
 
 
 def test_a_part_whose_check_was_not_made_moves_the_weights_and_the_next_batch_is_checked():
     # parts of 1 and 3 items of a batch of 4; two rows at a time
-    made = of([1, 2, 3, 4], place=[0, 1, 3, 5])
-    policy = line_policy(1, chunk=2)
+    made = of([1, 2, 3, 4], sample_index=[0, 1, 3, 5])
+    policy = line_policy(1, micro_batch=2)
     trained([made, of([5, 6, 7, 8])], settings(4, steps_per_batch=2), policy=policy)
     assert len(noted("check")) == 1
     assert [len(xs) for xs, _ in noted("loss")][:3] == [1, 2, 1], "not the second part, after a step"
@@ -179,7 +179,7 @@ class Full(Pull):
     where: str
 
     def collect(self, batch, tools):
-        if self.where == "collect" and tools.policy.chunk > 2:
+        if self.where == "collect" and tools.policy.micro_batch > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().collect(batch, tools)
 
@@ -193,22 +193,22 @@ class Full(Pull):
 
 @pytest.mark.parametrize("where", ["collect", "loss"])
 def test_what_did_not_fit_is_done_again_in_halves_with_nothing_left_of_it(where):
-    policy = line_policy(0, chunk=4)
+    policy = line_policy(0, micro_batch=4)
     trained([of([1, 2, 3, 6])], settings(1), policy=policy, algorithm=Full(where=where))
     assert policy.trained["a"].item() == pytest.approx(-3)
-    assert policy.chunk == 2
+    assert policy.micro_batch == 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_strategy_that_cannot_repeat_stops_and_forgets_its_gradients(ranks):
     def work(world):
-        policy = line_policy(0, chunk=4)
+        policy = line_policy(0, micro_batch=4)
         strategy = descending(policy, world=world)
         strategy.repeatable = ranks == 2  # other ranks would wait for what was sent already
         made = of([1, 2, 3, 6])
         with pytest.raises(OutOfMemory) as found:
             trained([made], settings(1), policy=policy, algorithm=Full(where="loss"), strategy=strategy)
-        return found.value.chunk, policy.trained["a"].grad
+        return found.value.micro_batch, policy.trained["a"].grad
 
     assert on_ranks(ranks, work) == [(2, None)] * ranks
 

@@ -16,23 +16,23 @@ from posttrain.policy.out_of_memory import OutOfMemory
 FREE = Train(steps=4, max_grad_norm=1e9)
 
 
-def step(items, chunk=64, settings=FREE, check=None, a=1.0, algorithm=None, number=1):
+def step(items, micro_batch=64, settings=FREE, check=None, a=1.0, algorithm=None, number=1):
     """The metrics of a step of learning rate 1, and the weight after it."""
     NOTES.clear()
-    policy = line_policy(a, chunk=chunk)
+    policy = line_policy(a, micro_batch=micro_batch)
     metrics = update(algorithm or Pull(), policy, items, descending(policy), settings, number, check)
     return {name: float(value) for name, value in metrics.items()}, policy.trained["a"].item()
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 64])
-def test_a_step_goes_down_by_the_weighted_mean_however_items_are_split(chunk):
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 64])
+def test_a_step_goes_down_by_the_weighted_mean_however_items_are_split(micro_batch):
     # weighted mean of x: (1 * 2 + 3 * 4 + 4 * 0.5) / 8 = 2; the item of weight 0 is not looked at
-    metrics, a = step(items_of([2, 9, 4, 0.5], weight=[1, 0, 3, 4]), chunk)
+    metrics, a = step(items_of([2, 9, 4, 0.5], weight=[1, 0, 3, 4]), micro_batch)
     assert a == pytest.approx(1 - 2)
     assert metrics == pytest.approx({"loss": 2 - 1, "twice": 4, "grad_norm": 2})
     rows = [x for xs, _ in noted("loss") for x in xs]
     assert rows == [2, 4, 0.5]
-    assert [len(xs) for xs, _ in noted("loss")] == {1: [1, 1, 1], 2: [2, 1], 3: [3], 64: [3]}[chunk]
+    assert [len(xs) for xs, _ in noted("loss")] == {1: [1, 1, 1], 2: [2, 1], 3: [3], 64: [3]}[micro_batch]
 
 
 def test_the_gradient_is_clipped_to_the_norm_that_is_told_before_it():
@@ -76,7 +76,7 @@ def test_metrics_are_float32_and_cut_off_from_the_graph():
 
 
 @pytest.mark.parametrize(
-    ("rows", "chunk", "seen"),
+    ("rows", "micro_batch", "seen"),
     [
         (2, 4, [2]),  # as many as were collected at a time come first, and are checked
         (3, 3, [3]),
@@ -85,10 +85,10 @@ def test_metrics_are_float32_and_cut_off_from_the_graph():
         (5, 8, [5]),
     ],
 )
-def test_the_check_is_made_on_as_many_rows_as_were_collected(rows, chunk, seen):
+def test_the_check_is_made_on_as_many_rows_as_were_collected(rows, micro_batch, seen):
     check = OnPolicy(rows)
     assert not check.done
-    _, a = step(items_of([1, 2, 3, 4, 5]), chunk, check=check)
+    _, a = step(items_of([1, 2, 3, 4, 5]), micro_batch, check=check)
     assert a == pytest.approx(1 - 3)
     assert [len(losses) for losses in noted("check")] == seen
     assert check.done is bool(seen)
@@ -96,8 +96,10 @@ def test_the_check_is_made_on_as_many_rows_as_were_collected(rows, chunk, seen):
         assert noted("check") == [[x - 1.0 for x in range(1, rows + 1)]]
         assert NOTES.index(("check", *noted("check"))) == 1, "after the first micro-batch, before the second"
     sizes = [len(xs) for xs, _ in noted("loss")]
-    assert max(sizes) <= chunk
-    assert sizes == {(2, 4): [2, 3], (3, 3): [3, 2], (4, 3): [3, 2], (6, 8): [5], (5, 8): [5]}[rows, chunk]
+    assert max(sizes) <= micro_batch
+    assert (
+        sizes == {(2, 4): [2, 3], (3, 3): [3, 2], (4, 3): [3, 2], (6, 8): [5], (5, 8): [5]}[rows, micro_batch]
+    )
 
 
 def test_only_the_first_micro_batch_is_checked():
@@ -140,7 +142,7 @@ def test_weights_are_lowered_once_for_all_micro_batches():
             torch.autocast_increment_nesting()
             return super().loss(items, policy)
 
-    policy = line_policy(chunk=1, autocast=torch.bfloat16)
+    policy = line_policy(micro_batch=1, autocast=torch.bfloat16)
     update(Looking(), policy, items_of([1.0, 2.0]), descending(policy), FREE, 1)
     assert nested == [0, 0], "one block of autocast is open"
     assert torch.autocast_increment_nesting() == 1, "and is closed at the end"
@@ -151,17 +153,17 @@ class Begins:
     """Notes what a strategy is told of each micro-batch."""
 
     def __init__(self, strategy):
-        self.told, begin = [], strategy.begin
+        self.told, begin = [], strategy.begin_micro_batch
 
         def noting(*, last):
             self.told.append(last)
             begin(last=last)
 
-        strategy.begin = noting
+        strategy.begin_micro_batch = noting
 
 
 def test_the_strategy_is_told_of_the_last_micro_batch_alone():
-    policy = line_policy(chunk=1)
+    policy = line_policy(micro_batch=1)
     begins = Begins(strategy := descending(policy))
     update(Pull(), policy, items_of([1, 2, 3]), strategy, FREE, 1)
     assert begins.told == [False, False, True]
@@ -173,7 +175,7 @@ def test_ranks_share_one_normaliser_and_tell_the_same(recwarn):
     shares = [([2, 4], [1, 1]), ([8, 100], [2, 0])]
 
     def work(world):
-        policy = line_policy(chunk=1)
+        policy = line_policy(micro_batch=1)
         begins = Begins(strategy := descending(policy, world=world))
         metrics = update(Pull(), policy, items_of(*shares[world.rank]), strategy, FREE, 1)
         return {k: float(v) for k, v in metrics.items()}, policy.trained["a"].item(), begins.told

@@ -19,16 +19,16 @@ def test_ranks_add_up_collect_and_hear():
     def work(w):
         given = torch.tensor([1.0 + w.rank, 10.0 * w.rank])
         rows = torch.tensor([[0, w.rank], [1, w.rank]])
-        everyone = w.everyone(rows.T.contiguous().T)
+        everyone = w.gather(rows.T.contiguous().T)
         return (
             w.sum(given).tolist(),
             given.tolist(),
             everyone.tolist(),
-            w.own(everyone).tolist(),
-            w.objects(("rank", w.rank)),
-            w.said(f"from {w.rank}"),
-            (w.most(-w.rank), w.most(w.rank)),
-            w.main,
+            w.local(everyone).tolist(),
+            w.gather_objects(("rank", w.rank)),
+            w.broadcast(f"from {w.rank}"),
+            (w.max(-w.rank), w.max(w.rank)),
+            w.is_main,
         )
 
     rows = [[i, rank] for rank in range(3) for i in range(2)]
@@ -55,8 +55,8 @@ def test_a_sum_is_cut_off_from_the_graph_of_its_parts():
 
 
 def test_own_needs_no_other_process():
-    assert World(2, 3).own(torch.arange(6)).tolist() == [4, 5]
-    assert World(0, 3).own(torch.arange(6)).tolist() == [0, 1]
+    assert World(2, 3).local(torch.arange(6)).tolist() == [4, 5]
+    assert World(0, 3).local(torch.arange(6)).tolist() == [0, 1]
 
 
 def test_at_a_barrier_all_wait():
@@ -78,8 +78,8 @@ def test_the_main_process_goes_first():
     order, gate = [], threading.Event()
 
     def work(w):
-        with w.one_first():
-            if w.main:
+        with w.main_first():
+            if w.is_main:
                 gate.wait(0.2)
             order.append(w.rank)
         w.barrier()

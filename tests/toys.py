@@ -65,7 +65,7 @@ def toy_batch(model, n=6, step=0, seed=0):
 
 
 def toy_policy(seed=0):
-    return Policy(ToyModel(seed), chunk=4)
+    return Policy(ToyModel(seed), micro_batch=4)
 
 
 class Seeing(torch.optim.SGD):

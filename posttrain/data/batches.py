@@ -91,7 +91,7 @@ class ImageFeed(Feed):
             yield from self._cached(self.latents, key, start)
             return
         for images in self.source.batches(self.batch_size, key, start, self.world.rank, self.world.size):
-            here = self.world.objects(len(images.ids))
+            here = self.world.gather_objects(len(images.ids))
             if not (total := sum(here)):
                 continue  # not one image of the whole batch can be used
             filled = filled_up(images, max(here))
@@ -104,11 +104,13 @@ class ImageFeed(Feed):
     ) -> Iterator[tuple[int, Batch, Draws]]:
         world = self.world
         for images, entries in cache.batches(self.batch_size, key, start, world.rank, world.size):
-            here = world.objects(len(entries))
+            here = world.gather_objects(len(entries))
             if not (total := sum(here)):
                 continue
             if missing := max(here) - min(here):  # on some process; a filler's latents do not matter
-                filler = next(e for e in world.objects(entries[0] if entries else None) if e is not None)
+                filler = next(
+                    e for e in world.gather_objects(entries[0] if entries else None) if e is not None
+                )
                 missing = max(here) - len(entries)
                 entries += [filler] * missing
             ids, captions = [*images.ids, *range(-missing, 0)], [*images.captions, *[""] * missing]
@@ -116,7 +118,7 @@ class ImageFeed(Feed):
             conditions, rows = encode(self.model, captions)
             places = torch.tensor([*images.places, *[-1] * missing], device=rows.device)
             latents = cache.latents(entries, draws)
-            yield images.step, Batch(latents, rows, conditions, place=places, total=total), draws
+            yield images.step, Batch(latents, rows, conditions, sample_index=places, total=total), draws
 
     def skipped(self) -> list[str]:
         return [str(problem) for problem in self.source.skipped]
@@ -200,4 +202,4 @@ def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
     noise = draws.normal("posterior", model.latent_shape(height, width))
     conditions, rows = encode(model, images.captions)
     places = torch.tensor(images.places, device=rows.device)
-    return Batch(model.encode_images(images.pixels, noise), rows, conditions, place=places)
+    return Batch(model.encode_images(images.pixels, noise), rows, conditions, sample_index=places)

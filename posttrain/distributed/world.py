@@ -32,7 +32,7 @@ class World:
     size: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
 
@@ -44,11 +44,11 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def most(self, value: int) -> int:
+    def max(self, value: int) -> int:
         """The greatest of the processes' values."""
-        return max(self.objects(value))
+        return max(self.gather_objects(value))
 
-    def everyone(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Tensor:
         """All processes' ``rows`` (n, ...), in the order of ranks: (size n, ...). n is equal everywhere."""
         if self.size == 1:
             return rows
@@ -56,11 +56,11 @@ class World:
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
-    def own(self, rows: Tensor) -> Tensor:
-        """This process's part of what :meth:`everyone` returned. No other process is asked."""
+    def local(self, rows: Tensor) -> Tensor:
+        """This process's part of what :meth:`gather` returned. No other process is asked."""
         return rows.chunk(self.size)[self.rank] if self.size > 1 else rows
 
-    def objects(self, value: T) -> list[T]:
+    def gather_objects(self, value: T) -> list[T]:
         """Every process's ``value``, in the order of ranks."""
         if self.size == 1:
             return [value]
@@ -68,7 +68,7 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
-    def said(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process's ``value``."""
         if self.size == 1:
             return value
@@ -78,15 +78,15 @@ class World:
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
-        self.objects(None)
+        self.gather_objects(None)
 
     @contextlib.contextmanager
-    def one_first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """The main process goes through the block before the others: what it makes there, they find."""
-        if not self.main:
+        if not self.is_main:
             self.barrier()
         yield
-        if self.main:
+        if self.is_main:
             self.barrier()
 
 

@@ -36,7 +36,7 @@ def save(
 
     def kept(tensor: Tensor) -> Tensor | None:
         # one after the other comes whole onto the device, and goes where the state has room
-        return (tensor.detach().cpu() if world.size > 1 else tensor.detach()) if world.main else None
+        return (tensor.detach().cpu() if world.size > 1 else tensor.detach()) if world.is_main else None
 
     moving = [name for name in policy.roles if name not in policy.static]
     state = {
@@ -47,10 +47,10 @@ def save(
             name: {key: kept(value) for key, value in strategy.moments(name).items()}
             for name in policy.trained
         },
-        "forward_equivalents": sum(world.objects(policy.forward_equivalents)),
+        "forward_equivalents": sum(world.gather_objects(policy.forward_equivalents)),
         "extra": extra,
     }
-    if world.main:
+    if world.is_main:
         with published(target, _bytes(state)) as part:
             torch.save(state, part / STATE)
         for old in saved(folder)[:-keep]:
@@ -93,7 +93,7 @@ def restore(checkpoint: Path, policy: Policy, strategy: Strategy) -> tuple[int, 
     strategy.loaded()
     strategy.load_moments({name: moments for name, moments in state["optimizer"].items() if moments})
     # the sum over all processes is what is recorded
-    policy.forward_equivalents = state["forward_equivalents"] if strategy.world.main else 0
+    policy.forward_equivalents = state["forward_equivalents"] if strategy.world.is_main else 0
     return state["step"], state["extra"]
 
 

@@ -47,10 +47,10 @@ def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample) -> str | 
         if is_out_of_memory(error):
             raise too_little("with one row at a time", error) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if strategy.layout.in_parts:
+        if strategy.layout.sharded:
             words = f"compile: {reason}: weights in parts do not allow to go on after this; remove 'compile'"
             raise TrainingError(words) from error
-    if not (reasons := [found for found in strategy.world.objects(reason) if found is not None]):
+    if not (reasons := [found for found in strategy.world.gather_objects(reason) if found is not None]):
         # a size that comes later and cannot be compiled runs as it is, and dynamo says so
         config.suppress_errors = True
         return None

@@ -52,7 +52,7 @@ def found_by_trying(
     most, trials = max(per_step // world.size, 1), []
     while not trials or 2 * trials[-1].items <= most:
         items = 2 * trials[-1].items if trials else 1
-        if trials and world.most(not _has_room(strategy, policy, trials)):
+        if trials and world.max(not _has_room(strategy, policy, trials)):
             break
         try:
             seconds, held = trial.timed(policy, strategy, sample, items * rows)
@@ -65,7 +65,7 @@ def found_by_trying(
             if world.size > 1 or not strategy.repeatable:
                 raise OutOfMemory(error, items, trials[-1].items) from error
             break
-        seconds, held = (max(values) for values in zip(*world.objects((seconds, held)), strict=True))
+        seconds, held = (max(values) for values in zip(*world.gather_objects((seconds, held)), strict=True))
         made = Trial(items, items / seconds, held)
         if trials and made.items_per_second < GAIN * trials[-1].items_per_second:
             break
@@ -92,5 +92,5 @@ def _has_room(strategy: Strategy, policy: Policy, trials: list[Trial]) -> bool:
     last, before = trials[-1].bytes, trials[-2].bytes if len(trials) > 1 else 0
     expected = last + 2 * max(last - before, 0)
     if not strategy.optimizer.state:  # both moments are still to come
-        expected += sum(8 * strategy.layout.held(p).numel() for p in policy.trained.values())
+        expected += sum(8 * strategy.layout.local(p).numel() for p in policy.trained.values())
     return expected <= FILLED * free

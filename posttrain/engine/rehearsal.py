@@ -55,7 +55,7 @@ def rehearse(algorithm: Algorithm) -> Calls:
 
 def _rehearsed(algorithm: Algorithm, size: int) -> tuple[dict[str, Any], float]:
     model, count = StandIn(), algorithm.samples_per_prompt
-    policy = Policy(model, chunk=1)
+    policy = Policy(model, micro_batch=1)
     for role in algorithm.roles:
         policy.add_role(role)
     conditions = Conditions({"c": torch.zeros(2, 1)})

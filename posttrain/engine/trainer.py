@@ -65,7 +65,7 @@ def train(
     source, step, checked = iter(batches), start, start > 0
 
     def undone() -> bool:
-        strategy.forget()
+        strategy.zero_grad()
         # other processes would wait for what this one has sent already
         return strategy.world.size == 1 and strategy.repeatable
 
@@ -73,10 +73,10 @@ def train(
         if (drawn := next(source, None)) is None:
             raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
         batch, tools = drawn
-        with torch.no_grad(), policy.steady():
+        with torch.no_grad(), policy.casts_kept():
             items = fitted(functools.partial(algorithm.collect, batch, tools), policy, undone)
-        check = None if checked else OnPolicy(min(policy.chunk, len(batch)))
-        items = replace(items, weight=torch.where(items.place < 0, 0, items.weight))  # fillers
+        check = None if checked else OnPolicy(min(policy.micro_batch, len(batch)))
+        items = replace(items, weight=torch.where(items.sample_index < 0, 0, items.weight))  # fillers
         parts = list(items.parts(settings.steps_per_batch))
         for i in range(len(parts)):
             for group in strategy.optimizer.param_groups:
@@ -106,9 +106,9 @@ def update(
 ) -> dict[str, Tensor]:
     """One optimizer step on the weighted mean of all processes' items, however they are split.
 
-    Each micro-batch, of ``policy.chunk`` items, is back-propagated at once, so activation memory does not
-    grow with the number of items. Items of weight 0 are left out. ``check``: the weights are still those that
-    collected the items, which the algorithm is let check on as many rows as were collected at a time, if
+    Each micro-batch, of ``policy.micro_batch`` items, is back-propagated at once, so activation memory does
+    not grow with the number of items. Items of weight 0 are left out. ``check``: the weights are still those
+    that collected the items, which the algorithm is let check on as many rows as were collected at a time, if
     there are as many: others are computed with other rounding. Returns weighted means
     of the losses and metrics, and the gradient's norm before clipping; only ``skipped_steps`` where there
     is no item to train on, and no step then. Raises TrainingError, with the weights as they were, where the
@@ -118,12 +118,12 @@ def update(
     total = world.sum(items.weight.sum())
     if not total:
         return {"skipped_steps": items.weight.new_ones(())}
-    first = check.rows if check is not None and check.rows <= policy.chunk else policy.chunk
-    micros = list(_in_step(items, policy.chunk, first, world))
+    first = check.rows if check is not None and check.rows <= policy.micro_batch else policy.micro_batch
+    micros = list(_in_step(items, policy.micro_batch, first, world))
     sums: dict[str, Tensor] = {}
-    with policy.steady():
+    with policy.casts_kept():
         for i, micro in enumerate(micros):
-            strategy.begin(last=i == len(micros) - 1)
+            strategy.begin_micro_batch(last=i == len(micros) - 1)
             losses = algorithm.loss(micro, policy)
             if i == 0 and check is not None and check.rows == len(micro):
                 algorithm.check_on_policy(losses)
@@ -151,7 +151,7 @@ def _in_step(items: Items, size: int, first: int, world: World) -> Iterator[Item
     counting = items.take(items.weight > 0)
     own = [counting.take(slice(0, first))] if len(counting) else []
     own += counting.take(slice(first, None)).split(size)
-    for _ in range(world.most(len(own)) - len(own)):
+    for _ in range(world.max(len(own)) - len(own)):
         blank = items.take(slice(0, 1))
         own.append(replace(blank, weight=torch.zeros_like(blank.weight)))
     return iter(own)

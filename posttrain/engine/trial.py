@@ -34,10 +34,10 @@ def try_out(policy: Policy, strategy: Strategy, sample: Sample, rows: int) -> No
     empty = conditions.rows(torch.zeros(rows, dtype=torch.int64, device=device))
     sigma = torch.full((rows,), 0.5, device=device)
     try:
-        strategy.begin(last=False)
+        strategy.begin_micro_batch(last=False)
         strategy.backward(policy.velocity(latents.repeat(rows, 1, 1, 1), sigma, empty).sum() * 0.0)
     finally:
-        strategy.forget()
+        strategy.zero_grad()
         policy.forward_equivalents = spent
 
 

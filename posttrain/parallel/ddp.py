@@ -53,7 +53,7 @@ class Replicated(Direct):
             )
         policy.model.module = self.wrapped
 
-    def begin(self, *, last: bool) -> None:
+    def begin_micro_batch(self, *, last: bool) -> None:
         self.wrapped.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:

@@ -164,7 +164,7 @@ class DeepSpeed(Parallel):
 class Partitioned(Layout):
     """ZeRO-3: each weight is flat, padded, and cut into equal parts."""
 
-    in_parts: ClassVar = True
+    sharded: ClassVar = True
 
     def __init__(self, engine: Any, world: World) -> None:
         self.engine, self.world = engine, world
@@ -173,19 +173,19 @@ class Partitioned(Layout):
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape  # type: ignore[attr-defined]
 
-    def held(self, parameter: nn.Parameter) -> Tensor:
+    def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.data  # type: ignore[attr-defined]
 
-    def whole(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
-        flat = self.world.everyone(held.to(self.engine.device))
+    def gathered(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
+        flat = self.world.gather(held.to(self.engine.device))
         return flat[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
 
-    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    def shard(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         held = self.held(parameter)
         flat = whole.flatten()[held.numel() * self.world.rank :][: held.numel()]
         return nn.functional.pad(flat.to(held), (0, held.numel() - len(flat)))
 
-    def written(self) -> None:
+    def mark_written(self) -> None:
         self.engine.optimizer.parameter_offload.partition_all_parameters()
 
 
@@ -228,14 +228,14 @@ class Zero(Strategy):
         self.layout = Partitioned(self.engine, world) if self.stage == 3 else Layout()
         policy.model.module = self.engine
 
-    def begin(self, *, last: bool) -> None:
+    def begin_micro_batch(self, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed takes the mean over the processes, and the loss is a part of a sum
         self.engine.backward(loss * self.world.size)
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         return  # they are in buffers of DeepSpeed's, where zeros add nothing
 
     def step(self, max_norm: float) -> float:
@@ -271,7 +271,7 @@ class Zero(Strategy):
         for name, parameter in self.policy.trained.items():
             for key in keys:
                 if self.stage == 3:
-                    part = self.layout.part(parameter, moments[name][key])
+                    part = self.layout.shard(parameter, moments[name][key])
                     safe_set_local_optimizer_state(parameter, part, key)
                 else:
                     value = moments[name][key].to(parameter.device)
@@ -283,7 +283,7 @@ class Zero(Strategy):
         super().loaded()
         for parameter in self.policy.trained.values():
             if self.stage == 3:
-                safe_set_local_fp32_param(parameter, self.layout.held(parameter))
+                safe_set_local_fp32_param(parameter, self.layout.local(parameter))
             else:
                 safe_set_full_fp32_param(parameter, parameter.data)
 

@@ -48,15 +48,15 @@ class FSDP2(Parallel):
 class Sharded(Layout):
     """Each weight is a DTensor, cut along its first axis."""
 
-    in_parts: ClassVar = True
+    sharded: ClassVar = True
 
     def __init__(self, module: nn.Module, offloaded: bool) -> None:
         self.module, self.offloaded = module, offloaded
 
-    def held(self, parameter: nn.Parameter) -> Tensor:
+    def local(self, parameter: nn.Parameter) -> Tensor:
         return _distributed(parameter).to_local().data
 
-    def whole(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
+    def gathered(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
         like = _distributed(parameter)
@@ -64,7 +64,7 @@ class Sharded(Layout):
             held, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         ).full_tensor()
 
-    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    def shard(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         return self.place(parameter, whole).to_local().clone()
 
     def place(self, parameter: nn.Parameter, whole: Tensor) -> DTensor:
@@ -77,7 +77,7 @@ class Sharded(Layout):
             whole.to(like.to_local().device), like.device_mesh, like.placements, src_data_rank=None
         )
 
-    def written(self) -> None:
+    def mark_written(self) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         for module in self.module.modules():

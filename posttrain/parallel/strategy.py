@@ -62,7 +62,7 @@ class Strategy(ABC):
 
     repeatable: ClassVar[bool] = False
     """Whether a step can be begun anew after a forward or backward that failed in the middle: nothing but
-    gradients, which :meth:`forget` removes, is then left of it."""
+    gradients, which :meth:`zero_grad` removes, is then left of it."""
     layout: Layout
     optimizer: torch.optim.Optimizer
     """Its ``param_groups`` hold the learning rate."""
@@ -70,7 +70,7 @@ class Strategy(ABC):
     def __init__(self, policy: Policy, world: World) -> None:
         self.policy, self.world = policy, world
 
-    def begin(self, *, last: bool) -> None:
+    def begin_micro_batch(self, *, last: bool) -> None:
         """To be called before a micro-batch's forward; ``last``: a step follows its backward."""
         del last
 
@@ -79,7 +79,7 @@ class Strategy(ABC):
         loss.backward()
 
     @abstractmethod
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients added since the last step: if the strategy is not ``repeatable``, at least
         those of 0."""
 
@@ -98,7 +98,7 @@ class Strategy(ABC):
 
     def loaded(self) -> None:
         """To be called after the trained weights were written to, for a resumed run."""
-        self.layout.written()
+        self.layout.mark_written()
 
     def close(self) -> None:
         """Let go of what was made for this stage."""
@@ -114,7 +114,7 @@ class Direct(Strategy):
         super().__init__(policy, world)
         self.layout, self.optimizer = layout, optimizer
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, max_norm: float) -> float:
@@ -123,7 +123,7 @@ class Direct(Strategy):
         value = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # type: ignore[operator]
         if math.isfinite(value):
             self.optimizer.step()
-        self.forget()
+        self.zero_grad()
         return value
 
     def moments(self, name: str) -> dict[str, Tensor]:

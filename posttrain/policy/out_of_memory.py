@@ -25,9 +25,9 @@ _WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_
 class OutOfMemory(TrainingError):
     """Memory did not suffice, and the work cannot be tried again where it stopped."""
 
-    def __init__(self, error: BaseException, before: int, chunk: int) -> None:
+    def __init__(self, error: BaseException, before: int, micro_batch: int) -> None:
         super().__init__(f"out of memory with {before} rows at a time ({_in_short(error)})")
-        self.chunk = chunk
+        self.micro_batch = micro_batch
         """How many rows at a time to go on with."""
 
 
@@ -70,7 +70,7 @@ def fitted(work: Callable[[], T], policy: Policy, undone: Callable[[], bool]) ->
     OutOfMemory where it cannot, and TrainingError where one row alone does not fit.
     """
     while True:
-        policy.most_rows = 0
+        policy.largest_forward = 0
         try:
             return work()
         except TrainingError:
@@ -78,18 +78,18 @@ def fitted(work: Callable[[], T], policy: Policy, undone: Callable[[], bool]) ->
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            # a chunk is often larger than what there was to put into it
-            before = min(policy.chunk, policy.most_rows or policy.chunk)
-            if not (chunk := before // 2):
+            # a micro_batch is often larger than what there was to put into it
+            before = min(policy.micro_batch, policy.largest_forward or policy.micro_batch)
+            if not (micro_batch := before // 2):
                 raise too_little("with one row at a time", error) from error
             if not undone():
-                raise OutOfMemory(error, before, chunk) from error
-            log.warning("out of memory with %d rows at a time; going on with %d", before, chunk)
+                raise OutOfMemory(error, before, micro_batch) from error
+            log.warning("out of memory with %d rows at a time; going on with %d", before, micro_batch)
         # only here has the error gone, which holds what did not fit
         gc.collect()
         torch.clear_autocast_cache()
         free_memory(policy.model.device)
-        policy.chunk = chunk
+        policy.micro_batch = micro_batch
 
 
 def _in_short(error: BaseException) -> str:

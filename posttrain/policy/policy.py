@@ -21,10 +21,12 @@ from posttrain.policy.layout import Layout
 class Policy:
     """A model, its trained parameters, and named frozen copies of them."""
 
-    def __init__(self, model: FlowModel, *, autocast: torch.dtype | None = None, chunk: int = 64) -> None:
+    def __init__(
+        self, model: FlowModel, *, autocast: torch.dtype | None = None, micro_batch: int = 64
+    ) -> None:
         self.model = model
         self.autocast = autocast
-        self.chunk = chunk
+        self.micro_batch = micro_batch
         """Most rows in one forward without gradients."""
         self.layout = Layout()
         """How the weights lie over the processes of a run."""
@@ -34,7 +36,7 @@ class Policy:
         """Roles that never move."""
         self.forward_equivalents = 0
         """Transformer forwards of this process so far, of one sample each; one with its backward counts 3."""
-        self.most_rows = 0
+        self.largest_forward = 0
         """Rows in the largest forward since somebody set this to 0."""
         self._lowered_with_gradients = False
         self.find_parameters()
@@ -47,7 +49,7 @@ class Policy:
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """(n, c, h, w) float32 velocity of the role in use, at float32 ``latents`` and ``sigma`` (n,)."""
         self.forward_equivalents += len(latents) * (3 if torch.is_grad_enabled() else 1)
-        self.most_rows = max(self.most_rows, len(latents))
+        self.largest_forward = max(self.largest_forward, len(latents))
         if self._lowered_with_gradients is not torch.is_grad_enabled():
             # or weights that were lowered without gradients would cut a later forward off from its own
             torch.clear_autocast_cache()
@@ -57,13 +59,13 @@ class Policy:
             return self.model.velocity(latents, sigma, condition)
 
     @contextlib.contextmanager
-    def steady(self) -> Iterator[None]:
+    def casts_kept(self) -> Iterator[None]:
         """Within the block weights do not change, but by :meth:`using`: what autocast makes of them in low
         precision is kept from forward to forward, instead of being made anew, and takes their memory.
 
         Of weights in parts nothing is kept: all blocks would be whole at once.
         """
-        if self.autocast is None or self.layout.in_parts:
+        if self.autocast is None or self.layout.sharded:
             yield
             return
         torch.autocast_increment_nesting()  # autocast forgets what it kept at the end of its outermost block
@@ -82,7 +84,7 @@ class Policy:
         branches go through the transformer together, so that what is recomputed with gradients, in
         micro-batches of the same size, is what was computed without.
         """
-        size = len(latents) if torch.is_grad_enabled() else self.chunk
+        size = len(latents) if torch.is_grad_enabled() else self.micro_batch
         parts = []
         for i in range(0, len(latents), size):
             x, s, rows = (a[i : i + size] for a in (latents, sigma, prompt))
@@ -102,9 +104,9 @@ class Policy:
         parameters too. A role that never ``moves`` is not part of a checkpoint: the stage makes it again.
         """
         if weights is None:
-            self.roles[name] = {n: self.layout.held(p).clone() for n, p in self.trained.items()}
+            self.roles[name] = {n: self.layout.local(p).clone() for n, p in self.trained.items()}
         else:
-            self.roles[name] = {n: self.layout.part(self.parameters[n], w) for n, w in weights.items()}
+            self.roles[name] = {n: self.layout.shard(self.parameters[n], w) for n, w in weights.items()}
         if not moves:
             self.static.add(name)
 
@@ -121,24 +123,24 @@ class Policy:
     def move_role(self, name: str, decay: float) -> None:
         """role <- decay role + (1 - decay) trained."""
         kept, now = self.roles[name], self.trained
-        torch._foreach_lerp_([kept[n] for n in now], [self.layout.held(p) for p in now.values()], 1 - decay)
+        torch._foreach_lerp_([kept[n] for n in now], [self.layout.local(p) for p in now.values()], 1 - decay)
 
     def whole(self, name: str | None) -> Iterator[tuple[str, Tensor]]:
         """Each weight of a role, or of the trained ones, whole; every process asks at once."""
         role = self.roles[name] if name is not None else None
         for key in self.trained if role is None else role:
             parameter = self.parameters[key]
-            held = self.layout.held(parameter) if role is None else role[key]
-            yield key, self.layout.whole(parameter, held)
+            held = self.layout.local(parameter) if role is None else role[key]
+            yield key, self.layout.gathered(parameter, held)
 
     @torch.no_grad()
     def load(self, name: str | None, weights: Mapping[str, Tensor]) -> None:
         """Set a role, or the trained weights, from whole tensors."""
-        self.layout.settle()
+        self.layout.synchronize()
         for key, tensor in weights.items():
             parameter = self.parameters[key]
-            held = self.layout.held(parameter) if name is None else self.roles[name][key]
-            held.copy_(self.layout.part(parameter, tensor))
+            held = self.layout.local(parameter) if name is None else self.roles[name][key]
+            held.copy_(self.layout.shard(parameter, tensor))
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -147,7 +149,7 @@ class Policy:
             if name is None:
                 yield
                 return
-            if not (held := [self.layout.held(self.parameters[key]) for key in self.roles[name]]):
+            if not (held := [self.layout.local(self.parameters[key]) for key in self.roles[name]]):
                 yield
                 return
             # taken before anything is moved, and kept for the way back: it must not fail in the middle
@@ -160,12 +162,12 @@ class Policy:
                 self._swap(name, room)
 
     def _swap(self, name: str, room: Tensor) -> None:
-        self.layout.settle()
+        self.layout.synchronize()
         # the values change places, not the tensors: sharded and compiled forwards know these by address
         for key, kept in self.roles[name].items():
-            held = self.layout.held(self.parameters[key])
+            held = self.layout.local(self.parameters[key])
             now = room[: held.nbytes].view(held.dtype).view(held.shape).copy_(held)
             held.copy_(kept)
             kept.copy_(now)
-        self.layout.written()
+        self.layout.mark_written()
         torch.clear_autocast_cache()

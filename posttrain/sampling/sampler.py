@@ -52,7 +52,7 @@ def sample_latents(
         at = torch.full((len(latents),), sigma, device=latents.device)
         return policy.guided_velocity(latents, at, prompt, conditions, guidance)
 
-    with torch.no_grad(), policy.steady():
+    with torch.no_grad(), policy.casts_kept():
         return solve(velocity, noise, sigmas, solver)
 
 
@@ -81,7 +81,7 @@ def sample_images(
     def drawn() -> Tensor:
         return model.decode(sample_latents(policy, conditions, rows, noise, sigmas, guidance, solver))
 
-    return fitted(drawn, policy, lambda: not policy.layout.in_parts)
+    return fitted(drawn, policy, lambda: not policy.layout.sharded)
 
 
 class FlowSampler(Sampler):

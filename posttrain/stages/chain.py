@@ -64,10 +64,10 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
     device = resolve(recipe.device)
     with joined(device, group=recipe.parallel.needs_group) as world:
         check_processes(recipe, world.size)
-        if not world.main:
+        if not world.is_main:
             console = Console(file=io.StringIO())
-        with _exclusive(folder) if world.main else contextlib.nullcontext():
-            if world.main:
+        with _exclusive(folder) if world.is_main else contextlib.nullcontext():
+            if world.is_main:
                 _claim(folder, recipe, device)
             world.barrier()
             if not (folder / "recipe.yaml").is_file():
@@ -75,10 +75,10 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
                     f"process {world.rank} does not see what process 0 wrote to {str(folder)!r}: the run "
                     "folder must be one that all processes share"
                 )
-            with world.one_first():
+            with world.main_first():
                 spec = recipe.model.materialise(folder / "model")
             _stages(recipe, spec, folder, device, console, world)
-            if not world.main:
+            if not world.is_main:
                 return folder
             report = write_report(folder)
     console.print(table(folder, console.width))
@@ -93,7 +93,7 @@ def _stages(
     if recipe.evaluation is not None:
         _evaluate(recipe, spec, None, folder, device, console, world)
     for stage in recipe.stages:
-        if world.said((folder / stage.name / "stage.json").is_file()):
+        if world.broadcast((folder / stage.name / "stage.json").is_file()):
             console.print(f"[dim]{stage.name}: finished before, skipped[/dim]", highlight=False)
         else:
             _train(recipe, spec, stage, folder, device, console, world)
@@ -164,7 +164,7 @@ def _evaluate(
     assert recipe.evaluation is not None, "called for recipes with an evaluation"
     name = stage.name if stage else BASE
     target = folder / name / "evaluation"
-    if world.said((target / "eval.json").is_file()):
+    if world.broadcast((target / "eval.json").is_file()):
         return
     set_tf32(False)
     weights = BASE if stage is None else "raw" if stage.train.ema is None else "ema"

@@ -65,9 +65,9 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     stage.tune.apply(model.transformer, recipe.seed)
     checkpoint_blocks(model.transformer, settings.gradient_checkpointing)
-    number = world.said(settled(recipe, stage, folder, world.size))
+    number = world.broadcast(settled(recipe, stage, folder, world.size))
     chunk = 1 if number is None else number
-    policy = Policy(model, autocast=AUTOCAST[settings.precision], chunk=chunk)
+    policy = Policy(model, autocast=AUTOCAST[settings.precision], micro_batch=chunk)
     named = policy.named(reference) if reference is not None else None
     strategy = recipe.parallel.prepare(policy, settings, world)
     policy.layout = strategy.layout
@@ -84,15 +84,15 @@ def run_stage(
         start, extra = checkpoint.restore(found[-1], policy, strategy)
         account = Account(**extra)
         console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
-    with world.one_first():
+    with world.main_first():
         feed = _feed(stage, model, run / "data", world)
     for note in feed.notes:
         console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
     fill_for_stage(recipe, stage, model, feed, console, world)
-    failures = folder / ("failed_reward" if world.main else f"failed_reward-{world.rank}")
+    failures = folder / ("failed_reward" if world.is_main else f"failed_reward-{world.rank}")
     with (
         Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard")
-        if world.main
+        if world.is_main
         else contextlib.nullcontext() as tracker,
         stage_progress(stage.name, settings.steps, start, console) as bar,
         Judge(model, stage.rewards, failures) as judge,
@@ -106,17 +106,17 @@ def run_stage(
             train(stage.algorithm, policy, strategy, watch.batches(), settings, watch, start)
             watch.finish()
         except OutOfMemory as error:
-            remember(recipe, folder, world.size, error.chunk)
+            remember(recipe, folder, world.size, error.micro_batch)
             words = f"{stage.name}: {error}. The same command goes on from the last checkpoint with"
-            raise TrainingError(f"{words} {error.chunk}") from error
+            raise TrainingError(f"{words} {error.micro_batch}") from error
     summary = watch.summary()  # which refuses a stage that trained nothing, before it is published
     weights = {
         name: _own(tensor.cpu() if world.size > 1 else tensor)
         for name, tensor in policy.whole(EMA if settings.ema is not None else None)
-        if world.main
+        if world.is_main
     }
     strategy.close()
-    if world.main:
+    if world.is_main:
         dtype = torch_dtype(stage.export_dtype) if stage.tune.type == "full" else torch.float32
         needs = dtype.itemsize * sum(tensor.numel() for tensor in weights.values())
         with published(folder / "final", needs) as part:
@@ -151,11 +151,11 @@ def _try_out(
         words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
         console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
     if search:
-        policy.chunk, trials = found_by_trying(stage.algorithm, stage.train, policy, strategy, sample)
+        policy.micro_batch, trials = found_by_trying(stage.algorithm, stage.train, policy, strategy, sample)
         line = f"[dim]{stage.name}: {described(trials, policy.model.device)}[/dim]"
         console.print(line, highlight=False, soft_wrap=True)
-        if world.main:
-            remember(recipe, folder, world.size, policy.chunk, trials)
+        if world.is_main:
+            remember(recipe, folder, world.size, policy.micro_batch, trials)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class StageWatch:
         self.world = strategy.world
         self.folder, self.tracker, self.bar, self.console = folder, tracker, bar, console
         self.feed, self.judge, self.account = feed, judge, account
-        self.chunk = policy.chunk
+        self.micro_batch = policy.micro_batch
         self.since = time.monotonic()
         self.before, self.here = account.samples, 0.0
         self.shown, self.sampler = samples_shown(recipe, feed)
@@ -134,9 +134,9 @@ class StageWatch:
         if self.stage.monitor is not None and "reward" in metrics and first:
             self.account.pending.append(metrics["reward"].item())
             self.account.spreads.append(metrics["reward_group_std"].item())
-        if self.policy.chunk < self.chunk:
-            self.chunk = self.policy.chunk
-            remember(self.recipe, self.folder, self.world.size, self.chunk)
+        if self.policy.micro_batch < self.micro_batch:
+            self.micro_batch = self.policy.micro_batch
+            remember(self.recipe, self.folder, self.world.size, self.micro_batch)
         if step % self.stage.train.log_every and step not in (1, self.stage.train.steps):
             return
         values = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
@@ -167,7 +167,7 @@ class StageWatch:
         """Write a checkpoint of the state after ``step`` steps, unless there is one."""
         folder, keep = self.folder / "checkpoints", self.stage.train.keep_checkpoints
         there = any(p.name == f"step-{step:08d}" for p in checkpoint.saved(folder))
-        if not self.world.said(there):
+        if not self.world.broadcast(there):
             extra = asdict(self.account)
             checkpoint.save(folder, step, self.policy, self.strategy, extra, keep, self.account.good)
 
@@ -184,12 +184,14 @@ class StageWatch:
             "seconds": self.account.seconds,
             "forward_equivalents": self._spent(),
             "images_per_second": self.account.samples / self.account.seconds,
-            "peak_memory_bytes": self.world.most(peak_memory(self.policy.model.device)),
+            "peak_memory_bytes": self.world.max(peak_memory(self.policy.model.device)),
             "trainable_parameters": sum(
                 self.strategy.layout.shape(p).numel() for p in self.policy.trained.values()
             ),
             "parallel": {**self.recipe.parallel.model_dump(mode="json"), "processes": self.world.size},
-            "skipped": list(dict.fromkeys(chain.from_iterable(self.world.objects(self.feed.skipped())))),
+            "skipped": list(
+                dict.fromkeys(chain.from_iterable(self.world.gather_objects(self.feed.skipped())))
+            ),
             "alarms": self.account.alarms,
         }
 
@@ -222,7 +224,7 @@ class StageWatch:
         with self.policy.using(EMA if EMA in self.policy.roles else None):
             batches = scored(FlowSampler(self.policy), evaluation, mine, self._scorers)
             records = [record for found, _ in batches for record in found]
-        records = list(chain.from_iterable(self.world.objects(records)))[: len(samples)]
+        records = list(chain.from_iterable(self.world.gather_objects(records)))[: len(samples)]
         reading = {
             r.label: [record["scores"][r.label] * (1 if r.higher_is_better else -1) for record in records]
             for r in evaluation.rewards
@@ -260,7 +262,7 @@ class StageWatch:
         if action == "warn" or good is None:
             return
         folder, alarms = self.folder / "checkpoints", self.account.alarms
-        with self.world.one_first():
+        with self.world.main_first():
             for later in checkpoint.saved(folder):
                 if int(later.name.removeprefix("step-")) > good:
                     shutil.rmtree(later)
@@ -276,7 +278,7 @@ class StageWatch:
 
     def _spent(self) -> int:
         """Forward-equivalents of all processes."""
-        return sum(self.world.objects(self.policy.forward_equivalents))
+        return sum(self.world.gather_objects(self.policy.forward_equivalents))
 
     def _pause(self) -> None:
         passed = time.monotonic() - self.since
