@@ -5,10 +5,9 @@ import logging
 
 import pytest
 import torch
-from lines import descending, line_policy
+from lines import line_policy
 
-from posttrain import memory, micro_batch, trial
-from posttrain.condition import Conditions
+from posttrain import memory
 from posttrain.errors import PosttrainError, RewardError, TrainingError
 from posttrain.memory import OutOfMemory, fitted, is_out_of_memory, not_repeated, too_little
 
@@ -164,25 +163,3 @@ def test_what_is_kept_for_later_is_given_back_before_the_next_try(given_back):
     work = Work(policy := line_policy(chunk=4), room=2)
     fitted(work, policy, work.undo)
     assert given_back == ["collect", "autocast", torch.device("cpu")]
-
-
-def test_a_trial_leaves_no_gradient_no_bill_and_no_change():
-    policy = line_policy(2)
-    policy.forward_equivalents = 5
-    told = []
-    strategy = descending(policy)
-    strategy.begin = lambda *, last: told.append(last)
-    sample = (torch.ones(1, 2, 2), Conditions({"c": torch.tensor([3.0, 9.0])}))
-    trial.try_out(policy, strategy, sample, 4)
-    assert policy.model.seen == [(4, True, None)]
-    assert (policy.forward_equivalents, policy.trained["a"].grad, told) == (5, None, [False])
-    assert policy.most_rows == 4
-    strategy.backward = lambda loss: told.append(loss.item()) or (_ for _ in ()).throw(LACK)
-    with pytest.raises(torch.OutOfMemoryError):
-        trial.try_out(policy, strategy, sample, 2)
-    assert policy.forward_equivalents == 5
-    assert told == [False, False, 0]
-
-
-def test_numbers_of_the_search_are_those_that_are_documented():
-    assert (micro_batch.GAIN, micro_batch.FILLED, micro_batch.FILE) == (1.05, 0.9, "micro_batch.json")
