@@ -5,10 +5,8 @@ import logging
 
 import pytest
 import torch
-from lines import descending, line_policy
+from lines import line_policy
 
-from posttrain.condition import Conditions
-from posttrain.engine import micro_batch, trial
 from posttrain.errors import PosttrainError, RewardError, TrainingError
 from posttrain.policy import out_of_memory as memory
 from posttrain.policy.out_of_memory import OutOfMemory, fitted, is_out_of_memory, not_repeated, too_little
@@ -99,7 +97,7 @@ class Work:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "rows", "room", "tried"),
+    ("micro_batch", "rows", "room", "tried"),
     [
         (8, 64, 8, [8]),
         (8, 64, 4, [8, 4]),
@@ -108,16 +106,16 @@ class Work:
         (64, 12, 3, [64, 6, 3]),  # half of what was tried, not of what might have been
     ],
 )
-def test_rows_are_halved_until_they_fit(chunk, rows, room, tried, caplog):
-    policy = line_policy(micro_batch=chunk)
+def test_rows_are_halved_until_they_fit(micro_batch, rows, room, tried, caplog):
+    policy = line_policy(micro_batch=micro_batch)
     policy.largest_forward = 99
     work = Work(policy, room, rows)
     with caplog.at_level(logging.WARNING):
         assert fitted(work, policy, work.undo) == "done"
-    assert [chunk for chunk, _ in work.tried] == tried
+    assert [micro_batch for micro_batch, _ in work.tried] == tried
     assert policy.micro_batch == tried[-1]
     assert work.undone == len(tried) - 1
-    said = [min(chunk, rows) for chunk in tried]
+    said = [min(micro_batch, rows) for micro_batch in tried]
     assert [record.args for record in caplog.records] == list(itertools.pairwise(said))
 
 
@@ -165,25 +163,3 @@ def test_what_is_kept_for_later_is_given_back_before_the_next_try(given_back):
     work = Work(policy := line_policy(micro_batch=4), room=2)
     fitted(work, policy, work.undo)
     assert given_back == ["collect", "autocast", torch.device("cpu")]
-
-
-def test_a_trial_leaves_no_gradient_no_bill_and_no_change():
-    policy = line_policy(2)
-    policy.forward_equivalents = 5
-    told = []
-    strategy = descending(policy)
-    strategy.begin_micro_batch = lambda *, last: told.append(last)
-    sample = (torch.ones(1, 2, 2), Conditions({"c": torch.tensor([3.0, 9.0])}))
-    trial.try_out(policy, strategy, sample, 4)
-    assert policy.model.seen == [(4, True, None)]
-    assert (policy.forward_equivalents, policy.trained["a"].grad, told) == (5, None, [False])
-    assert policy.largest_forward == 4
-    strategy.backward = lambda loss: told.append(loss.item()) or (_ for _ in ()).throw(LACK)
-    with pytest.raises(torch.OutOfMemoryError):
-        trial.try_out(policy, strategy, sample, 2)
-    assert policy.forward_equivalents == 5
-    assert told == [False, False, 0]
-
-
-def test_numbers_of_the_search_are_those_that_are_documented():
-    assert (micro_batch.GAIN, micro_batch.FILLED, micro_batch.FILE) == (1.05, 0.9, "micro_batch.json")

@@ -34,6 +34,8 @@ def test_a_batch_knows_its_places_and_its_total_by_default():
     assert (len(batch), batch.total, batch.sample_index.tolist()) == (3, 3, [0, 1, 2])
     assert batch.sample_index.dtype == torch.int64
     assert (batch.metadata, batch.group) == ((), None)
+    elsewhere = Batch(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64, device="meta"), TABLE)
+    assert elsewhere.sample_index.device.type == "meta"
     given = Batch(torch.zeros(2, 1), torch.tensor([1, 2]), TABLE, sample_index=torch.tensor([4, -1]), total=9)
     assert (given.total, given.sample_index.tolist()) == (9, [4, -1])
     # without samples, but of a batch whose others are elsewhere
@@ -87,6 +89,7 @@ def test_items_are_taken_split_and_joined_in_order():
     assert whole.conditions is items.conditions
     assert whole.metrics == {}
     assert list(items.take(slice(0)).split(2)) == []
+    assert Items.cat([some]).x.tolist() == [5, 1]
 
 
 def test_parts_go_by_place_and_one_part_is_the_whole():

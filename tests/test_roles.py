@@ -191,7 +191,7 @@ def test_velocities_under_guidance_in_closed_form(gradients):
 
 
 def test_autocast_is_around_the_forward_alone_and_only_where_asked_for():
-    for autocast in (None, torch.bfloat16):
+    for autocast in (None, torch.bfloat16, torch.float16):
         policy = line_policy(autocast=autocast)
         forward(policy, 1)
         assert policy.model.seen == [(1, True, autocast)]

@@ -69,6 +69,8 @@ def test_moments_go_by_name_and_are_tensors_of_their_own():
     found = strategy.moments("b")
     assert {name: value.item() for name, value in found.items()} == {"step": 4, "exp_avg": 2, "exp_avg_sq": 3}
     assert all(found[name].data_ptr() != given["b"][name].data_ptr() for name in found)
+    state = strategy.optimizer.state[policy.parameters["b"]]
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
     assert strategy.optimizer.param_groups[0]["lr"] == 0.5
     # Adam's fifth step from these: m = 0.9 * 2 + 0.1 * 1, v = 0.999 * 3 + 0.001 * 1
     policy.parameters["b"].grad = torch.ones(1)
@@ -88,6 +90,18 @@ def test_an_optimizer_that_counts_in_plain_numbers_gets_them_back():
         "step": (torch.Tensor, 4),
         "m": (torch.Tensor, 2),
     }
+
+
+def test_moments_of_a_weights_shape_are_placed_as_it_lies():
+    class Placed(Alone):
+        def placed(self, parameter, whole):
+            assert parameter is self.policy.trained["a"]
+            return -whole
+
+    policy = line_policy()
+    strategy = Placed(policy, ALONE, Layout(), torch.optim.AdamW(policy.trained.values()))
+    strategy.load_moments({"a": {"step": torch.tensor(4.0), "exp_avg": torch.tensor([2.0])}})
+    assert {n: t.tolist() for n, t in strategy.moments("a").items()} == {"step": 4, "exp_avg": [-2]}
 
 
 class Parted(torch.Tensor):

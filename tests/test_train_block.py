@@ -41,6 +41,7 @@ def test_the_defaults_are_those_that_are_documented():
 ALLOWED = {
     "steps": [1],
     "batch_size": [1],
+    "steps_per_batch": [1],
     "micro_batch": [1, 7, "auto"],
     "optimizer": ["adamw8bit"],
     "learning_rate": [1e-30],

@@ -57,6 +57,7 @@ def test_a_sum_is_cut_off_from_the_graph_of_its_parts():
 def test_own_needs_no_other_process():
     assert World(2, 3).local(torch.arange(6)).tolist() == [4, 5]
     assert World(0, 3).local(torch.arange(6)).tolist() == [0, 1]
+    assert World(1, 2).local(torch.arange(6)).tolist() == [3, 4, 5]
 
 
 def test_at_a_barrier_all_wait():
