@@ -201,7 +201,7 @@ def _claim(folder: Path, recipe: Recipe, device: torch.device) -> None:
     """Write what the run is, or check that the folder holds this very run."""
     resolved = folder / "recipe.yaml"
     if resolved.is_file():
-        before = parse_recipe(resolved.read_text(), str(resolved), checks=False)
+        before = parse_recipe(resolved.read_text("utf-8"), str(resolved), checks=False)
         # where and on how many devices it goes on does not change what the run is
         one, other = (r.model_dump(mode="json", exclude={"device", "parallel"}) for r in (before, recipe))
         if changed := list(differences(one, other, NEUTRAL)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,8 +16,11 @@ INTERVAL_SECONDS = 10.0
 """Between lines where the output is no terminal."""
 
 
-class StageProgress(Protocol):
+class StageProgress(ABC):
     """A running display."""
+
+    narrow = False
+    """Whether there is no room for the rate."""
 
     def update(
         self,
@@ -28,6 +31,15 @@ class StageProgress(Protocol):
         images_per_second: float | None = None,
     ) -> None:
         """Show that ``done`` of the total are done."""
+        # a policy gradient's loss hovers around 0 and says nothing; its reward does
+        figures = [f"reward {reward:.3f}"] if reward is not None else []
+        figures += [f"loss {loss:.4f}"] if loss is not None and reward is None else []
+        if images_per_second is not None and not self.narrow:
+            figures.append(f"{images_per_second:.1f} images/s")
+        self._show(done, "  ".join(figures))
+
+    @abstractmethod
+    def _show(self, done: int, figures: str) -> None: ...
 
 
 @contextlib.contextmanager
@@ -54,50 +66,27 @@ def stage_progress(name: str, total: int, start: int, console: Console) -> Itera
         yield _Bar(progress, task, narrow)
 
 
-class _Bar:
+class _Bar(StageProgress):
     def __init__(self, progress: Progress, task: TaskID, narrow: bool) -> None:
         self.progress, self.task, self.narrow = progress, task, narrow
 
-    def update(
-        self,
-        done: int,
-        *,
-        loss: float | None = None,
-        reward: float | None = None,
-        images_per_second: float | None = None,
-    ) -> None:
-        figures = _figures(loss, reward, None if self.narrow else images_per_second)
+    def _show(self, done: int, figures: str) -> None:
         self.progress.update(self.task, completed=done, figures=figures)
 
 
-class _Lines:
+class _Lines(StageProgress):
     def __init__(self, name: str, total: int, start: int, console: Console) -> None:
         self.name, self.total, self.start, self.console = name, total, start, console
         self.began = self.printed = time.monotonic()
 
-    def update(
-        self,
-        done: int,
-        *,
-        loss: float | None = None,
-        reward: float | None = None,
-        images_per_second: float | None = None,
-    ) -> None:
+    def _show(self, done: int, figures: str) -> None:
         now = time.monotonic()
         if done < self.total and now - self.printed < INTERVAL_SECONDS:
             return
         self.printed = now
         left = (now - self.began) / max(done - self.start, 1) * (self.total - done)
-        figures = _figures(loss, reward, images_per_second)
         line = f"{self.name}  {done}/{self.total}  {figures + '  ' if figures else ''}ETA {_clock(left)}"
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _figures(loss: float | None, reward: float | None, rate: float | None) -> str:
-    # a policy gradient's loss hovers around 0 and says nothing; its reward does
-    parts = [f"reward {reward:.3f}"] if reward is not None else []
-    parts += [f"loss {loss:.4f}"] if loss is not None and reward is None else []
-    return "  ".join(parts + ([f"{rate:.1f} images/s"] if rate is not None else []))
 
 
 def _clock(seconds: float) -> str:

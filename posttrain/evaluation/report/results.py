@@ -55,7 +55,7 @@ def load_results(run: Path) -> Results:
     return Results(
         described.get("name", run.name),
         [_stage(run / row["name"], row) for row in described.get("stages", [])],
-        (run / "recipe.yaml").read_text() if (run / "recipe.yaml").is_file() else "",
+        (run / "recipe.yaml").read_text("utf-8") if (run / "recipe.yaml").is_file() else "",
         _json(run / "environment.json"),
     )
 
