@@ -91,8 +91,9 @@ def judged(monkeypatch, answer, **settings):
     sent = []
 
     def handle(request):
-        sent.append((str(request.url), json.loads(request.content)))
-        return answer(sent[-1][1])
+        body = json.loads(request.content)
+        sent.append((str(request.url), body))
+        return answer(body)
 
     monkeypatch.setattr(
         UnifiedReward, "client", lambda self: httpx.Client(transport=httpx.MockTransport(handle))
