@@ -57,13 +57,18 @@ def test_clipscore_is_the_logit_over_100(folder, clip, images):
     assert CLIPScore.range == (-1.0, 1.0)
 
 
-def test_the_pixels_of_pickscore_are_its_processors_not_its_weights(folder, clip, images, tmp_path):
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).symlink_to(folder / name)
-    got = PickScore(path=str(tmp_path), processor=str(folder)).load(CPU)(images, PROMPTS, [{}] * 3)
-    assert torch.isfinite(got.value).all()
+def test_pickscore_takes_weights_and_processor_from_two_folders(folder, images, tmp_path):
+    weights, processor = tmp_path / "weights", tmp_path / "processor"
+    for place in (weights, processor):
+        place.mkdir()
+    for file in folder.iterdir():
+        is_weights = file.name in ("config.json", "model.safetensors")
+        ((weights if is_weights else processor) / file.name).symlink_to(file)
+    got = PickScore(path=str(weights), processor=str(processor)).load(CPU)(images, PROMPTS, [{}] * 3)
+    whole = PickScore(path=str(folder), processor=str(folder)).load(CPU)(images, PROMPTS, [{}] * 3)
+    torch.testing.assert_close(got.value, whole.value)
     with pytest.raises(RewardError):
-        PickScore(path=str(folder), processor=str(tmp_path)).load(CPU)
+        PickScore(path=str(folder), processor=str(weights)).load(CPU)
 
 
 def test_the_aesthetic_score_is_the_heads_own_of_unit_features(folder, clip, images, tmp_path):

@@ -61,6 +61,10 @@ def test_imagereward_is_the_networks_value_in_published_deviations(blip):
     assert mask.tolist() == [[1] * 3 + [0] * 32, [1] * 35]
     assert last.tolist() == [[2, 5, 6, 3, *[0] * 31]]
     assert ImageReward.range == (-INFINITY, INFINITY)
+    blip.reward.load(CPU)(images[:1], ["[dec] [DEC]"], [{}])
+    assert blip.given[-1][1][0, :6].tolist() == [2, 1, 1, 1, 7, 3], (
+        "BLIP's tokens are special: written exactly so"
+    )
 
 
 def test_imagereward_refuses_a_tokenizer_of_another_vocabulary(blip):
@@ -91,8 +95,9 @@ def judged(monkeypatch, answer, **settings):
     sent = []
 
     def handle(request):
-        sent.append((str(request.url), json.loads(request.content)))
-        return answer(sent[-1][1])
+        body = json.loads(request.content)
+        sent.append((str(request.url), body))
+        return answer(body)
 
     monkeypatch.setattr(
         UnifiedReward, "client", lambda self: httpx.Client(transport=httpx.MockTransport(handle))

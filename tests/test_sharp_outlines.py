@@ -68,7 +68,14 @@ def test_small_outlines_pixel_by_pixel():
 
 
 @pytest.mark.parametrize(
-    "rows", [["#.#", "...", "#.."], [".#.", "...", "#.."], [".#.", "...", "..#"], ["#..", "...", "..#"]]
+    "rows",
+    [
+        [".#......", "#......."],
+        ["#.#", "...", "#.."],
+        [".#.", "...", "#.."],
+        [".#.", "...", "..#"],
+        ["#..", "...", "..#"],
+    ],
 )
 def test_the_first_pixels_are_no_neighbours_of_the_borders(rows):
     mask = np.array([[c == "#" for c in row] for row in rows])
