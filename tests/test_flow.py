@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.algorithms.soar import auxiliary_point
-from posttrain.flow import (
+from posttrain.flow.rectified import (
     expand,
     guided,
     interpolate,

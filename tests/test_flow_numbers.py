@@ -7,7 +7,8 @@ import pytest
 import torch
 from by_hand import gaussian, near, step
 
-from posttrain.flow import (
+from posttrain.flow.advantages import group_advantages, has_spread, mean_group_std, mixed_advantages, weighted
+from posttrain.flow.rectified import (
     advantages,
     expand,
     flow_sde_diffusion,
@@ -19,7 +20,6 @@ from posttrain.flow import (
     shift_sigma,
     stochastic_step,
 )
-from posttrain.flow.advantages import group_advantages, has_spread, mean_group_std, mixed_advantages, weighted
 from posttrain.flow.solvers import solve, trajectory
 
 X = torch.tensor([[[1.0, -2.0]], [[0.5, 3.0]], [[-1.5, 0.25]]])

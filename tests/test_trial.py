@@ -6,8 +6,8 @@ import pytest
 import torch
 from lines import Line, descending, line_policy
 
-from posttrain import trial
 from posttrain.condition import Conditions
+from posttrain.engine import trial
 
 LACK = torch.OutOfMemoryError("CUDA out of memory")
 
