@@ -7,9 +7,9 @@ import pytest
 import torch
 from by_hand import gaussian, near, step
 
+from posttrain.flow import advantages
 from posttrain.flow.advantages import group_advantages, has_spread, mean_group_std, mixed_advantages, weighted
 from posttrain.flow.rectified import (
-    advantages,
     expand,
     flow_sde_diffusion,
     guided,
