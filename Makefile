@@ -14,6 +14,7 @@ check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # torch first and pinned: on a Linux CPU a free range would fetch several GB of CUDA
 .venv/ready: pyproject.toml setup.py constraints.txt
