@@ -1,4 +1,4 @@
-"""Do Flow-GRPO and DiffusionNFT keep the laws of their papers?"""
+"""Every online algorithm keeps the laws of its family; Flow-GRPO and DiffusionNFT those of their papers."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import alone, online_batch, toy_judge, toy_policy
 
-from posttrain.algorithm import Tools
+from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, old_decay, optimality
 from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
 from posttrain.engine.rehearsal import rehearse
@@ -18,6 +18,7 @@ from posttrain.errors import TrainingError
 from posttrain.flow import log_prob, stochastic_step
 from posttrain.flow.advantages import group_advantages, has_spread, mixed_advantages
 from posttrain.optim.settings import Train
+from posttrain.registry import discover
 
 ONLINE = [
     FlowGRPO(group_size=4, num_steps=4),
@@ -28,6 +29,14 @@ ONLINE = [
     FlowGRPO(group_size=4, num_steps=6, sde_window_size=2, kl_type="velocity_mse"),
     DiffusionNFT(group_size=4, num_steps=4),
     DiffusionNFT(group_size=4, num_steps=4, solver="euler", guidance_scale=2.0, kl_weight=0.0),
+]
+SMALL = {"group_size": 4, "num_steps": 4}
+FOUND = discover(Algorithm, "posttrain.algorithms").values()
+# an algorithm that is added is held to these laws without an edit here
+ONLINE += [
+    kind(**{name: value for name, value in SMALL.items() if name in kind.model_fields})
+    for kind in FOUND
+    if kind.needs == "rewards" and not any(isinstance(algorithm, kind) for algorithm in ONLINE)
 ]
 
 
