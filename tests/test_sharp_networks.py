@@ -126,13 +126,14 @@ def test_the_judges_score_is_divided_by_5_for_each_image(monkeypatch):
     (body,) = [body for _, body in sent if "b {x}" in body["messages"][0]["content"][1]["text"]]
     assert picture(body).size == (512, 512)
     assert picture(body).format == "PNG"
-    image, text = body.pop("messages")[0]["content"]
+    (message,) = body.pop("messages")
+    image, text = message["content"]
     assert body == {"model": "CodeGoat24/UnifiedReward-7b-v1.5", "temperature": 0}
     assert (image["type"], text) == (
         "image_url",
         {"type": "text", "text": QUESTION.replace("{prompt}", "b {x}")},
     )
-    assert sent[0][1]["messages"][0]["role"] == "user"
+    assert message["role"] == "user"
     assert UnifiedReward(url="http://x").concurrency == 8
 
 
