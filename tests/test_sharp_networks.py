@@ -126,13 +126,14 @@ def test_the_judges_score_is_divided_by_5_for_each_image(monkeypatch):
     (body,) = [body for _, body in sent if "b {x}" in body["messages"][0]["content"][1]["text"]]
     assert picture(body).size == (512, 512)
     assert picture(body).format == "PNG"
-    image, text = body.pop("messages")[0]["content"]
+    (message,) = body.pop("messages")
+    image, text = message["content"]
     assert body == {"model": "CodeGoat24/UnifiedReward-7b-v1.5", "temperature": 0}
     assert (image["type"], text) == (
         "image_url",
         {"type": "text", "text": QUESTION.replace("{prompt}", "b {x}")},
     )
-    assert sent[0][1]["messages"][0]["role"] == "user"
+    assert message["role"] == "user"
     assert UnifiedReward(url="http://x").concurrency == 8
 
 
@@ -149,13 +150,15 @@ def test_after_a_failure_the_rest_is_not_asked(monkeypatch):
         score(torch.zeros(2, 3, 2, 2), ["a"], [{}])
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         UnifiedReward(url="http://x", concurrency=0)
+    with pytest.raises(ValueError, match="pattern"):
+        UnifiedReward(url="http://x", question="Is it good?")
 
 
 @pytest.mark.parametrize(
     ("text", "score"),
     [
         ("Final Score: 4", 4), ("final score:1", 1), ("**Final Score:** [3.75]", 3.75), ("Final Score: 5.0", 5), ("Final Score: 4.", 4),
-        ("Final Score: 2 / 5", 2), ("Final Score: 1. Final Score: 3", 3),
+        ("Final Score: 2 / 5", 2), ("Final Score: 1. Final Score: 3", 3), ("Final Score: 5.5. Final Score: 3", 3), ("Final Score: 3. Final Score: 5.5", None),
         *((f"Final Score: {t}", None) for t in ("5.5", "0", "45", "6", "4/10", "4 / 5.5", "3,75", "4.5.1", "x")), ("4", None), (None, None),
     ],
 )  # fmt: skip
