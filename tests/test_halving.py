@@ -9,7 +9,13 @@ from lines import line_policy
 
 from posttrain.errors import PosttrainError, RewardError, TrainingError
 from posttrain.policy import out_of_memory as memory
-from posttrain.policy.out_of_memory import OutOfMemory, halve_until_it_fits, is_out_of_memory, not_repeated, too_little
+from posttrain.policy.out_of_memory import (
+    OutOfMemory,
+    halve_until_it_fits,
+    is_out_of_memory,
+    not_repeated,
+    too_little,
+)
 
 LACK = torch.OutOfMemoryError("CUDA out of memory. " + "x" * 300)
 

@@ -20,7 +20,7 @@ VARIANTS = 256
 """How many variants of a block dynamo may compile: sizes of images and micro-batches, with and without
 gradients. Its own limit is 8."""
 OPTIONS: dict[str, Any] = {"dynamic": False}
-"""Options of torch.compile. Kernels for fixed sizes are faster, and buckets keep the number of sizes small."""
+"""Options of torch.compile. Kernels for fixed sizes are faster, and buckets keep the sizes few."""
 
 
 def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample) -> str | None:

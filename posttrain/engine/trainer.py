@@ -105,9 +105,11 @@ def update(
 
     Gradients are added up over micro-batches of ``policy.micro_batch`` items, so activation memory does not
     grow with the number of items, and the result does not depend on how they are split. Items of weight 0
-    cost nothing. A ``check`` is given while the weights are those that collected the items. The first
-    micro-batch then has as many rows as the rollout had, so both round alike and the on-policy check is exact.
-    It is not made, and ``check.done`` stays False, if that many rows are not available.
+    cost nothing.
+
+    A ``check`` is given while the weights are those that collected the items. The first micro-batch has as
+    many rows as the rollout had, so both round alike and the on-policy check is exact. If that many rows are
+    not available, the check is not made, and ``check.done`` stays False.
 
     Returns the weighted means (scalars) of the loss and the algorithm's metrics, and the gradient's norm
     before clipping. Returns only ``skipped_steps``, and takes no step, if all weights are 0. Raises

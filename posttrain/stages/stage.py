@@ -151,7 +151,9 @@ def _try_out(
         words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
         console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
     if search:
-        policy.micro_batch, trials = largest_micro_batch(stage.algorithm, stage.train, policy, strategy, sample)
+        policy.micro_batch, trials = largest_micro_batch(
+            stage.algorithm, stage.train, policy, strategy, sample
+        )
         line = f"[dim]{stage.name}: {described(trials, policy.model.device)}[/dim]"
         console.print(line, highlight=False, soft_wrap=True)
         if world.is_main:
