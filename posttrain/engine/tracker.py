@@ -19,8 +19,10 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; [] if there is none. Floats that are not finite are restored, and a torn last
-    line is left out."""
+    """The rows of a metrics file; [] if there is none.
+
+    Floats that are not finite are restored, and a torn last line is left out.
+    """
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -56,8 +58,10 @@ class MetricsFile:
     def log(
         self, step: int, metrics: Mapping[str, float], bins: Mapping[str, dict[str, Any]] | None = None
     ) -> None:
-        """Append the ``metrics`` of ``step``, and its histograms ``bins`` as given. Raises TypeError or ValueError
-        for a metric that is not a number."""
+        """Append the ``metrics`` of ``step``, and its histograms ``bins`` as given.
+
+        Raises TypeError or ValueError for a metric that is not a number.
+        """
         seconds = time.monotonic() - self._since
         # float() also accepts scalars of numpy and torch, which json refuses
         numbers = {name: float(value) for name, value in metrics.items()}
