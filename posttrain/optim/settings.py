@@ -30,12 +30,12 @@ class Train(Spec):
     steps_per_batch: int = Field(1, ge=1)
     """Optimizer steps on one batch. Each trains on an equal part of it."""
     micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
-    """Items in one forward-backward, and samples in one forward of a rollout. It bounds the memory and changes
-    results by rounding only. Items are samples; for SOAR, auxiliary points as well; for online algorithms,
-    trained steps. ``auto`` finds once how many fit on the device. If memory runs out, the run continues with
-    half as many."""
+    """Items in one forward-backward, and samples in one forward of a rollout. It bounds memory, and changes
+    results by rounding only. Items are samples; for SOAR also auxiliary points; for online algorithms trained
+    steps. ``auto`` finds once how many fit on the device. If memory runs out, the run continues with half as
+    many."""
     optimizer: OptimizerName = "adamw"
-    """``adamw8bit`` keeps both moments in 8 bits, in a quarter of the memory. It needs ``single`` or ``ddp``."""
+    """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory. It needs ``single`` or ``ddp``."""
     learning_rate: float = Field(2e-5, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """The learning rate after the warm-up. ``cosine`` and ``linear`` end at 0."""
@@ -47,9 +47,9 @@ class Train(Spec):
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's norm is clipped to this."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of the EMA, the moving average of the weights that is evaluated and exported. None by default."""
+    """Decay of the EMA, the moving average of weights that is evaluated and exported. None by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the transformer's forward. bf16 is autocast; trained weights and optimizer stay float32."""
+    """Precision of the transformer's forward. bf16 is autocast; trained weights and moments stay float32."""
     gradient_checkpointing: Checkpointing = "off"
     """What the backward recomputes to save memory: nothing (``off``), all but matrix products and attention
     (``selective``), or whole blocks (``full``), which costs one more forward. Results do not change."""
@@ -73,9 +73,7 @@ class Train(Spec):
     @model_validator(mode="after")
     def _selective_is_not_compiled(self) -> Self:
         if self.compile and self.gradient_checkpointing == "selective":
-            message = (
-                "selective does not work with compile, which makes one piece of a block; use full or off"
-            )
+            message = "selective does not work with compile, which makes a block one piece; use full or off"
             raise at(("gradient_checkpointing",), message)
         return self
 

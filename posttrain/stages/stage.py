@@ -68,7 +68,7 @@ def run_stage(
     number = world.broadcast(settled(recipe, stage, folder, world.size))
     chunk = 1 if number is None else number
     policy = Policy(model, autocast=AUTOCAST[settings.precision], micro_batch=chunk)
-    named = policy.named(reference) if reference is not None else None
+    named = policy.beside_adapters(reference) if reference is not None else None
     strategy = recipe.parallel.prepare(policy, settings, world)
     policy.layout = strategy.layout
     # in one order: a set's differs between processes, and tensors of roles are gathered one by one
