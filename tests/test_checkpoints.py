@@ -160,7 +160,7 @@ class Told(Alone):
         super().__init__(*rest)
         self.calls = []
 
-    def loaded(self):
+    def mark_loaded(self):
         self.calls.append("loaded")
 
     def load_moments(self, moments):

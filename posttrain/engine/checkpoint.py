@@ -78,7 +78,7 @@ def restore(checkpoint: Path, policy: Policy, strategy: Strategy) -> tuple[int, 
         )
     for role, weights in {None: stored, **state["roles"]}.items():
         policy.load(role, weights)
-    strategy.loaded()
+    strategy.mark_loaded()
     strategy.load_moments({name: moments for name, moments in state["optimizer"].items() if moments})
     # records show the sum over all processes, so only one process may have the stored sum
     policy.forward_equivalents = state["forward_equivalents"] if strategy.world.is_main else 0
