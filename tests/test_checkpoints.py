@@ -160,7 +160,7 @@ class Told(Alone):
         super().__init__(*rest)
         self.calls = []
 
-    def loaded(self):
+    def mark_loaded(self):
         self.calls.append("loaded")
 
     def load_moments(self, moments):
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path, change):
 
 def test_a_checkpoint_that_cannot_be_read_says_which(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"not a state")
-    with pytest.raises(PosttrainError, match=r"cannot read the checkpoint .*Remove it to go on") as found:
+    with pytest.raises(PosttrainError, match=r"cannot read the checkpoint .*Remove it to continue") as found:
         checkpoint.read(tmp_path, torch.device("cpu"))
     assert found.value.__cause__ is not None
 

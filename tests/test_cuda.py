@@ -16,7 +16,7 @@ from posttrain.engine.tracker import read_metrics
 from posttrain.engine.trainer import update
 from posttrain.optim.settings import Train
 from posttrain.policy import Policy
-from posttrain.policy.out_of_memory import fitted
+from posttrain.policy.out_of_memory import halve_until_it_fits
 from posttrain.stages.artifact import open_artifact
 from posttrain.stages.watch import StageWatch
 from posttrain.support.randomness import Draws
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
             items = SFT().collect(batch, Tools(policy, draws))
         strategy, settings = alone(policy), Train(steps=1, max_grad_norm=1e9)
         work = functools.partial(update, SFT(), policy, items, strategy, settings, 1)
-        fitted(work, policy, lambda: strategy.zero_grad() or True)
+        halve_until_it_fits(work, policy, lambda: strategy.zero_grad() or True)
         return torch.cat([g.flatten() for g in strategy.optimizer.seen]), policy.micro_batch
 
     gradient(32)  # libraries take memory of their own at their first use

@@ -9,7 +9,13 @@ from lines import line_policy
 
 from posttrain.errors import PosttrainError, RewardError, TrainingError
 from posttrain.policy import out_of_memory as memory
-from posttrain.policy.out_of_memory import OutOfMemory, fitted, is_out_of_memory, not_repeated, too_little
+from posttrain.policy.out_of_memory import (
+    OutOfMemory,
+    halve_until_it_fits,
+    is_out_of_memory,
+    not_repeated,
+    too_little,
+)
 
 LACK = torch.OutOfMemoryError("CUDA out of memory. " + "x" * 300)
 
@@ -111,7 +117,7 @@ def test_rows_are_halved_until_they_fit(micro_batch, rows, room, tried, caplog):
     policy.largest_forward = 99
     work = Work(policy, room, rows)
     with caplog.at_level(logging.WARNING):
-        assert fitted(work, policy, work.undo) == "done"
+        assert halve_until_it_fits(work, policy, work.undo) == "done"
     assert [micro_batch for micro_batch, _ in work.tried] == tried
     assert policy.micro_batch == tried[-1]
     assert work.undone == len(tried) - 1
@@ -127,14 +133,14 @@ def test_a_failure_before_the_first_forward_halves_the_chunk():
         if policy.micro_batch > 4:
             raise MemoryError
 
-    fitted(work, policy, lambda: True)
+    halve_until_it_fits(work, policy, lambda: True)
     assert calls == [8, 4]
 
 
 def test_one_row_that_does_not_fit_is_an_error():
     work = Work(policy := line_policy(micro_batch=2), room=0)
     with pytest.raises(TrainingError, match="out of memory with one row at a time") as found:
-        fitted(work, policy, work.undo)
+        halve_until_it_fits(work, policy, work.undo)
     assert not isinstance(found.value, OutOfMemory)
     assert found.value.__cause__ is LACK
     assert (work.undone, policy.micro_batch) == (1, 1)
@@ -143,7 +149,7 @@ def test_one_row_that_does_not_fit_is_an_error():
 def test_work_that_cannot_be_undone_stops_with_what_to_go_on_with():
     work = Work(policy := line_policy(micro_batch=10), room=1, rows=6)
     with pytest.raises(OutOfMemory, match="with 6 rows at a time") as found:
-        fitted(work, policy, lambda: work.undo(False))
+        halve_until_it_fits(work, policy, lambda: work.undo(False))
     assert (found.value.micro_batch, policy.micro_batch, len(work.tried)) == (3, 10, 1)
     assert found.value.__cause__ is LACK
 
@@ -154,12 +160,12 @@ def test_work_that_cannot_be_undone_stops_with_what_to_go_on_with():
 def test_other_errors_are_not_tried_again(error):
     work = Work(policy := line_policy(micro_batch=8), room=1, error=error)
     with pytest.raises(type(error)) as found:
-        fitted(work, policy, work.undo)
+        halve_until_it_fits(work, policy, work.undo)
     assert found.value is error
     assert (len(work.tried), work.undone, policy.micro_batch) == (1, 0, 8)
 
 
 def test_what_is_kept_for_later_is_given_back_before_the_next_try(given_back):
     work = Work(policy := line_policy(micro_batch=4), room=2)
-    fitted(work, policy, work.undo)
+    halve_until_it_fits(work, policy, work.undo)
     assert given_back == ["collect", "autocast", torch.device("cpu")]

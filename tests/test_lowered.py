@@ -8,14 +8,14 @@ from posttrain.parallel.strategy import Layout
 
 
 @pytest.mark.parametrize(
-    ("autocast", "in_parts", "kept"),
+    ("autocast", "sharded", "kept"),
     [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (None, False, False)],
 )
-def test_only_whole_weights_under_autocast_are_kept_lowered(autocast, in_parts, kept, monkeypatch):
+def test_only_whole_weights_under_autocast_are_kept_lowered(autocast, sharded, kept, monkeypatch):
     cleared = []
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
     policy = line_policy(autocast=autocast)
-    policy.layout = type("InParts", (Layout,), {"in_parts": in_parts})()
+    policy.layout = type("Sharded", (Layout,), {"sharded": sharded})()
     with policy.casts_kept():
         for _ in range(2):
             with policy.casts_kept():

@@ -26,7 +26,7 @@ from posttrain.optim.settings import Train
 from posttrain.parallel.single import Alone
 from posttrain.policy import Policy
 from posttrain.policy.activations import checkpoint_blocks
-from posttrain.policy.out_of_memory import OutOfMemory, fitted, is_out_of_memory
+from posttrain.policy.out_of_memory import OutOfMemory, halve_until_it_fits, is_out_of_memory
 from posttrain.policy.tuning import Full, Lora
 from posttrain.recipe.file import parse_recipe
 from posttrain.sampling.sampler import encode
@@ -68,7 +68,7 @@ def gradient(model, chunk, world=None):
         strategy.zero_grad()
         return True
 
-    fitted(lambda: update(SFT(), policy, items, strategy, settings, 1), policy, undone)
+    halve_until_it_fits(lambda: update(SFT(), policy, items, strategy, settings, 1), policy, undone)
     return torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen]), policy
 
 
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_done_again_in_halves_and_counts_once(model, caplog
         found, policy = gradient(model(), 4)
     assert torch.equal(found, whole)
     assert policy.micro_batch == 2
-    assert "out of memory with 4 rows at a time; going on with 2" in caplog.text
+    assert "out of memory with 4 rows at a time; continuing with 2" in caplog.text
 
 
 def test_a_row_that_does_not_fit_alone_stops_the_run():
@@ -105,7 +105,7 @@ def test_other_errors_are_not_tried_again():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        fitted(wrong, toy_policy(), lambda: True)
+        halve_until_it_fits(wrong, toy_policy(), lambda: True)
     assert len(calls) == 1
 
 

@@ -11,7 +11,7 @@ from ranks import on_ranks
 
 from posttrain.distributed.world import ALONE
 from posttrain.engine import micro_batch, trial
-from posttrain.engine.micro_batch import Trial, described, found_by_trying
+from posttrain.engine.micro_batch import Trial, described, largest_micro_batch
 from posttrain.errors import TrainingError
 from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
@@ -107,13 +107,13 @@ class Trials:
         return rows / min(rows, self.fastest) / 8, self.base + self.each * rows
 
 
-def found(made=None, world=ALONE, repeatable=True, state=None):
-    policy = line_policy()
+def found(made=None, world=ALONE, repeatable=True, state=None, policy=None):
+    policy = policy or line_policy()
     strategy = descending(policy, world=world)
     strategy.repeatable = repeatable
     strategy.optimizer.state.update(state or {})
     made = made or stage(batch_size=32)
-    return found_by_trying(made.algorithm, made.train, policy, strategy, "sample")
+    return largest_micro_batch(made.algorithm, made.train, policy, strategy, "sample")
 
 
 def test_numbers_are_doubled_as_long_as_they_pay(monkeypatch):
@@ -175,7 +175,7 @@ def test_moments_are_two_numbers_of_4_bytes_a_weight(monkeypatch):
         policy = line_policy()
         policy.model.transformer.a = torch.nn.Parameter(torch.ones(10))
         policy.find_parameters()
-        assert found_by_trying(stage(), policy, descending(policy), "sample")[0] == number
+        assert found(policy=policy)[0] == number
 
 
 def test_moments_that_are_there_already_need_no_more_room(monkeypatch):

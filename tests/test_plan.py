@@ -234,7 +234,7 @@ def test_a_deepspeed_file_says_what_is_spread_and_offloaded(tmp_path):
     spread = load_recipe("sd35m-soar", [block], checks=False).parallel
     shares = spread.shares(2)
     assert shares.buffer == 4000
-    assert (shares.weights.of, shares.gradients.of, shares.moments.of) == (1, 1, 0.5)
+    assert (shares.weights.fraction, shares.gradients.fraction, shares.moments.fraction) == (1, 1, 0.5)
     assert shares.moments.on_host
     assert spread.described(2) == "DeepSpeed ZeRO-1, offloaded"
 

@@ -209,7 +209,7 @@ def test_plain_weights_get_their_names_beside_adapters_that_add_nothing():
     )
     policy.find_parameters()
     given = {"a": torch.ones(1), "q.weight": torch.ones(3, 2)}
-    named = policy.named(given)
+    named = policy.beside_adapters(given)
     assert set(named) == {"a", "q.base_layer.weight", "q.lora_B.default.weight"}
     assert named["a"] is given["a"]
     assert named["q.base_layer.weight"] is given["q.weight"]

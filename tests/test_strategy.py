@@ -94,7 +94,7 @@ def test_an_optimizer_that_counts_in_plain_numbers_gets_them_back():
 
 def test_moments_of_a_weights_shape_are_placed_as_it_lies():
     class Placed(Alone):
-        def placed(self, parameter, whole):
+        def as_moment(self, parameter, whole):
             assert parameter is self.policy.trained["a"]
             return -whole
 
@@ -147,7 +147,7 @@ def test_a_strategy_tells_its_layout_of_writing_and_lets_the_model_go():
     strategy = descending(policy)
     written = []
     strategy.layout.mark_written = lambda: written.append(1)
-    strategy.loaded()
+    strategy.mark_loaded()
     assert written == [1]
     policy.model.module = "wrapped"
     strategy.begin_micro_batch(last=True)

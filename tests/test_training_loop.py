@@ -1,6 +1,7 @@
 """The loop around the steps: learning rates, parts of a batch, the EMA, fillers, checks, and where it ends."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from lines import NOTES, Pull, Steps, descending, line_policy, noted, of
 from ranks import on_ranks
 
 from posttrain.engine import trainer
-from posttrain.engine.trainer import EMA, REFERENCE, learning_rate, train
+from posttrain.engine.trainer import EMA, REFERENCE, train
 from posttrain.errors import TrainingError
+from posttrain.optim.schedule import learning_rate
 from posttrain.optim.settings import Train
 from posttrain.policy.out_of_memory import OutOfMemory
 
@@ -224,6 +226,22 @@ def test_a_rollout_keeps_its_lowered_weights():
 
     trained([of([1])], settings(1), policy=line_policy(autocast=torch.bfloat16), algorithm=Looking())
     assert nested == [0]
+
+
+def test_the_items_of_a_batch_are_gone_before_the_next_are_collected():
+    alive = []
+
+    class Looking(Pull):
+        def collect(self, batch, tools):
+            alive.append(sum(item() is not None for item in kept))
+            items = super().collect(batch, tools)
+            kept.append(weakref.ref(items.x))
+            return items
+
+    kept = []
+    trained([of([1, 2])] * 4, settings(4), algorithm=Looking())
+    trained([of([1, 2])] * 2, settings(4, steps_per_batch=2), algorithm=Looking())
+    assert alive == [0] * 6
 
 
 def rates(steps, **more):

@@ -17,12 +17,12 @@ def test_a_trial_leaves_no_gradient_no_bill_and_no_change():
     policy.forward_equivalents = 5
     told = []
     strategy = descending(policy)
-    strategy.begin = lambda *, last: told.append(last)
+    strategy.begin_micro_batch = lambda *, last: told.append(last)
     sample = (torch.ones(1, 2, 2), Conditions({"c": torch.tensor([3.0, 9.0])}))
     trial.try_out(policy, strategy, sample, 4)
     assert policy.model.seen == [(4, True, None)]
     assert (policy.forward_equivalents, policy.trained["a"].grad, told) == (5, None, [False])
-    assert policy.most_rows == 4
+    assert policy.largest_forward == 4
     strategy.backward = lambda loss: told.append(loss.item()) or (_ for _ in ()).throw(LACK)
     with pytest.raises(torch.OutOfMemoryError):
         trial.try_out(policy, strategy, sample, 2)

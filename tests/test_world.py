@@ -10,7 +10,7 @@ from ranks import on_ranks
 from posttrain.distributed import world
 from posttrain.distributed.world import ALONE, World, joined
 from posttrain.errors import PosttrainError
-from posttrain.parallel.shares import Part, Shares
+from posttrain.parallel.shares import Share, Shares
 
 CPU = torch.device("cpu")
 
@@ -186,8 +186,8 @@ def test_more_processes_than_gpus_are_refused(nowhere):
 
 
 def test_by_default_a_process_holds_all_on_its_device_and_no_copies():
-    assert Part() == Part(of=1.0, on_host=False)
+    assert Share() == Share(fraction=1.0, on_host=False)
     shares = Shares()
-    assert shares.weights == shares.gradients == shares.moments == Part(1.0, False)
-    assert shares.copies == Part(0.0, False)
+    assert shares.weights == shares.gradients == shares.moments == Share(1.0, False)
+    assert shares.copies == Share(0.0, False)
     assert (shares.gathers, shares.keeps_gradients, shares.buffer) == (False, False, 0)

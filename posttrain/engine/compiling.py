@@ -1,4 +1,4 @@
-"""Are the transformer's blocks compiled, and what happens where they cannot be?"""
+"""Compiles the transformer's blocks, and runs them uncompiled where that fails."""
 
 from __future__ import annotations
 
@@ -17,44 +17,55 @@ if TYPE_CHECKING:
     from posttrain.policy.policy import Policy
 
 VARIANTS = 256
-"""Sizes of images and micro-batches, with and without gradients, that one block's code may be compiled for;
-dynamo by itself gives up after 8."""
+"""How many variants of a block dynamo may compile: sizes of images and micro-batches, with and without
+gradients. Its own limit is 8."""
 OPTIONS: dict[str, Any] = {"dynamic": False}
-"""Of torch.compile: kernels for sizes that are known are faster, and buckets make few sizes."""
+"""Options of torch.compile. Kernels for fixed sizes are faster, and buckets keep the sizes few."""
 
 
 def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample) -> str | None:
-    """Compile each block by itself (regional compilation), so that one code serves all blocks alike.
+    """Compile each block separately (regional compilation), so that equal blocks share their code.
 
-    They are compiled in a forward and backward of the ``sample``. Returns None, or why the blocks run as they
-    are in all processes, since that failed in one. Raises TrainingError where a strategy that has weights in
-    parts cannot go on after a failure, or memory does not suffice.
+    The compilation happens in a forward and backward of the ``sample``. Returns None, or the reason why the
+    blocks of all processes stay uncompiled: the failure of the first process that had one. Raises
+    TrainingError if memory does not suffice, or if compilation fails under a strategy with sharded weights,
+    which cannot continue after a failure.
     """
     from torch._dynamo import config
 
-    parts, reason = blocks(policy.model.transformer), None
-    # the older name of recompile_limit, which every version knows
+    compiled = blocks(policy.model.transformer)
+    # the older name of recompile_limit, which every version of torch accepts
     config.cache_size_limit = max(config.cache_size_limit, VARIANTS)
-    for block in parts:
+    for block in compiled:
         block.compile(**OPTIONS)
+    failure = _failure_of_a_trial(policy, strategy, sample)
+    failures = [reason for reason in strategy.world.gather_objects(failure) if reason is not None]
+    if not failures:
+        # a later size that cannot be compiled then runs uncompiled, with a warning from dynamo
+        config.suppress_errors = True
+        return None
+    for block in compiled:
+        block._compiled_call_impl = None
+    torch.compiler.reset()
+    return failures[0]
+
+
+def _failure_of_a_trial(policy: Policy, strategy: Strategy, sample: Sample) -> str | None:
+    """Why the compiled blocks cannot run the ``sample`` on this process; None if they can."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TF32 that could be used, of files that are left open
+            warnings.simplefilter("ignore")  # about TF32 and about files left open
             try_out(policy, strategy, sample, 1)
     except PosttrainError:
         raise
-    except Exception as error:  # whatever a compiler may say: the run needs none
+    except Exception as error:  # compilers raise errors of any type, and training works without them
         if is_out_of_memory(error):
             raise too_little("with one row at a time", error) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if strategy.layout.sharded:
-            words = f"compile: {reason}: weights in parts do not allow to go on after this; remove 'compile'"
-            raise TrainingError(words) from error
-    if not (reasons := [found for found in strategy.world.gather_objects(reason) if found is not None]):
-        # a size that comes later and cannot be compiled runs as it is, and dynamo says so
-        config.suppress_errors = True
-        return None
-    for block in parts:
-        block._compiled_call_impl = None
-    torch.compiler.reset()
-    return reasons[0]
+            raise TrainingError(
+                f"compile: {reason}: training cannot continue after this failure, because the weights are "
+                "sharded; remove 'compile'"
+            ) from error
+        return reason
+    return None

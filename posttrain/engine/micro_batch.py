@@ -1,4 +1,4 @@
-"""Finds by trying how many items the device takes in one forward-backward."""
+"""Finds the micro-batch of ``micro_batch: auto`` by timing forward-backwards of growing size."""
 
 from __future__ import annotations
 
@@ -21,76 +21,88 @@ if TYPE_CHECKING:
     from posttrain.policy.policy import Policy
 
 GAIN = 1.05
-"""How much faster a row must become for twice as many to be worth their memory."""
+"""A micro-batch of twice the size must raise the throughput by this factor, or it is not worth its memory."""
 FILLED = 0.9
-"""Of the free memory: fragments need the rest, and what a step holds beside activations."""
+"""Fraction of the free memory that a trial may be expected to take. The rest is for fragmentation and for
+what a step holds beside activations."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A forward and backward of some items."""
+    """One forward and backward that was tried."""
 
     items: int
     items_per_second: float
     bytes: int
-    """At its peak, on top of what was held before."""
+    """Peak memory, on top of what was held before."""
 
 
-def found_by_trying(
+def largest_micro_batch(
     algorithm: Algorithm, settings: Train, policy: Policy, strategy: Strategy, sample: trial.Sample
 ) -> tuple[int, list[Trial]]:
-    """The largest power of two of items that fits and is faster than half of it; and what was tried.
+    """Find the largest micro-batch (a power of two) that fits and still raises throughput; also return the
+    trials.
 
-    Tried is a forward and backward of the transformer on rows of the ``sample``, with a gradient of 0:
-    nothing is trained. All processes try alike. Raises TrainingError where one item alone does not fit, and
-    OutOfMemory where more did not, and the strategy cannot go on from there.
+    Each trial is a forward and backward on rows of the ``sample``, and trains nothing. All processes try the
+    same sizes. Raises TrainingError if one item does not fit, and OutOfMemory if more did not and the
+    strategy cannot continue after that.
     """
-    world, device = strategy.world, policy.model.device
     calls = rehearse(algorithm)
-    rows = calls.rows_with
-    per_step = int(settings.batch_size * calls.items) // settings.steps_per_batch
-    most, trials = max(per_step // world.size, 1), []
-    while not trials or 2 * trials[-1].items <= most:
-        items = 2 * trials[-1].items if trials else 1
-        if trials and world.max(not _has_room(strategy, policy, trials)):
+    items_per_step = int(settings.batch_size * calls.items) // settings.steps_per_batch
+    limit = max(items_per_step // strategy.world.size, 1)
+    items, trials = 1, []
+    while not trials or (items <= limit and _all_have_room(strategy, policy, trials)):
+        result = _tried(items, calls.rows_with, policy, strategy, sample, trials)
+        if result is None or (trials and result.items_per_second < GAIN * trials[-1].items_per_second):
             break
-        try:
-            seconds, held = trial.timed(policy, strategy, sample, items * rows)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if not trials:
-                raise too_little("with one item at a time", error) from error
-            # parts of weights that other processes wait for are not to be had after this
-            if world.size > 1 or not strategy.repeatable:
-                raise OutOfMemory(error, items, trials[-1].items) from error
-            break
-        seconds, held = (max(values) for values in zip(*world.gather_objects((seconds, held)), strict=True))
-        made = Trial(items, items / seconds, held)
-        if trials and made.items_per_second < GAIN * trials[-1].items_per_second:
-            break
-        trials.append(made)
+        trials.append(result)
+        items *= 2
     gc.collect()
-    free_memory(device)
-    reset_peak_memory(device)  # what was tried and not taken is not what the stage needs
+    free_memory(policy.model.device)
+    reset_peak_memory(policy.model.device)  # the stage's peak must not include that of the trials
     return trials[-1].items, trials
 
 
 def described(trials: list[Trial], device: torch.device) -> str:
-    """What was found, in a line."""
-    last = trials[-1]
+    """The chosen micro-batch and the trials, in a line."""
+    chosen = trials[-1]
     tried = ", ".join(f"{t.items}: {t.items_per_second:.3g}/s" for t in trials)
-    # elsewhere what the allocator kept from before hides what was taken
-    held = f"; {short(last.bytes, 'B')} more memory than at rest" if device.type == "cuda" else ""
-    return f"micro_batch auto is {last.items} ({tried}{held})"
+    # on other devices the allocator reuses memory of earlier work, so the number would be too small
+    memory = f"; {short(chosen.bytes, 'B')} more memory than at rest" if device.type == "cuda" else ""
+    return f"micro_batch auto is {chosen.items} ({tried}{memory})"
+
+
+def _tried(
+    items: int, rows: int, policy: Policy, strategy: Strategy, sample: trial.Sample, trials: list[Trial]
+) -> Trial | None:
+    """A trial of ``items`` items of ``rows`` rows each, by the slowest and fullest process; None if they do
+    not fit."""
+    world = strategy.world
+    try:
+        measured = trial.timed(policy, strategy, sample, items * rows)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if not trials:
+            raise too_little("with one item at a time", error) from error
+        # other processes are still waiting for this one, or weights are left gathered
+        if world.size > 1 or not strategy.repeatable:
+            raise OutOfMemory(error, items, trials[-1].items) from error
+        return None
+    seconds, memory = (max(values) for values in zip(*world.gather_objects(measured), strict=True))
+    return Trial(items, items / seconds, memory)
+
+
+def _all_have_room(strategy: Strategy, policy: Policy, trials: list[Trial]) -> bool:
+    """Whether twice as many items as in the last trial probably fit on every process."""
+    return not strategy.world.max(not _has_room(strategy, policy, trials))
 
 
 def _has_room(strategy: Strategy, policy: Policy, trials: list[Trial]) -> bool:
-    """Whether twice as many items as in the last of ``trials`` are likely to fit."""
     if (free := available_memory(policy.model.device)) is None:
         return True
     last, before = trials[-1].bytes, trials[-2].bytes if len(trials) > 1 else 0
     expected = last + 2 * max(last - before, 0)
-    if not strategy.optimizer.state:  # both moments are still to come
+    if not strategy.optimizer.state:  # the first step will add both moments, in float32
         expected += sum(8 * strategy.layout.local(p).numel() for p in policy.trained.values())
     return expected <= FILLED * free

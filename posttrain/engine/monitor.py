@@ -1,4 +1,4 @@
-"""Is a stage still getting better, or only better at its reward? Held-out readings and two alarms."""
+"""Held-out scores while a stage trains, and alarms for reward hacking and for collapsed groups."""
 
 from __future__ import annotations
 
@@ -12,44 +12,47 @@ from pydantic import Field
 from posttrain.registry import Spec
 
 Action = Literal["warn", "stop", "rollback"]
-"""``warn`` says so and goes on; ``stop`` ends the run with an error; ``rollback`` ends the stage with the
-weights of the last reading without an alarm, and the run goes on from them."""
+"""``warn`` prints a warning and continues; ``stop`` ends the run with an error; ``rollback`` ends the stage
+with the weights of the last reading without an alarm, and the run continues from them."""
 
 BATCHES = 5
-"""How many batches the spread within groups is averaged over."""
+"""Number of batches over which the spread within groups is averaged."""
 
 
 class Monitor(Spec):
-    """Scores of the evaluation's prompts while a stage trains, with the weights that would be exported."""
+    """Held-out scores of a stage: the evaluation's prompts, scored while it trains.
+
+    A reading scores the weights that would be exported."""
 
     every: int = Field(50, ge=1)
-    """Optimizer steps between readings; the first is before any."""
+    """Optimizer steps between readings. The first reading comes before the first step."""
     prompts: int = Field(48, ge=2)
-    """How many of the evaluation's prompts are read, from the first."""
+    """How many of the evaluation's prompts are scored: the first ones."""
     window: int = Field(3, ge=2)
-    """``reward_hacking`` compares the last reading to the one ``window`` - 1 readings before."""
+    """``reward_hacking`` compares the last reading with the one ``window`` - 1 readings before."""
     reward_hacking: Action = "warn"
     """What to do when the training reward rises while a held-out score falls by more than two standard
     errors of the paired difference."""
     spread_collapse: Action = "warn"
     """What to do when the reward's standard deviation within groups, over the last 5 batches, is less than
-    ``spread_fraction`` of what it was over the first 5: samples of a prompt have become alike."""
+    ``spread_fraction`` of what it was over the first 5, because samples of a prompt have become alike."""
     spread_fraction: float = Field(0.1, gt=0, lt=1)
 
 
 def hacking(
     rewards: Sequence[float], readings: Sequence[Mapping[str, Sequence[float]]], window: int
 ) -> str | None:
-    """What to say where the reward rose and a held-out score fell; None where all is well.
+    """The alarm's message if the reward rose while a held-out score fell, else None.
 
-    ``rewards`` has the training reward's mean up to each reading (-inf where there was no batch), and
-    ``readings`` each score's values, the higher the better, of the same samples in the same order.
+    ``rewards`` has the training reward's mean up to each reading, -inf if there was no batch yet.
+    ``readings`` map each score to its values, higher is better, of the same samples in the same order.
+    A fall counts if it exceeds two standard errors of the paired difference.
     """
     if len(readings) < window or not rewards[-1] > rewards[-window] > -inf:
         return None
     for name, now in readings[-1].items():
         if len(now) < 2:
-            continue  # no error can be told from one
+            continue  # one value has no standard error
         change = [a - b for a, b in zip(now, readings[-window][name], strict=True)]
         error = stdev(change) / len(change) ** 0.5
         if fmean(change) < -2 * error:
@@ -61,7 +64,7 @@ def hacking(
 
 
 def collapsed(spreads: Sequence[float], fraction: float) -> str | None:
-    """What to say where the spread within groups, one number a batch, has gone; None where it has not."""
+    """The alarm's message if the spread within groups (one number per batch) has collapsed, else None."""
     if len(spreads) < 2 * BATCHES:
         return None
     first, last = fmean(spreads[:BATCHES]), fmean(spreads[-BATCHES:])

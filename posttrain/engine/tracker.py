@@ -1,4 +1,4 @@
-"""Where do a stage's numbers go? To metrics.jsonl always, and to TensorBoard where the recipe has it."""
+"""Records a stage's metrics in metrics.jsonl, and in TensorBoard if the recipe asks for it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, with floats that are not finite restored; a torn last line is left out."""
+    """The rows of a metrics file; [] if there is none.
+
+    Floats that are not finite are restored, and a torn last line is left out.
+    """
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # only a kill in the middle of a write leaves one
+            continue  # a process was killed in the middle of a write
         rows.append({k: float(v) if isinstance(v, str) else v for k, v in row.items()})
     return rows
 
 
 def binned(values: Sequence[float], count: int = 20) -> dict[str, Any]:
-    """``{"low", "high", "counts"}``: how many of ``values`` lie in each of ``count`` equal bins."""
+    """The histogram of ``values``: ``low``, ``high``, and the ``counts`` of ``count`` equal bins between."""
     import numpy as np
 
     counts, edges = np.histogram(np.asarray(values, dtype=float), bins=count)
@@ -39,10 +42,10 @@ def binned(values: Sequence[float], count: int = 20) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """An append-only file with one JSON object a line: step, seconds since the start, and the metrics.
+    """An append-only file with one JSON object per line: step, seconds since the start, and the metrics.
 
-    Each line is flushed as it is written. Opening drops the lines after ``resume_step`` and a torn last
-    line, by an atomic replacement: with the default of 0 the file starts empty.
+    Each line is flushed when it is written. Opening replaces the file atomically by its rows up to
+    ``resume_step``; with the default of 0 the file starts empty.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
@@ -55,24 +58,25 @@ class MetricsFile:
     def log(
         self, step: int, metrics: Mapping[str, float], bins: Mapping[str, dict[str, Any]] | None = None
     ) -> None:
-        """Append ``metrics`` of ``step``, and ``bins`` of histograms as they are. Raises TypeError or
-        ValueError for a metric that is no number."""
+        """Append the ``metrics`` of ``step``, and its histograms ``bins`` as given.
+
+        Raises TypeError or ValueError for a metric that is not a number.
+        """
         seconds = time.monotonic() - self._since
-        # float() also takes the scalars of numpy and torch, which json refuses
+        # float() also accepts scalars of numpy and torch, which json refuses
         numbers = {name: float(value) for name, value in metrics.items()}
         self._file.write(_line({"step": step, "time": seconds, **numbers, **(bins or {})}))
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; nothing is lost without it."""
+        """Close the file. A file that is not closed loses nothing."""
         self._file.close()
 
 
 class Tracker:
     """The records of a stage; a context manager.
 
-    Opened again with ``resume_step`` it forgets what was recorded after that step, so the curves of a
-    resumed run hold each step once.
+    Opening drops what was recorded after ``resume_step``, so the curves of a resumed run hold each step once.
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0, tensorboard: bool = True) -> None:
@@ -89,7 +93,7 @@ class Tracker:
         metrics: Mapping[str, float],
         histograms: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """Record ``metrics`` of ``step``, and the values of ``histograms`` as :func:`binned`."""
+        """Record the ``metrics`` of ``step``, and its ``histograms`` (name -> values) as :func:`binned`."""
         bins = {name: binned(values) for name, values in (histograms or {}).items()}
         self.metrics.log(step, metrics, bins)
         if self._writer is not None:
@@ -101,14 +105,14 @@ class Tracker:
                 self._writer.add_histogram(name, np.asarray(values), step)
 
     def image(self, name: str, step: int, image: Image) -> None:
-        """Show ``image`` in TensorBoard."""
+        """Add ``image`` to TensorBoard, if it is in use."""
         if self._writer is not None:
             import numpy as np
 
             self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write what is buffered, and close the files."""
         self.metrics.close()
         if self._writer is not None:
             self._writer.close()
@@ -123,6 +127,6 @@ class Tracker:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    # JSON has no NaN; a reader in another language must not choke on a diverged run
+    # JSON has no NaN, and readers in other languages must be able to read a diverged run
     safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(safe) + "\n"

@@ -1,4 +1,4 @@
-"""How is a stage optimised? The ``train`` block of a recipe."""
+"""The ``train`` block of a stage: optimizer, learning rate, batch sizes, precision and intervals."""
 
 from __future__ import annotations
 
@@ -25,43 +25,44 @@ class Train(Spec):
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(32, ge=1)
-    """Samples in one batch, over all processes: of images, what one optimizer step sees; of prompts, the
-    samples that one iteration draws and scores."""
+    """Samples in one batch, over all processes. With images, these are the images of one batch; with prompts,
+    the samples of one rollout."""
     steps_per_batch: int = Field(1, ge=1)
-    """Optimizer steps on one batch, each on an equal part of it."""
+    """Optimizer steps on one batch. Each trains on an equal part of it."""
     micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
-    """Items in one forward-backward, and samples in one forward of a rollout: bounds the memory, does not
-    change the result but for rounding. Items are samples, for SOAR their auxiliary points too, and for
-    online algorithms their trained steps. ``auto`` tries once how many the device has room for. Where they
-    do not fit, half as many are taken from there on."""
+    """Items in one forward-backward, and samples in one forward of a rollout. It bounds memory, and changes
+    results by rounding only. Items are samples; for SOAR also auxiliary points; for online algorithms trained
+    steps. ``auto`` finds once how many fit on the device. If memory runs out, the run continues with half as
+    many."""
     optimizer: OptimizerName = "adamw"
-    """``adamw8bit`` keeps both moments in 8 bits, a quarter of the memory; under ``single`` and ``ddp``."""
+    """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory. It needs ``single`` or ``ddp``."""
     learning_rate: float = Field(2e-5, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Of the learning rate after the warm-up; ``cosine`` and ``linear`` end at 0."""
+    """The learning rate after the warm-up. ``cosine`` and ``linear`` end at 0."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps in which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(1e-2, ge=0)
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's norm is clipped to this."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of the moving average that is evaluated and exported; none by default."""
+    """Decay of the EMA, the moving average of weights that is evaluated and exported. None by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the transformer's forward; bf16 is autocast, with trained weights and optimizer in float32."""
+    """Precision of the transformer's forward. bf16 is autocast; trained weights and moments stay float32."""
     gradient_checkpointing: Checkpointing = "off"
-    """What the backward computes again to save memory: nothing; all but matrix products and attention
-    (``selective``); or whole blocks (``full``), which takes a forward more. Changes no number."""
+    """What the backward recomputes to save memory: nothing (``off``), all but matrix products and attention
+    (``selective``), or whole blocks (``full``), which costs one more forward. Results do not change."""
     compile: bool = False
-    """Compile the transformer's blocks (torch.compile), which pays on CUDA in long runs: each size of image
-    and of micro-batch is compiled once, a minute or so. Changes rounding only."""
+    """Compile the transformer's blocks (torch.compile). It pays on CUDA in long runs, because each size of
+    image and of micro-batch is compiled once, in about a minute. Results change by rounding only."""
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     sample_every: int | None = Field(500, ge=1)
-    """Steps between image grids, the first before any training and the last after it; null for none. They
-    show the first prompts of the evaluation, as it samples them, or else captions of the data."""
+    """Steps between image grids; null for none. The first grid comes before training, the last after it. They
+    show the evaluation's first prompts, sampled as the evaluation does, or captions of the data if there is
+    no evaluation."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -70,12 +71,10 @@ class Train(Spec):
         return self
 
     @model_validator(mode="after")
-    def _compiled_blocks_are_not_looked_into(self) -> Self:
+    def _selective_is_not_compiled(self) -> Self:
         if self.compile and self.gradient_checkpointing == "selective":
-            words = (
-                "selective keeps some results inside a block, which is one piece when compiled: full or off"
-            )
-            raise at(("gradient_checkpointing",), words)
+            message = "selective does not work with compile, which makes a block one piece; use full or off"
+            raise at(("gradient_checkpointing",), message)
         return self
 
     @model_validator(mode="after")
@@ -83,10 +82,10 @@ class Train(Spec):
         n = self.steps_per_batch
         if n > self.batch_size:
             raise at(("steps_per_batch",), f"{n} is more than the batch_size, {self.batch_size}")
-        # a checkpoint or an image grid in the middle of a batch would need the batch itself to go on
+        # to resume from the middle of a batch, a checkpoint would need the batch itself
         for name in ("steps", "checkpoint_every", "sample_every"):
             if (value := getattr(self, name)) is not None and value % n:
                 near = multiples_near(value, n)
-                words = f"{value} is no multiple of steps_per_batch, {n}; the nearest are {near}"
-                raise at((name,), words)
+                message = f"{value} is no multiple of steps_per_batch, {n}; the nearest are {near}"
+                raise at((name,), message)
         return self

@@ -1,1 +1,1 @@
-"""How does one training run use many processes? One strategy a file."""
+"""The strategies by which one training run uses several processes, one per file."""

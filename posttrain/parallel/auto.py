@@ -1,4 +1,4 @@
-"""The simplest strategy for as many processes as there are."""
+"""Chooses the simplest strategy for the number of processes."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class Auto(Parallel):
         return self.chosen(world.size).prepare(policy, settings, world)
 
     def chosen(self, processes: int) -> Parallel:
-        """What it stands for."""
+        """The block that ``auto`` stands for, with that many processes."""
         return DDP() if processes > 1 else Single()

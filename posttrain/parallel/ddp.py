@@ -1,4 +1,4 @@
-"""Data parallel: every process has all weights, and gradients are summed (torch's DDP)."""
+"""Data parallel: every process holds all weights, and gradients are added up (torch's DDP)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from posttrain.distributed.world import World
 from posttrain.optim.optimizers import optimizer_of
 from posttrain.parallel.shares import Shares
-from posttrain.parallel.strategy import Direct, Parallel, Strategy
+from posttrain.parallel.strategy import Parallel, Strategy, TorchStrategy
 from posttrain.policy.layout import Layout
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class DDP(Parallel):
-    """Weights, gradients and optimizer whole in every process."""
+    """Every process holds all weights, gradients and optimizer state."""
 
     strategy: Literal["ddp"] = "ddp"
 
@@ -29,21 +29,21 @@ class DDP(Parallel):
         return True
 
     def shares(self, processes: int) -> Shares:
-        # gradients are views of the buckets that are sent, and these stay
+        # gradients are views of the buckets that are sent, which stay allocated
         return Shares(keeps_gradients=True)
 
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         return Replicated(policy, settings, world)
 
 
-class Replicated(Direct):
+class Replicated(TorchStrategy):
     """The strategy of :class:`DDP`."""
 
     def __init__(self, policy: Policy, settings: Train, world: World) -> None:
         super().__init__(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
         device = policy.model.device
         with warnings.catch_warnings():
-            # the name that replaces broadcast_buffers is not known to every version of torch
+            # some versions of torch do not know the name that replaces broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
             self.wrapped = DistributedDataParallel(
                 policy.model.transformer,
@@ -57,5 +57,5 @@ class Replicated(Direct):
         self.wrapped.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:
-        # DDP takes the mean over the processes, and the loss is a part of a sum
+        # DDP averages the gradients of the processes, but the losses are parts of a sum
         (loss * self.world.size).backward()

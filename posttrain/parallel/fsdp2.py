@@ -1,4 +1,4 @@
-"""Fully sharded: every process has a part of each weight, gradient and moment (torch's fully_shard)."""
+"""Fully sharded: every process holds a shard of each weight, gradient and moment (torch's fully_shard)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from posttrain.distributed.world import World
 from posttrain.errors import TrainingError
 from posttrain.optim.optimizers import optimizer_of
-from posttrain.parallel.shares import Part, Shares
-from posttrain.parallel.strategy import Direct, Parallel, Strategy
+from posttrain.parallel.shares import Share, Shares
+from posttrain.parallel.strategy import Parallel, Strategy, TorchStrategy
 from posttrain.policy.blocks import blocks
 from posttrain.policy.layout import Layout
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class FSDP2(Parallel):
-    """Weights, gradients, optimizer and roles in parts, one of each in every process."""
+    """Every process holds one shard of the weights, gradients, optimizer state and roles."""
 
     strategy: Literal["fsdp2"] = "fsdp2"
 
     offload: bool = False
-    """Keep the parts in the CPU's memory, and take the optimizer's steps there."""
+    """Keep the shards in the CPU's memory, and take the optimizer steps there."""
 
     @property
     def needs_group(self) -> bool:
@@ -38,8 +38,8 @@ class FSDP2(Parallel):
         return f"{self.strategy}, offloaded" if self.offload else self.strategy
 
     def shares(self, processes: int) -> Shares:
-        part = Part(1 / processes, self.offload)
-        return Shares(part, part, part, gathers=True)
+        shard = Share(1 / processes, self.offload)
+        return Shares(shard, shard, shard, gathers=True)
 
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         return FullySharded(policy, settings, world, self.offload)
@@ -54,25 +54,25 @@ class Sharded(Layout):
         self.module, self.offloaded = module, offloaded
 
     def local(self, parameter: nn.Parameter) -> Tensor:
-        return _distributed(parameter).to_local().data
+        return _as_dtensor(parameter).to_local().data
 
     def gathered(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
-        like = _distributed(parameter)
+        like = _as_dtensor(parameter)
         return DTensor.from_local(
             held, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         ).full_tensor()
 
     def shard(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        return self.place(parameter, whole).to_local().clone()
+        return self.distributed(parameter, whole).to_local().clone()
 
-    def place(self, parameter: nn.Parameter, whole: Tensor) -> DTensor:
-        """``whole``, spread as the parameter is."""
+    def distributed(self, parameter: nn.Parameter, whole: Tensor) -> DTensor:
+        """``whole`` as a DTensor that is sharded like the parameter. No other process takes part."""
         from torch.distributed.tensor import distribute_tensor
 
-        like = _distributed(parameter)
-        # every process reads the same file, so nobody has to send
+        like = _as_dtensor(parameter)
+        # src_data_rank=None: every process has the whole tensor, so nothing is sent
         return distribute_tensor(
             whole.to(like.to_local().device), like.device_mesh, like.placements, src_data_rank=None
         )
@@ -85,7 +85,7 @@ class Sharded(Layout):
                 module.reshard()
 
 
-class FullySharded(Direct):
+class FullySharded(TorchStrategy):
     """The strategy of :class:`FSDP2`."""
 
     def __init__(self, policy: Policy, settings: Train, world: World, offload: bool) -> None:
@@ -93,30 +93,30 @@ class FullySharded(Direct):
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         module, device = policy.model.transformer, policy.model.device
-        # nothing here writes into what the transformer returns
+        # the warning is about writing to the transformer's result, which nothing does
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         mesh = init_device_mesh(device.type, (world.size,))
-        policy_of = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        offloading = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         for block in blocks(module):
-            fully_shard(block, mesh=mesh, offload_policy=policy_of, reshard_after_forward=True)
-        # the root as well gathers anew for each forward: roles change what is held in between
-        fully_shard(module, mesh=mesh, offload_policy=policy_of, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, offload_policy=offloading, reshard_after_forward=True)
+        # the root must gather again in each forward, because roles change the shards in between
+        fully_shard(module, mesh=mesh, offload_policy=offloading, reshard_after_forward=True)
         policy.find_parameters()
         layout = Sharded(module, offloaded=offload and device.type == "cuda")
         super().__init__(policy, world, layout, optimizer_of(settings, policy.trained.values()))
         from torch.distributed.tensor import DTensor
 
         if plain := [n for n, p in policy.parameters.items() if not isinstance(p, DTensor)]:
-            raise TrainingError(f"fsdp2 left {len(plain)} weights unsharded, {plain[0]!r} first")
+            raise TrainingError(f"fsdp2 left {len(plain)} weights unsharded, the first is {plain[0]!r}")
 
     def backward(self, loss: Tensor) -> None:
-        # FSDP takes the mean over the processes, and the loss is a part of a sum
+        # FSDP averages the gradients of the processes, but the losses are parts of a sum
         (loss * self.world.size).backward()
 
-    def placed(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        assert isinstance(self.layout, Sharded), "made above"
-        return self.layout.place(parameter, whole)
+    def as_moment(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        assert isinstance(self.layout, Sharded), "set in __init__"
+        return self.layout.distributed(parameter, whole)
 
 
-def _distributed(parameter: nn.Parameter) -> DTensor:
+def _as_dtensor(parameter: nn.Parameter) -> DTensor:
     return parameter  # type: ignore[return-value]

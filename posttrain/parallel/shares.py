@@ -1,4 +1,4 @@
-"""What does one process hold of weights, gradients and optimizer, and in which memory? Asked by the plan."""
+"""What one process holds of weights, gradients and optimizer state, and in which memory; for planning."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Part:
+class Share:
     """A fraction of something, on the device or in the CPU's memory."""
 
-    of: float = 1.0
+    fraction: float = 1.0
     on_host: bool = False
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What one process holds, by default all of everything on its device."""
+    """What one process holds; by default everything, on its device."""
 
-    weights: Part = Part()
-    """Of the transformer's weights, and of roles, which lie as they do."""
-    gradients: Part = Part()
-    moments: Part = Part()
-    """Of what the optimizer keeps."""
-    copies: Part = Part(0.0)
-    """Float32 copies of the trained weights and gradients beside them, in all their sizes."""
+    weights: Share = Share()
+    """Share of the transformer's weights, and of the roles, which are spread alike."""
+    gradients: Share = Share()
+    moments: Share = Share()
+    """Share of the optimizer's state."""
+    copies: Share = Share(0.0)
+    """Extra float32 copies, as a multiple of the trained weights' size."""
     gathers: bool = False
-    """Whether a forward puts blocks together from parts, and takes them apart again."""
+    """Whether a forward gathers the shards of each block and drops them again."""
     keeps_gradients: bool = False
-    """Whether the room of the gradients stays taken between the steps."""
+    """Whether the memory of the gradients stays allocated between steps."""
     buffer: int = 0
-    """Bytes on the device for gradients on their way, while there are any."""
+    """Bytes on the device for gradients that are being sent, while there are any."""

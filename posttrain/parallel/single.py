@@ -1,4 +1,4 @@
-"""One process: everything is whole and here."""
+"""One process that holds everything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from posttrain.distributed.world import World
 from posttrain.optim.optimizers import optimizer_of
-from posttrain.parallel.strategy import Direct, Parallel, Strategy
+from posttrain.parallel.strategy import Parallel, Strategy, TorchStrategy
 from posttrain.policy.layout import Layout
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Single(Parallel):
         return Alone(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
 
 
-class Alone(Direct):
+class Alone(TorchStrategy):
     """The strategy of :class:`Single`."""
 
     repeatable: ClassVar = True

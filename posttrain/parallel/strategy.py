@@ -1,7 +1,7 @@
-"""What does the update ask of a way to train in parallel?
+"""The interface of a parallel strategy.
 
 A :class:`Parallel` is the recipe's ``parallel`` block. It makes a :class:`Strategy`, which owns the
-optimizer and says how each weight lies over the processes.
+optimizer and knows how each weight is spread over the processes.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 
 class Parallel(Spec, ABC):
-    """A recipe's ``parallel`` block. Each variant has a literal ``strategy``."""
+    """A recipe's ``parallel`` block. Each subclass has a literal ``strategy``."""
 
     strategy: str
 
     @property
     def needs_group(self) -> bool:
-        """Whether it needs torch's process group even for one process."""
+        """Whether one process alone also needs torch's process group."""
         return False
 
     def problem(self, processes: int) -> str | None:
-        """Why it cannot run with that many processes on this machine; None if it can."""
+        """Why that many processes cannot run it on this machine; None if they can."""
         del processes
         return None
 
     def described(self, processes: int) -> str:
-        """What is then active, in a word or two."""
+        """The strategy that is then active, in a few words, for people."""
         del processes
         return self.strategy
 
@@ -52,17 +52,17 @@ class Parallel(Spec, ABC):
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         """Spread the policy's weights over the processes and make the optimizer.
 
-        Called before the policy has roles. Raises PosttrainError where what is then active is not what the
-        block says.
+        Must be called before the policy has roles. Raises PosttrainError if the strategy that is then active
+        is not what the block says.
         """
 
 
 class Strategy(ABC):
-    """Gradients, optimizer and layout of one stage's training."""
+    """Gradients, optimizer and layout while a stage trains."""
 
     repeatable: ClassVar[bool] = False
-    """Whether a step can be begun anew after a forward or backward that failed in the middle: nothing but
-    gradients, which :meth:`zero_grad` removes, is then left of it."""
+    """Whether a step can be repeated after its forward or backward failed: the failure leaves nothing behind
+    but gradients, which :meth:`zero_grad` removes."""
     layout: Layout
     optimizer: torch.optim.Optimizer
     """Its ``param_groups`` hold the learning rate."""
@@ -71,42 +71,47 @@ class Strategy(ABC):
         self.policy, self.world = policy, world
 
     def begin_micro_batch(self, *, last: bool) -> None:
-        """To be called before a micro-batch's forward; ``last``: a step follows its backward."""
+        """To be called before each micro-batch's forward; a step follows the ``last`` one's backward."""
         del last
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, which is this process's part of a sum over all processes."""
+        """Add the gradient of ``loss``, a scalar whose sum over all processes is minimised."""
         loss.backward()
 
     @abstractmethod
     def zero_grad(self) -> None:
-        """Forget the gradients added since the last step: if the strategy is not ``repeatable``, at least
-        those of 0."""
+        """Drop the gradients added since the last step. A strategy that is not ``repeatable`` need drop only
+        gradients of 0."""
 
     @abstractmethod
     def step(self, max_norm: float) -> float:
-        """Clip, take the optimizer step and forget the gradients. Returns the norm of the gradients before
-        clipping; where it is not finite the weights are as they were."""
+        """Clip the gradients to ``max_norm``, take the optimizer step and drop the gradients.
+
+        Returns the norm of all gradients before clipping. If it is not finite, the weights do not change.
+        """
 
     @abstractmethod
     def moments(self, name: str) -> dict[str, Tensor]:
-        """The optimizer's state of a trained weight, whole; every process asks at once."""
+        """The optimizer's state of a trained weight, as whole tensors; {} before the first step.
+
+        Every process must call it at the same time.
+        """
 
     @abstractmethod
     def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
-        """Set the optimizer's state, from whole tensors by the weight's name."""
+        """Set the optimizer's state from whole tensors, by the weight's name."""
 
-    def loaded(self) -> None:
-        """To be called after the trained weights were written to, for a resumed run."""
+    def mark_loaded(self) -> None:
+        """To be called after the trained weights were loaded from a checkpoint."""
         self.layout.mark_written()
 
     def close(self) -> None:
-        """Let go of what was made for this stage."""
+        """Free what was made for this stage."""
         self.policy.model.module = self.policy.model.transformer
 
 
-class Direct(Strategy):
-    """A torch optimizer on the trained parameters themselves."""
+class TorchStrategy(Strategy):
+    """A strategy whose optimizer is a torch optimizer on the trained parameters themselves."""
 
     def __init__(
         self, policy: Policy, world: World, layout: Layout, optimizer: torch.optim.Optimizer
@@ -119,7 +124,7 @@ class Direct(Strategy):
 
     def step(self, max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), max_norm)
-        # the one host synchronisation of a step: a poisoned update must never reach the weights
+        # the only wait for the device in a step: gradients that are not finite must not reach the weights
         value = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # type: ignore[operator]
         if math.isfinite(value):
             self.optimizer.step()
@@ -136,16 +141,16 @@ class Direct(Strategy):
         for i, (name, parameter) in enumerate(self.policy.trained.items()):
             if name in moments:
                 state[i] = {
-                    # of its own: the file may hold one tensor for all, such as the number of steps
-                    key: self.placed(parameter, value) if value.shape == parameter.shape else value.clone()
+                    # cloned, because the file may hold one tensor, such as the step, for all weights
+                    key: self.as_moment(parameter, value) if value.shape == parameter.shape else value.clone()
                     for key, value in moments[name].items()
                 }
                 if not isinstance(self.optimizer, torch.optim.AdamW):
-                    # bitsandbytes counts in plain numbers
+                    # bitsandbytes counts its steps in an int
                     state[i]["step"] = state[i]["step"].item()  # type: ignore[assignment]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
-    def placed(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """``whole`` as the optimizer keeps it for that parameter."""
+    def as_moment(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """``whole`` in the layout in which the optimizer keeps moments of the parameter."""
         del parameter
         return whole.clone()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from posttrain.parallel.shares import Part, Shares
+from posttrain.parallel.shares import Share, Shares
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,8 +97,8 @@ def memory(
     ``separate`` from the device's, all of it is the device's.
     """
 
-    def on(host: bool, part: Part, size: float) -> float:
-        return size * part.of if (part.on_host and separate) == host else 0.0
+    def on(host: bool, share: Share, size: float) -> float:
+        return size * share.fraction if (share.on_host and separate) == host else 0.0
 
     def parts(phase: Phase, host: bool = False) -> dict[str, float]:
         weights = on(host, shares.weights, 4 * sizes.trained + sizes.frozen)

@@ -148,7 +148,7 @@ def _changes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Iter
         yield Change(f"{train}.sample_every=null", "no image grids while it trains")
     if stage.train.precision == "fp32":
         yield Change(f"{train}.precision=bf16", "rounding to bf16")
-    if devices > 1 and shares.weights.of == 1:
+    if devices > 1 and shares.weights.fraction == 1:
         yield Change("parallel={strategy: fsdp2}", "weights travel between devices")
     if stage.train.optimizer == "adamw":
         yield Change(f"{train}.optimizer=adamw8bit", "moments rounded to 8 bits")

@@ -1,4 +1,4 @@
-"""The trained model: its velocity, the roles of its weights, and what is tuned."""
+"""The policy: the trained model with its roles, and which of its weights are trained."""
 
 from posttrain.policy.policy import Policy
 

@@ -1,4 +1,4 @@
-"""Which activations of a forward does its backward compute again, to save their memory?"""
+"""Gradient checkpointing: the backward recomputes activations instead of keeping them in memory."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
 }
-"""What ``selective`` keeps: nearly all FLOPs of a transformer block are in these."""
+"""Operations whose results ``selective`` keeps. They hold nearly all FLOPs of a transformer block."""
 
 
 def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
-    """Let the backward through each block of a diffusers ``transformer`` compute activations again.
+    """Let the backward through each block of a diffusers ``transformer`` recompute its activations.
 
-    ``full`` keeps a block's inputs alone, and costs a forward more (Chen et al. 2016, arXiv:1604.06174);
-    ``selective`` keeps what matrix products and attention return as well, and computes normalisation,
-    activation functions and modulation again. The numbers stay what they are.
+    ``full`` keeps a block's inputs only and costs one more forward (Chen et al. 2016, arXiv:1604.06174).
+    ``selective`` also keeps the results of matrix products and attention, and recomputes normalisation,
+    activation functions and modulation. ``off`` keeps everything. Results are bitwise the same.
     """
     if mode == "off":
         transformer.disable_gradient_checkpointing()
         return
     options: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}
 
-    def again(block: nn.Module, *inputs: Any) -> Any:
-        # a block draws nothing, so there is no state of random numbers to put back
+    def recomputed(block: nn.Module, *inputs: Any) -> Any:
+        # blocks draw no random numbers, so no generator state must be restored
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
-    transformer.enable_gradient_checkpointing(again)
+    transformer.enable_gradient_checkpointing(recomputed)
 
 
-def _policy(_context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
+def _keep_or_recompute(_context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+_contexts = functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute)

@@ -1,4 +1,4 @@
-"""Which modules does a transformer repeat? They are cut in parts, compiled, or computed again, one by one."""
+"""Finds the blocks that a transformer repeats, which are sharded, compiled or recomputed one by one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import nn
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer: the entries of its lists of modules."""
-    lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
+    """The repeated blocks of a transformer: all entries of its ``nn.ModuleList`` children."""
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
     return [block for entries in lists for block in entries]

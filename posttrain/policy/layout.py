@@ -1,4 +1,4 @@
-"""How each weight is laid out over the processes of a run."""
+"""How each weight is spread over the processes of a run."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from torch import Tensor, nn
 
 
 class Layout:
-    """How weights lie over the processes: here, each process has them whole."""
+    """The layout of whole weights: each process holds all of them. Sharded layouts derive from it."""
 
     sharded: ClassVar[bool] = False
-    """Whether a forward waits for parts that other processes have."""
+    """Whether each process holds a shard of each weight, so that a forward must gather it."""
     offloaded = False
-    """Whether what is held is in the CPU's memory while the forwards run on a GPU."""
+    """Whether weights are held in the CPU's memory while the forwards run on a GPU."""
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The shape of the whole."""
+        """The shape of the whole weight."""
         return parameter.shape
 
     def local(self, parameter: nn.Parameter) -> Tensor:
-        """What this process holds of a parameter, as a plain tensor that may be written to."""
+        """The part of a weight that this process holds, as a plain tensor that may be written to."""
         return parameter.data
 
     def gathered(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
-        """The whole tensor of which this process holds ``held``; every process asks at once."""
+        """The whole tensor whose local part is ``held``. Every process must call it at the same time."""
         del parameter
         return held
 
     def shard(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """What this process holds of ``whole``, a value for the parameter. No other process is asked."""
+        """This process's part of ``whole``, a value for the parameter. No other process takes part."""
         return whole.to(parameter.device)
 
     def synchronize(self) -> None:
-        """To be called before writing to what is held."""
+        """To be called before writing to local parts."""
         if self.offloaded:
-            # a forward that was asked for may still be copying it to the GPU
+            # a forward may still be copying them to the GPU
             torch.cuda.synchronize()
 
     def mark_written(self) -> None:
-        """To be called after writing to what is held: copies of it are stale."""
+        """To be called after writing to local parts, whose gathered copies are then stale."""

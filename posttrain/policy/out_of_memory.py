@@ -1,4 +1,4 @@
-"""What happens where memory does not suffice: half as many rows at a time, from there on."""
+"""Recognises lack of memory, and repeats the work with half as many rows at a time."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed", "bad_alloc")
+_PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed", "bad_alloc")
 """What MPS, cuBLAS, cuDNN and the CPU's allocators say in a plain RuntimeError."""
 
 
 class OutOfMemory(TrainingError):
-    """Memory did not suffice, and the work cannot be tried again where it stopped."""
+    """Memory did not suffice, and the work cannot be repeated from where it stopped."""
 
     def __init__(self, error: BaseException, before: int, micro_batch: int) -> None:
         super().__init__(f"out of memory with {before} rows at a time ({_in_short(error)})")
         self.micro_batch = micro_batch
-        """How many rows at a time to go on with."""
+        """The number of rows at a time to continue the run with."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it came from, is this machine's lack of memory."""
+    """Whether ``error``, or its cause, is a lack of memory on this machine."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
-        # an error of our own may quote what another machine said
+        # the message of a PosttrainError may quote another machine
         if isinstance(error, RuntimeError) and not isinstance(error, PosttrainError):
-            return any(words in str(error).lower() for words in _WORDS)
+            return any(phrase in str(error).lower() for phrase in _PHRASES)
         error = error.__cause__
     return False
 
 
 def too_little(what: str, error: BaseException) -> TrainingError:
-    """The error where fewer rows at a time are no help."""
+    """The error to raise if memory does not suffice and fewer rows at a time would not help."""
     return TrainingError(
         f"out of memory {what} ({_in_short(error)}). What needs less: gradient_checkpointing, precision "
         "bf16, optimizer adamw8bit, a LoRA, model.offload, sharding, a smaller resolution; 'posttrain plan' "
@@ -54,7 +54,7 @@ def too_little(what: str, error: BaseException) -> TrainingError:
 
 @contextlib.contextmanager
 def not_repeated(what: str) -> Iterator[None]:
-    """Raise TrainingError where memory does not suffice in the block, which must not run a second time."""
+    """Raise TrainingError if memory does not suffice in the block, which must not run a second time."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -63,11 +63,11 @@ def not_repeated(what: str) -> Iterator[None]:
         raise too_little(what, error) from error
 
 
-def fitted(work: Callable[[], T], policy: Policy, undone: Callable[[], bool]) -> T:
-    """What ``work`` returns, repeated with half as many rows at a time as long as memory does not suffice.
+def halve_until_it_fits(work: Callable[[], T], policy: Policy, undo: Callable[[], bool]) -> T:
+    """Return what ``work`` returns; halve ``policy.micro_batch`` and repeat it while memory does not suffice.
 
-    ``undone`` is asked then: it undoes what the work left behind, or says that this cannot be. Raises
-    OutOfMemory where it cannot, and TrainingError where one row alone does not fit.
+    After a failure ``undo`` removes what the work left behind, and returns whether the work can be repeated.
+    Raises OutOfMemory if it cannot, and TrainingError if one row alone does not fit.
     """
     while True:
         policy.largest_forward = 0
@@ -78,14 +78,14 @@ def fitted(work: Callable[[], T], policy: Policy, undone: Callable[[], bool]) ->
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            # a micro_batch is often larger than what there was to put into it
+            # the forwards may have had fewer rows than micro_batch allows
             before = min(policy.micro_batch, policy.largest_forward or policy.micro_batch)
             if not (micro_batch := before // 2):
                 raise too_little("with one row at a time", error) from error
-            if not undone():
+            if not undo():
                 raise OutOfMemory(error, before, micro_batch) from error
-            log.warning("out of memory with %d rows at a time; going on with %d", before, micro_batch)
-        # only here has the error gone, which holds what did not fit
+            log.warning("out of memory with %d rows at a time; continuing with %d", before, micro_batch)
+        # outside of the except block, because the error keeps the failed work's tensors alive
         gc.collect()
         torch.clear_autocast_cache()
         free_memory(policy.model.device)

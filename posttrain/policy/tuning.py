@@ -1,7 +1,8 @@
-"""Which weights does a stage train: all of the transformer's, or a LoRA beside them?"""
+"""The ``tune`` block of a stage: it trains all of the transformer's weights, or a LoRA."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -19,20 +20,23 @@ if TYPE_CHECKING:
 
 
 class Tune(Named, ABC):
-    """A stage's ``tune`` block."""
+    """A stage's ``tune`` block: chooses which weights are trained."""
 
     @property
     def merges(self) -> bool:
-        """Whether adapters of the stages before are to be merged into the weights."""
+        """Whether adapters of earlier stages are merged into the weights."""
         return True
 
     @abstractmethod
     def apply(self, transformer: nn.Module, seed: int) -> None:
-        """Mark what is trained (``requires_grad``, float32) and freeze the rest."""
+        """Give the trained weights float32 and ``requires_grad``, and freeze the others.
+
+        Raises ModelError if the block does not fit the transformer.
+        """
 
     @abstractmethod
     def trainable_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """How many numbers are trained, from the names and shapes of the transformer's weights."""
+        """The number of trained parameters, given the names and shapes of the transformer's weights."""
 
 
 class Full(Tune):
@@ -45,18 +49,18 @@ class Full(Tune):
         transformer.float().requires_grad_(True)
 
     def trainable_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return sum(_count(shape) for shape in shapes.values())
+        return sum(math.prod(shape) for shape in shapes.values())
 
 
 class Lora(Tune):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685); defaults are those of Flow-GRPO and NFT."""
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), by default as in Flow-GRPO and DiffusionNFT."""
 
     type: Literal["lora"] = "lora"
     rank: int = Field(32, ge=1)
     alpha: float = Field(64.0, gt=0)
     """The adapter's output is scaled by alpha / rank."""
     init: Literal["gaussian", "default"] = "gaussian"
-    """How A is drawn (B starts at 0): ``gaussian`` has std 1 / rank, ``default`` is Kaiming-uniform."""
+    """How A is drawn: ``gaussian`` with std 1 / rank, or ``default``, Kaiming-uniform. B starts at 0."""
     targets: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[
             "attn.to_q",
@@ -70,17 +74,17 @@ class Lora(Tune):
         ],
         min_length=1,
     )
-    """Name endings of the linear layers that get an adapter (whole dotted parts)."""
+    """Endings of the names of linear layers that get an adapter, in whole dotted parts."""
     before: Literal["merge", "stack"] = "merge"
-    """Adapters of the stages before are merged into the weights, or kept beside them, frozen (``stack``),
-    so that weights of half precision are not rounded again."""
+    """Adapters of earlier stages are merged into the weights (``merge``), or with ``stack`` they stay
+    frozen beside them, so that weights of half precision are not rounded again."""
 
     def apply(self, transformer: nn.Module, seed: int) -> None:
         import torch
         from peft import LoraConfig
 
-        linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-        # beside adapters of the stages before, a layer is called <name>.base_layer
+        linear = [n for n, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        # a layer that has adapters of earlier stages is called <name>.base_layer
         names = [n.removesuffix(".base_layer") for n in linear if ".lora_" not in n]
         if unmatched := [t for t in self.targets if not any(self._matches(n, t) for n in names)]:
             raise ModelError(
@@ -91,14 +95,16 @@ class Lora(Tune):
         transformer.requires_grad_(False)
         config = LoraConfig(
             r=self.rank,
-            # peft and diffusers write whole alphas as ints; other tools read them back the same way
+            # peft and diffusers write whole alphas as integers, and other tools expect these
             lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,  # type: ignore[arg-type]
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             target_modules=[n for n in names if any(self._matches(n, t) for t in self.targets)],
         )
-        # A's draw belongs to the recipe's seed, whatever ran before in this process
+        # A depends on the recipe's seed alone, not on what ran before in this process
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # stacking is meant
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`"
+            )  # adapters are stacked on purpose
             torch.manual_seed(seed)
             transformer.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
         if len(adapters := list(transformer.peft_config)) > 1:  # type: ignore[arg-type]
@@ -127,12 +133,6 @@ class Lora(Tune):
 
 
 def _ending(name: str) -> str:
+    """The last two parts of a dotted name, where a part may end in a number: ``attn.to_out.0``."""
     parts = re.split(r"\.(?=[a-z])", name)
     return ".".join(parts[-2:])
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 from posttrain.condition import Conditions
 from posttrain.flow.solvers import Solver, solve
 from posttrain.model import FlowModel, Model, Sampler
-from posttrain.policy.out_of_memory import fitted
+from posttrain.policy.out_of_memory import halve_until_it_fits
 from posttrain.policy.policy import Policy
 from posttrain.support.randomness import generator
 from posttrain.weights.files import hash_of
@@ -81,7 +81,7 @@ def sample_images(
     def drawn() -> Tensor:
         return model.decode(sample_latents(policy, conditions, rows, noise, sigmas, guidance, solver))
 
-    return fitted(drawn, policy, lambda: not policy.layout.sharded)
+    return halve_until_it_fits(drawn, policy, lambda: not policy.layout.sharded)
 
 
 class FlowSampler(Sampler):

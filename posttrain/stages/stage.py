@@ -15,7 +15,7 @@ from posttrain.data.batches import Feed, feed_of
 from posttrain.distributed.world import ALONE, World
 from posttrain.engine import checkpoint
 from posttrain.engine.compiling import compile_blocks
-from posttrain.engine.micro_batch import described, found_by_trying
+from posttrain.engine.micro_batch import described, largest_micro_batch
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import EMA, REFERENCE, train
 from posttrain.engine.trial import blank
@@ -68,7 +68,7 @@ def run_stage(
     number = world.broadcast(settled(recipe, stage, folder, world.size))
     chunk = 1 if number is None else number
     policy = Policy(model, autocast=AUTOCAST[settings.precision], micro_batch=chunk)
-    named = policy.named(reference) if reference is not None else None
+    named = policy.beside_adapters(reference) if reference is not None else None
     strategy = recipe.parallel.prepare(policy, settings, world)
     policy.layout = strategy.layout
     # in one order: a set's differs between processes, and tensors of roles are gathered one by one
@@ -151,7 +151,9 @@ def _try_out(
         words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
         console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
     if search:
-        policy.micro_batch, trials = found_by_trying(stage.algorithm, stage.train, policy, strategy, sample)
+        policy.micro_batch, trials = largest_micro_batch(
+            stage.algorithm, stage.train, policy, strategy, sample
+        )
         line = f"[dim]{stage.name}: {described(trials, policy.model.device)}[/dim]"
         console.print(line, highlight=False, soft_wrap=True)
         if world.is_main:
