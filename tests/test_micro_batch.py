@@ -1,4 +1,4 @@
-"""How many items at a time: what is remembered, and what is found by trying, on trials with given numbers."""
+"""Tests how a micro-batch is remembered, and how it is found by trying, on trials with given numbers."""
 
 import json
 from types import SimpleNamespace
@@ -175,7 +175,9 @@ def test_moments_are_two_numbers_of_4_bytes_a_weight(monkeypatch):
         policy = line_policy()
         policy.model.transformer.a = torch.nn.Parameter(torch.ones(10))
         policy.find_parameters()
-        assert found_by_trying(stage(), policy, descending(policy), "sample")[0] == number
+        made = stage(batch_size=32)
+        strategy = descending(policy)
+        assert found_by_trying(made.algorithm, made.train, policy, strategy, "sample")[0] == number
 
 
 def test_moments_that_are_there_already_need_no_more_room(monkeypatch):
