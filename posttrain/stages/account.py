@@ -37,7 +37,7 @@ class Account:
     """Step of the last reading without an alarm."""
     alarms: list[str] = field(default_factory=list)
     ended_at: int | None = None
-    """Step that an alarm rolled the stage back to, which ended it; None otherwise."""
+    """Step at which a hook ended the stage early, or to which an alarm rolled it back; None otherwise."""
 
     def replace_by(self, kept: dict[str, Any]) -> None:
         """Take over the account that a checkpoint kept."""

@@ -56,4 +56,7 @@ class StageWatch:
 
     def _between_batches(self, step: int, *, last: bool) -> bool:
         with self.clock.paused():
-            return all(hook.between_batches(step, last=last) for hook in self.hooks)
+            goes_on = all(hook.between_batches(step, last=last) for hook in self.hooks)
+        if not goes_on and self.account.ended_at is None:  # a rollback names an earlier step
+            self.account.ended_at = step
+        return goes_on

@@ -16,7 +16,8 @@ class Hook:
         """Act after ``step`` finished optimizer steps, before the next batch is drawn.
 
         ``last`` says that the stage has taken all its steps. The time is not counted as training. Returns
-        False to end the stage here; the hooks after this one are then not called.
+        False to end the stage here and publish its weights; the hooks after this one are then not called.
+        All processes must return the same.
         """
         del step, last
         return True
