@@ -24,7 +24,7 @@ from posttrain.engine.trainer import REFERENCE
 from posttrain.policy import Policy
 from posttrain.recipe.file import load_recipe
 from posttrain.scoring.judge import Judge
-from posttrain.stages.stage import AUTOCAST
+from posttrain.stages.prepare import AUTOCAST
 
 
 def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tensor, int, float, float]:

@@ -1,4 +1,4 @@
-"""When do the alarms of a stage sound? On readings whose means and errors one can do by hand."""
+"""Tests when the alarms of a stage sound, on readings whose means and errors are worked out by hand."""
 
 from math import inf
 

@@ -1,4 +1,4 @@
-"""How many items at a time: what is remembered, and what is found by trying, on trials with given numbers."""
+"""Tests how a micro-batch is remembered, and how it is found by trying, on trials with given numbers."""
 
 import json
 from types import SimpleNamespace

@@ -20,7 +20,7 @@ from posttrain.engine import checkpoint
 from posttrain.engine.tracker import read_metrics
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.recipe.file import parse_recipe
-from posttrain.stages.chain import check_processes
+from posttrain.stages.processes import check_processes
 
 TRAIN = (
     "{steps: 20, batch_size: 8, micro_batch: 2, learning_rate: 1e-3, checkpoint_every: 4, keep_checkpoints: 1, "

@@ -1,4 +1,4 @@
-"""Can the table's baselines, which have pipelines of their own, be evaluated and sampled?"""
+"""Tests that baselines with pipelines of their own can be evaluated and sampled."""
 
 import json
 

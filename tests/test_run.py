@@ -1,4 +1,4 @@
-"""Does a run do what its recipe says, go on where it was cut off, and write what other tools load?"""
+"""Tests that a run does what its recipe says, resumes exactly, and writes artifacts that other tools load."""
 
 import json
 import shutil

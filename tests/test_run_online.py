@@ -1,4 +1,4 @@
-"""Do online stages chain, hold to their reference, resume, and say what they did?"""
+"""Tests that online stages chain, keep their reference, resume exactly, and record what they did."""
 
 import json
 import sys

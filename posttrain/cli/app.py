@@ -59,8 +59,8 @@ def run(
     del debug
     from posttrain.distributed.launch import share
     from posttrain.recipe.file import check_or_raise, load_recipe
-    from posttrain.stages.chain import check_processes
     from posttrain.stages.chain import run as run_recipe
+    from posttrain.stages.processes import check_processes
 
     loaded = load_recipe(recipe, overrides or ())
     if nproc == 1:
@@ -153,11 +153,10 @@ def sample(
 ) -> None:
     """Draw images and a grid of them."""
     del debug
-    from posttrain.stages.samples import draw
+    from posttrain.stages.samples import SampleSettings, draw
 
-    files = draw(
-        model, prompt, output, images, resolution, steps, guidance, solver, seed, base, device, terminal()
-    )
+    settings = SampleSettings(images, resolution, steps, guidance, solver, seed, base, device)
+    files = draw(model, prompt, output, settings, terminal())
     terminal().print(f"wrote {len(files)} images and grid.png to {output}", highlight=False)
 
 

@@ -37,7 +37,7 @@ def plan_resources(
     from posttrain.planning.gpus import gpu as known
     from posttrain.planning.tables import ASSUMED_MFU, Budget, resources
     from posttrain.recipe.file import load_recipe
-    from posttrain.stages.chain import check_processes
+    from posttrain.stages.processes import check_processes
 
     if (memory is None) != (tflops is None):
         raise PosttrainError("--memory and --tflops describe a GPU together: give both, or --gpu NAME")

@@ -28,7 +28,7 @@ from posttrain.planning.phases import (
 )
 from posttrain.planning.work import Work, image_work, stage_work
 from posttrain.policy.blocks import blocks
-from posttrain.stages.stage import AUTOCAST
+from posttrain.stages.prepare import AUTOCAST
 
 if TYPE_CHECKING:
     from posttrain.recipe.schema import Evaluation, Recipe, Stage

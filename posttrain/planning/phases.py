@@ -13,8 +13,8 @@ from posttrain.model import EncoderName
 from posttrain.planning.counts import Counts, Size
 from posttrain.planning.data import known
 from posttrain.planning.memory import Phase
-from posttrain.stages.stage import AUTOCAST
-from posttrain.stages.watch import SHOWN
+from posttrain.stages.hooks.image_grids import SHOWN
+from posttrain.stages.prepare import AUTOCAST
 
 if TYPE_CHECKING:
     from posttrain.flow.sampling_settings import Sampling

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from posttrain.errors import RecipeError
 from posttrain.planning.needs import Needs, evaluation_needs, stage_needs
 from posttrain.recipe.file import overridden
-from posttrain.stages.chain import check_processes
+from posttrain.stages.processes import check_processes
 from posttrain.support.wording import short
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.planning.data import known
 from posttrain.planning.phases import branches_of, calls_of, in_cache, square
-from posttrain.stages.watch import SHOWN
+from posttrain.stages.hooks.image_grids import SHOWN
 
 if TYPE_CHECKING:
     from posttrain.flow.sampling_settings import Sampling

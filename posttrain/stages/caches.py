@@ -1,7 +1,7 @@
-"""What does a stage or an evaluation encode before it begins, and who reads it then?
+"""Encodes prompts and images before a stage or an evaluation begins, and lets the model read them.
 
-After this, prompts and images that were listed are not encoded again, so the text encoders and the image
-encoder are idle, unless a file of the cache is damaged or was removed: they leave the device.
+Afterwards the text encoders and the image encoder leave the device, since their outputs are cached. They
+come back only for a cache file that is damaged or was removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from posttrain.data.batches import Feed, ImageFeed
 from posttrain.data.prompts import prompt_rows
 from posttrain.distributed.world import ALONE, World
 from posttrain.sampling.sampler import FlowSampler
-from posttrain.stages.watch import samples_shown
+from posttrain.stages.hooks.image_grids import grid_samples
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,55 +38,68 @@ def fill_for_stage(
     console: Console,
     world: World = ALONE,
 ) -> None:
-    """Encode what ``stage`` will need and the cache lacks; let ``model`` and ``feed`` read it from there.
+    """Encode what ``stage`` needs and the cache lacks; let ``model`` and ``feed`` read from the cache.
 
-    On several processes each encodes a share, and reads those of the others. Raises PosttrainError where
-    the cache has no room or cannot be written, DataError where too many images cannot be decoded.
+    Each process encodes a share, and reads those of the others. Raises PosttrainError where the cache has
+    no room or cannot be written, DataError where too many images cannot be decoded.
     """
     settings = recipe.cache
     room = Room(settings.folder(), settings.max_size)
     if settings.prompts:
-        prompts = [*feed.prompts]
-        if stage.train.sample_every:
-            prompts += samples_shown(recipe, feed)[0]
-        if stage.monitor is not None and recipe.evaluation is not None:
-            rows = prompt_rows(recipe.evaluation.prompts)
-            prompts += [row["prompt"] for row in rows[: stage.monitor.prompts]]
-        cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
-        model.prompt_cache = cache
-        cache.fill(prompts, stage.name, console, world.rank, world.size)
-        model.rest("prompts")
+        store = _store(room, "prompts", settings, model, "prompts", console)
+        _cache_prompts(store, model, _prompts_of_stage(recipe, stage, feed), stage.name, console, world)
     if settings.latents != "off" and isinstance(feed, ImageFeed):
         store = _store(room, settings.latents, settings, model, "images", console)
         feed.latents = LatentCache(store, model, feed.source, settings.latents)
         feed.latents.fill(stage.name, console, world.rank, world.size)
         model.rest("images")
-    world.barrier()  # or some would be encoded twice
+    world.barrier()  # otherwise a process could encode what another is still writing
 
 
 def fill_for_evaluation(
     recipe: Recipe, sampler: Sampler, name: str, console: Console, world: World = ALONE
 ) -> None:
-    """Encode the evaluation's prompts that the cache lacks; let the ``sampler`` of ``name`` read them there.
+    """Encode the evaluation's prompts that the cache lacks; let the ``sampler`` read them from there.
 
-    Raises PosttrainError as :func:`fill_for_stage`.
+    ``name`` is that of the evaluated stage, for messages. Raises PosttrainError as :func:`fill_for_stage`.
     """
     settings = recipe.cache
     if settings.prompts and recipe.evaluation is not None and isinstance(sampler, FlowSampler):
         model, room = sampler.policy.model, Room(settings.folder(), settings.max_size)
         prompts = [row["prompt"] for row in prompt_rows(recipe.evaluation.prompts)]
-        cache = PromptCache(_store(room, "prompts", settings, model, "prompts", console), model)
-        model.prompt_cache = cache
-        cache.fill(prompts, f"evaluate {name}", console, world.rank, world.size)
-        model.rest("prompts")
+        store = _store(room, "prompts", settings, model, "prompts", console)
+        _cache_prompts(store, model, prompts, f"evaluate {name}", console, world)
         world.barrier()
+
+
+def _prompts_of_stage(recipe: Recipe, stage: Stage, feed: Feed) -> list[str]:
+    """The prompts of the data, the image grids and the held-out scores."""
+    prompts = [*feed.prompts]
+    if stage.train.sample_every:
+        prompts += grid_samples(recipe, feed)[0]
+    if stage.monitor is not None and recipe.evaluation is not None:
+        rows = prompt_rows(recipe.evaluation.prompts)
+        prompts += [row["prompt"] for row in rows[: stage.monitor.prompts]]
+    return prompts
+
+
+def _cache_prompts(
+    store: Store, model: FlowModel, prompts: list[str], name: str, console: Console, world: World
+) -> None:
+    """Encode the ``prompts`` that the store lacks; move the text encoders off the device."""
+    cache = PromptCache(store, model)
+    model.prompt_cache = cache
+    cache.fill(prompts, name, console, world.rank, world.size)
+    model.rest("prompts")
 
 
 def _store(
     room: Room, kind: str, settings: Cache, model: FlowModel, encoder: EncoderName, console: Console
 ) -> Store:
-    def tell(line: str) -> None:
+    """The store for the outputs of ``encoder``; it warns on the console of damaged files."""
+
+    def warn(line: str) -> None:
         console.print(f"[yellow]{escape(line)}[/yellow]", highlight=False, soft_wrap=True)
 
     name, about = described(kind, settings.dtype, model, encoder)
-    return Store(room, name, about, torch.bfloat16 if settings.dtype == "bf16" else None, tell)
+    return Store(room, name, about, torch.bfloat16 if settings.dtype == "bf16" else None, warn)

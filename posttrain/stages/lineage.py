@@ -1,4 +1,4 @@
-"""The chain of folders whose weights, loaded in order, are those of a stage.
+"""Lists the folders whose weights, loaded in order, are those of a stage.
 
 Beside the weights that other tools load, a stage's artifact keeps ``posttrain.json``: the model it belongs
 to, the artifacts to load before it (a LoRA needs its parents), and how it was trained.
@@ -28,24 +28,31 @@ def describe(spec: Model, parents: Sequence[Path], stage: Stage, final: Path) ->
         # relative, so that a run folder can be moved
         "parents": [os.path.relpath(parent, final) for parent in parents],
         "stage": stage.model_dump(mode="json"),
-        "weights": "raw" if stage.train.ema is None else "ema",
+        "weights": exported_weights(stage),
     }
 
 
-def sources(recipe: Recipe, name: str, run: Path) -> list[Path]:
-    """The folders whose weights, loaded in order onto the base model, are those of ``name`` (a stage of the
-    run in folder ``run``, ``base``, or a path)."""
-    found: list[Path] = []
-    for step in recipe.lineage_of(name):
-        if is_path(step):
-            found += with_parents(Path(step).expanduser().absolute())
-        elif step != BASE:
-            found.append(run / step / "final")
-    return found
+def exported_weights(stage: Stage) -> str:
+    """Which weights ``stage`` exports: ``ema`` where it keeps an EMA, else ``raw``."""
+    return "raw" if stage.train.ema is None else "ema"
+
+
+def sources(recipe: Recipe, name: str, run_folder: Path) -> list[Path]:
+    """The folders to load in order onto the base model for the weights of ``name``.
+
+    ``name`` is a stage of the run in ``run_folder``, ``base``, or a path.
+    """
+    folders: list[Path] = []
+    for ancestor in recipe.lineage_of(name):
+        if is_path(ancestor):
+            folders += with_parents(Path(ancestor).expanduser().absolute())
+        elif ancestor != BASE:
+            folders.append(run_folder / ancestor / "final")
+    return folders
 
 
 def with_parents(folder: Path) -> list[Path]:
-    """What must be loaded in turn to have the weights of ``folder``: a LoRA's parents come before it."""
+    """``folder``, and before it the artifacts that its LoRA was trained on. Raises ModelError."""
     if not (folder / LORA).is_file() or not (folder / DESCRIPTION).is_file():
         return [folder]
     return [*(folder / parent for parent in json.loads(read_text(folder / DESCRIPTION))["parents"]), folder]

@@ -1,4 +1,4 @@
-"""Remembers a stage's micro-batch in its folder, so that a run that goes on begins with it."""
+"""Remembers a stage's micro-batch in its folder, so that a resumed run begins with it."""
 
 from __future__ import annotations
 
@@ -17,36 +17,45 @@ from posttrain.support.files import write
 FILE = "micro_batch.json"
 
 
-def settled(recipe: Recipe, stage: Stage, folder: Path, size: int) -> int | None:
-    """The number to begin with; None where it is to be found first."""
-    given, found = stage.train.micro_batch, _remembered(recipe, folder, size)
-    if found is not None:
-        return found if given == "auto" else min(given, found)
+def settled(recipe: Recipe, stage: Stage, folder: Path, processes: int) -> int | None:
+    """The micro-batch that ``stage`` begins with; None where it must be found by trying first.
+
+    It is the recipe's, or the remembered one where that is smaller or the recipe says ``auto``.
+    """
+    given, remembered = stage.train.micro_batch, _remembered(recipe, folder, processes)
+    if remembered is not None:
+        return remembered if given == "auto" else min(given, remembered)
     return None if given == "auto" else given
 
 
-def remember(recipe: Recipe, folder: Path, size: int, number: int, trials: list[Trial] | None = None) -> None:
-    """Keep ``number`` for when the run goes on in as many processes, under the same strategy, on such a
-    device."""
-    about = {**_circumstances(recipe, size), "micro_batch": number}
+def remember(
+    recipe: Recipe, folder: Path, processes: int, micro_batch: int, trials: list[Trial] | None = None
+) -> None:
+    """Write ``micro_batch``, and the ``trials`` that found it, to a stage's ``folder``.
+
+    It holds for as many processes under the same strategy, on the same kind of device.
+    """
+    content = {**_circumstances(recipe, processes), "micro_batch": micro_batch}
     if trials:
-        about["trials"] = [asdict(made) for made in trials]
-    write(folder / FILE, json.dumps(about, indent=2))
+        content["trials"] = [asdict(trial) for trial in trials]
+    write(folder / FILE, json.dumps(content, indent=2))
 
 
-def _remembered(recipe: Recipe, folder: Path, size: int) -> int | None:
+def _remembered(recipe: Recipe, folder: Path, processes: int) -> int | None:
+    """The micro-batch in ``folder``; None where there is none, or it was found in other circumstances."""
     try:
-        found = json.loads((folder / FILE).read_text())
+        content = json.loads((folder / FILE).read_text())
     except (OSError, ValueError):
         return None
-    now = _circumstances(recipe, size)
-    if not isinstance(found, dict) or {name: found.get(name) for name in now} != now:
+    now = _circumstances(recipe, processes)
+    if not isinstance(content, dict) or {name: content.get(name) for name in now} != now:
         return None
-    number = found.get("micro_batch")
-    return number if type(number) is int and number >= 1 else None
+    number = content.get("micro_batch")
+    return number if type(number) is int and number >= 1 else None  # a bool is no number here
 
 
-def _circumstances(recipe: Recipe, size: int) -> dict[str, Any]:
+def _circumstances(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """What a micro-batch depends on besides the stage."""
     device = resolve(recipe.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "parallel": recipe.parallel.model_dump(mode="json"), "processes": size}
+    return {"device": name, "parallel": recipe.parallel.model_dump(mode="json"), "processes": processes}

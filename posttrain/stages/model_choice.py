@@ -8,13 +8,14 @@ from posttrain.model import Model
 from posttrain.registry import discover
 from posttrain.weights.pipeline_folder import index_of
 
-FIRST = "sd3"
-"""The type that takes a path of which nothing is known: its loader says what is wrong."""
+DEFAULT_TYPE = "sd3"
+"""Takes a path that names no known pipeline; its loader says what is wrong with it."""
 
 
 def model_of(path: str) -> Model:
     """The recipe's ``model`` block for a diffusers folder or hub name."""
     families: dict[str, Any] = {**discover(Model, "posttrain.models")}
-    kind = (index_of(path) or {}).get("_class_name")
-    chosen = next((family for family in families.values() if kind in family.pipelines), families[FIRST])
-    return chosen.model_validate({"path": path})
+    pipeline = (index_of(path) or {}).get("_class_name")
+    default = families[DEFAULT_TYPE]
+    family = next((family for family in families.values() if pipeline in family.pipelines), default)
+    return family.model_validate({"path": path})

@@ -1,165 +1,103 @@
-"""How does one stage of a recipe run: from the weights it starts from to the artifact it writes?"""
+"""Runs one stage of a recipe: prepares it, trains, and publishes the result."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Iterator
+from typing import Any
 
-import torch
-from rich.markup import escape
 from torch import Tensor
 
-from posttrain.data.batches import Feed, feed_of
-from posttrain.distributed.world import ALONE, World
-from posttrain.engine import checkpoint
+from posttrain.algorithm import Batch, Tools
 from posttrain.engine.compiling import compile_blocks
 from posttrain.engine.micro_batch import described, largest_micro_batch
 from posttrain.engine.tracker import Tracker
-from posttrain.engine.trainer import EMA, REFERENCE, train
-from posttrain.engine.trial import blank
+from posttrain.engine.trainer import train
+from posttrain.engine.trial import Sample, blank
 from posttrain.errors import TrainingError
-from posttrain.model import FlowModel, torch_dtype
-from posttrain.policy.activations import checkpoint_blocks
 from posttrain.policy.out_of_memory import OutOfMemory
-from posttrain.policy.policy import Policy
 from posttrain.scoring.judge import Judge
-from posttrain.stages.caches import fill_for_stage
-from posttrain.stages.lineage import DESCRIPTION
-from posttrain.stages.micro_batch import remember, settled
-from posttrain.stages.watch import Account, StageWatch
-from posttrain.support.device import reset_peak_memory
-from posttrain.support.files import published, write
+from posttrain.stages.micro_batch import remember
+from posttrain.stages.prepare import prepare
+from posttrain.stages.publish import publish
+from posttrain.stages.stage_run import StageRun, Training
+from posttrain.stages.watch import StageWatch
 from posttrain.support.progress import stage_progress
 
-if TYPE_CHECKING:
-    from rich.console import Console
 
-    from posttrain.parallel.strategy import Strategy
-    from posttrain.recipe.schema import Recipe, Stage
+def run_stage(run: StageRun, description: dict[str, Any], reference: dict[str, Tensor] | None = None) -> None:
+    """Train ``run.model`` from the weights it holds, and publish ``runs/NAME/STAGE/final``.
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-
-
-def run_stage(
-    recipe: Recipe,
-    stage: Stage,
-    model: FlowModel,
-    run: Path,
-    description: dict,
-    console: Console,
-    reference: dict[str, Tensor] | None = None,
-    world: World = ALONE,
-) -> None:
-    """Train ``model``, which holds the weights the stage starts from, and publish ``run/<stage>/final``.
-
-    Every process of ``world`` calls it with the same arguments, and the main one writes.
-    ``description`` (see :mod:`posttrain.stages.artifact`) goes into the artifact. ``reference`` holds the
-    transformer's weights that the reference role stands for, by name, where they are not those; it is
-    emptied. Goes on from the last checkpoint where there is one. ``stage.json``, written last, says that
-    the stage is finished. Raises PosttrainError (data, training, disk) with the last good checkpoint
-    untouched.
+    Every process calls it with the same arguments, and the main one writes. A stage that has a checkpoint
+    goes on from the last one. ``description`` (see :mod:`posttrain.stages.lineage`) goes into the artifact.
+    ``reference``: name -> weight of the transformer for the reference role, on the CPU, where they are not
+    the weights the stage starts from; it is emptied. Raises PosttrainError (data, training, disk) and leaves
+    the last checkpoint as it was.
     """
-    folder, settings, device = run / stage.name, stage.train, model.device
-    folder.mkdir(parents=True, exist_ok=True)
-    stage.tune.apply(model.transformer, recipe.seed)
-    checkpoint_blocks(model.transformer, settings.gradient_checkpointing)
-    number = world.broadcast(settled(recipe, stage, folder, world.size))
-    chunk = 1 if number is None else number
-    policy = Policy(model, autocast=AUTOCAST[settings.precision], micro_batch=chunk)
-    named = policy.beside_adapters(reference) if reference is not None else None
-    strategy = recipe.parallel.prepare(policy, settings, world)
-    policy.layout = strategy.layout
-    # in one order: a set's differs between processes, and tensors of roles are gathered one by one
-    for role in sorted(stage.algorithm.roles | ({EMA} if settings.ema is not None else set())):
-        policy.add_role(role, named if role == REFERENCE else None, moves=role != REFERENCE)
-    for whole in (reference, named):
-        if whole is not None:
-            whole.clear()  # the role has its part of each
-    reset_peak_memory(device)
+    training = prepare(run, reference)
+    _train(training)
+    publish(training, description)
 
-    start, account = 0, Account()
-    if found := checkpoint.saved(folder / "checkpoints"):
-        start, extra = checkpoint.restore(found[-1], policy, strategy)
-        account = Account(**extra)
-        console.print(f"[dim]{stage.name}: going on after step {start}[/dim]", highlight=False)
-    with world.main_first():
-        feed = _feed(stage, model, run / "data", world)
-    for note in feed.notes:
-        console.print(f"[dim]{stage.name}: {note}[/dim]", highlight=False)
-    fill_for_stage(recipe, stage, model, feed, console, world)
-    failures = folder / ("failed_reward" if world.is_main else f"failed_reward-{world.rank}")
+
+def _train(training: Training) -> None:
+    """Take the stage's optimizer steps, with its hooks around them."""
+    run, start = training.run, training.start
+    stage, settings, is_main = run.stage, run.stage.train, run.world.is_main
+    failures = run.folder / ("failed_reward" if is_main else f"failed_reward-{run.world.rank}")
     with (
-        Tracker(folder, resume_step=start, tensorboard=recipe.tracker == "tensorboard")
-        if world.is_main
+        Tracker(run.folder, resume_step=start, tensorboard=run.recipe.tracker == "tensorboard")
+        if is_main
         else contextlib.nullcontext() as tracker,
-        stage_progress(stage.name, settings.steps, start, console) as bar,
-        Judge(model, stage.rewards, failures) as judge,
+        stage_progress(stage.name, settings.steps, start, run.console) as bar,
+        Judge(run.model, stage.rewards, failures) as judge,
     ):
         try:
-            if settings.compile or number is None:
-                _try_out(recipe, stage, policy, strategy, feed, folder, console, search=number is None)
-            watch = StageWatch(
-                recipe, stage, policy, strategy, folder, tracker, bar, account, feed, judge, console
-            )
-            train(stage.algorithm, policy, strategy, watch.batches(), settings, watch, start)
+            if settings.compile or training.search_micro_batch:
+                _try_out(training)
+            watch, batches = StageWatch(training, tracker, bar), _batches(training, judge)
+            train(stage.algorithm, training.policy, training.strategy, batches, settings, watch, start)
             watch.finish()
         except OutOfMemory as error:
-            remember(recipe, folder, world.size, error.micro_batch)
-            words = f"{stage.name}: {error}. The same command goes on from the last checkpoint with"
-            raise TrainingError(f"{words} {error.micro_batch}") from error
-    summary = watch.summary()  # which refuses a stage that trained nothing, before it is published
-    weights = {
-        name: _own(tensor.cpu() if world.size > 1 else tensor)
-        for name, tensor in policy.whole(EMA if settings.ema is not None else None)
-        if world.is_main
-    }
-    strategy.close()
-    if world.is_main:
-        dtype = torch_dtype(stage.export_dtype) if stage.tune.type == "full" else torch.float32
-        needs = dtype.itemsize * sum(tensor.numel() for tensor in weights.values())
-        with published(folder / "final", needs) as part:
-            if stage.tune.type == "lora":
-                model.save_lora(part, weights)
-            else:
-                model.save(part, stage.export_dtype, weights)
-            (part / DESCRIPTION).write_text(json.dumps(description, indent=2))
-        write(folder / "stage.json", json.dumps(summary, indent=2))
-    world.barrier()
+            remember(run.recipe, run.folder, run.world.size, error.micro_batch)
+            raise TrainingError(
+                f"{stage.name}: {error}. The same command goes on from the last checkpoint with "
+                f"{error.micro_batch}"
+            ) from error
 
 
-def _feed(stage: Stage, model: FlowModel, work: Path, world: World) -> Feed:
-    size, groups = stage.train.batch_size, stage.algorithm.samples_per_prompt
-    return feed_of(stage.data, model, work, size, groups, stage.rewards, world)
+def _try_out(training: Training) -> None:
+    """Compile the blocks and find the micro-batch, where the recipe asks for it, on an empty sample."""
+    sample = blank(training.run.model, training.feed)
+    if training.run.stage.train.compile:
+        _compile(training, sample)
+    if training.search_micro_batch:
+        _find_micro_batch(training, sample)
 
 
-def _try_out(
-    recipe: Recipe,
-    stage: Stage,
-    policy: Policy,
-    strategy: Strategy,
-    feed: Feed,
-    folder: Path,
-    console: Console,
-    *,
-    search: bool,
-) -> None:
-    """Compile the blocks where the recipe says so, and ``search`` how many items to take at a time."""
-    sample, world = blank(policy.model, feed), strategy.world
-    if stage.train.compile and (reason := compile_blocks(policy, strategy, sample)) is not None:
-        words = f"{stage.name}: compile: the blocks run as they are ({escape(reason)})"
-        console.print(f"[yellow]{words}[/yellow]", highlight=False, soft_wrap=True)
-    if search:
-        policy.micro_batch, trials = largest_micro_batch(
-            stage.algorithm, stage.train, policy, strategy, sample
-        )
-        line = f"[dim]{stage.name}: {described(trials, policy.model.device)}[/dim]"
-        console.print(line, highlight=False, soft_wrap=True)
-        if world.is_main:
-            remember(recipe, folder, world.size, policy.micro_batch, trials)
+def _compile(training: Training, sample: Sample) -> None:
+    """Compile the transformer's blocks, or say why they run uncompiled."""
+    run = training.run
+    if (reason := compile_blocks(training.policy, training.strategy, sample)) is not None:
+        run.warn(f"{run.stage.name}: compile: the blocks run as they are ({reason})")
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """``tensor`` in memory of its own: what is a part of a larger one cannot be written as safetensors."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+def _find_micro_batch(training: Training, sample: Sample) -> None:
+    """Find the micro-batch by trying, and remember it for when the run is resumed."""
+    run, stage, policy = training.run, training.run.stage, training.policy
+    size, trials = largest_micro_batch(stage.algorithm, stage.train, policy, training.strategy, sample)
+    policy.micro_batch = size
+    run.note(f"{stage.name}: {described(trials, run.model.device)}")
+    if run.world.is_main:
+        remember(run.recipe, run.folder, run.world.size, size, trials)
+
+
+def _batches(training: Training, judge: Judge) -> Iterator[tuple[Batch, Tools]]:
+    """The batches still to come, each with the tools to collect it. Notes in the account how far they are."""
+    run, feed, account = training.run, training.feed, training.account
+    height, width = feed.size
+    sigmas = functools.partial(run.model.sigmas, height=height, width=width)
+    key = (run.recipe.seed, run.recipe.depth(run.stage))
+    for number, batch, draws in feed.batches(key, account.next_batch):
+        account.next_batch = number + 1
+        yield batch, Tools(training.policy, draws, sigmas, judge, run.world)

@@ -1,0 +1,117 @@
+"""Scores held-out prompts while a stage trains, and acts on alarms."""
+
+from __future__ import annotations
+
+import functools
+import math
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from posttrain.data.prompts import prompt_rows
+from posttrain.engine.monitor import Action, Monitor, collapsed, hacking
+from posttrain.engine.tracker import Tracker
+from posttrain.engine.trainer import EMA
+from posttrain.errors import TrainingError
+from posttrain.sampling.sampler import FlowSampler
+from posttrain.scoring.batches import numbered, scored, scorers_of
+from posttrain.stages.hooks.checkpoints import Checkpoints
+from posttrain.stages.hooks.hook import Hook
+from posttrain.stages.stage_run import Training
+
+if TYPE_CHECKING:
+    from posttrain.recipe.schema import Evaluation
+    from posttrain.reward import Scorer
+
+
+class HeldOut(Hook):
+    """Reads held-out scores every ``monitor.every`` steps and after the last.
+
+    A reading scores the first ``monitor.prompts`` prompts of the evaluation, with the weights that would be
+    exported. Raises TrainingError for an alarm whose action is ``stop``.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        monitor: Monitor,
+        evaluation: Evaluation,
+        tracker: Tracker | None,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.run, self.policy, self.account = training.run, training.policy, training.account
+        self.monitor, self.evaluation = monitor, evaluation
+        self.tracker, self.checkpoints = tracker, checkpoints
+
+    def after_step(self, step: int, samples: int, metrics: dict[str, Tensor]) -> None:
+        first_of_batch = (step - 1) % self.run.stage.train.steps_per_batch == 0
+        if "reward" in metrics and first_of_batch:
+            self.account.pending.append(metrics["reward"].item())
+            self.account.spreads.append(metrics["reward_group_std"].item())
+
+    def between_batches(self, step: int, *, last: bool) -> bool:
+        if (last or step % self.monitor.every == 0) and self.account.read_at != step:
+            self._read(step)
+            self._act(step)
+        return self.account.ended_at is None
+
+    def _read(self, step: int) -> None:
+        """Take the scores into the account, with the mean training reward since the last reading."""
+        records = self._scored()
+        reading = {
+            r.label: [record["scores"][r.label] * (1 if r.higher_is_better else -1) for record in records]
+            for r in self.evaluation.rewards
+        }
+        self._record(step, {f"heldout/{name}": sum(values) / len(values) for name, values in reading.items()})
+        account = self.account
+        account.readings.append(reading)
+        account.rewards.append(sum(account.pending) / len(account.pending) if account.pending else -math.inf)
+        account.pending, account.read_at = [], step
+
+    def _scored(self) -> list[dict]:
+        """The records of all held-out samples; each process draws and scores a share of them."""
+        evaluation, world = self.evaluation, self.run.world
+        rows = prompt_rows(evaluation.prompts, evaluation.rewards)[: self.monitor.prompts]
+        samples = numbered(rows, 1)
+        share = -(-len(samples) // world.size)
+        # under sharding every process must make as many forwards, so the last ones repeat samples
+        own_samples = (samples * world.size)[world.rank * share :][:share]
+        with self.policy.using(EMA if EMA in self.policy.roles else None):
+            batches = scored(FlowSampler(self.policy), evaluation, own_samples, self._scorers)
+            own_records = [record for records, _ in batches for record in records]
+        return list(chain.from_iterable(world.gather_objects(own_records)))[: len(samples)]
+
+    @functools.cached_property
+    def _scorers(self) -> dict[str, Scorer]:
+        return scorers_of(self.evaluation.rewards, self.policy.model.device)
+
+    def _act(self, step: int) -> None:
+        """Raise the alarms of this reading, or protect its checkpoint where a rollback may need it."""
+        monitor, account = self.monitor, self.account
+        reasons: dict[str, str | None] = {
+            "reward_hacking": hacking(account.rewards, account.readings, monitor.window),
+            "spread_collapse": collapsed(account.spreads, monitor.spread_fraction),
+        }
+        actions: dict[str, Action] = {kind: getattr(monitor, kind) for kind in reasons}
+        for kind, reason in reasons.items():
+            if reason is not None and account.ended_at is None:
+                self._alarm(step, kind, actions[kind], reason)
+        if "rollback" in actions.values() and not any(reasons.values()):
+            account.good = step
+            self.checkpoints.save(step)
+
+    def _alarm(self, step: int, kind: str, action: Action, reason: str) -> None:
+        text = f"{self.run.stage.name}, step {step}: {kind}: {reason}"
+        self._record(step, {f"alarm/{kind}": 1.0})
+        if action == "stop":
+            raise TrainingError(f"{text} (monitor.{kind}: stop)")
+        self.account.alarms.append(text)
+        self.run.warn(text)
+        if action == "rollback" and (good := self.account.good) is not None:
+            self.checkpoints.roll_back(good)
+            self.run.warn(f"{self.run.stage.name}: rolled back to step {good}, where it ends")
+
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(step, metrics)

@@ -1,0 +1,66 @@
+"""Holds what a stage runs with: what it is given, and what is prepared for its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from posttrain.data.batches import Feed
+from posttrain.distributed.world import ALONE, World
+from posttrain.model import FlowModel
+from posttrain.parallel.strategy import Strategy
+from posttrain.policy.policy import Policy
+from posttrain.stages.account import Account
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posttrain.recipe.schema import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a recipe, its model, and where its files and messages go."""
+
+    recipe: Recipe
+    stage: Stage
+    model: FlowModel
+    """Holds the weights that the stage starts from."""
+    run_folder: Path
+    """``runs/NAME``."""
+    console: Console
+    world: World = ALONE
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this stage's files, ``runs/NAME/STAGE``."""
+        return self.run_folder / self.stage.name
+
+    def note(self, text: str) -> None:
+        """Tell the user something that is as expected."""
+        self._print("dim", text)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something to act on."""
+        self._print("yellow", text)
+
+    def _print(self, style: str, text: str) -> None:
+        self.console.print(f"[{style}]{escape(text)}[/{style}]", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stage that is ready to train."""
+
+    run: StageRun
+    policy: Policy
+    strategy: Strategy
+    feed: Feed
+    account: Account
+    start: int
+    """Optimizer steps that the checkpoint holds, from which training goes on; 0 without one."""
+    search_micro_batch: bool
+    """Whether ``policy.micro_batch`` is still to be found by trying."""
