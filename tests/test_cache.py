@@ -372,9 +372,7 @@ def test_a_cache_that_cannot_be_or_has_no_effect_is_refused_by_its_line(block, s
 
 
 def test_random_crops_cannot_be_cached(tmp_path):
-    with pytest.raises(
-        RecipeError, match=r"stages.0.data.crop.*cached latents are of one crop.*crop: center"
-    ):
+    with pytest.raises(RecipeError, match=r"stages.0.data.crop.*the latents of one crop.*crop: center"):
         images_recipe(tmp_path, BOTH, "crop: random")
 
 

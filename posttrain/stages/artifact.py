@@ -79,7 +79,7 @@ def _opened(
 
 def _described(path: str, base: str | None) -> tuple[Model, list[Path], str]:
     """The model that ``path`` is or builds on, what to load onto it in turn, and which weights they are."""
-    from posttrain.recipe.schema import AnyModel
+    from posttrain.recipe.variants import AnyModel
 
     folder = local_folder(path)
     if folder is not None and (folder / "final").is_dir():
