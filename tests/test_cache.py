@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_run import assert_equal_weights, weights
 
 from posttrain.cache import keys
-from posttrain.data.batches import feed_of
+from posttrain.data.batches import batch_source_of
 from posttrain.distributed.world import World
 from posttrain.errors import ModelError, PosttrainError, RecipeError
 from posttrain.models.sd3 import SD3FlowModel
@@ -142,7 +142,7 @@ def test_what_was_removed_in_the_middle_is_encoded_again(tmp_path, plain):
 def prepared(stage_, made, folder):
     """The model and feed of a stage as its training sees them."""
     model = made.model.load(torch.device("cpu"), "fp32")
-    feed = feed_of(stage_.data, model, folder / "data", stage_.train.batch_size)
+    feed = batch_source_of(stage_.data, model, folder / "data", stage_.train.batch_size)
     fill_for_stage(made, stage_, model, feed, Console(quiet=True))
     return model, feed
 
@@ -199,7 +199,7 @@ def test_sampled_latents_are_one_draw_and_mean_and_variance_give_another_each_ep
         assert all(torch.equal(row, rows[0]) for row in rows)
     for i, rows in by_image(drawn).items():
         assert not torch.equal(rows[0], rows[1])
-        ((_, _, pixels),) = feed.source.centred([(i, False)])
+        ((_, _, pixels),) = feed.source.centre_crops([(i, False)])
         mean, logvar = feed.model.posterior(pixels[None])
         std = (0.5 * logvar[0]).exp() * feed.model.vae.config.scaling_factor
         centre = feed.model.latents(mean, logvar, torch.zeros_like(mean))[0]
@@ -240,7 +240,9 @@ def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, mo
     )
     feeds = []
     for rank in (0, 1):
-        feeds.append(feed_of(made.stages[0].data, model, tmp_path / "data", made.stages[0].train.batch_size))
+        feeds.append(
+            batch_source_of(made.stages[0].data, model, tmp_path / "data", made.stages[0].train.batch_size)
+        )
         before = len(encoded)
         fill_for_stage(made, made.stages[0], model, feeds[-1], Console(quiet=True), OneOf(rank, 2))
         assert len(encoded) - before in (8, 9)  # of 9 images and their mirrored selves, one of them broken

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.cache.keys import digest
 from posttrain.cache.store import Entry, Store, size_of
-from posttrain.data.loader import Choice, ImageSource
+from posttrain.data.loader import ImageSource, PlannedBatch
 from posttrain.model import FlowModel
 from posttrain.support.progress import stage_progress
 from posttrain.support.randomness import Draws, generator
@@ -42,7 +42,7 @@ class LatentCache:
             hashes = pool.map(_content_hash, [record.path for record in records.values()])
             self._hashes = dict(zip(records, hashes, strict=True))
 
-    def fill(self, name: str, console: Console, rank: int = 0, world: int = 1) -> None:
+    def fill(self, name: str, console: Console, rank: int = 0, world_size: int = 1) -> None:
         """Encode what is missing of the images, and of their mirrored selves where the data is flipped.
 
         ``name`` is the stage's. The size is told first. On several processes each encodes a share. Raises
@@ -59,12 +59,12 @@ class LatentCache:
             self.store.folder, f"{name}: latents", len(jobs), len(missing), *sizes, console
         )
         # a share of all, since another process may not see the same ones missing
-        if not (mine := [missing[key] for key in list(jobs)[rank::world] if key in missing]):
+        if not (mine := [missing[key] for key in list(jobs)[rank::world_size] if key in missing]):
             return
         mine.sort(key=lambda job: self.source.bucket_of[job[0]])  # images of one size are encoded together
         waiting: list[Decoded] = []
         with stage_progress(f"{name}: encoding images", len(mine), 0, console) as bar:
-            for done, (i, flip, pixels) in enumerate(self.source.centred(mine), 1):
+            for done, (i, flip, pixels) in enumerate(self.source.centre_crops(mine), 1):
                 if len(waiting) == AT_ONCE or (
                     waiting and self.source.bucket_of[i] != self.source.bucket_of[waiting[0][0]]
                 ):
@@ -77,15 +77,15 @@ class LatentCache:
             self.store.flush()
 
     def batches(
-        self, batch_size: int, key: tuple[object, ...], start: int, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Choice, list[Entry]]]:
+        self, batch_size: int, key: tuple[object, ...], start: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[PlannedBatch, list[Entry]]]:
         """The batches of :meth:`ImageSource.batches`, with what is kept of each image instead of its pixels.
         What is missing or damaged is encoded, and kept; an image that cannot be is left out."""
-        for choice in self.source.choices(batch_size, key, start, rank, world):
+        for choice in self.source.planned_batches(batch_size, key, start, rank, world_size):
             entries = [self._entry(i, flip) for i, flip in zip(choice.ids, choice.flips, strict=True)]
             self.store.flush()
-            usable = choice.of([n for n, entry in enumerate(entries) if entry is not None])
-            if usable.ids or world > 1:
+            usable = choice.take([n for n, entry in enumerate(entries) if entry is not None])
+            if usable.ids or world_size > 1:
                 yield usable, [entry for entry in entries if entry is not None]
 
     def latents(self, entries: Sequence[Entry], draws: Draws) -> Tensor:
@@ -99,7 +99,7 @@ class LatentCache:
     def _entry(self, i: int, flip: bool) -> Entry | None:
         if (entry := self.store.read(self._key(i, flip))) is not None:
             return entry
-        for _, _, pixels in self.source.centred([(i, flip)], workers=0):
+        for _, _, pixels in self.source.centre_crops([(i, flip)], workers=0):
             if pixels is not None:
                 self._encode([(i, flip, pixels)])
         return self.store.read(self._key(i, flip))

@@ -24,7 +24,7 @@ class PromptCache:
         self.store, self.model = store, model
 
     def fill(
-        self, prompts: Sequence[str], name: str, console: Console, rank: int = 0, world: int = 1
+        self, prompts: Sequence[str], name: str, console: Console, rank: int = 0, world_size: int = 1
     ) -> None:
         """Encode what is missing of ``prompts``, of which the stage or evaluation ``name`` has need.
 
@@ -40,7 +40,7 @@ class PromptCache:
             self.store.folder, f"{name}: prompts", len(distinct), len(missing), *sizes, console
         )
         # a share of all, since another process may not see the same ones missing
-        if not (mine := [key for key in list(distinct)[rank::world] if key not in self.store]):
+        if not (mine := [key for key in list(distinct)[rank::world_size] if key not in self.store]):
             self.store.flush()
             return
         with stage_progress(f"{name}: encoding prompts", len(mine), 0, console) as bar:

@@ -16,7 +16,7 @@ from posttrain.cache.latents import LatentCache
 from posttrain.cache.prompts import PromptCache
 from posttrain.cache.room import Room
 from posttrain.cache.store import Store
-from posttrain.data.batches import Feed, ImageFeed
+from posttrain.data.batches import BatchSource, ImageBatchSource
 from posttrain.data.prompts import prompt_rows
 from posttrain.distributed.world import ALONE, World
 from posttrain.sampling.sampler import FlowSampler
@@ -34,7 +34,7 @@ def fill_for_stage(
     recipe: Recipe,
     stage: Stage,
     model: FlowModel,
-    feed: Feed,
+    feed: BatchSource,
     console: Console,
     world: World = ALONE,
 ) -> None:
@@ -56,7 +56,7 @@ def fill_for_stage(
         model.prompt_cache = cache
         cache.fill(prompts, stage.name, console, world.rank, world.size)
         model.rest("prompts")
-    if settings.latents != "off" and isinstance(feed, ImageFeed):
+    if settings.latents != "off" and isinstance(feed, ImageBatchSource):
         store = _store(room, settings.latents, settings, model, "images", console)
         feed.latents = LatentCache(store, model, feed.source, settings.latents)
         feed.latents.fill(stage.name, console, world.rank, world.size)

@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from posttrain.data.batches import Feed, feed_of
+from posttrain.data.batches import BatchSource, batch_source_of
 from posttrain.distributed.world import ALONE, World
 from posttrain.engine import checkpoint
 from posttrain.engine.compiling import compile_blocks
@@ -129,9 +129,9 @@ def run_stage(
     world.barrier()
 
 
-def _feed(stage: Stage, model: FlowModel, work: Path, world: World) -> Feed:
+def _feed(stage: Stage, model: FlowModel, work: Path, world: World) -> BatchSource:
     size, groups = stage.train.batch_size, stage.algorithm.samples_per_prompt
-    return feed_of(stage.data, model, work, size, groups, stage.rewards, world)
+    return batch_source_of(stage.data, model, work, size, groups, stage.rewards, world)
 
 
 def _try_out(
@@ -139,7 +139,7 @@ def _try_out(
     stage: Stage,
     policy: Policy,
     strategy: Strategy,
-    feed: Feed,
+    feed: BatchSource,
     folder: Path,
     console: Console,
     *,

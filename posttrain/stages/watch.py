@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from posttrain.algorithm import Batch, Tools
-from posttrain.data.batches import Feed
+from posttrain.data.batches import BatchSource
 from posttrain.data.prompts import prompt_rows
 from posttrain.engine import checkpoint
 from posttrain.engine.monitor import Action, collapsed, hacking
@@ -66,7 +66,7 @@ class Account:
     alarms: list[str] = field(default_factory=list)
 
 
-def samples_shown(recipe: Recipe, feed: Feed) -> tuple[list[str], dict[str, Any]]:
+def samples_shown(recipe: Recipe, feed: BatchSource) -> tuple[list[str], dict[str, Any]]:
     """The prompts of a stage's image grids, and the settings of their sampling."""
     if (evaluation := recipe.evaluation) is not None:
         prompts = [row["prompt"] for row in prompt_rows(evaluation.prompts)]
@@ -90,7 +90,7 @@ class StageWatch:
         tracker: Tracker | None,
         bar: StageProgress,
         account: Account,
-        feed: Feed,
+        feed: BatchSource,
         judge: Judge,
         console: Console,
     ) -> None:
