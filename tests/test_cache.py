@@ -286,7 +286,7 @@ def test_another_encoder_setting_or_machine_has_other_entries(tmp_path, monkeypa
     folder = shutil.copytree(pipeline_folder(), tmp_path / "other")
 
     def names(model, dtype="fp32"):
-        return keys.described("prompts", dtype, model, "prompts")[0], keys.described(
+        return keys.store_identity("prompts", dtype, model, "prompts")[0], keys.store_identity(
             "x", dtype, model, "images"
         )[0]
 

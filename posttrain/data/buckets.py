@@ -22,7 +22,7 @@ def bucket_sizes(resolution: int, divisor: int) -> list[Bucket]:
     """Sizes with sides that are multiples of ``divisor`` pixels and areas near ``resolution`` squared.
 
     For each side the other side is the one of nearest area (of two equally near, the smaller). The transpose
-    of each size is a size as well. The list is sorted. Raises DataError if ``resolution`` is below ``divisor``.
+    of each size is a size as well. The list is sorted. Raises DataError if ``resolution < divisor``.
     """
     if resolution < divisor:
         raise DataError(

@@ -124,7 +124,7 @@ class PromptData(Data):
 
 
 def with_type(block: Any) -> Any:
-    """``block`` with the ``type`` that its keys imply, if it has none. Other values are returned unchanged."""
+    """``block`` with the ``type`` that its keys imply, if it has none. Other values are unchanged."""
     if not isinstance(block, dict) or "type" in block:
         return block
     if isinstance(block.get("images"), str | Path):

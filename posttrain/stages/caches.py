@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.markup import escape
 
-from posttrain.cache.keys import described
+from posttrain.cache.keys import store_identity
 from posttrain.cache.latents import LatentCache
 from posttrain.cache.prompts import PromptCache
 from posttrain.cache.room import Room
@@ -88,5 +88,5 @@ def _store(
     def tell(line: str) -> None:
         console.print(f"[yellow]{escape(line)}[/yellow]", highlight=False, soft_wrap=True)
 
-    name, about = described(kind, settings.dtype, model, encoder)
+    name, about = store_identity(kind, settings.dtype, model, encoder)
     return Store(room, name, about, torch.bfloat16 if settings.dtype == "bf16" else None, tell)
