@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms._online import Online
-from posttrain.data.batches import feed_of
+from posttrain.data.batches import batch_source_of
 from posttrain.engine.trainer import REFERENCE
 from posttrain.policy import Policy
 from posttrain.recipe.file import load_recipe
@@ -41,7 +41,7 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
         policy.add_role(role, moves=role != REFERENCE)
     found, spreads = [], []
     with tempfile.TemporaryDirectory() as work, Judge(model, stage.rewards, Path(work)) as judge:
-        feed = feed_of(
+        feed = batch_source_of(
             stage.data, model, Path(work), settings.batch_size, algorithm.samples_per_prompt, stage.rewards
         )
         sigmas = functools.partial(model.sigmas, height=feed.size[0], width=feed.size[1])

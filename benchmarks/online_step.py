@@ -10,7 +10,7 @@ import torch
 from posttrain.algorithm import Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
 from posttrain.algorithms.flow_grpo import FlowGRPO
-from posttrain.data.batches import PromptFeed
+from posttrain.data.batches import PromptBatchSource
 from posttrain.data.settings import PromptData, ShapesPrompts
 from posttrain.distributed.world import ALONE
 from posttrain.engine.rehearsal import rehearse
@@ -47,7 +47,7 @@ def main() -> None:
         policy = Policy(model, micro_batch=8)
         for role in algorithm.roles:
             policy.add_role(role, moves=role != "reference")
-        feed = PromptFeed(
+        feed = PromptBatchSource(
             PromptData(prompts=ShapesPrompts(count=24), resolution=64), model, GROUPS * SIZE, SIZE
         )
         encoded.clear()

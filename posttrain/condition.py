@@ -1,4 +1,4 @@
-"""What the velocity is conditioned on: encoded prompts, as named tensors."""
+"""Conditions: the encoded prompts, as named tensors, that the velocity depends on."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 Condition = dict[str, Tensor]
-"""Name -> (n, ...): one row per sample, as the model's velocity takes them."""
+"""Tensor name -> (n, ...), one row per sample: the form that the model's velocity takes."""
 
 EMPTY_PROMPT = 0
-"""The row of :class:`Conditions` that holds the empty prompt, for guidance and condition dropout."""
+"""Row of the empty prompt in :class:`Conditions`; guidance and condition dropout use it."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """A table of encoded prompts, each stored once; row 0 is the empty prompt."""
+    """A table of encoded prompts. Each prompt is stored once; row 0 is the empty prompt."""
 
     table: Condition
-    """Name -> (1 + prompts, ...)."""
+    """Tensor name -> (1 + number of prompts, ...)."""
 
     def rows(self, index: Tensor) -> Condition:
-        """The conditions at rows ``index`` (n,)."""
+        """The condition of n samples, given ``index`` (n,) int64: each sample's row in the table."""
         return {name: tensor[index] for name, tensor in self.table.items()}
 
     def empty(self, count: int) -> Condition:
-        """The empty prompt's condition, ``count`` times (a view, not a copy)."""
+        """The empty prompt's condition for ``count`` samples (a view, not a copy)."""
         return {
             name: tensor[EMPTY_PROMPT : EMPTY_PROMPT + 1].expand(count, *tensor.shape[1:])
             for name, tensor in self.table.items()
@@ -34,5 +34,5 @@ class Conditions:
 
 
 def concatenated(first: Condition, second: Condition) -> Condition:
-    """The rows of ``first``, then those of ``second``."""
+    """The rows of ``first`` followed by the rows of ``second``."""
     return {name: torch.cat([first[name], second[name]]) for name in first}

@@ -1,34 +1,34 @@
-"""What goes wrong because of what the user gave, told in the user's words.
+"""Exceptions for problems that the user can fix; their messages name the cause and the remedy.
 
-Every class also is the built-in exception it specialises, so callers may catch either.
+Each class also inherits the built-in exception that it specialises, so callers may catch either.
 """
 
 from __future__ import annotations
 
 
 class PosttrainError(Exception):
-    """A failure with a clear message; the command line prints it without a traceback."""
+    """Base class. The command line prints the message without a traceback."""
 
 
 class InstallError(PosttrainError, ImportError):
-    """An install that lacks a part of the package."""
+    """The install lacks a part of the package."""
 
 
 class RecipeError(PosttrainError, ValueError):
-    """A recipe that cannot be run."""
+    """The recipe is not valid or cannot run on this machine."""
 
 
 class DataError(PosttrainError, ValueError):
-    """Images, captions or prompts that cannot be used."""
+    """Images, captions or prompts cannot be used."""
 
 
 class ModelError(PosttrainError, ValueError):
-    """Weights that are missing, do not fit, or cannot be read."""
+    """Weights are missing, do not fit the model, or cannot be read."""
 
 
 class TrainingError(PosttrainError, RuntimeError):
-    """A run that must not go on, such as one whose loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class RewardError(PosttrainError, RuntimeError):
-    """A reward that failed or returned something that is no score."""
+    """A reward failed or returned something other than scores."""

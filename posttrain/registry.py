@@ -1,7 +1,7 @@
-"""Specs: frozen pydantic models that a recipe names by ``type``.
+"""Specs (strict, frozen pydantic models of a recipe's blocks) and the registry of their types.
 
-A spec is both the schema of a block of YAML and the thing that block describes. Defining a subclass with
-a literal ``type`` registers it; nothing else has to be edited.
+A spec is the schema of a YAML block and also the object that the block describes: an algorithm, a model, a
+reward. Defining a subclass with a literal ``type`` registers it; no list has to be edited.
 """
 
 from __future__ import annotations
@@ -19,21 +19,26 @@ from posttrain.support.shipped import shipped
 
 Variants = dict[str, "type[Named]"]
 
+FieldPath = tuple[str | int, ...]
+"""The keys and list indices that lead to a field, such as ``("stages", 0, "train", "steps")``."""
+
 AnyPath = Annotated[Path, Strict(False)]
-"""A path that YAML may give as a string although specs are strict."""
+"""A path. YAML gives it as a string, which a strict spec would refuse."""
+
+FIELD_ERROR = "posttrain_field"
+"""The pydantic error type of :func:`at`."""
 
 
-AT = "at"
-"""The kind of a validation error that :func:`at` makes."""
+def at(path: FieldPath, message: str) -> PydanticCustomError:
+    """The error that a block's validator raises when one field is wrong.
 
-
-def at(place: tuple[str | int, ...], words: str) -> PydanticCustomError:
-    """The error for a validator of a whole block to raise where one field of the block is to blame."""
-    return PydanticCustomError(AT, "{words}", {"place": place, "words": words})
+    ``path`` leads from the block to that field; the recipe's error message then names the field and its line.
+    """
+    return PydanticCustomError(FIELD_ERROR, "{message}", {"path": path, "message": message})
 
 
 class Spec(BaseModel):
-    """A strict, frozen block of a recipe: no unknown field, no silent conversion, no infinity or NaN."""
+    """A block of a recipe. Unknown fields, type conversions, infinities and NaN are refused."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -41,18 +46,18 @@ class Spec(BaseModel):
 
 
 class Named(Spec):
-    """A spec with variants. A class with ``type: Literal["name"] = "name"`` is one, and it is final."""
+    """A spec with variants. A variant has ``type: Literal["name"] = "name"`` and cannot be subclassed."""
 
     type: str
     variants: ClassVar[Variants]
-    """Name -> class; each direct subclass of Named starts a family of its own."""
+    """Type name -> class. Each direct subclass of Named has its own family of variants."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if Named in cls.__bases__:
             cls.variants = {}
         if not (names := get_args(cls.model_fields["type"].annotation)):
-            return  # abstract
+            return  # an abstract base
         for base in cls.__mro__[1:]:
             if base in cls.variants.values():
                 raise TypeError(
@@ -63,13 +68,13 @@ class Named(Spec):
 
 
 def discover(family: type[Named], package: str) -> Variants:
-    """Import every public module of ``package`` and every entry point of the group of that name.
+    """Import every public module of ``package`` and every entry point in the group of that name.
 
-    Returns the family's variants by name. Raises InstallError where the install lacks ``package``, and
-    ImportError where a module cannot be imported.
+    Returns the family's variants by name. Raises InstallError if the install lacks ``package`` and
+    ImportError if a module cannot be imported.
     """
     for module in pkgutil.iter_modules(shipped(package).__path__):
-        if not module.name.startswith("_"):  # what variants share is none, and may import heavy libraries
+        if not module.name.startswith("_"):  # private modules hold no variant and may import heavy libraries
             importlib.import_module(f"{package}.{module.name}")
     for plugin in entry_points(group=package):
         plugin.load()
@@ -77,8 +82,8 @@ def discover(family: type[Named], package: str) -> Variants:
 
 
 def union(family: type[Named], package: str) -> Any:
-    """The discriminated union of every variant of ``family`` found by :func:`discover`."""
+    """The pydantic union, discriminated by ``type``, of the variants that :func:`discover` returns."""
     variants = tuple(discover(family, package).values())
     if len(variants) == 1:
-        return variants[0]  # a union of one is none, and takes no discriminator
+        return variants[0]  # pydantic refuses a discriminator for a single class
     return Annotated[Union[variants], Field(discriminator="type")]  # noqa: UP007

@@ -105,7 +105,7 @@ def refused(**settings):
     with pytest.raises(ValidationError) as error:
         FlowGRPO(**settings)
     (found,) = error.value.errors()
-    return [*found["loc"], *found.get("ctx", {}).get("place", ())], found["msg"]
+    return [*found["loc"], *found.get("ctx", {}).get("path", ())], found["msg"]
 
 
 @pytest.mark.parametrize("name", ["ode", "ODE", "euler", "dpm1", "dpm2", "flow"])

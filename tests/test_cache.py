@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_run import assert_equal_weights, weights
 
 from posttrain.cache import keys
-from posttrain.data.batches import feed_of
+from posttrain.data.batches import batch_source_of
 from posttrain.distributed.world import World
 from posttrain.errors import ModelError, PosttrainError, RecipeError
 from posttrain.models.sd3 import SD3FlowModel
@@ -142,7 +142,7 @@ def test_what_was_removed_in_the_middle_is_encoded_again(tmp_path, plain):
 def prepared(stage_, made, folder):
     """The model and feed of a stage as its training sees them."""
     model = made.model.load(torch.device("cpu"), "fp32")
-    feed = feed_of(stage_.data, model, folder / "data", stage_.train.batch_size)
+    feed = batch_source_of(stage_.data, model, folder / "data", stage_.train.batch_size)
     fill_for_stage(made, stage_, model, feed, Console(quiet=True))
     return model, feed
 
@@ -199,7 +199,7 @@ def test_sampled_latents_are_one_draw_and_mean_and_variance_give_another_each_ep
         assert all(torch.equal(row, rows[0]) for row in rows)
     for i, rows in by_image(drawn).items():
         assert not torch.equal(rows[0], rows[1])
-        ((_, _, pixels),) = feed.source.centred([(i, False)])
+        ((_, _, pixels),) = feed.source.centre_crops([(i, False)])
         mean, logvar = feed.model.posterior(pixels[None])
         std = (0.5 * logvar[0]).exp() * feed.model.vae.config.scaling_factor
         centre = feed.model.latents(mean, logvar, torch.zeros_like(mean))[0]
@@ -240,7 +240,9 @@ def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, mo
     )
     feeds = []
     for rank in (0, 1):
-        feeds.append(feed_of(made.stages[0].data, model, tmp_path / "data", made.stages[0].train.batch_size))
+        feeds.append(
+            batch_source_of(made.stages[0].data, model, tmp_path / "data", made.stages[0].train.batch_size)
+        )
         before = len(encoded)
         fill_for_stage(made, made.stages[0], model, feeds[-1], Console(quiet=True), OneOf(rank, 2))
         assert len(encoded) - before in (8, 9)  # of 9 images and their mirrored selves, one of them broken
@@ -284,7 +286,7 @@ def test_another_encoder_setting_or_machine_has_other_entries(tmp_path, monkeypa
     folder = shutil.copytree(pipeline_folder(), tmp_path / "other")
 
     def names(model, dtype="fp32"):
-        return keys.described("prompts", dtype, model, "prompts")[0], keys.described(
+        return keys.store_identity("prompts", dtype, model, "prompts")[0], keys.store_identity(
             "x", dtype, model, "images"
         )[0]
 
@@ -372,9 +374,7 @@ def test_a_cache_that_cannot_be_or_has_no_effect_is_refused_by_its_line(block, s
 
 
 def test_random_crops_cannot_be_cached(tmp_path):
-    with pytest.raises(
-        RecipeError, match=r"stages.0.data.crop.*cached latents are of one crop.*crop: center"
-    ):
+    with pytest.raises(RecipeError, match=r"stages.0.data.crop.*the latents of one crop.*crop: center"):
         images_recipe(tmp_path, BOTH, "crop: random")
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from posttrain.cache import store as module
 from posttrain.cache.contents import clear, contents
-from posttrain.cache.room import Room
+from posttrain.cache.room import Demand, Room
 from posttrain.cache.settings import UNITS, Cache, size_in_bytes
 from posttrain.cache.store import Store
 from posttrain.errors import PosttrainError
@@ -158,7 +158,7 @@ def test_a_damaged_entry_is_read_from_another_file_that_has_it(tmp_path):
     one._write(one._pending)
     told = []
     store = open_store(tmp_path, told=told)
-    damage(store._place["1"])
+    damage(store._shard_of["1"])
     assert_holds(store, [1])
     assert len(told) == 1
 
@@ -262,7 +262,7 @@ def test_what_this_process_uses_is_not_removed_by_it(tmp_path):
 
 
 def reserve(room, needed, missing):
-    room.reserve(room.root, "s: prompts", 10, 5, needed, missing, Console(quiet=True))
+    room.reserve(room.root, Demand("s: prompts", 10, 5, needed, missing), Console(quiet=True))
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):

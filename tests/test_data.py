@@ -416,7 +416,7 @@ def test_an_epoch_shows_each_image_once_over_all_ranks(tmp_path, world, workers)
     steps = source.batches_per_epoch(3)
     assert steps == 5
     ranks = range(world) if not workers else (0, world - 1)
-    parts = {rank: taken(source, steps + 1, 3, rank=rank, world=world) for rank in set(ranks)}
+    parts = {rank: taken(source, steps + 1, 3, rank=rank, world_size=world) for rank in set(ranks)}
     for batches in parts.values():
         assert [b.step for b in batches] == list(range(steps + 1))
         assert [b.epoch for b in batches] == [0] * steps + [1]
@@ -439,7 +439,7 @@ def test_workers_resume_and_ranks_do_not_change_a_pixel(tmp_path):
     assert all(map(same, whole[5:], taken(source, 4, start_step=5)))
     alone = {(b.step, i): b.pixels[n] for b in whole for n, i in enumerate(b.ids)}
     for rank in range(3):
-        for b in taken(source, 9, rank=rank, world=3):
+        for b in taken(source, 9, rank=rank, world_size=3):
             assert all(torch.equal(alone[b.step, i], b.pixels[n]) for n, i in enumerate(b.ids))
 
 
@@ -487,7 +487,7 @@ def test_a_rotten_image_is_left_out_named_once_and_never_replaced(tmp_path, work
     assert sorted(i for b in batches[:11] for i in b.ids) == [0, 1, 2, *range(4, 12)]
     assert [b.step for b in batches if b.epoch == 0] == sorted(set(range(12)) - missing_step(source))
     assert [(p.line, p.path) for p in source.skipped] == [(4, tmp_path / "3.jpg")]
-    (empty,) = [b for b in taken(source, 12, 1, world=2) if b.step in missing_step(source)]
+    (empty,) = [b for b in taken(source, 12, 1, world_size=2) if b.step in missing_step(source)]
     assert empty.pixels.shape == (0, 3, 16, 16)
     with pytest.raises(DataError, match=r"train.jsonl:4: truncated"):
         ImageSource(Images(images=file, workers=workers), 16)
@@ -531,7 +531,7 @@ def test_all_images_bad_is_an_error_even_where_all_may_be_skipped(tmp_path):
 
 def test_a_rank_outside_the_world_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rank"):
-        taken(ImageSource(Images(images=folder_of(tmp_path)), 16), 1, rank=2, world=2)
+        taken(ImageSource(Images(images=folder_of(tmp_path)), 16), 1, rank=2, world_size=2)
 
 
 # --- prompts

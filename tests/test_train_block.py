@@ -120,11 +120,11 @@ def test_compiled_blocks_keep_nothing_inside():
     Train(steps=1, compile=False, gradient_checkpointing="selective")
     with pytest.raises(ValidationError, match="selective does not work with compile") as found:
         Train(steps=1, compile=True, gradient_checkpointing="selective")
-    assert found.value.errors()[0]["ctx"]["place"] == ("gradient_checkpointing",)
+    assert found.value.errors()[0]["ctx"]["path"] == ("gradient_checkpointing",)
 
 
 @pytest.mark.parametrize(
-    ("fields", "place", "words"),
+    ("fields", "wrong", "words"),
     [
         ({"batch_size": 2}, "steps_per_batch", "3 is more than the batch_size, 2"),
         ({"steps": 10}, "steps", "10 is no multiple of steps_per_batch, 3; the nearest are 9 or 12"),
@@ -133,14 +133,14 @@ def test_compiled_blocks_keep_nothing_inside():
         ({"sample_every": 5}, "sample_every", "the nearest are 3 or 6"),
     ],
 )
-def test_batches_of_several_steps_are_whole(fields, place, words):
+def test_batches_of_several_steps_are_whole(fields, wrong, words):
     good = {"steps": 9, "steps_per_batch": 3, "checkpoint_every": 6, "sample_every": None, "batch_size": 3}
     assert Train(**good).steps == 9
     assert Train(**{**good, "sample_every": 3}).sample_every == 3
     with pytest.raises(ValidationError) as found:
         Train(**{**good, **fields})
     (error,) = found.value.errors()
-    assert error["ctx"]["place"] == (place,)
+    assert error["ctx"]["path"] == (wrong,)
     assert words in error["msg"]
 
 

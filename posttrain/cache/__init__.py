@@ -1,1 +1,1 @@
-"""What is encoded once and kept: prompts and images, in files that stages, runs and processes share."""
+"""The cache of encoded prompts and images, on disk, shared by stages, runs and processes."""

@@ -1,4 +1,4 @@
-"""What is in the cache folder, and how is it emptied?"""
+"""Lists what the cache folder holds, and empties it."""
 
 from __future__ import annotations
 
@@ -14,60 +14,67 @@ from posttrain.cache.store import ABOUT
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A store: encodings of one kind by one encoder."""
+class StoreSummary:
+    """A store on disk: the encodings of one kind by one encoder."""
 
     folder: Path
     about: dict[str, Any]
+    """What the encodings are a function of, as :func:`posttrain.cache.keys.store_identity` describes it."""
     size: int
-    """Bytes of its shards."""
+    """Bytes of the shards."""
     files: int
+    """Number of shards."""
     used: float | None
-    """When one of its shards was last used, in seconds since 1970; None where it has none."""
+    """When a shard was last used, in seconds since 1970; None if there is no shard."""
 
 
-def contents(root: Path) -> list[Kept]:
-    """The stores in ``root``, the one used last first."""
-    found = []
-    for about in root.glob(f"*/{ABOUT}"):
-        try:
-            described = json.loads(about.read_text())
-        except (OSError, ValueError):
-            described = {}
-        sizes = []
-        for shard in about.parent.glob("*.safetensors"):
-            with contextlib.suppress(FileNotFoundError):
-                status = shard.stat()
-                sizes.append((status.st_mtime, status.st_size))
-        used = max((mtime for mtime, _ in sizes), default=None)
-        found.append(Kept(about.parent, described, sum(size for _, size in sizes), len(sizes), used))
-    return sorted(found, key=lambda kept: kept.used or 0.0, reverse=True)
+def contents(root: Path) -> list[StoreSummary]:
+    """The stores in the folder ``root``, the most recently used first."""
+    return sorted(
+        (_summary(file) for file in root.glob(f"*/{ABOUT}")),
+        key=lambda store: store.used or 0.0,
+        reverse=True,
+    )
+
+
+def _summary(file: Path) -> StoreSummary:
+    """The summary of the store whose ABOUT file is ``file``."""
+    try:
+        about = json.loads(file.read_text())
+    except (OSError, ValueError):
+        about = {}
+    shards = []
+    for shard in file.parent.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it meanwhile
+            shards.append(shard.stat())
+    used = max((status.st_mtime for status in shards), default=None)
+    return StoreSummary(file.parent, about, sum(status.st_size for status in shards), len(shards), used)
 
 
 def clear(root: Path) -> int:
-    """Remove every store in ``root``, and nothing else that lies there; returns the bytes that were freed.
+    """Remove every store in the folder ``root``, and no other file. Returns the number of bytes freed.
 
-    Runs that read from it go on; those that fill it write anew. Raises PosttrainError where a file cannot
-    be removed.
+    Runs that read from a store can go on, and runs that fill one write it again. Raises PosttrainError if a
+    file cannot be removed.
     """
     stores = contents(root)
     if not stores:
         return 0
     with writing(root), Room(root, 0).locked():
-        for kept in stores:
+        for store in stores:
             for pattern in ("*.safetensors", ".*.part", ABOUT):
-                for file in kept.folder.glob(pattern):
+                for file in store.folder.glob(pattern):
                     file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what is not the cache's own stays
-                kept.folder.rmdir()
-    return sum(kept.size for kept in stores)
+            with contextlib.suppress(OSError):  # the folder stays if it holds other files
+                store.folder.rmdir()
+    return sum(store.size for store in stores)
 
 
-def age(seconds: float | None) -> str:
-    """How long ago a time was, as a person says it; a dash for None."""
-    if seconds is None:
+def age(when: float | None) -> str:
+    """``3 h ago``: how long ago ``when`` (seconds since 1970) was; a dash for None."""
+    if when is None:
         return "–"
-    passed = max(time.time() - seconds, 0.0)
+    passed = max(time.time() - when, 0.0)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if passed >= length:
             return f"{passed / length:.0f} {unit} ago"

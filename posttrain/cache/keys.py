@@ -1,7 +1,7 @@
-"""What is an encoding a function of? Under whose name is it kept?
+"""Names the stores and entries of the cache by hashes of everything that an encoding depends on.
 
-A store is named by a hash of everything but the prompt or image: the encoder's weights, its settings, and
-what decides the last bits of its arithmetic. An entry's key is a hash of the prompt or image itself.
+A store's name has a hash of the encoder's weights, its settings, and whatever affects the last bits of its
+arithmetic. An entry's key is a hash of the prompt or image.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ import torch
 from posttrain.model import EncoderName, FlowModel
 
 FORMAT = 1
-"""Raised whenever the same inputs would be kept as other tensors."""
+"""Version of the stored form; increase it when equal inputs would be kept as other tensors."""
 PACKAGES: dict[EncoderName, tuple[str, ...]] = {
     "prompts": ("torch", "diffusers", "transformers", "tokenizers"),
     "images": ("torch", "diffusers", "pillow"),
 }
-"""Those whose next version may compute other bits."""
+"""Packages of which another version may compute other bits."""
 
 
 def digest(*parts: object) -> str:
-    """32 hexadecimal digits for texts, numbers and truth values; parts are kept apart in the hash."""
+    """A hash, in 32 hexadecimal digits, of the list of ``parts``: texts, numbers and truth values."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def described(kind: str, dtype: str, model: FlowModel, encoder: EncoderName) -> tuple[str, dict[str, Any]]:
-    """A store's name and, for people, what the name stands for. Raises ModelError as the model's identity."""
+def store_identity(
+    kind: str, dtype: str, model: FlowModel, encoder: EncoderName
+) -> tuple[str, dict[str, Any]]:
+    """A store's folder name, and a readable record of what was hashed.
+
+    Raises ModelError if ``model`` does not say what its encodings depend on.
+    """
     about = {
         "kind": kind,
         "dtype": dtype,
@@ -43,7 +48,7 @@ def described(kind: str, dtype: str, model: FlowModel, encoder: EncoderName) -> 
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
-    """What decides how sums are ordered and rounded on ``device``, as far as it can be told."""
+    """The known settings that decide how sums are ordered and rounded on ``device``."""
     if device.type == "cuda":
         tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
         return {"device": torch.cuda.get_device_name(device), "tf32": tf32}

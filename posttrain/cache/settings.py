@@ -1,6 +1,6 @@
-"""Which encodings are kept, where, and in how much room? The ``cache`` block of a recipe.
+"""The ``cache`` block of a recipe.
 
-Imports nothing heavy: every command reads a recipe.
+Nothing heavy is imported: every command reads a recipe.
 """
 
 from __future__ import annotations
@@ -19,51 +19,52 @@ UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def size_in_bytes(value: Any) -> Any:
-    """The bytes that ``20GB``, ``1.5 GiB`` or a whole number mean. Raises ValueError for another text."""
+    """The number of bytes that a text such as ``20GB`` or ``1.5 GiB`` means; other types are returned as they
+    are. Raises ValueError for any other text."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
     units = {name.lower(): factor for name, factor in UNITS.items()}
-    if found is None or found[2].lower() not in units:
+    if match is None or match[2].lower() not in units:
         raise ValueError(f"{value!r} is no size: write a number and a unit, such as 500MB, 20GB or 1.5TB")
-    return round(float(found[1]) * units[found[2].lower()])
+    return round(float(match[1]) * units[match[2].lower()])
 
 
 class Cache(Spec):
-    """What is encoded once and then read, by all stages and by other runs on this machine."""
+    """Encodings that are computed once and then read by all stages, and by other runs on this machine."""
 
     prompts: bool = False
-    """Keep encoded prompts: of training, of image grids and of evaluations."""
+    """Whether to keep encoded prompts, of training, image grids and evaluations."""
     latents: Literal["off", "mean_logvar", "sampled"] = "off"
-    """Keep encoded training images. ``mean_logvar`` keeps the encoder's posterior, and each step draws
-    from it as without a cache; ``sampled`` keeps one draw, half the size, which every epoch sees again."""
+    """Encoded training images to keep. ``mean_logvar`` keeps the encoder's posterior, from which each step
+    draws, exactly as without a cache. ``sampled`` keeps one draw per image for all epochs, at half the
+    size."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of what is kept. ``fp32`` keeps every value as it was computed, ``bf16`` rounds float32 values."""
+    """Dtype on disk. ``fp32`` keeps values as they were computed; ``bf16`` rounds float32 values."""
     path: AnyPath | None = None
-    """A folder; by default ``posttrain`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
+    """Folder of the cache. Default: ``posttrain`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
     max_size: Annotated[int, BeforeValidator(size_in_bytes), Field(ge=1_000_000)] = 50 * 10**9
-    """Bytes, or a text such as ``50GB``, that the folder may take; what was used longest ago goes first."""
+    """Largest size of the folder, in bytes or as a text such as ``50GB``; at least 1 MB. When it is full, the
+    files that were used longest ago are removed."""
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
         if not self.prompts and self.latents == "off":
             for name in ("dtype", "path", "max_size"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    words = (
-                        "would have no effect, since nothing is cached: set 'prompts' or 'latents' as well"
-                    )
-                    raise at((name,), words)
+                    message = "would have no effect, since nothing is cached: set 'prompts' or 'latents' too"
+                    raise at((name,), message)
         return self
 
     def folder(self) -> Path:
-        """Where everything is kept, as an absolute path."""
+        """The cache's folder, as an absolute path."""
         if self.path is not None:
             return self.path.expanduser().absolute()
         return default_folder()
 
 
 def default_folder() -> Path:
-    """``posttrain`` in the user's cache folder."""
+    """``posttrain`` in the user's cache folder, by the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # the standard asks for relative values to be ignored
+    # the specification says to ignore relative values
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "posttrain"

@@ -1,6 +1,6 @@
-"""What a stage learns from: images with captions, rendered shapes, or prompts.
+"""What a stage trains on: images with captions, rendered shapes, or prompts.
 
-Only the specs are imported here, so that a recipe is read without torch.
+Only the settings are imported here, so that reading a recipe does not import torch.
 """
 
 from posttrain.data.settings import AnyData, Data, Images, PromptData, ShapesData, with_type

@@ -1,10 +1,11 @@
-"""A stage's batches: encoded images with captions, or prompts in groups."""
+"""The batches that a stage trains on: encoded images with captions, or prompts in groups."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithm import Batch
-from posttrain.data.loader import Choice, ImageBatch, ImageSource
+from posttrain.data.loader import ImageBatch, ImageSource, PlannedBatch
 from posttrain.data.order import batches
 from posttrain.data.prompts import prompt_rows
 from posttrain.data.settings import Images, PromptData, ShapesData
@@ -24,49 +25,55 @@ from posttrain.support.randomness import Draws
 
 
 class EncodedImages(Protocol):
-    """Images that were encoded before the stage began."""
+    """Images encoded before the stage began, for example :class:`posttrain.cache.latents.LatentCache`."""
 
     def batches(
-        self, batch_size: int, key: tuple[object, ...], start: int, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Choice, list[dict[str, Tensor]]]]:
-        """The chosen images of each batch from ``start`` on, and what is kept of each."""
+        self, batch_size: int, key: tuple[object, ...], start: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[PlannedBatch, list[dict[str, Tensor]]]]:
+        """Yield the batches of ``rank`` from ``start`` on, each with the stored tensors of its images."""
         ...
 
     def latents(self, entries: Sequence[dict[str, Tensor]], draws: Draws) -> Tensor:
-        """(n, c, h, w) float32 latents of n >= 1 ``entries``."""
+        """The latents (n, c, h, w), float32, of the stored ``entries`` of n >= 1 images."""
         ...
 
 
-class Feed(ABC):
-    """The batches of a stage, in an order that is a function of its key; of each, this process's part.
+class BatchSource(ABC):
+    """Yields the batches of a stage; on several processes, this process's part of each batch.
 
-    All processes' parts are of one size, so that all make the same number of forwards.
+    The order is a function of a key, so it can be resumed anywhere. All processes' parts have equally many
+    rows, so that all processes make the same forwards.
     """
 
     notes: Sequence[str] = ()
-    """What a person should know of the data."""
+    """Remarks on the data for the user."""
     prompts: Sequence[str]
-    """Distinct prompts, for image grids."""
+    """The distinct prompts, in the order of the data."""
     size: tuple[int, int]
-    """(height, width) in pixels of the images in those grids."""
+    """(height, width) in pixels of the images that image grids show."""
     largest: tuple[int, int]
-    """(height, width) in pixels of the batches' largest images."""
+    """(height, width) in pixels of the largest images in any batch."""
 
     @abstractmethod
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
-        """(number, batch, its draws) from batch ``start`` (from 0) on, without end; numbers may be missing,
-        where a batch cannot be used."""
+        """Yield (number, batch, its random draws) from batch number ``start`` (from 0) on, without end.
+
+        The number of a batch in which no sample can be used is left out.
+        """
 
     def skipped(self) -> list[str]:
-        """Samples left out so far, and why."""
+        """The samples that were left out so far, each with the reason."""
         return []
 
 
-class ImageFeed(Feed):
-    """Images and captions, encoded batch by batch, or read from a cache."""
+class ImageBatchSource(BatchSource):
+    """Images and captions, encoded batch by batch, or read from a cache of latents.
+
+    ``batch_size`` counts the samples of all processes. Shapes scenes are rendered into the folder ``work``.
+    """
 
     latents: EncodedImages | None = None
-    """Set by :mod:`posttrain.stages.caches`."""
+    """The cache of latents; :mod:`posttrain.stages.caches` sets it."""
 
     def __init__(
         self,
@@ -88,44 +95,45 @@ class ImageFeed(Feed):
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
         if self.latents is not None:
-            yield from self._cached(self.latents, key, start)
+            yield from self._cached_batches(self.latents, key, start)
             return
         for images in self.source.batches(self.batch_size, key, start, self.world.rank, self.world.size):
-            here = self.world.gather_objects(len(images.ids))
-            if not (total := sum(here)):
-                continue  # not one image of the whole batch can be used
-            filled = filled_up(images, max(here))
+            counts = self.world.gather_objects(len(images.ids))
+            if not (total := sum(counts)):
+                continue
+            filled = filled_up(images, max(counts))
             draws = Draws((*key, images.step), filled.ids, self.model.device)
             batch = encoded(filled, self.model, draws)
             yield images.step, replace(batch, total=total), draws
 
-    def _cached(
+    def _cached_batches(
         self, cache: EncodedImages, key: tuple[object, ...], start: int
     ) -> Iterator[tuple[int, Batch, Draws]]:
         world = self.world
-        for images, entries in cache.batches(self.batch_size, key, start, world.rank, world.size):
-            here = world.gather_objects(len(entries))
-            if not (total := sum(here)):
+        for planned, entries in cache.batches(self.batch_size, key, start, world.rank, world.size):
+            counts = world.gather_objects(len(entries))
+            if not (total := sum(counts)):
                 continue
-            if missing := max(here) - min(here):  # on some process; a filler's latents do not matter
-                filler = next(
-                    e for e in world.gather_objects(entries[0] if entries else None) if e is not None
-                )
-                missing = max(here) - len(entries)
-                entries += [filler] * missing
-            ids, captions = [*images.ids, *range(-missing, 0)], [*images.captions, *[""] * missing]
-            draws = Draws((*key, images.step), ids, self.model.device)
+            fillers = max(counts) - len(entries)
+            if max(counts) > min(counts):  # all processes take part, since one of them may have no entry
+                first_entries = world.gather_objects(entries[0] if entries else None)
+                entries += [next(entry for entry in first_entries if entry is not None)] * fillers
+            ids, captions, sample_index = _with_fillers(planned, fillers)
+            draws = Draws((*key, planned.step), ids, self.model.device)
             conditions, rows = encode(self.model, captions)
-            places = torch.tensor([*images.places, *[-1] * missing], device=rows.device)
+            position = torch.tensor(sample_index, device=rows.device)
             latents = cache.latents(entries, draws)
-            yield images.step, Batch(latents, rows, conditions, sample_index=places, total=total), draws
+            yield planned.step, Batch(latents, rows, conditions, sample_index=position, total=total), draws
 
     def skipped(self) -> list[str]:
         return [str(problem) for problem in self.source.skipped]
 
 
-class PromptFeed(Feed):
-    """Prompts, each ``group_size`` times in its batch; every prompt once an epoch."""
+class PromptBatchSource(BatchSource):
+    """Prompts, each ``group_size`` times in its batch. An epoch has every prompt once.
+
+    ``batch_size`` counts the samples of all processes; ``group_size`` divides it.
+    """
 
     def __init__(
         self,
@@ -138,37 +146,36 @@ class PromptFeed(Feed):
     ) -> None:
         self.model, self.group_size, self.groups = model, group_size, batch_size // group_size
         size = self.groups * group_size // world.size
-        self.part = slice(size * world.rank, size * (world.rank + 1))
-        """Of the whole batch, the samples that are this process's."""
+        self.sample_index = range(size * world.rank, size * (world.rank + 1))
+        """This process's samples in the batch of all processes."""
         self.rows: list[dict[str, Any]] = prompt_rows(data.prompts, rewards)
         self.prompts = list(dict.fromkeys(row["prompt"] for row in self.rows))
         self.size = self.largest = (data.resolution, data.resolution)
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
-        shape = self.model.latent_shape(*self.size)
-        order = self._order(key, start * self.groups)
-        for number, chosen in enumerate(iter(lambda: [next(order) for _ in range(self.groups)], None), start):
-            everyone = [self.rows[i] for i in chosen for _ in range(self.group_size)]
-            place = range(len(everyone))[self.part]
-            rows = everyone[self.part]
-            conditions, prompt = encode(self.model, [row["prompt"] for row in rows])
-            latents = torch.empty((len(rows), *shape), device="meta")
-            group = torch.arange(len(chosen)).repeat_interleave(self.group_size)[self.part]
-            draws = Draws((*key, number), place, self.model.device)
-            places = torch.tensor(place, device=prompt.device)
-            yield (
-                number,
-                Batch(latents, prompt, conditions, rows, group, places, total=len(everyone)),
-                draws,
-            )
+        order = self._row_order(key, start * self.groups)
+        for number in count(start):
+            batch = self._batch([next(order) for _ in range(self.groups)])
+            yield number, batch, Draws((*key, number), self.sample_index, self.model.device)
 
-    def _order(self, key: tuple[object, ...], start: int) -> Iterator[int]:
-        everything = {(1, 1): range(len(self.rows))}
-        for _, _, ids in batches(everything, 1, key, start):
+    def _batch(self, chosen: Sequence[int]) -> Batch:
+        """This process's part of the batch of groups whose prompts are the rows ``chosen``."""
+        group = [i // self.group_size for i in self.sample_index]
+        rows = [self.rows[chosen[g]] for g in group]
+        conditions, prompt_index = encode(self.model, [row["prompt"] for row in rows])
+        # the images do not exist yet, so the latents have a shape only
+        latents = torch.empty((len(rows), *self.model.latent_shape(*self.size)), device="meta")
+        sample_index = torch.tensor(self.sample_index, device=prompt_index.device)
+        total = self.groups * self.group_size
+        return Batch(latents, prompt_index, conditions, rows, torch.tensor(group), sample_index, total=total)
+
+    def _row_order(self, key: tuple[object, ...], start: int) -> Iterator[int]:
+        one_bucket = {(1, 1): range(len(self.rows))}
+        for _, _, ids in batches(one_bucket, 1, key, start):
             yield ids[0]
 
 
-def feed_of(
+def batch_source_of(
     data: Images | ShapesData | PromptData,
     model: FlowModel,
     work: Path,
@@ -176,30 +183,35 @@ def feed_of(
     samples_per_prompt: int = 1,
     rewards: Sequence[Reward] = (),
     world: World = ALONE,
-) -> Feed:
-    """The feed of a stage's ``data``. Shapes scenes are rendered into the folder ``work`` first."""
+) -> BatchSource:
+    """The batch source of a stage's ``data``. Shapes scenes are rendered into the folder ``work`` first."""
     if isinstance(data, PromptData):
-        return PromptFeed(data, model, batch_size, samples_per_prompt, rewards, world)
-    return ImageFeed(data, model, batch_size, work, world)
+        return PromptBatchSource(data, model, batch_size, samples_per_prompt, rewards, world)
+    return ImageBatchSource(data, model, batch_size, work, world)
 
 
 def filled_up(images: ImageBatch, size: int) -> ImageBatch:
-    """``images``, with black ones after them to make ``size``."""
-    missing = size - len(images.ids)
-    blank = torch.zeros((missing, *images.pixels.shape[1:]), dtype=images.pixels.dtype)
-    return replace(
-        images,
-        ids=[*images.ids, *range(-missing, 0)],
-        pixels=torch.cat([images.pixels, blank]),
-        captions=[*images.captions, *[""] * missing],
-        places=[*images.places, *[-1] * missing],
+    """``images`` with black fillers at the end, ``size`` images in all."""
+    fillers = size - len(images.ids)
+    ids, captions, sample_index = _with_fillers(images, fillers)
+    black = torch.zeros((fillers, *images.pixels.shape[1:]), dtype=images.pixels.dtype)
+    pixels = torch.cat([images.pixels, black])
+    return replace(images, ids=ids, pixels=pixels, captions=captions, sample_index=sample_index)
+
+
+def _with_fillers(images: ImageBatch | PlannedBatch, fillers: int) -> tuple[list[int], list[str], list[int]]:
+    """The ids, captions and sample indices of ``images``, then those of ``fillers`` fillers."""
+    return (
+        [*images.ids, *range(-fillers, 0)],
+        [*images.captions, *[""] * fillers],
+        [*images.sample_index, *[-1] * fillers],
     )
 
 
 def encoded(images: ImageBatch, model: FlowModel, draws: Draws) -> Batch:
-    """Images and captions as the model's latents and conditions; the encoder's noise comes from ``draws``."""
+    """``images`` as latents and conditions of ``model``; ``draws`` give the encoder's posterior noise."""
     height, width = images.pixels.shape[-2:]
     noise = draws.normal("posterior", model.latent_shape(height, width))
     conditions, rows = encode(model, images.captions)
-    places = torch.tensor(images.places, device=rows.device)
-    return Batch(model.encode_images(images.pixels, noise), rows, conditions, sample_index=places)
+    sample_index = torch.tensor(images.sample_index, device=rows.device)
+    return Batch(model.encode_images(images.pixels, noise), rows, conditions, sample_index=sample_index)

@@ -1,4 +1,4 @@
-"""Which size is an image trained at, and how is it brought there?"""
+"""Chooses the size at which an image is trained, and resizes and crops it to that size."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from posttrain.errors import DataError
 from posttrain.support.wording import multiples_near
 
 MAX_ASPECT = 2
-"""Buckets go from 1:2 to 2:1; a longer image loses its ends."""
+"""Buckets have aspect ratios from 1:2 to 2:1. A longer image is cropped at its ends."""
 
 
 def bucket_sizes(resolution: int, divisor: int) -> list[Bucket]:
-    """Sorted sizes with sides that are multiples of ``divisor`` pixels and areas near ``resolution`` squared.
+    """Sizes with sides that are multiples of ``divisor`` pixels and areas near ``resolution`` squared.
 
-    For each side the other one is chosen for the nearest area (the smaller where two are equally near).
-    With each size its transpose is there too. Raises DataError if ``resolution`` is below ``divisor``.
+    For each side the other side is the one of nearest area (of two equally near, the smaller). The transpose
+    of each size is a size as well. The list is sorted. Raises DataError if ``resolution < divisor``.
     """
     if resolution < divisor:
-        raise DataError(f"resolution {resolution} is below {divisor} pixels, the least this model can show")
+        raise DataError(
+            f"resolution {resolution} is below {divisor} pixels, the smallest that this model supports"
+        )
     area, sizes = resolution**2, set()
     for width in range(divisor, 2 * MAX_ASPECT * resolution, divisor):
         below = area // width // divisor * divisor
@@ -36,10 +38,10 @@ def bucket_sizes(resolution: int, divisor: int) -> list[Bucket]:
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest by factor; of equals the largest, then the widest."""
+    """The bucket whose aspect ratio differs by the least factor; of these the largest, then the widest."""
 
     def distance(bucket: Bucket) -> tuple[float, int, int]:
-        # One correctly rounded division, so that every machine decides alike.
+        # A single division is correctly rounded, so every machine chooses alike.
         across, down = width * bucket[1], height * bucket[0]
         return max(across, down) / min(across, down), -bucket[0] * bucket[1], -bucket[0]
 
@@ -47,7 +49,7 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 
 
 def bucket_problem(bucket: Bucket, divisor: int, max_pixels: int) -> str | None:
-    """Why a row's bucket cannot be used, with the nearest sides that can; None if it can."""
+    """Why a row's bucket cannot be used, with the nearest allowed sides; None if it can be used."""
     for name, side in zip(("bw", "bh"), bucket, strict=True):
         if side % divisor:
             near = multiples_near(side, divisor)
@@ -60,26 +62,26 @@ def bucket_problem(bucket: Bucket, divisor: int, max_pixels: int) -> str | None:
 def cover_resize_and_crop(
     image: Image.Image, bucket: Bucket, offsets: tuple[float, float], flip: bool
 ) -> Tensor:
-    """(3, height, width) float32 in [-1, 1]: :func:`cover_and_crop` as a tensor."""
+    """As :func:`cover_and_crop`, but a tensor (3, height, width), float32 in [-1, 1]."""
     return to_pixels(cover_and_crop(image, bucket, offsets, flip)[None])[0]
 
 
 def cover_and_crop(
     image: Image.Image, bucket: Bucket, offsets: tuple[float, float], flip: bool
 ) -> NDArray[np.uint8]:
-    """(height, width, 3) bytes: ``image`` resized (Lanczos) to just cover ``bucket``, cropped, mirrored.
+    """``image``, resized (Lanczos) to just cover ``bucket``, cropped to it, and mirrored if ``flip``.
 
-    ``offsets`` (x, y), each in [0, 1), choose among the whole-pixel positions of the crop, all equally
-    likely for uniform offsets: 0 is left or top, 0.5 the centre.
+    ``offsets`` (x, y), each in [0, 1), choose one of the whole-pixel positions of the crop: 0 is left or top,
+    0.5 the centre. Uniform offsets make all positions equally likely. Returns (height, width, 3) uint8.
     """
     scale = max(bucket[0] / image.width, bucket[1] / image.height)
     box = []
     for side, full, offset in zip(bucket, image.size, offsets, strict=True):
-        spare = int(full * scale + 1e-6) - side  # 1e-6: a product just below a whole pixel
+        spare = int(full * scale + 1e-6) - side  # 1e-6: the product may be just below a whole number
         start = max(0.0, min(int(offset * (spare + 1)) / scale, full - side / scale))
         box.append((start, min(start + side / scale, full)))
     (left, right), (top, bottom) = box
-    # Resizing only what is kept: a 1 x 1000 image covering 512 x 512 would need 800 MB whole.
+    # Resize only the part that is kept: covering 512 x 512 with a whole 1 x 1000 image would take 800 MB.
     image = image.resize(bucket, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -87,5 +89,5 @@ def cover_and_crop(
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
-    """(n, 3, h, w) float32 in [-1, 1] of (n, h, w, 3) bytes."""
+    """``images`` (n, h, w, 3) uint8 as a tensor (n, 3, h, w), float32 in [-1, 1]."""
     return torch.tensor(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1

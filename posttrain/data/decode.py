@@ -1,6 +1,6 @@
-"""What does an image file show, as RGB, or why can it not be read?
+"""Reads image files as upright 8-bit RGB, or says why a file cannot be used.
 
-An image is returned whole or not at all. Colour profiles are not applied. Transparent pixels become white.
+A truncated image is refused. Colour profiles are not applied. Transparent pixels become white.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from posttrain.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-"""Named one by one because Pillow runs outside programs for some others (EPS, WMF)."""
+"""The formats that are read. Pillow would run external programs for some others (EPS, WMF)."""
 
 
 class BadImage(DataError):
-    """An image that cannot be used; ``reason`` is the message without the path."""
+    """An image cannot be used. ``reason`` is the message without the path."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path}: {reason}")
@@ -28,20 +28,23 @@ class BadImage(DataError):
 
 
 def open_image(path: Path, max_pixels: int) -> Image.Image:
-    """The first frame of ``path``, upright, 8-bit RGB. Raises BadImage (a DataError) if it is not whole,
-    no image of :data:`FORMATS`, of more than ``max_pixels``, or of samples without a known white."""
+    """The first frame of ``path``, upright, as 8-bit RGB.
+
+    Raises BadImage (a DataError) if the file is truncated or damaged, is no image of :data:`FORMATS`, has
+    more than ``max_pixels`` pixels, or has samples whose white level is unknown.
+    """
     with _opened(path, max_pixels) as image:
         image.load()
         return _rgb(path, ImageOps.exif_transpose(image), image.format)
 
 
 def image_size(path: Path, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of what :func:`open_image` returns, from the header where that suffices.
+    """(width, height) of the image that :func:`open_image` returns, read from the header where possible.
 
-    Raises BadImage, but does not notice damage after the header.
+    Raises BadImage, but does not detect damage after the header.
     """
     with _opened(path, max_pixels) as image:
-        if image.format not in ("JPEG", "MPO", "WEBP"):  # elsewhere orientation may follow the pixels
+        if image.format not in ("JPEG", "MPO", "WEBP"):  # other formats may store it after the pixels
             image.load()
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -50,9 +53,9 @@ def image_size(path: Path, max_pixels: int) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """``path`` opened, and any failure inside the block turned into a BadImage."""
+    """Open ``path``; every failure inside the block becomes a BadImage."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    # Other libraries switch truncated images on for the whole process, and then they end in grey.
+    # Other libraries allow truncated images for the whole process; Pillow then fills the rest with grey.
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
     try:
         if not path.stat().st_size:
@@ -69,7 +72,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise BadImage(path, f"not an image (known formats: {', '.join(FORMATS)})") from error
-    except Exception as error:  # Pillow's readers raise nearly every kind on damaged files
+    except Exception as error:  # Pillow raises nearly every exception type on damaged files
         if isinstance(error, OSError) and error.strerror:
             raise BadImage(path, error.strerror.lower()) from error
         raise BadImage(path, f"truncated or damaged: {error}") from error
@@ -78,7 +81,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _ends_in_padding(path: Path) -> bool:
-    """Whether a JPEG was cut and filled up with zeros, as interrupted downloads are; Pillow shows grey."""
+    """Whether a JPEG ends in zeros, as interrupted downloads do. Pillow would show its lost part as grey."""
     with path.open("rb") as handle:
         handle.seek(-1, 2)
         if handle.read() != b"\0":
@@ -91,11 +94,12 @@ def _rgb(path: Path, image: Image.Image, file_format: str | None) -> Image.Image
         values = np.asarray(image).astype(np.float32)
         if isinstance(clear := image.info.get("transparency"), int):
             values[values == clear] = 65535
-        # Pillow's own conversion clips at 255 and shows nearly everything white.
+        # Pillow's conversion clips at 255, so nearly everything would be white.
         return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
-        raise BadImage(path, f"its samples are {kind}, which have no known white; save it with 8 or 16 bits")
+        message = f"its samples are {kind}, whose white level is unknown; save it with 8 or 16 bits"
+        raise BadImage(path, message)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -1,4 +1,4 @@
-"""What is on each line of a text file, and how are the lines that cannot be used told?"""
+"""Reads text files line by line and lists the lines that cannot be used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from posttrain.errors import DataError
 
-LISTED = 10
-"""Problems shown in one message."""
+SHOWN_PROBLEMS = 10
+"""Problems listed in one message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why the row at ``line`` (from 1) cannot be used; ``path`` is its image where that is known."""
+    """Why the row at ``line`` (from 1) cannot be used. ``path`` is its image, if known."""
 
     line: int
     path: Path | None
@@ -27,22 +27,22 @@ class Problem:
 
 
 def listing(file: Path, problems: Sequence[Problem]) -> str:
-    """The first ten of ``problems``, each on a line ``file:line: reason``, and how many more there are."""
-    shown = [f"\n  {file}:{problem}" for problem in problems[:LISTED]]
-    more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    """The first ten of ``problems``, each on a line as ``file:line: reason``, and how many more there are."""
+    shown = [f"\n  {file}:{problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
     return "".join(shown) + more
 
 
 def lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, stripped bytes) of each line that is not blank, without a byte order mark.
+    """Yield (line number from 1, stripped bytes) of each line that is not blank, without a byte order mark.
 
-    Raises DataError if ``file`` is missing, a folder, unreadable or no UTF-8 text.
+    Raises DataError if ``file`` is missing, a folder, unreadable, or binary.
     """
     try:
         with file.open("rb") as handle:
             head = handle.read(4096)
             if b"\0" in head:
-                raise DataError(f"{file}: not a text file; it must be UTF-8 text, one row a line")
+                raise DataError(f"{file}: not a text file; it must be UTF-8 text with one row per line")
             handle.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
             for number, raw in enumerate(handle, 1):
                 if raw := raw.strip():
@@ -60,7 +60,7 @@ def text(raw: bytes) -> str:
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
-    """The JSON object on one line. Raises ValueError if there is none."""
+    """The JSON object that the line ``raw`` holds. Raises ValueError if it is anything else."""
     try:
         row = json.loads(text(raw))
     except json.JSONDecodeError as error:
@@ -73,7 +73,7 @@ def json_object(raw: bytes) -> dict[str, Any]:
 
 
 def string(row: dict[str, Any], key: str) -> str:
-    """The non-empty, stripped string at ``key``. Raises ValueError if it is missing or something else."""
+    """The stripped string at ``key``. Raises ValueError if it is missing, empty, or not text."""
     if key not in row:
         raise ValueError(f"no '{key}' (found: {', '.join(map(repr, row)) or 'nothing'})")
     value = row[key]

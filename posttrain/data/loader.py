@@ -1,6 +1,6 @@
-"""Which batches of images does a step train on?
+"""Loads the batches of images that each training step sees.
 
-Everything drawn is a function of (key, epoch, image): workers and prefetching change nothing but speed.
+Every random draw is a function of (key, epoch, image): worker processes and prefetching change speed only.
 """
 
 from __future__ import annotations
@@ -20,57 +20,61 @@ from posttrain.data.lines import Problem, listing
 from posttrain.data.order import batches, batches_per_epoch, rank_slice
 from posttrain.data.rows import Bucket, Record, read_records, stop_beyond_tolerance
 from posttrain.data.settings import Images
-from posttrain.data.workers import Crops, Middles, Whole, flipped, read
+from posttrain.data.workers import CentreCrops, DecodeCheck, EpochCrops, flipped, read
 from posttrain.errors import DataError
 from posttrain.support.randomness import generator
 
-SAMPLE = 64
-"""Images decoded before a run starts, so that a rotten folder stops it at once."""
+TRIAL_IMAGES = 64
+"""Images decoded before a run starts, so that a folder of damaged images stops it at once."""
 
 
 @dataclass
 class ImageBatch:
-    """The n images of one rank at one step; all lists have n entries."""
+    """The n images of one rank at one step. All lists have n entries."""
 
     step: int
-    """Step of the data order, from 0; a resumed run starts at the last one plus 1."""
+    """Step of the data order, from 0. A resumed run starts at the step after its last one."""
     epoch: int
     ids: list[int]
     pixels: Tensor
     """(n, 3, h, w) float32 in [-1, 1], on the CPU."""
     captions: list[str]
-    places: list[int]
-    """Of each in the batch of all ranks, from 0; bad images have one as well."""
+    sample_index: list[int]
+    """Each image's position in the batch of all ranks, from 0; unusable images keep their position."""
     bucket: Bucket
     """(w, h) in pixels."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which n images a batch has, and how; all lists have n entries."""
+class PlannedBatch:
+    """The n images that one rank is to load at one step. All lists have n entries."""
 
     step: int
     ids: list[int]
     flips: list[bool]
+    """Whether each image is mirrored."""
     captions: list[str]
-    places: list[int]
-    """Of each in the batch of all ranks, from 0."""
+    sample_index: list[int]
+    """Each image's position in the batch of all ranks, from 0."""
 
-    def of(self, numbers: Sequence[int]) -> Choice:
-        """Those of ``numbers``, from 0."""
+    def take(self, positions: Sequence[int]) -> PlannedBatch:
+        """The batch of the images at ``positions`` (from 0) alone."""
 
-        def some(values: list) -> list:
-            return [values[n] for n in numbers]
+        def taken(values: list) -> list:
+            return [values[position] for position in positions]
 
-        return Choice(self.step, *map(some, (self.ids, self.flips, self.captions, self.places)))
+        return PlannedBatch(
+            self.step, taken(self.ids), taken(self.flips), taken(self.captions), taken(self.sample_index)
+        )
 
 
 class ImageSource:
-    """The images that a spec lists, each assigned to a bucket whose sides are multiples of ``divisor``.
+    """The images that ``spec`` lists, each assigned to a bucket whose sides are multiples of ``divisor``.
 
-    Raises DataError if the spec's files cannot be read, or if more rows than it tolerates are unusable.
-    ``skipped`` lists the unusable rows known so far, each once; on several ranks each knows only the
-    undecodable images that it met itself. ``notes`` are worth telling the user.
+    ``records`` maps an image's id to its row, ``buckets`` a bucket to its ids, ``bucket_of`` an id to its
+    bucket. ``skipped`` lists each unusable row known so far once; a rank knows of undecodable images only
+    those that it has met itself. ``notes`` are remarks for the user. Raises DataError if the files of
+    ``spec`` cannot be read or if more rows are unusable than it tolerates.
     """
 
     def __init__(self, spec: Images, divisor: int):
@@ -81,7 +85,7 @@ class ImageSource:
         self.buckets: dict[Bucket, list[int]] = {}
         sizes = bucket_sizes(spec.resolution, divisor) if spec.resolution else []
         for record in table.records:
-            bucket = _assign(record, spec, divisor, sizes)
+            bucket = _assigned(record, spec, divisor, sizes)
             if isinstance(bucket, Problem):
                 self.skipped.append(bucket)
                 continue
@@ -89,69 +93,68 @@ class ImageSource:
             self.buckets.setdefault(bucket, []).append(record.id)
         stop_beyond_tolerance(spec, self.skipped, self.rows)
         self.bucket_of = {i: bucket for bucket, ids in self.buckets.items() for i in ids}
-        self._decode_sample()
+        self._try_some_images()
 
     def batches_per_epoch(self, batch_size: int) -> int:
-        """How many steps see every image once, where no image turns out to be unusable."""
+        """The number of steps in which every image is seen once, if every image can be decoded."""
         return batches_per_epoch(self.buckets, batch_size)
 
     def batches(
         self,
         batch_size: int,
-        seed_key: tuple[object, ...],
+        key: tuple[object, ...],
         start_step: int = 0,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> Iterator[ImageBatch]:
-        """The batches of ``rank`` from ``start_step`` on, without end; ``batch_size`` counts all ranks.
+        """Yield the batches of ``rank`` from ``start_step`` on, without end; ``batch_size`` counts all ranks.
 
-        An image that cannot be decoded is left out of its batch and noted in ``skipped``. A batch that is
-        left empty is passed over: its step number is missing. On several ranks it is yielded with n = 0
-        instead, as where the batch has fewer images than there are ranks, so that all ranks stay at one step.
-        Raises DataError when more rows than tolerated are skipped; ValueError for numbers out of range.
+        An image that cannot be decoded is left out and noted in ``skipped``. On one rank, a batch without any
+        usable image is not yielded, so its step number is missing. On several ranks every batch is yielded,
+        if need be with n = 0, so that all ranks stay at one step. Raises DataError when more rows are skipped
+        than tolerated, and ValueError if an argument is out of range.
         """
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be from 0 to {world_size - 1}, not {rank}")
 
-        plan = functools.partial(self._plan, batch_size, seed_key, start_step)
-        jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in rank_slice(ids, rank, world))
+        plan = functools.partial(self._plan, batch_size, key, start_step)
+        jobs = ((epoch, i) for epoch, _, _, ids in plan() for i in rank_slice(ids, rank, world_size))
         if rank >= min(batch_size, max(map(len, self.buckets.values()))):
-            jobs = iter(())  # every slice is empty, and looking ahead for a job would not end
-        crops = iter(read(Crops(self.spec, self.records, self.bucket_of, seed_key), jobs, self.spec.workers))
+            jobs = iter(())  # every slice of this rank is empty, and the search for a job would not end
+        dataset = EpochCrops(self.spec, self.records, self.bucket_of, key)
+        crops = iter(read(dataset, jobs, self.spec.workers))
         for epoch, step, bucket, ids in plan():
-            # ids come first, so that no crop of the next batch is taken when they end.
-            images = dict(self._usable(zip(rank_slice(ids, rank, world), crops, strict=False)))
-            if images or world > 1:
-                yield self._batch(epoch, step, bucket, images, ids)
+            # The ids come first in zip: when they end, no crop of the next batch has been taken.
+            usable = dict(self._usable(zip(rank_slice(ids, rank, world_size), crops, strict=False)))
+            if usable or world_size > 1:
+                yield self._batch(epoch, step, bucket, usable, ids)
 
-    def choices(
+    def planned_batches(
         self,
         batch_size: int,
-        seed_key: tuple[object, ...],
+        key: tuple[object, ...],
         start_step: int = 0,
         rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Choice]:
-        """The batches of :meth:`batches`, but no image is opened, so one that cannot be decoded is listed."""
-        for epoch, step, _, everyone in self._plan(batch_size, seed_key, start_step):
-            ids = rank_slice(everyone, rank, world)
-            flips = [flipped(self.spec, seed_key, epoch, i) for i in ids]
-            places = rank_slice(range(len(everyone)), rank, world)
-            yield Choice(step, ids, flips, [self.records[i].caption for i in ids], places)
+        world_size: int = 1,
+    ) -> Iterator[PlannedBatch]:
+        """Yield what :meth:`batches` would load. No image is opened, so undecodable ones are included."""
+        for epoch, step, _, all_ids in self._plan(batch_size, key, start_step):
+            ids = rank_slice(all_ids, rank, world_size)
+            flips = [flipped(self.spec, key, epoch, i) for i in ids]
+            sample_index = rank_slice(range(len(all_ids)), rank, world_size)
+            yield PlannedBatch(step, ids, flips, [self.records[i].caption for i in ids], sample_index)
 
-    def centred(
+    def centre_crops(
         self, jobs: Sequence[tuple[int, bool]], workers: int | None = None
     ) -> Iterator[tuple[int, bool, Tensor | None]]:
-        """(id, mirrored?, (3, h, w) pixels in [-1, 1] from the image's middle) of each (id, mirrored?).
+        """Yield (id, mirrored, pixels) for each (id, mirrored) of ``jobs``, cropped at the image's centre.
 
-        Instead of the pixels of an image that cannot be decoded there is None, and ``skipped`` says why.
-        ``workers`` are the data's by default. Raises DataError when more rows than tolerated are skipped.
+        The pixels are (3, h, w) in [-1, 1], or None for an image that cannot be decoded, which is noted in
+        ``skipped``. ``workers`` processes decode, by default as many as the data's settings say. Raises
+        DataError when more rows are skipped than tolerated.
         """
-        images = read(
-            Middles(self.spec, self.records, self.bucket_of),
-            jobs,
-            self.spec.workers if workers is None else workers,
-        )
+        dataset = CentreCrops(self.spec, self.records, self.bucket_of)
+        images = read(dataset, jobs, self.spec.workers if workers is None else workers)
         for (i, flip), image in zip(jobs, images, strict=True):
             if isinstance(image, Problem):
                 self._skip(image)
@@ -159,36 +162,37 @@ class ImageSource:
             else:
                 yield i, flip, to_pixels(image[None])[0]
 
-    def _plan(
-        self, batch_size: int, seed_key: tuple[object, ...], start_step: int
-    ) -> Iterator[tuple[int, int, Bucket, list[int]]]:
-        """(epoch, step, bucket, ids of all ranks) of each batch."""
-        for epoch, step, ids in batches(self.buckets, batch_size, seed_key, start_step):
-            yield epoch, step, self.bucket_of[ids[0]], ids
-
     def scan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Problem]:
-        """Every problem in the data, by line, after reading each image in full.
+        """Decode every image and return all problems of the data, sorted by line.
 
-        ``progress`` is called with (images read, images). To see all problems of data that has more than
-        it tolerates, construct the source with tolerance 1.
+        ``progress`` is called with (images read, images). With ``tolerance: 1`` in the settings the source
+        can be made, and scanned, however many rows are unusable.
         """
-        found = {problem.line: problem for problem in self.skipped}
-        problems = read(Whole(self.spec, self.records), self.records, self.spec.workers)
+        by_line = {problem.line: problem for problem in self.skipped}
+        problems = read(DecodeCheck(self.spec, self.records), self.records, self.spec.workers)
         for done, problem in enumerate(problems, 1):
             if problem is not None:
-                found.setdefault(problem.line, problem)
+                by_line.setdefault(problem.line, problem)
             progress(done, len(self.records))
-        return [found[line] for line in sorted(found)]
+        return [by_line[line] for line in sorted(by_line)]
+
+    def _plan(
+        self, batch_size: int, key: tuple[object, ...], start_step: int
+    ) -> Iterator[tuple[int, int, Bucket, list[int]]]:
+        """Yield (epoch, step, bucket, ids of all ranks) of each batch."""
+        for epoch, step, ids in batches(self.buckets, batch_size, key, start_step):
+            yield epoch, step, self.bucket_of[ids[0]], ids
 
     def _batch(
         self, epoch: int, step: int, bucket: Bucket, images: dict[int, NDArray[np.uint8]], ids: Sequence[int]
     ) -> ImageBatch:
+        """The batch of ``images`` (id -> crop) of this rank; ``ids`` are those of all ranks."""
         width, height = bucket
         pixels = np.stack(list(images.values())) if images else np.empty((0, height, width, 3), np.uint8)
         captions = [self.records[i].caption for i in images]
-        place = {image: i for i, image in enumerate(ids)}
-        places = [place[image] for image in images]
-        return ImageBatch(step, epoch, list(images), to_pixels(pixels), captions, places, bucket)
+        position = {i: n for n, i in enumerate(ids)}
+        sample_index = [position[i] for i in images]
+        return ImageBatch(step, epoch, list(images), to_pixels(pixels), captions, sample_index, bucket)
 
     def _usable(
         self, crops: Iterable[tuple[int, NDArray[np.uint8] | Problem]]
@@ -204,23 +208,25 @@ class ImageSource:
             self.skipped.append(problem)
             stop_beyond_tolerance(self.spec, self.skipped, self.rows)
 
-    def _decode_sample(self) -> None:
-        order = torch.randperm(len(self.records), generator=generator("data", "sample"))[:SAMPLE].tolist()
-        ids = list(self.records)
-        jobs = [ids[i] for i in order]
-        tried = read(Whole(self.spec, self.records), jobs, self.spec.workers)
-        failed = [problem for problem in tried if problem is not None]
-        if len(failed) > max(1, self.spec.tolerance * len(jobs)):
+    def _try_some_images(self) -> None:
+        """Decode a random sample of the images. Raises DataError if it exceeds the tolerance by itself."""
+        chosen = torch.randperm(len(self.records), generator=generator("data", "sample"))[:TRIAL_IMAGES]
+        all_ids = list(self.records)
+        ids = [all_ids[n] for n in chosen.tolist()]
+        results = read(DecodeCheck(self.spec, self.records), ids, self.spec.workers)
+        problems = [problem for problem in results if problem is not None]
+        if len(problems) > max(1, self.spec.tolerance * len(ids)):
             raise DataError(
-                f"{self.spec.images}: {len(failed)} of {len(jobs)} images tried cannot be decoded"
-                f"{listing(self.spec.images, failed)}\nRepair or remove these rows, or raise 'tolerance' "
+                f"{self.spec.images}: {len(problems)} of {len(ids)} images tried cannot be decoded"
+                f"{listing(self.spec.images, problems)}\nRepair or remove these rows, or raise 'tolerance' "
                 f"({self.spec.tolerance:g}) to skip them."
             )
-        for problem in failed:
+        for problem in problems:
             self._skip(problem)
 
 
-def _assign(record: Record, spec: Images, divisor: int, sizes: Sequence[Bucket]) -> Bucket | Problem:
+def _assigned(record: Record, spec: Images, divisor: int, sizes: Sequence[Bucket]) -> Bucket | Problem:
+    """The bucket of ``record``: the nearest of ``sizes``, or the row's own one if there are none."""
     if not sizes:
         if record.bucket is None:
             reason = "no 'bw' and 'bh'; add them, or give the recipe's data a 'resolution'"

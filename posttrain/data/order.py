@@ -1,7 +1,7 @@
-"""In which order are the samples seen? A function of key, epoch and step; there is no state.
+"""The order in which samples are seen: a function of key, epoch and step, without state.
 
-Every rank computes the same batches and takes its own slice, so ranks never overlap, and a resumed run
-starts anywhere at the price of one epoch's permutation.
+Every rank computes the same batches and takes its own slice, so ranks never overlap. A resumed run can start
+at any step, at the cost of one epoch's permutation.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from posttrain.data.rows import Bucket
 from posttrain.support.randomness import generator
 
 Buckets = Mapping[Bucket, Sequence[int]]
-"""Bucket -> the ids of its samples; each id is in one bucket."""
+"""Bucket -> the ids of its samples. Each id is in one bucket."""
 
 
 def epoch_batches(buckets: Buckets, batch_size: int, key: tuple[object, ...], epoch: int) -> list[list[int]]:
-    """Every id exactly once, in batches of one bucket each, in the order of ``epoch`` (from 0).
+    """The batches of ``epoch`` (from 0), in order. Each id occurs once; each batch has ids of one bucket.
 
-    The last batch of a bucket may be short. ``batch_size`` counts the samples of all ranks together.
+    ``batch_size`` counts the samples of all ranks together. The last batch of a bucket may be shorter.
     """
     draw = generator(*key, "order", epoch)
     batches = []
@@ -32,16 +32,16 @@ def epoch_batches(buckets: Buckets, batch_size: int, key: tuple[object, ...], ep
 
 
 def batches_per_epoch(buckets: Buckets, batch_size: int) -> int:
-    """How many batches :func:`epoch_batches` makes; the same for every epoch."""
+    """The number of batches of :func:`epoch_batches`, which is the same for every epoch."""
     return sum(-(-len(ids) // batch_size) for ids in buckets.values())
 
 
 def batches(
     buckets: Buckets, batch_size: int, key: tuple[object, ...], start_step: int = 0
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """(epoch, step, ids) of step ``start_step`` (from 0) and all later ones, without end.
+    """Yield (epoch, step, ids) for ``start_step`` (from 0) and every later step, without end.
 
-    Raises ValueError if there is no id, or if ``batch_size`` or ``start_step`` is out of range.
+    Raises ValueError if there is no id, ``batch_size`` is below 1, or ``start_step`` is below 0.
     """
     if batch_size < 1 or start_step < 0:
         raise ValueError(f"batch_size must be 1 or more and start_step 0 or more: {batch_size}, {start_step}")
@@ -60,9 +60,11 @@ def _endless(
             step += 1
 
 
-def rank_slice(ids: Sequence[int], rank: int, world: int) -> list[int]:
-    """The part of a batch that ``rank`` of ``world`` takes: neighbours, so that groups stay together as far
-    as they can. The first ranks have one more where it does not come out even, and the last may have none."""
-    each, more = divmod(len(ids), world)
-    start = rank * each + min(rank, more)
-    return list(ids[start : start + each + (rank < more)])
+def rank_slice(ids: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """The contiguous part of a batch that ``rank`` takes.
+
+    If the batch does not divide evenly, the first ranks have one sample more; the last ranks may have none.
+    """
+    each, remainder = divmod(len(ids), world_size)
+    start = rank * each + min(rank, remainder)
+    return list(ids[start : start + each + (rank < remainder)])

@@ -1,4 +1,4 @@
-"""Which prompts does a recipe name, and with which metadata?"""
+"""Reads the prompts that a recipe names, with their metadata."""
 
 from __future__ import annotations
 
@@ -16,28 +16,26 @@ if TYPE_CHECKING:
 
 
 def prompt_rows(prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward] = ()) -> list[dict[str, Any]]:
-    """One dict with at least ``prompt`` for each, in order.
+    """One row per prompt, in order: a dict with ``prompt`` and the prompt's metadata.
 
-    Raises DataError as :func:`read_prompts`, also for prompts that one of ``rewards`` cannot score.
+    Raises DataError as :func:`read_prompts` does, and if one of ``rewards`` cannot score a Shapes prompt.
     """
     if isinstance(prompts, PromptFile):
         return read_prompts(prompts.path, rewards)
-    from posttrain.shapes.dataset import evaluation_prompts  # needed in the Shapes world only
+    from posttrain.shapes.dataset import evaluation_prompts  # only Shapes prompts need it
 
     rows = evaluation_prompts(prompts.count, prompts.seed, prompts.tasks)
-    if reasons := sorted(
-        {r for reward in rewards for row in rows if (r := reward.unusable(row)) is not None}
-    ):
+    if reasons := {r for reward in rewards for row in rows if (r := reward.unusable(row)) is not None}:
         raise DataError(f"Shapes prompts cannot be scored: {'; '.join(sorted(reasons))}")
     return rows
 
 
 def read_prompts(path: Path, rewards: Sequence[Reward] = ()) -> list[dict[str, Any]]:
-    """One dict with at least a non-empty ``prompt`` a row, in the order of the file, repetitions kept.
+    """One row per line, in the order of the file, repetitions included: a dict with a non-empty ``prompt``.
 
-    A ``.jsonl`` file has one object a line, whose other keys are kept as they are; any other file is text
-    with one prompt a line. Blank lines are skipped. Raises DataError with the numbers of the lines that
-    cannot be used, those that one of ``rewards`` cannot score among them: a prompt is never dropped.
+    A ``.jsonl`` file has one object per line; its other keys are the prompt's metadata. Any other file is
+    text with one prompt per line. Blank lines are skipped. No prompt is dropped: DataError is raised, with
+    line numbers, if a line cannot be used or if one of ``rewards`` cannot score its prompt.
     """
     rows: list[dict[str, Any]] = []
     problems: list[Problem] = []
@@ -53,7 +51,7 @@ def read_prompts(path: Path, rewards: Sequence[Reward] = ()) -> list[dict[str, A
     if problems:
         raise DataError(f"{path}: {len(problems)} prompts cannot be used{listing(path, problems)}")
     if not rows:
-        raise DataError(f"{path}: no prompt; expected one a line, or '.jsonl' objects with 'prompt'")
+        raise DataError(f"{path}: no prompt; expected one per line, or '.jsonl' objects with 'prompt'")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Which images and captions does a JSONL file list, and which of its lines cannot be used?"""
+"""Reads the images and captions that a JSONL file lists, and finds the lines that cannot be used."""
 
 from __future__ import annotations
 
@@ -18,38 +18,46 @@ Bucket = tuple[int, int]
 """(width, height) in pixels."""
 
 COLUMNS = {"md5": "caption_en", "image": "caption"}
-"""The column that names the image -> the column of its caption, for each format."""
+"""For each of the two formats: the column that names the image -> the column of its caption."""
 
-LENGTHS = ("long", "medium", "short", "text")
+CAPTION_KEYS = ("long", "medium", "short", "text")
+"""The keys of a caption that is a JSON object; the first one with text is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A usable row. ``id`` counts all rows of the file from 0, so it does not depend on which are usable."""
+    """A usable row."""
 
     id: int
+    """Number of the row among all rows of the file, usable or not, from 0."""
     path: Path
     caption: str
     bucket: Bucket | None
+    """The row's own size, if it names one."""
     line: int
+    """Line of the file, from 1."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a file lists: ``rows`` = len(records) + len(problems); ``notes`` are worth telling, no faults."""
+    """The rows of a file."""
 
     file: Path
     rows: int
+    """Number of rows: len(records) + len(problems)."""
     records: list[Record]
+    """The usable rows."""
     problems: list[Problem]
+    """One for each row that cannot be used."""
     notes: list[str] = field(default_factory=list)
+    """Remarks for the user that are no problems."""
 
 
 def read_records(spec: Images) -> Table:
-    """The rows of ``spec.images``, without opening an image.
+    """The rows of ``spec.images``. No image is opened.
 
-    Raises DataError if the file or image_dir cannot be read, if no row is usable, or if more than
-    ``spec.tolerance`` of the rows are not.
+    Raises DataError if the file or image_dir cannot be read, if no row is usable, or if the fraction of
+    unusable rows exceeds ``spec.tolerance``.
     """
     if spec.image_dir is not None and not spec.image_dir.is_dir():
         raise DataError(f"{spec.image_dir}: image_dir is no folder; it must hold the images of {spec.images}")
@@ -71,20 +79,20 @@ def read_records(spec: Images) -> Table:
             records.append(record)
     rows = len(records) + len(problems)
     stop_beyond_tolerance(spec, problems, rows)
-    if repeated := len(records) - len({record.path for record in records}):
-        return Table(spec.images, rows, records, problems, [f"{repeated} rows repeat an image; all are kept"])
-    return Table(spec.images, rows, records, problems)
+    repeated = len(records) - len({record.path for record in records})
+    notes = [f"{repeated} rows repeat an image; all are kept"] if repeated else []
+    return Table(spec.images, rows, records, problems, notes)
 
 
 def stop_beyond_tolerance(spec: Images, problems: Sequence[Problem], rows: int) -> None:
-    """Raises DataError if no row is left or if more than ``spec.tolerance`` of ``rows`` have problems."""
+    """Raise DataError if all ``rows``, or a larger fraction than ``spec.tolerance``, have problems."""
     allowed = int(spec.tolerance * rows + 1e-9)  # 0.29 * 100 is below 29 in binary
     if len(problems) < rows and len(problems) <= allowed:
         return
-    found = f"{len(problems)} of {rows} rows cannot be used" if rows else "it has no rows"
+    summary = f"{len(problems)} of {rows} rows cannot be used" if rows else "it has no rows"
     limit = f" (allowed: {allowed}, by tolerance {spec.tolerance:g})" if len(problems) > allowed else ""
     raise DataError(
-        f"{spec.images}: {found}{limit}{listing(spec.images, problems)}\n"
+        f"{spec.images}: {summary}{limit}{listing(spec.images, problems)}\n"
         "Repair or remove these rows"
         + (", or raise 'tolerance' to skip them." if len(problems) < rows else "; none is left to train on.")
     )
@@ -102,24 +110,24 @@ def _path(row: dict[str, Any], column: str | None, folder: Path) -> Path:
         return folder / f"{name}.jpg"
     if "\0" in name or ".." in PurePath(name).parts:
         raise ValueError(f"'image' must not leave the folder of the images: {name!r}")
-    return folder / name  # an absolute path stays as it is
+    return folder / name  # an absolute path ignores the folder
 
 
 def _caption(row: dict[str, Any], column: str | None) -> str:
     key = COLUMNS[column or "md5"]
     value = row.get(key)
     if isinstance(value, str) and re.match(r"\s*\{\s*[\"'}]", value):
-        # Meant as JSON, so it is never trained on as text.
+        # The text is meant as JSON, so it must not be trained on as a caption.
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"'{key}' starts like a JSON object but is none: {error}") from error
     if not isinstance(value, dict):
         return string(row, key)
-    for length in LENGTHS:
-        if isinstance(value.get(length), str) and value[length].strip():
-            return string(value, length)
-    raise ValueError(f"'{key}' is an object without text under any of {', '.join(LENGTHS)}")
+    for name in CAPTION_KEYS:
+        if isinstance(value.get(name), str) and value[name].strip():
+            return string(value, name)
+    raise ValueError(f"'{key}' is an object without text under any of {', '.join(CAPTION_KEYS)}")
 
 
 def _bucket(row: dict[str, Any]) -> Bucket | None:

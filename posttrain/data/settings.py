@@ -1,6 +1,6 @@
-"""Which data can a recipe name, and with which options?
+"""The ``data`` and ``prompts`` blocks of a recipe.
 
-Imports nothing heavy: every command reads a recipe, most of them touch no image.
+Nothing heavy is imported: every command reads a recipe, and most commands touch no image.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ class Data(Named, ABC):
 
 
 class Images(Data):
-    """Images with captions, listed by a JSONL file."""
+    """Images with captions, listed in a JSONL file."""
 
     type: Literal["images"] = "images"
     images: AnyPath
-    """JSONL, one object a line: ``md5``, ``caption_en``, ``bw``, ``bh`` (the image is ``{md5}.jpg``), or
-    ``image`` (a path) and ``caption``."""
+    """JSONL file with one object per line: either ``md5`` (the image is ``{md5}.jpg``), ``caption_en``,
+    ``bw`` and ``bh``, or ``image`` (a path) and ``caption``."""
     image_dir: AnyPath | None = None
-    """Folder that the rows' images are in; by default the folder of the JSONL file."""
+    """Folder of the images. Default: the folder of the JSONL file."""
     resolution: Annotated[int, Field(gt=0)] | None = None
-    """Side in pixels of the square of equal area: each image goes to the bucket of that area whose aspect
-    ratio is nearest. Without it each row names its bucket, ``bw`` x ``bh`` pixels."""
+    """Training area, as the side in pixels of a square. Each image is trained at the size of about this area
+    whose aspect ratio is nearest to its own. Default: each row names its size, ``bw`` x ``bh`` pixels."""
     crop: Literal["random", "center"] = "random"
-    """Which part is kept where the image's aspect ratio is not its bucket's."""
+    """Part of an image that is kept if its aspect ratio differs from its training size's. ``random`` draws
+    a part in each epoch."""
     flip: bool = False
-    """Mirror each image left to right with probability 1/2, drawn anew each epoch."""
+    """Whether to mirror each image left to right with probability 1/2, drawn in each epoch."""
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Fraction of the rows that may be skipped because they cannot be used; one more stops the run."""
+    """Fraction of the rows, 0 to 1, that may be skipped because they cannot be used. More stop the run."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode images; 0: the training process does. Never changes what is drawn."""
+    """Processes that decode images ahead; with 0 the training process decodes. It changes speed only."""
     max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
-    """An image of more pixels is refused before it is decoded (decompression bomb)."""
+    """Largest image in pixels. A larger one is refused before it is decoded, as it may be a decompression
+    bomb. Default: the limit beyond which Pillow refuses to open an image."""
 
     def materialise(self, folder: Path) -> Images:
-        """These images: they are there already, and ``folder`` is not used."""
+        """Return these images, which exist already; ``folder`` is not used."""
         return self
 
 
@@ -51,20 +53,20 @@ class ShapesData(Data):
 
     type: Literal["shapes"] = "shapes"
     images: Annotated[int, Field(gt=0)]
-    """How many images are rendered."""
+    """Number of images to render."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which scenes: equal seeds render equal images."""
+    """Seed of the scenes: equal seeds render equal images."""
     style: Literal["clean", "web"] = "clean"
-    """``clean`` renders what the caption says; ``web`` adds the flaws of images found on the web."""
+    """``clean`` renders what the caption says; ``web`` adds flaws that images on the web have."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode images; 0: the training process does. Never changes what is drawn."""
+    """Processes that decode images ahead; with 0 the training process decodes. It changes speed only."""
 
     def materialise(self, folder: Path) -> Images:
-        """The rendered images, in a folder of their own inside ``folder``, which stages may share.
+        """Render the images into a subfolder of ``folder``, unless it has them; stages share the subfolder.
 
-        Call it on one process while the others wait.
+        Only one process may call this at a time. Raises DataError if the folder cannot be written.
         """
-        from posttrain.shapes.dataset import build  # only a stage that trains on shapes needs the renderer
+        from posttrain.shapes.dataset import build  # only stages that train on shapes need the renderer
 
         folder = folder / f"shapes-{self.style}-{self.images}-{self.seed}"
         build(folder, self.images, self.seed, self.style)
@@ -75,24 +77,26 @@ Task = Literal["single_object", "two_object", "counting", "colors", "position", 
 
 
 class PromptFile(Spec):
-    """Prompts listed in a file."""
+    """Prompts that a file lists."""
 
     type: Literal["file"] = "file"
     path: AnyPath
-    """Text, one prompt a line; or ``.jsonl``, one object with ``prompt`` a line, whose other keys go to the
-    rewards (GenEval's metadata)."""
+    """Text file with one prompt per line, or ``.jsonl`` file with one object per line: its ``prompt``, and
+    metadata that the rewards read, such as GenEval's."""
 
 
 class ShapesPrompts(Spec):
-    """Prompts of the Shapes world, balanced over its kinds of task.
+    """Prompts of the Shapes data set, spread evenly over the tasks.
 
-    The world is so small that training meets most of its prompts; what is held out is the noise."""
+    Training also meets most of these prompts, since there are few. Only the noise is held out."""
 
     type: Literal["shapes"] = "shapes"
     count: int = Field(ge=1)
+    """Number of prompts."""
     seed: int = 0
+    """Seed of the prompts."""
     tasks: list[Task] = Field(default=[*get_args(Task)], min_length=1)
-    """Which of GenEval's kinds."""
+    """GenEval's tasks to take prompts of. Default: all six."""
 
     @field_validator("tasks")
     @classmethod
@@ -110,17 +114,17 @@ AnyPrompts = Annotated[
 
 
 class PromptData(Data):
-    """Prompts, for algorithms that make their own images."""
+    """Prompts, for algorithms that train on their own samples."""
 
     type: Literal["prompts"] = "prompts"
     prompts: AnyPrompts
-    """A file's path, or ``{type: shapes, count: N}``."""
+    """Prompts to sample images for: a file's path, or ``{type: shapes, count: N}``."""
     resolution: Annotated[int, Field(ge=8)] = 512
-    """Side in pixels of the images that are made."""
+    """Side of the sampled images in pixels; they are square."""
 
 
 def with_type(block: Any) -> Any:
-    """``block`` with the ``type`` that its keys imply, where it gives none; any other value unchanged."""
+    """``block`` with the ``type`` that its keys imply, if it has none. Other values are unchanged."""
     if not isinstance(block, dict) or "type" in block:
         return block
     if isinstance(block.get("images"), str | Path):

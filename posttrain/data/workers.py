@@ -1,4 +1,4 @@
-"""What does a worker process do with one image?"""
+"""What worker processes do with one image: decode it, and crop it or report why it cannot be read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from posttrain.data.rows import Bucket, Record
 from posttrain.data.settings import Images
 from posttrain.support.randomness import generator
 
-MIDDLE = (0.5, 0.5)
-"""The offsets of a crop from the middle; see :func:`posttrain.data.buckets.cover_and_crop`."""
+CENTRE = (0.5, 0.5)
+"""Offsets of the central crop; see :func:`posttrain.data.buckets.cover_and_crop`."""
 
 
 def read(dataset: Dataset[Any], jobs: Iterable[Any], workers: int) -> DataLoader[Any]:
-    """``dataset[job]`` of each job, in order, computed ahead by ``workers`` processes (0: none)."""
+    """Yield ``dataset[job]`` for each job, in order, computed ahead by ``workers`` processes (0: none)."""
     return DataLoader(
         dataset,
         sampler=jobs,
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
-        generator=torch.Generator(),  # else each start takes a number from the global generator
+        generator=torch.Generator(),  # by default each start would draw from the global generator
     )
 
 
@@ -37,8 +37,8 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-class Whole(Dataset[Problem | None]):
-    """id -> what is wrong with its image."""
+class DecodeCheck(Dataset[Problem | None]):
+    """Maps an image's id to the reason that it cannot be decoded, or None."""
 
     def __init__(self, spec: Images, records: dict[int, Record]):
         self.spec, self.records = spec, records
@@ -52,10 +52,10 @@ class Whole(Dataset[Problem | None]):
         return None
 
 
-class Crops(Dataset[NDArray[np.uint8] | Problem]):
-    """(epoch, id) -> (h, w, 3) bytes, or what is wrong with the image.
+class EpochCrops(Dataset[NDArray[np.uint8] | Problem]):
+    """Maps (epoch, id) to the crop of that epoch, (h, w, 3) uint8, or to the reason that there is none.
 
-    The array is no tensor, because tensors travel in shared memory, of which containers have little.
+    Crops are arrays because tensors would travel in shared memory, which is small in containers.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Crops(Dataset[NDArray[np.uint8] | Problem]):
 
     def __getitem__(self, index: tuple[int, int]) -> NDArray[np.uint8] | Problem:
         epoch, i = index
-        offsets = MIDDLE
+        offsets = CENTRE
         if self.spec.crop == "random":
             across, down = torch.rand(2, generator=generator(*self.key, epoch, "crop", i)).tolist()
             offsets = (across, down)
@@ -73,15 +73,15 @@ class Crops(Dataset[NDArray[np.uint8] | Problem]):
         return _crop(self.spec, self.records[i], self.bucket_of[i], offsets, flip)
 
 
-class Middles(Dataset[NDArray[np.uint8] | Problem]):
-    """(id, whether to mirror) -> as :class:`Crops`, cut from the middle of the image."""
+class CentreCrops(Dataset[NDArray[np.uint8] | Problem]):
+    """Maps (id, whether to mirror) to the central crop, in the form of :class:`EpochCrops`."""
 
     def __init__(self, spec: Images, records: dict[int, Record], bucket_of: dict[int, Bucket]):
         self.spec, self.records, self.bucket_of = spec, records, bucket_of
 
     def __getitem__(self, index: tuple[int, bool]) -> NDArray[np.uint8] | Problem:
         i, flip = index
-        return _crop(self.spec, self.records[i], self.bucket_of[i], MIDDLE, flip)
+        return _crop(self.spec, self.records[i], self.bucket_of[i], CENTRE, flip)
 
 
 def flipped(spec: Images, key: tuple[object, ...], epoch: int, i: int) -> bool:

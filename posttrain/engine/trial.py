@@ -12,7 +12,7 @@ from posttrain.sampling.sampler import encode
 from posttrain.support.device import peak_memory, reset_peak_memory, synchronize
 
 if TYPE_CHECKING:
-    from posttrain.data.batches import Feed
+    from posttrain.data.batches import BatchSource
     from posttrain.model import FlowModel
     from posttrain.parallel.strategy import Strategy
     from posttrain.policy.policy import Policy
@@ -21,7 +21,7 @@ Sample = tuple[torch.Tensor, Conditions]
 """Latents (c, h, w), and encoded prompts whose row 0 is the empty prompt."""
 
 
-def blank(model: FlowModel, feed: Feed) -> Sample:
+def blank(model: FlowModel, feed: BatchSource) -> Sample:
     """Zero latents (c, h, w) of the stage's largest image, and the encoded empty prompt."""
     conditions, _ = encode(model, [])
     return torch.zeros(model.latent_shape(*feed.largest), device=model.device), conditions

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.cache.prompts import AT_ONCE as PROMPTS_AT_ONCE
+from posttrain.cache.prompts import PROMPT_ENCODE_BATCH
 from posttrain.data.prompts import prompt_rows
 from posttrain.engine.trainer import REFERENCE
 from posttrain.errors import PosttrainError
@@ -85,7 +85,7 @@ def evaluation_needs(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> 
     """What evaluating the base model and every stage needs."""
     size, rows = square(evaluation), min(CHUNK, evaluation.batch_size)
     forward = counts.memory("forward", size, None, AUTOCAST[evaluation.precision])
-    at_once = PROMPTS_AT_ONCE if recipe.cache.prompts else evaluation.batch_size + 1
+    at_once = PROMPT_ENCODE_BATCH if recipe.cache.prompts else evaluation.batch_size + 1
     cached: dict[EncoderName, bool] = {"prompts": recipe.cache.prompts}
     phases = {
         "sampling": Phase(forward.at(rows * branches_of(evaluation)), encoders=there(recipe, counts, cached)),

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
-from posttrain.cache.latents import AT_ONCE as IMAGES_AT_ONCE
-from posttrain.cache.prompts import AT_ONCE as PROMPTS_AT_ONCE
+from posttrain.cache.latents import IMAGE_ENCODE_BATCH
+from posttrain.cache.prompts import PROMPT_ENCODE_BATCH
 from posttrain.engine.rehearsal import Calls, rehearse
 from posttrain.model import EncoderName
 from posttrain.planning.counts import Counts, Size
@@ -45,14 +45,15 @@ def phases_of(
     idle = there(recipe, counts, cached)
 
     if cached["prompts"]:
-        distinct = PROMPTS_AT_ONCE if data.prompts is None else min(PROMPTS_AT_ONCE, data.prompts + 1)
+        most = PROMPT_ENCODE_BATCH
+        distinct = most if data.prompts is None else min(most, data.prompts + 1)
         # a run that goes on has its moments by then
         yield "fill prompts", Phase(text.at(distinct), encoders=there(recipe, counts, {}, "prompts"))
     else:
         yield "text", Phase(text.at(prompts), encoders=there(recipe, counts, cached, "prompts"))
     images = there(recipe, counts, cached, "images")
     if cached["images"]:
-        yield "fill latents", Phase(counts.autoencoder("encode", size, IMAGES_AT_ONCE), encoders=images)
+        yield "fill latents", Phase(counts.autoencoder("encode", size, IMAGE_ENCODE_BATCH), encoders=images)
     elif not calls.decoded:
         activations = counts.autoencoder("encode", size, batch)
         yield "encoding", Phase(activations, 4.0 * batch * latent, encoders=images)

@@ -1,1 +1,1 @@
-"""Recipes: the schema, reading a file with line numbers, and checks before anything is loaded."""
+"""Recipes: their schema, reading them from files with line numbers, and checks before a weight is loaded."""

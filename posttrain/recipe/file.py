@@ -1,10 +1,9 @@
-"""How does a recipe come out of a file, with its overrides, and go back into one?"""
+"""Reads recipes from files or by shipped name, with overrides, and writes them out in full."""
 
 from __future__ import annotations
 
 import io
 import os.path
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,57 +16,68 @@ from posttrain.data.prompts import read_prompts
 from posttrain.data.settings import PromptFile
 from posttrain.errors import RecipeError
 from posttrain.recipe import checks
+from posttrain.recipe.evaluation_block import Scoring
 from posttrain.recipe.messages import listed, translated
-from posttrain.recipe.positions import Place, Source, parse, read_file
+from posttrain.recipe.overrides import apply_overrides
+from posttrain.recipe.positions import Source, parse, read_file
 from posttrain.recipe.reward_blocks import reward_blocks
-from posttrain.recipe.schema import Evaluation, Recipe, Scoring
+from posttrain.recipe.schema import Evaluation, Recipe
 from posttrain.recipe.suites import suite_prompts
+from posttrain.registry import FieldPath
 from posttrain.reward import Reward
 from posttrain.support.shipped import shipped
 from posttrain.support.spelling import meant
 
-Model = TypeVar("Model", bound=BaseModel)
+Block = TypeVar("Block", bound=BaseModel)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, checks: bool = True) -> Recipe:
-    """The recipe in a file, or the shipped one of that name, with ``a.b=c`` overrides.
+    """The recipe in the file ``source``, or the shipped one of that name, with ``a.b=c`` overrides.
 
-    Raises RecipeError, telling every problem with its line, before any weight is loaded. Without ``checks``
-    only the schema counts, as for a plan made elsewhere than the data.
+    Raises RecipeError with every problem and its line, before any weight is loaded. ``checks=False`` checks
+    the schema only, not files, devices and packages: a plan may be made on another machine than the run's.
     """
     name, text = _text(source)
     return parse_recipe(text, name, overrides, checks=checks)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), *, checks: bool = True) -> Recipe:
-    """The recipe in ``text``; ``name`` is what errors call it. Without ``checks`` only the schema counts."""
+    """As :func:`load_recipe`, for the recipe ``text`` of a file that error messages call ``name``."""
     source = parse(text, name)
-    given = _override(source, overrides)
-    recipe = _validated(Recipe, source, given)
+    override_texts = apply_overrides(source, overrides)
+    recipe = _validated(Recipe, source, override_texts)
     if checks:
-        # a section with nothing under it was begun and forgotten; who wants none leaves it out or says null
-        unfinished = [p for p in source.empty if len(p) == 1 and source.data[p[0]] is None and p not in given]
-        if unfinished:
-            raise listed([(p, "is empty; write its fields, or remove it") for p in unfinished], source, given)
-        check_or_raise(recipe, source, given)
+        # An empty section was probably begun and forgotten. To have none, leave it out or write null.
+        empty_sections = [
+            path
+            for path in source.empty
+            if len(path) == 1 and source.data[path[0]] is None and path not in override_texts
+        ]
+        if empty_sections:
+            problems = [(path, "is empty; write its fields, or remove it") for path in empty_sections]
+            raise listed(problems, source, override_texts)
+        check_or_raise(recipe, source, override_texts)
     return recipe
 
 
 def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """``recipe`` with ``a.b=c`` overrides. Raises RecipeError where the schema refuses the result."""
+    """``recipe`` with ``a.b=c`` overrides. Raises RecipeError if the schema refuses the result."""
     source = Source("the recipe", recipe.model_dump(mode="json"))
-    return _validated(Recipe, source, _override(source, overrides))
+    return _validated(Recipe, source, apply_overrides(source, overrides))
 
 
 def check_or_raise(
-    recipe: Recipe, source: Source | None = None, given: dict[Place, str] | None = None
+    recipe: Recipe, source: Source | None = None, override_texts: dict[FieldPath, str] | None = None
 ) -> None:
-    """Raise RecipeError for what :func:`posttrain.recipe.checks.problems` finds."""
-    if not (found := checks.problems(recipe)):
+    """Raise RecipeError with every problem of :func:`posttrain.recipe.checks.problems`.
+
+    With ``source`` the message has the lines of the file.
+    """
+    if not (problems := checks.problems(recipe)):
         return
     if source is None:
-        raise RecipeError("\n".join(f"{'.'.join(map(str, place))}: {words}" for place, words in found))
-    raise listed(found, source, given or {})
+        raise RecipeError("\n".join(f"{'.'.join(map(str, path))}: {message}" for path, message in problems))
+    raise listed(problems, source, override_texts or {})
 
 
 def evaluation_settings(
@@ -77,8 +87,13 @@ def evaluation_settings(
     rewards: Sequence[str],
     overrides: Sequence[str],
 ) -> Evaluation:
-    """The evaluation of recipe ``like``, or the defaults, with the prompts and rewards of a published
-    ``suite``, changed as ``posttrain eval``'s other options say."""
+    """The evaluation that the options of ``posttrain eval`` describe.
+
+    It starts from the evaluation of recipe ``like``, or from the defaults. The published ``suite``, the file
+    ``prompts`` and the names ``rewards`` replace its prompts and rewards. ``overrides`` (``a.b=c``) are
+    applied last.
+    Raises RecipeError if prompts or rewards are missing or not valid, DataError if a prompt cannot be used.
+    """
     data: dict[str, Any] = {"keep": "png"}
     if like is not None:
         evaluation = load_recipe(like).evaluation
@@ -93,49 +108,52 @@ def evaluation_settings(
     if rewards:
         data["rewards"] = list(rewards)
     if "prompts" not in data or "rewards" not in data:
-        words = "--suite NAME, --like RECIPE, or --prompts FILE and --reward NAME"
-        raise RecipeError(f"say what to evaluate: {words}")
+        options = "--suite NAME, --like RECIPE, or --prompts FILE and --reward NAME"
+        raise RecipeError(f"say what to evaluate: {options}")
     source = Source("evaluation", data)
-    settings = _validated(Evaluation, source, _override(source, overrides))
+    settings = _validated(Evaluation, source, apply_overrides(source, overrides))
     if isinstance(file := settings.prompts, PromptFile):
         if not file.path.is_file():
             raise RecipeError(f"--prompts: no file {str(file.path)!r}")
-        read_prompts(file.path, settings.rewards)  # what cannot be scored is told before a weight is loaded
+        read_prompts(file.path, settings.rewards)  # refuses unusable prompts before a weight is loaded
     return settings
 
 
 def chosen_rewards(names: Sequence[str], overrides: Sequence[str]) -> list[Reward]:
-    """The rewards that ``--reward`` names, with their fields as ``--set`` says.
+    """The rewards ``names``, as ``--reward`` gives them, with the settings ``overrides``, as ``--set`` does.
 
-    ``field=value`` is for the one reward, ``NAME.field=value`` for one of several. Raises RecipeError.
+    An override is ``field=value`` for a single reward and ``NAME.field=value`` for one of several. Raises
+    RecipeError if there is no name, or if a reward or its settings are not valid or cannot be loaded.
     """
     if not names:
         raise RecipeError("say what to score with: --reward NAME; 'posttrain rewards' lists them")
-    source, placed = Source("--reward", {"rewards": reward_blocks(list(names))}), []
-    for text in overrides:
-        first, dot, _ = text.partition("=")[0].partition(".")
-        if dot and first in names:
-            placed.append(f"rewards.{list(names).index(first)}.{text[len(first) + 1 :]}")
-        elif len(names) == 1:
-            placed.append(f"rewards.0.{text}")
-        else:
-            raise RecipeError(f"--set {text}: say of which reward: {' or '.join(n + '.' for n in names)}")
-    rewards = _validated(Scoring, source, _override(source, placed)).rewards
-    if problems := [words for reward in rewards if (words := reward.problem()) is not None]:
+    source = Source("--reward", {"rewards": reward_blocks(list(names))})
+    by_index = [_override_by_index(text, list(names)) for text in overrides]
+    rewards = _validated(Scoring, source, apply_overrides(source, by_index)).rewards
+    if problems := [problem for reward in rewards if (problem := reward.problem()) is not None]:
         raise RecipeError("\n".join(problems))
     return rewards
 
 
+def _override_by_index(text: str, names: list[str]) -> str:
+    """The override ``text`` of one of the rewards ``names``, with the path of its block in front."""
+    name, dot, _ = text.partition("=")[0].partition(".")
+    if dot and name in names:
+        return f"rewards.{names.index(name)}.{text[len(name) + 1 :]}"
+    if len(names) == 1:
+        return f"rewards.0.{text}"
+    raise RecipeError(f"--set {text}: say of which reward: {' or '.join(n + '.' for n in names)}")
+
+
 def shipped_recipes() -> dict[str, str]:
-    """Name -> first comment line of each recipe that comes with the package."""
-    found = sorted(
-        (f for f in files(shipped("posttrain.recipes")).iterdir() if f.name.endswith(".yaml")), key=str
-    )
-    return {f.name.removesuffix(".yaml"): f.read_text().splitlines()[0].lstrip("# ") for f in found}
+    """Name -> summary (the first comment line) of each recipe that ships with posttrain, sorted by name."""
+    folder = files(shipped("posttrain.recipes"))
+    recipes = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=str)
+    return {f.name.removesuffix(".yaml"): f.read_text().splitlines()[0].lstrip("# ") for f in recipes}
 
 
 def recipe_text(name: str) -> str:
-    """A shipped recipe's file. Raises RecipeError where there is none of that name."""
+    """The text of the shipped recipe ``name``. Raises RecipeError if there is none."""
     known = shipped_recipes()
     if name not in known:
         raise RecipeError(f"no recipe {name!r} is shipped{meant(name, known)}; there are {', '.join(known)}")
@@ -143,8 +161,8 @@ def recipe_text(name: str) -> str:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe with every default written out, as YAML that loads again to an equal recipe."""
-    yaml, text = YAML(typ="safe", pure=True), io.StringIO()  # unlike the default it writes null, not nothing
+    """The recipe as YAML with every default written out. It loads again to an equal recipe."""
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()  # the default type writes nothing for null
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated by its default, None
     yaml.indent(mapping=2, sequence=4, offset=2)
@@ -154,8 +172,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _text(source: str | Path) -> tuple[str, str]:
+    """The name for error messages, and the text, of the recipe that ``source`` names."""
     path, name = Path(source), str(source)
-    # a folder that is called like a shipped recipe does not hide it
+    # a folder may have the name of a shipped recipe; only a file takes precedence
     if isinstance(source, str) and not os.path.isfile(name) and "/" not in name and not path.suffix:
         known = shipped_recipes()
         if name not in known:
@@ -167,68 +186,8 @@ def _text(source: str | Path) -> tuple[str, str]:
     return name, read_file(path)
 
 
-def _validated(model: type[Model], source: Source, given: dict[Place, str]) -> Model:
+def _validated(schema: type[Block], source: Source, override_texts: dict[FieldPath, str]) -> Block:
     try:
-        return model.model_validate(source.data)
+        return schema.model_validate(source.data)
     except ValidationError as error:
-        raise translated(error, model, source, given) from None
-
-
-def _override(source: Source, overrides: Sequence[str]) -> dict[Place, str]:
-    """Apply ``a.b=c`` texts to the data; returns where each went. Raises RecipeError."""
-    given: dict[Place, str] = {}
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        parts = path.split(".")
-        if not equals or not all(parts):
-            raise RecipeError(f"--set {text}: give a field and its value, such as stages.0.train.steps=100")
-        read = _value(text, value)
-        place, made = _set(source.data, parts, read.data["value"], text)
-        source.quoted = {p for p in source.quoted if p[: len(place)] != place}
-        source.quoted |= {(*place, *p[1:]) for p in read.quoted}
-        given.pop(made, None)
-        given[made] = text
-    return dict(reversed(given.items()))  # what was set last answers first for what it holds
-
-
-def _value(text: str, value: str) -> Source:
-    try:
-        read = parse(f"value: {value}", "value")
-    except RecipeError as error:
-        words = re.sub(r"^value(:\d+)?: ", "", str(error))
-        hint = " (quote a text that has ': ' in it)" if ": " in value else ""
-        raise RecipeError(f"--set {text}: {words}{hint}") from None
-    if len(read.data) > 1:
-        raise RecipeError(f"--set {text}: one field and its value at a time")
-    return read
-
-
-def _set(root: Any, parts: list[str], value: Any, text: str) -> tuple[Place, Place]:
-    """Put ``value`` into ``data``. Returns its place, and the outermost block that was made for it."""
-    place: Place = ()
-    made: Place = ()
-    data = root
-    for depth, part in enumerate(parts):
-        key: Any = part
-        if isinstance(data, list):
-            names = [item.get("name") if isinstance(item, dict) else None for item in data]
-            if part in names:
-                key = names.index(part)
-            elif part.isdigit() and int(part) < len(data):
-                key = int(part)
-            else:
-                known = [str(n) for n in names if n]
-                raise RecipeError(
-                    f"--set {text}: no item {part!r} in {'.'.join(map(str, place))}{meant(part, known)}; "
-                    f"there are {', '.join(known) or f'0 to {len(data) - 1}'}"
-                )
-        elif not isinstance(data, dict):
-            raise RecipeError(f"--set {text}: {'.'.join(map(str, place))} is {data!r}, which has no fields")
-        place = (*place, key)
-        if depth == len(parts) - 1:
-            data[key] = value
-        elif isinstance(data, dict) and data.get(key) is None:
-            data[key] = {}
-            made = made or place
-        data = data[key]
-    return place, made or place
+        raise translated(error, schema, source, override_texts) from None

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of its file: line, field, value found, values allowed?"""
+"""Turns validation errors into messages with file, line, field, value found and values allowed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import RecipeError
-from posttrain.recipe.positions import Place, Source
-from posttrain.registry import AT
+from posttrain.recipe.positions import Source
+from posttrain.registry import FIELD_ERROR, FieldPath
 from posttrain.support.spelling import meant
 
-MOST_SHOWN = 20
+SHOWN_PROBLEMS = 20
 SCALARS = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
@@ -21,68 +21,83 @@ SCALARS = {
     "int_from_float": "a whole number",
     "float_type": "a number",
 }
-BLOCKS = ("model_type", "model_attributes_type", "dict_type")
+"""Pydantic's error types for scalars -> what a recipe's author should write."""
+COLLECTIONS = {
+    "model_type": "a block of fields",
+    "model_attributes_type": "a block of fields",
+    "dict_type": "a block of fields",
+    "list_type": "a list",
+}
+
+FieldProblem = tuple[FieldPath, str]
+"""A field's path in the recipe, and what is wrong with it."""
 
 
 def translated(
-    error: ValidationError, root: type[BaseModel], source: Source, overrides: Mapping[Place, str]
+    error: ValidationError, root: type[BaseModel], source: Source, overrides: Mapping[FieldPath, str]
 ) -> RecipeError:
-    """The RecipeError that tells all of ``error``'s problems, by line."""
+    """The RecipeError with all problems of ``error``, in the order of their lines.
+
+    ``root`` is the class that was validated. ``overrides`` maps each field that an override set to the
+    override's text.
+    """
     problems = []
     for entry in error.errors(include_url=False):
-        place, owner = _located(entry["loc"], root, source.data)
-        words = _told(dict(entry), place, owner, source)
-        at = (*place, "type") if entry["type"] == "union_tag_invalid" else place
-        if entry["type"] == AT:
-            at = (*place, *entry.get("ctx", {})["place"])
-        problems.append((at, words))
+        path, owner = _located(entry["loc"], root, source.data)
+        message = _explained(dict(entry), path, owner, source)
+        if entry["type"] == "union_tag_invalid":
+            path = (*path, "type")
+        elif entry["type"] == FIELD_ERROR:
+            path = (*path, *entry.get("ctx", {})["path"])
+        problems.append((path, message))
     return listed(problems, source, overrides)
 
 
 def listed(
-    problems: Sequence[tuple[Place, str]], source: Source, overrides: Mapping[Place, str]
+    problems: Sequence[FieldProblem], source: Source, overrides: Mapping[FieldPath, str]
 ) -> RecipeError:
-    """One RecipeError for (place, words) pairs."""
+    """One RecipeError that lists ``problems`` in the order of their lines, those of overrides first."""
     rows = []
-    for place, words in problems:
-        raw = _raw(place, source.data)
-        given = next((text for at, text in overrides.items() if raw[: len(at)] == at), None)
-        line = 0 if given else source.line(raw)
-        where = f"--set {given}" if given else f"{source.name}:{line}"
-        path = ".".join(str(part) for part in place)
-        rows.append((line, f"{where}: {path + _stage(place, source.data) + ': ' if path else ''}{words}"))
+    for path, message in problems:
+        file_path = _in_file(path, source.data)
+        override = next((text for p, text in overrides.items() if file_path[: len(p)] == p), None)
+        line = 0 if override else source.line(file_path)
+        where = f"--set {override}" if override else f"{source.name}:{line}"
+        field = ".".join(map(str, path)) + _stage_name(path, source.data)
+        rows.append((line, f"{where}: {field + ': ' if path else ''}{message}"))
     rows = list(dict.fromkeys(sorted(rows, key=lambda row: row[0])))
-    lines = [text for _, text in rows[:MOST_SHOWN]]
-    if len(rows) > MOST_SHOWN:
-        lines.append(f"... and {len(rows) - MOST_SHOWN} more")
+    lines = [text for _, text in rows[:SHOWN_PROBLEMS]]
+    if len(rows) > SHOWN_PROBLEMS:
+        lines.append(f"... and {len(rows) - SHOWN_PROBLEMS} more")
     return RecipeError("\n".join(lines))
 
 
 def _located(
     loc: Sequence[str | int], root: type[BaseModel], data: Any
-) -> tuple[Place, type[BaseModel] | None]:
-    """The place in the file that pydantic's ``loc`` means (union tags left out), and the class around it."""
-    place: Place = ()
+) -> tuple[FieldPath, type[BaseModel] | None]:
+    """The field path that pydantic's ``loc`` means (without union tags), and the class that has the field."""
+    path: FieldPath = ()
     classes, owner = [root], root
     for part in loc:
         if isinstance(part, int):
-            place = (*place, part)
+            path = (*path, part)
             continue
         tagged = [c for c in classes if part in _types(c)]
-        known = [c for c in classes if part in c.model_fields]
-        if tagged and not (len(classes) == 1 and known):
+        with_field = [c for c in classes if part in c.model_fields]
+        if tagged and not (len(classes) == 1 and with_field):
             classes, owner = tagged, tagged[0]
             continue
-        place = (*place, part)
-        if known:
-            owner = known[0] if len(classes) == 1 else None
-            classes = _classes(known[0].model_fields[part].annotation)
+        path = (*path, part)
+        if with_field:
+            owner = with_field[0] if len(classes) == 1 else None
+            classes = _classes(with_field[0].model_fields[part].annotation)
         elif len(classes) == 1:
             owner = classes[0]
-    return place, owner
+    return path, owner
 
 
 def _types(spec: type[BaseModel]) -> tuple[str, ...]:
+    """The values that ``spec`` allows for its field ``type``."""
     field = spec.model_fields.get("type")
     return get_args(field.annotation) if field else ()
 
@@ -91,49 +106,54 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
     """The specs that a field's annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in _classes(argument)]
+    return [spec for argument in get_args(annotation) for spec in _classes(argument)]
 
 
-def _told(entry: dict[str, Any], place: Place, owner: type[BaseModel] | None, source: Source) -> str:
-    kind, found, context = entry["type"], entry.get("input"), entry.get("ctx", {})
+def _explained(entry: dict[str, Any], path: FieldPath, owner: type[BaseModel] | None, source: Source) -> str:
+    """What is wrong and what is allowed, for one ``entry`` of pydantic's errors."""
+    kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
     if kind == "extra_forbidden":
-        fields = list(owner.model_fields) if owner else []
-        name = next(iter(_types(owner)), owner.__name__.lower()) if owner else "this block"
-        return f"no such field{meant(place[-1], fields)}; {name} has {', '.join(fields)}"
+        return _unknown_field(path, owner)
     if kind == "missing":
         return "missing, and it has no default"
+    if kind == FIELD_ERROR:
+        return context["message"]
+    if kind == "value_error":
+        return str(context["error"])
     if kind == "union_tag_invalid":
         allowed = sorted(re.findall(r"'([^']*)'", str(context["expected_tags"])))
         return f"no type {context['tag']!r}{meant(context['tag'], allowed)}; one of {', '.join(allowed)}"
-    if found is None and kind not in ("value_error", "union_tag_not_found"):
-        return "is empty; give it a value or remove it"
     if kind == "union_tag_not_found":
-        if found is None:
-            return "is empty"
-        field = next((str(part) for part in reversed(place) if isinstance(part, str)), "")
-        known = owner.model_fields.get(field) if owner else None
-        types = sorted(t for c in _classes(known.annotation) for t in _types(c)) if known else []
-        return f"it has no 'type'; one of {', '.join(types)}" if types else "it has no 'type'"
+        return "is empty" if value is None else _no_type(path, owner)
+    if value is None:
+        return "is empty; give it a value or remove it"
     if kind == "literal_error":
         allowed = re.findall(r"[\w.-]+", str(context["expected"]).replace(" or ", " "))
-        return f"{found!r} is not allowed{meant(str(found), allowed)}; one of {', '.join(allowed)}"
-    if kind in SCALARS:
-        return f"expected {SCALARS[kind]}, found {_shown(found, place, source)}"
-    if kind in BLOCKS or kind == "list_type":
-        expected = "a list" if kind == "list_type" else "a block of fields"
-        return f"expected {expected}, found {_shown(found, place, source)}"
-    if kind == AT:
-        return context["words"]
-    if kind == "value_error":
-        return str(context["error"])
-    return f"{_lower(entry['msg'])} (found {_shown(found, place, source)})"
+        return f"{value!r} is not allowed{meant(str(value), allowed)}; one of {', '.join(allowed)}"
+    if (expected := SCALARS.get(kind) or COLLECTIONS.get(kind)) is not None:
+        return f"expected {expected}, found {_shown(value, path, source)}"
+    message = entry["msg"]
+    return f"{message[:1].lower()}{message[1:]} (found {_shown(value, path, source)})"
 
 
-def _shown(value: Any, place: Place, source: Source) -> str:
+def _unknown_field(path: FieldPath, owner: type[BaseModel] | None) -> str:
+    fields = list(owner.model_fields) if owner else []
+    name = next(iter(_types(owner)), owner.__name__.lower()) if owner else "this block"
+    return f"no such field{meant(path[-1], fields)}; {name} has {', '.join(fields)}"
+
+
+def _no_type(path: FieldPath, owner: type[BaseModel] | None) -> str:
+    name = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
+    field = owner.model_fields.get(name) if owner else None
+    types = sorted(t for spec in _classes(field.annotation) for t in _types(spec)) if field else []
+    return f"it has no 'type'; one of {', '.join(types)}" if types else "it has no 'type'"
+
+
+def _shown(value: Any, path: FieldPath, source: Source) -> str:
     if isinstance(value, bool):
         return f"the truth value {str(value).lower()}"
     if isinstance(value, str):
-        if _raw(place, source.data) in source.quoted and re.fullmatch(r"[-+.\deE]+", value):
+        if _in_file(path, source.data) in source.quoted and re.fullmatch(r"[-+.\deE]+", value):
             return f"the text {value!r} in quotes: remove the quotes"
         return f"the text {value if len(value) <= 80 else value[:77] + '...'!r}"
     if isinstance(value, Mapping):
@@ -143,10 +163,10 @@ def _shown(value: Any, place: Place, source: Source) -> str:
     return repr(value)
 
 
-def _raw(place: Place, data: Any) -> Place:
-    """``place`` in the file, where a mapping of names may stand for the schema's list."""
-    found: Place = ()
-    for part in place:
+def _in_file(path: FieldPath, data: Any) -> FieldPath:
+    """The part of ``path`` that the file has; a mapping of names may stand for the schema's list."""
+    in_file: FieldPath = ()
+    for part in path:
         if isinstance(data, Mapping) and isinstance(part, int):
             if part >= len(data):
                 break
@@ -154,21 +174,17 @@ def _raw(place: Place, data: Any) -> Place:
         if (isinstance(data, Mapping) and part in data) or (
             isinstance(data, list) and isinstance(part, int) and part < len(data)
         ):
-            found, data = (*found, part), cast(Any, data)[part]
+            in_file, data = (*in_file, part), cast(Any, data)[part]
         else:
             break
-    return found
+    return in_file
 
 
-def _stage(place: Place, data: Any) -> str:
-    """`` (stage 'x')`` where ``place`` is inside a named stage."""
-    if len(place) > 1 and place[0] == "stages" and isinstance(place[1], int):
+def _stage_name(path: FieldPath, data: Any) -> str:
+    """`` (stage 'x')`` if ``path`` is inside a named stage, otherwise nothing."""
+    if len(path) > 1 and path[0] == "stages" and isinstance(path[1], int):
         stages = data.get("stages")
-        if isinstance(stages, list) and place[1] < len(stages) and isinstance(stages[place[1]], Mapping):
-            name = stages[place[1]].get("name")
+        if isinstance(stages, list) and path[1] < len(stages) and isinstance(stages[path[1]], Mapping):
+            name = stages[path[1]].get("name")
             return f" (stage {name!r})" if isinstance(name, str) else ""
     return ""
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]

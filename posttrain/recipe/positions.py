@@ -1,7 +1,6 @@
-"""What does a YAML file say, and on which line does it say it?
+"""Reads a YAML file as plain data together with the line of each key and list item.
 
-Plain data and positions, by YAML 1.2's core rules (3e-4 is a number, ``on`` is a word). Nothing is ever
-constructed from a tag.
+YAML 1.2's core rules apply: 3e-4 is a number, ``on`` is a text. No tag ever constructs an object.
 """
 
 from __future__ import annotations
@@ -18,68 +17,82 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from posttrain.errors import RecipeError
+from posttrain.registry import FieldPath
 
-MOST_BYTES = 1_000_000
-MOST_NODES = 100_000
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000
 """Bounds what aliases can expand to."""
-MOST_LEVELS = 50
-"""Bounds how deep blocks lie in each other: a tree is read by recursion."""
-
-Place = tuple[str | int, ...]
+MAX_DEPTH = 50
+"""Bounds the nesting of blocks, because the reader is recursive."""
+SHOWN_CHARACTERS = 40
+"""How much of a text an error message quotes."""
 
 
 @dataclass
 class Source:
-    """The data of a file, and the line (from 1) of each of its keys and items."""
+    """The data of a file, with the line number (from 1) of each key and list item."""
 
     name: str
+    """The file's name in error messages."""
     data: Any
-    lines: dict[Place, int] = field(default_factory=dict)
-    quoted: set[Place] = field(default_factory=set)
-    """Scalars that were written in quotes."""
-    empty: set[Place] = field(default_factory=set)
-    """Places where nothing was written, not even ``null``."""
+    lines: dict[FieldPath, int] = field(default_factory=dict)
+    quoted: set[FieldPath] = field(default_factory=set)
+    """Fields whose value was written in quotes."""
+    empty: set[FieldPath] = field(default_factory=set)
+    """Fields without a value, not even ``null``."""
 
-    def line(self, place: Place) -> int:
-        """The line of ``place``, or of the nearest block around it that the file has."""
-        while place and place not in self.lines:
-            place = place[:-1]
-        return self.lines.get(place, 1)
+    def line(self, path: FieldPath) -> int:
+        """The line of the field at ``path``, or of the innermost block around it that the file has."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
 
 
-def read_file(path: Path) -> str:
-    """The text of a recipe. Raises RecipeError where it is missing, too large, or no text."""
+def read_file(file: Path) -> str:
+    """The text of a recipe file. Raises RecipeError if it is missing, too large, or not UTF-8 text."""
     try:
-        if path.is_dir():
-            raise RecipeError(f"{path} is a folder; a recipe is a YAML file")
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise RecipeError(f"{path} has {size:,} bytes; a recipe has at most {MOST_BYTES:,}")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)  # a pipe or device has no size and may have no end
-        if len(content) > MOST_BYTES:
-            raise RecipeError(f"{path} has more than {MOST_BYTES:,} bytes, the most that a recipe has")
+        if file.is_dir():
+            raise RecipeError(f"{file} is a folder; a recipe is a YAML file")
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise RecipeError(f"{file} has {size:,} bytes; a recipe has at most {MAX_BYTES:,}")
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)  # a pipe or device has no size and may have no end
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"{file} has more than {MAX_BYTES:,} bytes; a recipe has at most that many")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not a text file in UTF-8 (byte {error.start})") from error
+        raise RecipeError(f"{file} is not a text file in UTF-8 (byte {error.start})") from error
     except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # a path that no file can have, such as one with a NUL
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"cannot read {str(path)!r}: {error}") from error
+        raise RecipeError(f"cannot read {file}: {error.strerror}") from error
+    except RecipeError:
+        raise
+    except ValueError as error:  # no file can have such a path, for example one with a NUL
+        raise RecipeError(f"cannot read {str(file)!r}: {error}") from error
 
 
 def parse(text: str, name: str) -> Source:
-    """Read one YAML document whose root is a mapping. Raises RecipeError with the line of what is wrong."""
+    """Read one YAML document whose root is a mapping; ``name`` is the file's name in error messages.
+
+    Raises RecipeError with the line if the text is not valid YAML, not plain data, or not one mapping.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if "\t" in line[: len(line) - len(line.lstrip())]:
             raise RecipeError(f"{name}:{number}: a tab indents this line; YAML indents with spaces")
     yaml = YAML(typ="safe", pure=True)
     yaml.composer.warn_double_anchors = False  # YAML lets a later anchor replace an earlier one
+    root = _only_mapping(_composed(yaml, text, name), name)
+    reader = _Reader(name, yaml)
+    source = Source(name, None, reader.lines, reader.quoted, reader.empty)
+    source.data = reader.data(root, ())
+    return source
+
+
+def _composed(yaml: YAML, text: str, name: str) -> list[Node]:
+    """The root node of each document in ``text``."""
     try:
-        _refuse_what_is_not_plain(yaml, text, name)
-        documents = list(yaml.compose_all(text))
+        _check_plain(yaml, text, name)
+        return list(yaml.compose_all(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark is not None else name
@@ -89,108 +102,115 @@ def parse(text: str, name: str) -> Source:
         raise RecipeError(f"{where}: not valid YAML: {what}") from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(
-            f"{name}:{line}: not valid YAML: it has the character {text[error.position]!r}"
-        ) from error
+        character = text[error.position]
+        raise RecipeError(f"{name}:{line}: not valid YAML: it has the character {character!r}") from error
     except YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _check_plain(yaml: YAML, text: str, name: str) -> None:
+    """Raise RecipeError for tags, directives, deep nesting and too many values, before a tree is built."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text)):
+        problem = None
+        if count > MAX_NODES:
+            problem = f"more than {MAX_NODES:,} values, the most that a recipe may have"
+        if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
+            problem = "a % directive is not allowed: a recipe is read by the rules of YAML 1.2"
+        elif isinstance(event, CollectionStartEvent | ScalarEvent) and event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"the tag {tag!r} is not allowed: a recipe is plain data"
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            problem = f"blocks are nested more than {MAX_DEPTH} deep in each other"
+        if problem is not None:
+            raise RecipeError(f"{name}:{event.start_mark.line + 1}: {problem}")
+
+
+def _only_mapping(documents: list[Node], name: str) -> MappingNode:
+    """The root of the only document. Raises RecipeError unless there is one, and it is a mapping."""
     if not documents or str(documents[0].tag) == "tag:yaml.org,2002:null":
         raise RecipeError(f"{name}: the file is empty; a recipe needs at least name, model and stages")
     if len(documents) > 1:
         line = documents[1].start_mark.line + 1
-        raise RecipeError(f"{name}:{line}: a second document begins here; a recipe is one")
+        raise RecipeError(f"{name}:{line}: a second document begins here; a recipe is one document")
     root = documents[0]
     if not isinstance(root, MappingNode):
-        found = "a list" if isinstance(root, SequenceNode) else f"the text {root.value[:40]!r}"
-        raise RecipeError(f"{name}:{root.start_mark.line + 1}: a recipe is a mapping of fields, not {found}")
-    reader = _Reader(name, yaml)
-    source = Source(name, None, reader.lines, reader.quoted, reader.empty)
-    source.data = reader.data(root, ())
-    return source
-
-
-def _refuse_what_is_not_plain(yaml: YAML, text: str, name: str) -> None:
-    """Raise RecipeError for explicit tags, directives and deep nesting, seen before a tree is built."""
-    level = 0
-    for count, event in enumerate(yaml.parse(text)):
-        what = f"more than {MOST_NODES:,} values, the most that a recipe has" if count > MOST_NODES else None
-        if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
-            what = "a % directive is not allowed: a recipe is read by the rules of YAML 1.2"
-        elif isinstance(event, CollectionStartEvent | ScalarEvent) and event.tag is not None:
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            what = f"the tag {tag!r} is not allowed: a recipe is plain data"
-        level += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if level > MOST_LEVELS:
-            what = f"blocks lie more than {MOST_LEVELS} deep in each other"
-        if what is not None:
-            raise RecipeError(f"{name}:{event.start_mark.line + 1}: {what}")
+        kind = "a list" if isinstance(root, SequenceNode) else f"the text {root.value[:SHOWN_CHARACTERS]!r}"
+        raise RecipeError(f"{name}:{root.start_mark.line + 1}: a recipe is a mapping of fields, not {kind}")
+    return root
 
 
 class _Reader:
-    def __init__(self, name: str, yaml: YAML) -> None:
-        self.name, self.yaml, self.nodes = name, yaml, 0
-        self.lines: dict[Place, int] = {}
-        self.quoted: set[Place] = set()
-        self.empty: set[Place] = set()
-        self.open: list[Node] = []
+    """Turns YAML nodes into plain data and notes where each value was."""
 
-    def data(self, node: Node, place: Place) -> Any:
-        self.nodes += 1
-        if self.nodes > MOST_NODES:
-            line = self.lines.get(place[:1], 1)  # of the field in use: the values lie where the anchors are
-            raise RecipeError(f"{self.name}:{line}: its aliases expand to more than {MOST_NODES:,} values")
+    def __init__(self, name: str, yaml: YAML) -> None:
+        self.name, self.yaml, self.count = name, yaml, 0
+        self.lines: dict[FieldPath, int] = {}
+        self.quoted: set[FieldPath] = set()
+        self.empty: set[FieldPath] = set()
+        self.open: list[Node] = []
+        """The nodes around the current one, outermost first."""
+
+    def data(self, node: Node, path: FieldPath) -> Any:
+        self.count += 1
+        if self.count > MAX_NODES:
+            line = self.lines.get(path[:1], 1)  # of the top-level field: the node itself is at its anchor
+            raise RecipeError(f"{self.name}:{line}: its aliases expand to more than {MAX_NODES:,} values")
         if any(node is outer for outer in self.open):
             raise self.error(node, "an alias contains itself")
-        self.lines.setdefault(place, node.start_mark.line + 1)
+        self.lines.setdefault(path, node.start_mark.line + 1)
         self.open.append(node)
         try:
             if isinstance(node, MappingNode):
-                return dict(self.pairs(node, place))
+                return dict(self.pairs(node, path))
             if isinstance(node, SequenceNode):
-                return [self.data(item, (*place, i)) for i, item in enumerate(node.value)]
-            assert isinstance(node, ScalarNode), "the third and last kind of node"
-            return self.scalar(node, place)
+                return [self.data(item, (*path, i)) for i, item in enumerate(node.value)]
+            assert isinstance(node, ScalarNode), "YAML has three kinds of nodes"
+            return self.scalar(node, path)
         finally:
             self.open.pop()
 
-    def pairs(self, node: MappingNode, place: Place) -> Iterator[tuple[str, Any]]:
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, ScalarNode) or str(key.tag) != "tag:yaml.org,2002:str":
-                if not isinstance(key, ScalarNode):
-                    raise self.error(key, "a list or mapping stands where a field's name is expected")
-                if key.value == "<<":
-                    raise self.error(key, "merging blocks with '<<' is not supported: write the fields out")
-                raise self.error(key, f"the key {key.value[:40]!r} is not a text")
-            _printable(key, self)
-            if key.value in seen:
-                raise self.error(
-                    key, f"the key {key.value!r} is given twice (first on line {seen[key.value]})"
-                )
-            seen[key.value] = line
-            self.lines[(*place, key.value)] = line
-            yield key.value, self.data(value, (*place, key.value))
+    def pairs(self, node: MappingNode, path: FieldPath) -> Iterator[tuple[str, Any]]:
+        first_lines: dict[str, int] = {}
+        for key_node, value in node.value:
+            key = self.key(key_node)
+            if key in first_lines:
+                message = f"the key {key!r} is given twice (first on line {first_lines[key]})"
+                raise self.error(key_node, message)
+            first_lines[key] = self.lines[(*path, key)] = key_node.start_mark.line + 1
+            yield key, self.data(value, (*path, key))
 
-    def scalar(self, node: ScalarNode, place: Place) -> Any:
+    def key(self, node: Node) -> str:
+        if not isinstance(node, ScalarNode):
+            raise self.error(node, "a list or mapping stands where a field's name is expected")
+        if str(node.tag) != "tag:yaml.org,2002:str":
+            if node.value == "<<":
+                raise self.error(node, "merging blocks with '<<' is not supported: write the fields out")
+            raise self.error(node, f"the key {node.value[:SHOWN_CHARACTERS]!r} is not a text")
+        self.check_characters(node)
+        return node.value
+
+    def scalar(self, node: ScalarNode, path: FieldPath) -> Any:
         if node.style in ("'", '"'):
-            self.quoted.add(place)
+            self.quoted.add(path)
         elif node.value == "":
-            self.empty.add(place)
-        _printable(node, self)
+            self.empty.add(path)
+        self.check_characters(node)
         kind = str(node.tag).rsplit(":", 1)[-1]
         if kind not in ("str", "int", "float", "bool", "null"):
-            return node.value  # timestamps and the like are texts here
+            return node.value  # timestamps and the like stay texts
         try:
             return self.yaml.constructor.construct_object(node, deep=True)
         except (YAMLError, ValueError) as error:
-            raise self.error(node, f"{node.value[:40]!r} is no {kind} that can be read") from error
+            message = f"{node.value[:SHOWN_CHARACTERS]!r} is no {kind} that can be read"
+            raise self.error(node, message) from error
 
-    def error(self, node: Node, what: str) -> RecipeError:
-        return RecipeError(f"{self.name}:{node.start_mark.line + 1}: {what}")
+    def check_characters(self, node: ScalarNode) -> None:
+        # "\\ud800" in quotes makes a text that can be neither printed nor written to a file
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            message = f"{node.value[:SHOWN_CHARACTERS]!r} has half of a surrogate pair, which is no character"
+            raise self.error(node, message)
 
-
-def _printable(node: ScalarNode, reader: _Reader) -> None:
-    # "\\ud800" in quotes makes a text that can be neither printed nor written to a file
-    if any("\ud800" <= c <= "\udfff" for c in node.value):
-        raise reader.error(node, f"{node.value[:40]!r} has half of a surrogate pair, which is no character")
+    def error(self, node: Node, message: str) -> RecipeError:
+        return RecipeError(f"{self.name}:{node.start_mark.line + 1}: {message}")

@@ -1,4 +1,4 @@
-"""In which short forms may a recipe give rewards?"""
+"""Expands the short forms in which a recipe may give rewards into a list of blocks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 def reward_blocks(value: Any) -> Any:
     """``value`` as a list of reward blocks, each with its ``type``.
 
-    A name, a list of names and blocks, and a mapping from names to a weight, a block of settings or
-    nothing are all taken, and ``module:function`` is the name of a function of one's own; anything else
-    is returned as it is, for the schema to refuse. Raises ValueError for a block that does not say which
-    reward it is: a schema that knows only one would take it for that.
+    Accepted are a name, a list of names and blocks, and a mapping from each name to a weight, a block of
+    settings, or nothing. ``module:function`` names a Python function of the user. Any other value is returned
+    unchanged, and the schema refuses it. Raises ValueError if a block in a list has no ``type``.
     """
     if isinstance(value, str):
         return [_block(value, None)]
@@ -21,6 +20,7 @@ def reward_blocks(value: Any) -> Any:
         return [_block(name, settings) for name, settings in value.items()]
     if isinstance(value, list):
         for i, item in enumerate(value):
+            # the schema cannot tell: with one reward installed it would take every block for that reward
             if isinstance(item, dict) and "type" not in item:
                 raise ValueError(f"item {i} does not say which reward it is: give it a 'type'")
         return [_block(item, None) if isinstance(item, str) else item for item in value]
@@ -28,7 +28,7 @@ def reward_blocks(value: Any) -> Any:
 
 
 def _block(name: Any, settings: Any) -> Any:
-    kind = {"type": "callable", "function": name} if ":" in str(name) else {"type": name}
+    block = {"type": "callable", "function": name} if ":" in str(name) else {"type": name}
     if settings is None:
-        return kind
-    return {**kind, **(settings if isinstance(settings, dict) else {"weight": settings})}
+        return block
+    return {**block, **(settings if isinstance(settings, dict) else {"weight": settings})}

@@ -1,4 +1,4 @@
-"""Which evaluations are published: their prompt files, and what they are scored with."""
+"""The published evaluation suites: their prompt files, and the rewards that score them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from posttrain.support.spelling import meant
 
 @dataclass(frozen=True)
 class Suite:
-    """A published list of prompts and the scores that tables show for it."""
+    """A published list of prompts, and the rewards that published tables report for it."""
 
     file: str
-    """Name of the prompt file, by which it is looked for in ``data/``."""
+    """The prompt file, relative to ``data/``."""
     rows: int
+    """Number of prompts."""
     rewards: tuple[str, ...]
+    """Names of the rewards."""
     sha256: str | None = None
-    """Of the rows, each as JSON with sorted keys; see ``prompts.sha256`` of a result card."""
+    """Hash of the rows, each as JSON with sorted keys, as in ``prompts.sha256`` of a result card."""
 
 
 _NFT = "github.com/NVlabs/DiffusionNFT, dataset"
@@ -32,7 +34,7 @@ PUBLISHED = {
     "pickscore/test.txt": f"{_GRPO}/pickscore/test.txt",
     "drawbench/test.txt": f"{_NFT}/drawbench/test.txt",
 }
-"""Prompt files, by the end of the path that the shipped recipes give them: where they are published."""
+"""Prompt file -> where it is published. Shipped recipes name each file by a path that ends like this."""
 SUITES = {
     "geneval": Suite(
         "geneval/test_metadata.jsonl",
@@ -51,18 +53,20 @@ SUITES = {
         "7fe82d01c17789deee844b957d6907ec2ccc45d0fd982a516b3e802fed286e79",
     ),
 }
-FOLDER = Path("data")
+PROMPT_FOLDER = Path("data")
+"""Where prompt files of suites are expected, relative to the current folder."""
 
 
-def suite_prompts(name: str, given: str | None) -> tuple[str, tuple[str, ...]]:
-    """The prompt file of suite ``name``, ``given`` or the one in ``data/``, and the suite's rewards.
+def suite_prompts(name: str, prompts: str | None) -> tuple[str, tuple[str, ...]]:
+    """The prompt file of suite ``name`` and the suite's rewards.
 
-    Raises RecipeError, with the place of publication, where the file is not there.
+    The file is ``prompts``, or by default the one in ``data/``. Raises RecipeError if there is no such suite,
+    or if the file is missing; the message then says where it is published.
     """
     if (suite := SUITES.get(name)) is None:
         known = ", ".join(SUITES)
         raise RecipeError(f"--suite: no suite {name!r}{meant(name, SUITES)}; there are {known}")
-    file = Path(given) if given else FOLDER / suite.file
+    file = Path(prompts) if prompts else PROMPT_FOLDER / suite.file
     if not file.is_file():
         raise RecipeError(
             f"no file {str(file)!r} with the prompts of {name!r} ({suite.rows} rows): "
@@ -72,10 +76,10 @@ def suite_prompts(name: str, given: str | None) -> tuple[str, tuple[str, ...]]:
 
 
 def published_as(sha256: str) -> str | None:
-    """The suite whose published rows have this hash."""
+    """The name of the suite whose rows have this hash, or None."""
     return next((name for name, suite in SUITES.items() if suite.sha256 == sha256), None)
 
 
 def published_where(file: Path) -> str | None:
-    """Where a prompt file of this name, in a folder of this name, is published, if it is known."""
+    """Where the prompt file at ``file`` is published, by its name and its folder's name; None if unknown."""
     return PUBLISHED.get("/".join(file.parts[-2:]))

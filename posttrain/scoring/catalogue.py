@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import RewardError
-from posttrain.recipe.schema import AnyReward
+from posttrain.recipe.variants import AnyReward
 from posttrain.reward import Reward
 from posttrain.support.paths import is_path
 from posttrain.support.spelling import meant

@@ -131,7 +131,7 @@ def _spec(
     path: str, folder: Path | None, description: dict[str, Any] | None, base: str | None, is_lora: bool
 ) -> Model:
     """The ``model`` block that the artifact names, or else that fits its pipeline."""
-    from posttrain.recipe.schema import AnyModel
+    from posttrain.recipe.variants import AnyModel
 
     if description is not None:
         return TypeAdapter(AnyModel).validate_python(description["model"])

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from rich.markup import escape
 
-from posttrain.cache.keys import described
+from posttrain.cache.keys import store_identity
 from posttrain.cache.latents import LatentCache
 from posttrain.cache.prompts import PromptCache
 from posttrain.cache.room import Room
 from posttrain.cache.store import Store
-from posttrain.data.batches import Feed, ImageFeed
+from posttrain.data.batches import BatchSource, ImageBatchSource
 from posttrain.data.prompts import prompt_rows
 from posttrain.distributed.world import ALONE, World
 from posttrain.sampling.sampler import FlowSampler
@@ -34,7 +34,7 @@ def fill_for_stage(
     recipe: Recipe,
     stage: Stage,
     model: FlowModel,
-    feed: Feed,
+    feed: BatchSource,
     console: Console,
     world: World = ALONE,
 ) -> None:
@@ -48,7 +48,7 @@ def fill_for_stage(
     if settings.prompts:
         store = _store(room, "prompts", settings, model, "prompts", console)
         _cache_prompts(store, model, _prompts_of_stage(recipe, stage, feed), stage.name, console, world)
-    if settings.latents != "off" and isinstance(feed, ImageFeed):
+    if settings.latents != "off" and isinstance(feed, ImageBatchSource):
         store = _store(room, settings.latents, settings, model, "images", console)
         feed.latents = LatentCache(store, model, feed.source, settings.latents)
         feed.latents.fill(stage.name, console, world.rank, world.size)
@@ -72,7 +72,7 @@ def fill_for_evaluation(
         world.barrier()
 
 
-def _prompts_of_stage(recipe: Recipe, stage: Stage, feed: Feed) -> list[str]:
+def _prompts_of_stage(recipe: Recipe, stage: Stage, feed: BatchSource) -> list[str]:
     """The prompts of the data, the image grids and the held-out scores."""
     prompts = [*feed.prompts]
     if stage.train.sample_every:
@@ -101,5 +101,5 @@ def _store(
     def warn(line: str) -> None:
         console.print(f"[yellow]{escape(line)}[/yellow]", highlight=False, soft_wrap=True)
 
-    name, about = described(kind, settings.dtype, model, encoder)
+    name, about = store_identity(kind, settings.dtype, model, encoder)
     return Store(room, name, about, torch.bfloat16 if settings.dtype == "bf16" else None, warn)

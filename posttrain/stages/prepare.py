@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.data.batches import Feed, feed_of
+from posttrain.data.batches import BatchSource, batch_source_of
 from posttrain.engine import checkpoint
 from posttrain.engine.trainer import EMA, REFERENCE
 from posttrain.parallel.strategy import Strategy
@@ -66,12 +66,12 @@ def _restore(run: StageRun, policy: Policy, strategy: Strategy) -> tuple[int, Ac
     return start, Account(**kept)
 
 
-def _open_feed(run: StageRun) -> Feed:
+def _open_feed(run: StageRun) -> BatchSource:
     """The stage's data. The main process comes first, since it may have to render them."""
     stage, world = run.stage, run.world
     batch_size, group_size = stage.train.batch_size, stage.algorithm.samples_per_prompt
     with world.main_first():
-        feed = feed_of(
+        feed = batch_source_of(
             stage.data, run.model, run.run_folder / "data", batch_size, group_size, stage.rewards, world
         )
     for note in feed.notes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from posttrain.data.batches import Feed
+from posttrain.data.batches import BatchSource
 from posttrain.distributed.world import ALONE, World
 from posttrain.model import FlowModel
 from posttrain.parallel.strategy import Strategy
@@ -58,7 +58,7 @@ class Training:
     run: StageRun
     policy: Policy
     strategy: Strategy
-    feed: Feed
+    feed: BatchSource
     account: Account
     start: int
     """Optimizer steps that the checkpoint holds, from which training goes on; 0 without one."""

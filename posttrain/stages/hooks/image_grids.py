@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.batches import Feed
+from posttrain.data.batches import BatchSource
 from posttrain.data.prompts import prompt_rows
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import EMA
@@ -48,7 +48,7 @@ class ImageGrids(Hook):
         self.tracker.image("samples", step, picture)
 
 
-def grid_samples(recipe: Recipe, feed: Feed) -> tuple[list[str], dict[str, Any]]:
+def grid_samples(recipe: Recipe, feed: BatchSource) -> tuple[list[str], dict[str, Any]]:
     """The prompts of a stage's grids, and the settings for :func:`sample_images`.
 
     They are the evaluation's where the recipe has one, and those of the stage's data otherwise.
