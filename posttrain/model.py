@@ -106,12 +106,12 @@ class Model(Named, ABC):
         return None
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Name -> shape of the transformer's weights, without loading them; None where unknown."""
+        """Name -> shape of the transformer's parameters, without loading them; None if unknown."""
         import torch
 
         if (outline := self.outline("fp32", torch.device("meta"))) is None:
             return None
-        return {name: tuple(tensor.shape) for name, tensor in outline.transformer.state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in outline.transformer.named_parameters()}
 
 
 class PromptSource(Protocol):
