@@ -12,16 +12,11 @@ from torch import nn
 from posttrain.errors import TrainingError
 from posttrain.policy import Policy
 from posttrain.policy import out_of_memory as memory
-from posttrain.sampling.sampler import (
-    FlowSampler,
-    encode,
-    flow_sampler,
-    hash_of,
-    prompt_noise,
-    sample_images,
-    sample_latents,
-)
+from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
+from posttrain.sampling.prompts import encode
+from posttrain.sampling.sampler import FlowSampler, flow_sampler
 from posttrain.support.randomness import generator
+from posttrain.weights.files import hash_of
 
 
 class Encoding(Linear):

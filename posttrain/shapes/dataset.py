@@ -54,7 +54,7 @@ def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
                     scene = scene_at(seed, index, style)
                     data = _jpeg(scene)
                     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-                    (part / "images" / f"{md5}.jpg").write_bytes(data)
+                    (unfinished / "images" / f"{md5}.jpg").write_bytes(data)
                     row = {"md5": md5, "caption_en": scene.caption, "bw": SIZE, "bh": SIZE}
                     rows.write(json.dumps(row) + "\n")
                     metadata.write(json.dumps(scene.metadata) + "\n")

@@ -37,7 +37,7 @@ def detect(image: Pixels) -> dict[str, list[dict[str, Any]]]:
     """
     pixels = np.ascontiguousarray(np.moveaxis(image, 0, 2), np.float32)
     scale = pixels.shape[0] * pixels.shape[1] / 64**2
-    found: dict[str, list[dict[str, Any]]] = {}
+    shapes: dict[str, list[dict[str, Any]]] = {}
     coverage, color = _explained(pixels)
     for index, name in enumerate(NAMES):
         for y, x in components((color == index) & (coverage > 0.5)):
@@ -46,10 +46,10 @@ def detect(image: Pixels) -> dict[str, list[dict[str, Any]]]:
             kind, score = classified(y, x)
             if score > THRESHOLD:
                 box = [float(x.min()), float(y.min()), float(x.max()) + 1, float(y.max()) + 1]
-                found.setdefault(kind, []).append({"box": box, "score": score, "color": name})
-    for detections in found.values():
+                shapes.setdefault(kind, []).append({"box": box, "score": score, "color": name})
+    for detections in shapes.values():
         detections.sort(key=lambda d: -d["score"])
-    return found
+    return shapes
 
 
 def _explained(pixels: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
@@ -61,8 +61,8 @@ def _explained(pixels: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
     away = pixels - background
     blend = np.einsum("hwc,hkc->hwk", away, toward) / np.square(toward).sum(-1)[:, None, :].clip(1e-6)
     blend = blend.clip(0, 1)
-    rest = away[:, :, None, :] - blend[..., None] * toward[:, None, :, :]
-    distance = np.sqrt(np.square(rest).sum(-1))
+    residual = away[:, :, None, :] - blend[..., None] * toward[:, None, :, :]
+    distance = np.sqrt(np.square(residual).sum(-1))
     best = distance.argmin(-1)
     near = np.take_along_axis(distance, best[..., None], -1)[..., 0] < TOLERANCE
     return np.take_along_axis(blend, best[..., None], -1)[..., 0], np.where(near, best, -1)
@@ -72,7 +72,7 @@ def components(mask: Mask) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """The 4-connected components of ``mask`` (h, w), each as the y and the x of its pixels."""
     width = mask.shape[1]
     left = set(np.flatnonzero(mask).tolist())
-    found = []
+    groups = []
     while left:
         seed = left.pop()
         stack, member = [seed], [seed]
@@ -90,8 +90,8 @@ def components(mask: Mask) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
                     stack.append(near)
                     member.append(near)
         index = np.array(member)
-        found.append((index // width, index % width))
-    return found
+        groups.append((index // width, index % width))
+    return groups
 
 
 def classified(y: NDArray[np.int64], x: NDArray[np.int64]) -> tuple[str, float]:

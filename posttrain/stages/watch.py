@@ -24,7 +24,8 @@ from posttrain.engine.trainer import EMA
 from posttrain.errors import TrainingError
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.policy import Policy
-from posttrain.sampling.sampler import FlowSampler, sample_images
+from posttrain.sampling.latents import sample_images
+from posttrain.sampling.sampler import FlowSampler
 from posttrain.scoring.batches import numbered, scored, scorers_of
 from posttrain.scoring.judge import Judge
 from posttrain.stages.micro_batch import remember
