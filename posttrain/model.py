@@ -1,8 +1,7 @@
 """Defines the interface between the engine and a rectified-flow text-to-image model.
 
 :class:`Model` is the recipe's ``model`` block, which names the weights. :class:`FlowModel` is the loaded
-model. The numeric conventions of a family (latent scaling, timesteps of 0 to 1000, text encoders) stay inside
-its class.
+model. A family's numeric conventions (latent scaling, timesteps of 0 to 1000) stay inside its class.
 
 To add a model, write these members, in one module of ``posttrain/models`` or of a package with an entry point
 in the group ``posttrain.models``:
@@ -16,9 +15,8 @@ in the group ``posttrain.models``:
 8. :meth:`FlowModel.decode`
 9. :meth:`FlowModel.velocity`
 
-Everything else has a default that works. A pipeline in diffusers' folder format needs less: with the base
-classes in :mod:`posttrain.models._diffusers` only the encoding of prompts and the velocity remain to be
-written.
+Everything else has a default that works. A pipeline in diffusers' folder format needs only the encoding of
+prompts and the velocity, beside the base classes in :mod:`posttrain.models._diffusers`.
 """
 
 from __future__ import annotations
@@ -89,13 +87,11 @@ class Model(Named, ABC):
         return "fp32"
 
     def missing(self) -> str | None:
-        """Why the weights cannot be loaded, found out without loading them; None if nothing speaks against
-        it."""
+        """Why the weights cannot be loaded, as far as can be told without loading them; None if they can."""
         return None
 
     def divisor(self) -> int | None:
-        """The number of pixels that image sides must be multiples of; None if it is unknown before
-        loading."""
+        """Image sides must be multiples of this many pixels; None if it is unknown before loading."""
         return None
 
     def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
@@ -139,8 +135,7 @@ class FlowModel(ABC):
         self.transformer = transformer
         """A torch module with the methods of diffusers' ModelMixin, ConfigMixin and PeftAdapterMixin."""
         self.module = transformer
-        """The module that :meth:`velocity` calls: the transformer, or a parallel strategy's wrapper around
-        it."""
+        """The module that :meth:`velocity` calls: the transformer, or a parallel strategy's wrapper of it."""
         self.device = device
 
     @abstractmethod
@@ -151,8 +146,7 @@ class FlowModel(ABC):
 
     @abstractmethod
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The image encoder's mean and log-variance, (n, c, h, w) float32 each, for ``pixels`` (n, 3, H, W)
-        in [-1, 1].
+        """The encoder's mean and log-variance (n, c, h, w) float32 of ``pixels`` (n, 3, H, W) in [-1, 1].
 
         An image's result must be the same to the bit whatever other images are encoded with it."""
 
@@ -186,22 +180,19 @@ class FlowModel(ABC):
         return mean + torch.exp(0.5 * logvar) * noise
 
     def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Latents of ``pixels`` (n, 3, H, W) in [-1, 1], drawn from the posterior with ``noise`` (n, c, h,
-        w)."""
+        """Latents of ``pixels`` (n, 3, H, W) in [-1, 1], drawn from the posterior with ``noise``."""
         return self.latents(*self.posterior(pixels), noise)
 
     def identity(self, encoder: EncoderName) -> dict[str, Any]:
-        """Everything that an encoding depends on beside the prompt or the pixels, as JSON values: the
-        encoder's settings and a hash of its weights. Raises ModelError if the model's encodings cannot be
-        cached."""
+        """What an encoding depends on beside the prompt or the pixels, as JSON values: the encoder's settings
+        and a hash of its weights. Raises ModelError if the model's encodings cannot be cached."""
         raise ModelError(
             f"{type(self).__name__} does not say what its encodings of {encoder} depend on, so "
             "they cannot be cached: remove 'cache' from the recipe"
         )
 
     def rest(self, encoder: EncoderName) -> None:
-        """Move an encoder to the CPU's memory. From now on it is on the device only while it works. A model
-        may leave it on the device."""
+        """Keep an encoder in the CPU's memory while it does not work. A model may leave it on the device."""
         del encoder
 
     def encoder_modules(self, encoder: EncoderName) -> Sequence[Any]:
@@ -210,27 +201,22 @@ class FlowModel(ABC):
         return ()
 
     def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
-        """Write the folder that other tools load, with the transformer's ``weights``, by parameter name, in
-        ``dtype``.
-
-        By default, the folder holds the transformer alone."""
+        """Write the folder that other tools load, by default the transformer alone, in ``dtype``. ``weights``
+        are the transformer's, by parameter name."""
         from posttrain.weights.transformer import save_component
 
         save_component(self.transformer, folder, torch_dtype(dtype), weights)
 
     def save_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write an adapter in the format that other tools load; ``weights`` are its tensors by parameter
-        name."""
+        """Write the adapter whose ``weights``, by parameter name, are given, in the format of other tools."""
         from posttrain.weights.transformer import save_adapter
 
         save_adapter(self.transformer, folder, weights)
 
     def load_weights(self, source: Path, merge: bool = True) -> None:
-        """Load the transformer's weights from a folder that :meth:`save` wrote, or add the adapter in a
-        folder that :meth:`save_lora` wrote: merged into the weights, or active beside them if ``merge`` is
-        False.
-
-        Raises ModelError if anything is missing or does not fit."""
+        """Load the transformer's weights from a folder that :meth:`save` wrote, or add the adapter that
+        :meth:`save_lora` wrote, merged into the weights or, without ``merge``, active beside them. Raises
+        ModelError if anything is missing or does not fit."""
         from posttrain.weights.transformer import LORA, load_adapter, load_component
 
         if (source / LORA).is_file():
@@ -255,8 +241,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1]: the ``indices[i]``-th image of each ``prompts[i]``, from its own
-        noise."""
+        """Images (n, 3, H, W) in [0, 1]: the ``indices[i]``-th of ``prompts[i]``, each from its own noise."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -84,7 +84,7 @@ def test_the_solver_is_the_one_named():
 
 
 def test_low_precision_copies_are_kept_from_step_to_step(monkeypatch):
-    entered, plain = [], Policy.steady
+    entered, plain = [], Policy.casts_kept
     monkeypatch.setattr(Policy, "casts_kept", lambda self: entered.append(self) or plain(self))
     policy = linear_policy()
     sample_latents(policy, conditions(), torch.tensor([1]), torch.zeros(1, *SHAPE), [1.0, 0.0], 1.0, "euler")
