@@ -13,7 +13,7 @@ from posttrain.algorithms._online import Online
 from posttrain.flow import interpolate, predicted_x0
 from posttrain.flow.solvers import Solver
 from posttrain.policy import Policy
-from posttrain.sampling.sampler import sample_latents
+from posttrain.sampling.latents import sample_latents
 
 AdvMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 

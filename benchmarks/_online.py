@@ -18,7 +18,7 @@ from posttrain.parallel.single import Single
 from posttrain.policy import Policy
 from posttrain.policy.tuning import Lora
 from posttrain.rewards.jpeg import JpegIncompressibility
-from posttrain.sampling.sampler import encode
+from posttrain.sampling.prompts import encode
 from posttrain.scoring.judge import Judge
 from posttrain.support.randomness import Draws
 

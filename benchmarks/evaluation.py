@@ -17,7 +17,8 @@ from posttrain.flow import guided
 from posttrain.flow.solvers import solve
 from posttrain.recipe.schema import Evaluation
 from posttrain.rewards.jpeg import JpegIncompressibility
-from posttrain.sampling.sampler import FlowSampler, prompt_noise
+from posttrain.sampling.latents import prompt_noise
+from posttrain.sampling.sampler import FlowSampler
 from posttrain.scoring.batches import scored, scorers_of
 
 

@@ -1,22 +1,22 @@
-"""The interface between the engine and a text-to-image model of rectified flow.
+"""Defines the interface between the engine and a rectified-flow text-to-image model.
 
-:class:`Model` is the block of a recipe that names weights, :class:`FlowModel` is what it loads. The numeric
-conventions of a family (latent scaling, timesteps of 0 to 1000, text encoders) stay inside its class.
+:class:`Model` is the recipe's ``model`` block, which names the weights. :class:`FlowModel` is the loaded
+model. A family's numeric conventions (latent scaling, timesteps of 0 to 1000) stay inside its class.
 
 To add a model, write these members, in one module of ``posttrain/models`` or of a package with an entry point
 in the group ``posttrain.models``:
 
 1. ``Model.type``, the name by which recipes choose it, as ``type: Literal["mine"] = "mine"``
 2. :meth:`Model.load`, which reads the weights
-3. and 4. the arguments of :class:`FlowModel`: the transformer and the device
+3. and 4. the two arguments of :class:`FlowModel`: the transformer and the device
 5. :meth:`FlowModel.encode_prompts`
 6. :meth:`FlowModel.posterior`
 7. :meth:`FlowModel.latent_shape`
 8. :meth:`FlowModel.decode`
 9. :meth:`FlowModel.velocity`
 
-Everything else has a default that works. A pipeline in diffusers' folder format needs less: the base classes
-in :mod:`posttrain.models._diffusers` do all but the prompt's encoding and the velocity.
+Everything else has a default that works. A pipeline in diffusers' folder format needs only the encoding of
+prompts and the velocity, beside the base classes in :mod:`posttrain.models._diffusers`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 EncoderName = Literal["prompts", "images"]
-"""What an encoder encodes."""
+"""An encoder, named by what it encodes. The one for images includes the decoder."""
 
 
 def torch_dtype(name: DtypeName) -> torch.dtype:
-    """The torch dtype that a recipe calls ``name``."""
+    """The torch dtype of a recipe's ``name`` for it."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -52,118 +52,119 @@ class Model(Named, ABC):
     """A recipe's ``model`` block."""
 
     trainable: ClassVar[bool] = True
-    """Whether stages can train it. A model that cannot be trained must have a :meth:`sampler` of its own."""
+    """Whether stages can train it. If not, it must return its own :meth:`sampler`."""
     pipelines: ClassVar[tuple[str, ...]] = ()
-    """The class names of the diffusers pipelines that this model reads."""
+    """The class names of the diffusers pipelines that this model can load."""
 
     @abstractmethod
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
-        """Read the weights. Raises ModelError where they are missing, gated or do not fit together."""
+        """Load the weights. Raises ModelError if they are missing, gated or do not fit together."""
 
     def materialise(self, folder: Path) -> Model:
-        """The model to load. One that must first be made is made under ``folder``, once."""
+        """The model to load. A model that must be made first is made once, inside ``folder``."""
         del folder
         return self
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
-        """The architecture with uninitialised or random weights; None where its shape is unknown.
+        """The architecture with uninitialised or random weights; None if its shape is unknown.
 
         A plan counts it on torch's meta device, where it takes no memory."""
         del transformer_dtype, device
         return None
 
     def sampler(self, device: torch.device, settings: Sampling) -> Sampler | None:
-        """What draws images as ``settings`` say; None for a model that is loaded and sampled by the engine.
-        Raises ModelError as :meth:`load`."""
+        """The model's own sampler for ``settings``; None if the engine loads and samples the model. Raises
+        ModelError as :meth:`load` does."""
         del device, settings
         return None
 
     def described(self) -> dict[str, Any]:
-        """What changes the images beside the weights, for a result card."""
+        """The settings that change the images, beside the weights, for a result card."""
         return self.model_dump(mode="json", exclude={"path", "offload"})
 
     def frozen_dtype(self) -> DtypeName:
-        """The precision of a transformer that is not fully trained."""
+        """The precision of a transformer whose weights are frozen (LoRA)."""
         return "fp32"
 
     def missing(self) -> str | None:
-        """Why the weights cannot be loaded, as far as can be seen without loading; None if they can."""
+        """Why the weights cannot be loaded, as far as can be told without loading them; None if they can."""
         return None
 
     def divisor(self) -> int | None:
-        """The number of pixels that image sides must be multiples of; None where it is unknown before
-        loading."""
+        """Image sides must be multiples of this many pixels; None if it is unknown before loading."""
         return None
 
     def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
-        """Whether an encoder stays in the CPU's memory while it does not work: always, or only once its
-        outputs are ``cached``. See :meth:`FlowModel.rest`."""
+        """Whether an encoder stays in the CPU's memory while it does not work, given whether its outputs are
+        ``cached``. See :meth:`FlowModel.rest`."""
         del encoder, cached
         return False
 
     def offloaded(self) -> Model | None:
-        """The same model with ``offload: true``; None where its encoders rest already, or cannot."""
+        """The same model with ``offload: true``; None if its encoders are offloaded already or cannot be."""
         return None
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Name -> shape of the transformer's weights, without loading them; None where unknown."""
+        """Name -> shape of the transformer's parameters, without loading them; None if unknown."""
         import torch
 
         if (outline := self.outline("fp32", torch.device("meta"))) is None:
             return None
-        return {name: tuple(tensor.shape) for name, tensor in outline.transformer.state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in outline.transformer.named_parameters()}
 
 
 class PromptSource(Protocol):
-    """Gives the conditions of prompts, for example from a cache."""
+    """A source of prompts' conditions, such as a cache."""
 
     def conditions(self, prompts: Sequence[str]) -> Condition:
-        """The same as :meth:`FlowModel.encode_prompts`."""
+        """The same result as :meth:`FlowModel.encode_prompts`."""
         ...
 
 
 class FlowModel(ABC):
-    """A loaded model. Algorithms train ``transformer``; everything else is frozen."""
+    """A loaded model. Stages train ``transformer``; everything else is frozen."""
 
     shift: float = 1.0
-    """Of the timestep schedule, for sigma(t); see :func:`posttrain.flow.rectified.shift_sigma`."""
+    """The shift of sigmas; see :func:`posttrain.flow.rectified.shift_sigma`."""
     divisor: int = 1
     """Image sides must be multiples of this many pixels."""
     prompt_cache: PromptSource | None = None
-    """Where :func:`posttrain.sampling.sampler.encode` looks before it encodes."""
+    """The source that :func:`posttrain.sampling.prompts.encode` uses instead of the text encoders, if set."""
 
     def __init__(self, transformer: Any, device: torch.device) -> None:
         self.transformer = transformer
         """A torch module with the methods of diffusers' ModelMixin, ConfigMixin and PeftAdapterMixin."""
         self.module = transformer
-        """What :meth:`velocity` calls: the transformer, or what a parallel strategy wraps around it."""
+        """The module that :meth:`velocity` calls: the transformer, or a parallel strategy's wrapper of it."""
         self.device = device
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """The condition of each prompt, on the device. It must be the same to the bit whatever is encoded
-        beside it."""
+        """The condition of each prompt, on the device: tensors whose first dimension is that of ``prompts``.
+
+        A prompt's condition must be the same to the bit whatever other prompts are encoded with it."""
 
     @abstractmethod
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The image encoder's mean and log-variance (n, c, h, w) float32 for ``pixels`` (n, 3, h, w) in
-        [-1, 1]. Those of an image must be the same to the bit whatever is encoded beside it."""
+        """The encoder's mean and log-variance (n, c, h, w) float32 of ``pixels`` (n, 3, H, W) in [-1, 1].
+
+        An image's result must be the same to the bit whatever other images are encoded with it."""
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of an image of that size in pixels."""
+        """The shape (c, h, w) of the latents of an image of ``height`` x ``width`` pixels."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, 3, h, w) in [0, 1] of ``latents``."""
+        """The images (n, 3, H, W) in [0, 1] of ``latents`` (n, c, h, w)."""
 
     @abstractmethod
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """The transformer's velocity, (n, c, h, w) float32, at ``latents`` and ``sigma`` (n,). It calls
-        ``self.module``."""
+        """The velocity (n, c, h, w) float32 that ``self.module`` predicts at ``latents`` (n, c, h, w) and
+        ``sigma`` (n,) in [0, 1]."""
 
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:
-        """The sampling grid for images of that size: ``steps`` sigmas from 1 downwards, then 0."""
+        """The sampling grid for images of that size in pixels: ``steps`` falling sigmas from 1 on, then 0."""
         import torch
 
         from posttrain.flow.rectified import shift_sigma
@@ -172,76 +173,75 @@ class FlowModel(ABC):
         return shift_sigma(torch.linspace(1, 0, steps + 1), self.shift).tolist()
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        """The latents (n, c, h, w) float32 that standard normal ``noise`` draws from a posterior, scaled as
-        the transformer takes them. Each element is a function of the same element alone."""
+        """Latents (n, c, h, w) float32, drawn from a posterior with standard normal ``noise`` and scaled as
+        the transformer takes them. Each element depends only on the same element of the arguments."""
         import torch
 
         return mean + torch.exp(0.5 * logvar) * noise
 
     def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Latents of ``pixels`` (n, 3, h, w) in [-1, 1], drawn from the encoder's posterior by ``noise``."""
+        """Latents of ``pixels`` (n, 3, H, W) in [-1, 1], drawn from the posterior with ``noise``."""
         return self.latents(*self.posterior(pixels), noise)
 
     def identity(self, encoder: EncoderName) -> dict[str, Any]:
-        """What an encoding depends on beside the prompt or the pixels, as JSON: the encoder's settings, and a
-        hash of its weights. Raises ModelError for a model whose encodings cannot be cached."""
+        """What an encoding depends on beside the prompt or the pixels, as JSON values: the encoder's settings
+        and a hash of its weights. Raises ModelError if the model's encodings cannot be cached."""
         raise ModelError(
             f"{type(self).__name__} does not say what its encodings of {encoder} depend on, so "
             "they cannot be cached: remove 'cache' from the recipe"
         )
 
     def rest(self, encoder: EncoderName) -> None:
-        """Move an encoder, and with that of images the decoder, to the CPU's memory; from here on it is on
-        the device only while it works. Models may leave it where it is."""
+        """Keep an encoder in the CPU's memory while it does not work. A model may leave it on the device."""
         del encoder
 
     def encoder_modules(self, encoder: EncoderName) -> Sequence[Any]:
-        """The torch modules of an encoder, with that of images the decoder too."""
+        """The torch modules of an encoder."""
         del encoder
         return ()
 
     def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
-        """Write what other tools load, the transformer in ``dtype`` with ``weights`` by parameter name; here
-        the transformer alone."""
+        """Write the folder that other tools load, by default the transformer alone, in ``dtype``. ``weights``
+        are the transformer's, by parameter name."""
         from posttrain.weights.transformer import save_component
 
         save_component(self.transformer, folder, torch_dtype(dtype), weights)
 
     def save_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write an adapter as other tools load it; ``weights`` are its tensors by parameter name."""
+        """Write the adapter whose ``weights``, by parameter name, are given, in the format of other tools."""
         from posttrain.weights.transformer import save_adapter
 
         save_adapter(self.transformer, folder, weights)
 
     def load_weights(self, source: Path, merge: bool = True) -> None:
-        """Replace the transformer's weights by those of a folder that :meth:`save` wrote, or add an adapter
-        that :meth:`save_lora` wrote: merged into the weights, or kept beside them, active. Raises
-        ModelError where anything is missing or does not fit."""
+        """Load the transformer's weights from a folder that :meth:`save` wrote, or add the adapter that
+        :meth:`save_lora` wrote, merged into the weights or, without ``merge``, active beside them. Raises
+        ModelError if anything is missing or does not fit."""
         from posttrain.weights.transformer import LORA, load_adapter, load_component
 
         if (source / LORA).is_file():
             return load_adapter(self.transformer, source / LORA, merge=merge)
         if getattr(self.transformer, "peft_config", None):
-            self.transformer.unload_lora()  # the new weights already hold the adapters they were trained on
+            self.transformer.unload_lora()  # the new weights already contain the adapters
         return load_component(self.transformer, source)
 
 
 class Sampler(ABC):
-    """Draws images for prompts; an evaluation needs no more of a model."""
+    """Samples images for prompts. An evaluation needs nothing else of a model."""
 
     device: torch.device
     divisor: int
     """Image sides must be multiples of this many pixels."""
     source: str
-    """Where the weights come from, for the result card."""
+    """The origin of the weights, for the result card."""
     settings: Mapping[str, Any]
-    """What a recipe's ``model`` block says beside that."""
+    """The other settings of the recipe's ``model`` block, for the result card."""
     forward_equivalents: int
-    """Forwards of the denoiser so far, of one sample each."""
+    """The forwards of the denoiser so far, counted for each sample."""
 
     @abstractmethod
     def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
-        """Images (n, 3, h, w) in [0, 1], the ``indices[i]``-th of ``prompts[i]``, each from its own noise."""
+        """Images (n, 3, H, W) in [0, 1]: the ``indices[i]``-th of ``prompts[i]``, each from its own noise."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -10,7 +10,8 @@ import warnings
 import torch
 
 from posttrain.distributed.world import joined
-from posttrain.planning.memory import Phase, Sizes, memory
+from posttrain.planning.memory import Phase, memory
+from posttrain.planning.sizes import Sizes
 from posttrain.policy import Policy
 from posttrain.recipe.file import load_recipe
 

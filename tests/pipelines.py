@@ -22,13 +22,14 @@ def pipeline_folder(seed=0):
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    from posttrain.models.tiny_sd3 import _clip_tokenizer, _t5_tokenizer
+    from posttrain.models import _tiny_tokenizers
     from posttrain.weights.hugging_face import quiet
 
     torch.manual_seed(seed)
     folder = Path(tempfile.mkdtemp(prefix="posttrain-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(WORDS, folder), _t5_tokenizer(WORDS)
+    clip_tokenizer = _tiny_tokenizers.clip_tokenizer(WORDS, 16)
+    t5_tokenizer = _tiny_tokenizers.t5_tokenizer(WORDS, 16)
 
     def clip():
         return CLIPTextModelWithProjection(

@@ -379,10 +379,10 @@ def test_random_crops_cannot_be_cached(tmp_path):
 
 
 def test_the_plan_says_what_is_cached_and_how_large_it_is(filled):
-    from posttrain.planning.outline import plan
+    from posttrain.planning.overview import overview
 
     console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(plan(chain(cached(filled[0], BOTH))))
+    console.print(overview(chain(cached(filled[0], BOTH))))
     line = next(line for line in console.export_text().splitlines() if line.startswith("cache:"))
     # (16 + 16 tokens) x 32 + 32 values
     assert "prompts, 4.22 kB each and latents (mean_logvar)" in line

@@ -31,7 +31,7 @@ def test_help_needs_no_torch(tmp_path):
 
 def test_check_loads_no_model_library(tmp_path):
     (tmp_path / "r.yaml").write_text(HEAD + "stages:\n" + stage("sft"))
-    probe = "import sys\nfrom posttrain.recipe.file import load_recipe\nfrom posttrain.planning.outline import plan\nplan(load_recipe('r.yaml'))\nprint([m for m in ('diffusers', 'transformers', 'peft', 'tensorboard') if m in sys.modules])"
+    probe = "import sys\nfrom posttrain.recipe.file import load_recipe\nfrom posttrain.planning.overview import overview\noverview(load_recipe('r.yaml'))\nprint([m for m in ('diffusers', 'transformers', 'peft', 'tensorboard') if m in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, env=env

@@ -20,7 +20,7 @@ from posttrain.evaluation.evaluate import evaluate
 from posttrain.model import Sampler
 from posttrain.recipe.schema import Evaluation
 from posttrain.recipe.suites import SUITES, published_as, suite_prompts
-from posttrain.sampling.sampler import prompt_noise
+from posttrain.sampling.latents import prompt_noise
 from posttrain.weights.files import hash_of
 
 

@@ -15,7 +15,7 @@ from tiny_clip import tiny_clip
 
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError, RecipeError, RewardError
-from posttrain.planning.outline import plan
+from posttrain.planning.overview import overview
 from posttrain.recipe.file import parse_recipe
 from posttrain.rewards._colors import COLORS, colored, cut_out, load_colors
 from posttrain.rewards._detector import CLASSES, instances, load_detector, named
@@ -336,7 +336,7 @@ def test_a_recipe_with_the_reward_is_checked_without_its_weights(tmp_path, rewar
     recipe = parse_recipe(HEAD + ONLINE.format(prompts=file, reward=reward), "r.yaml")
     assert [r.label for r in recipe.stages[0].rewards] == [reward]
     text = io.StringIO()
-    Console(file=text, width=200).print(plan(recipe))
+    Console(file=text, width=200).print(overview(recipe))
     assert f"posttrain rewards fetch {reward}" in text.getvalue()
 
 

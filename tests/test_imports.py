@@ -55,7 +55,7 @@ def test_on_windows_the_peak_of_memory_is_the_peak_of_the_working_set(monkeypatc
 
 
 def test_the_engine_imports_no_algorithm_reward_or_model():
-    engine = "trainer, posttrain.policy.policy, posttrain.algorithm, posttrain.reward, posttrain.flow.rectified, posttrain.engine.checkpoint"
+    engine = "engine.trainer, posttrain.policy.policy, posttrain.algorithm, posttrain.reward, posttrain.flow.rectified, posttrain.engine.checkpoint"
     probe = f"import sys, posttrain.{engine}\nprint([m for m in sys.modules if m.startswith(('posttrain.algorithms.', 'posttrain.rewards.', 'posttrain.models.'))])"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

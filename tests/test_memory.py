@@ -29,7 +29,7 @@ from posttrain.policy.activations import checkpoint_blocks
 from posttrain.policy.out_of_memory import OutOfMemory, halve_until_it_fits, is_out_of_memory
 from posttrain.policy.tuning import Full, Lora
 from posttrain.recipe.file import parse_recipe
-from posttrain.sampling.sampler import encode
+from posttrain.sampling.prompts import encode
 
 META = torch.device("meta")
 

@@ -151,7 +151,7 @@ def test_what_they_cannot_do_is_said(sdxl, tmp_path):
     with pytest.raises(ModelError, match="LoRA, and those of sdxl models cannot be loaded"):
         open_sampler(str(tmp_path), CPU, Sampling(resolution=32), base=str(sdxl))
     settings = Sampling(resolution=32, steps=1, solver="dpm2")
-    with pytest.raises(DataError, match="scheduler that it comes with"):
+    with pytest.raises(DataError, match="its own scheduler"):
         SDXL(path=str(sdxl)).sampler(CPU, settings)
     with pytest.raises(DataError, match=r"guidance 0\.5: .* give 1 or more"):
         SDXL(path=str(sdxl)).sampler(CPU, Sampling(resolution=32, steps=1, guidance=0.5))

@@ -20,13 +20,14 @@ from posttrain.errors import PosttrainError
 from posttrain.models._published import PUBLISHED
 from posttrain.parallel.shares import Shares
 from posttrain.planning import remedies
+from posttrain.planning.cache_size import cache_bytes, encoding_bytes
 from posttrain.planning.counts import Counts
-from posttrain.planning.data import cache_bytes, known
+from posttrain.planning.data import known
 from posttrain.planning.gpus import custom, gpu
-from posttrain.planning.memory import Phase, Sizes, memory, moment_bytes
+from posttrain.planning.memory import Phase, memory
 from posttrain.planning.needs import evaluation_needs, stage_needs
-from posttrain.planning.outline import encoding_bytes
 from posttrain.planning.remedies import evaluation_remedies, stage_remedies
+from posttrain.planning.sizes import Sizes, Transformer, disk_bytes, moment_bytes, stage_sizes
 from posttrain.planning.tables import Budget, resources
 from posttrain.policy.activations import Checkpointing
 from posttrain.policy.tuning import Full
@@ -279,7 +280,7 @@ def test_the_phase_that_needs_most_counts():
 
 
 def test_moments_in_8_bits_take_a_quarter_but_for_small_tensors():
-    small, large = torch.nn.Parameter(torch.empty(4095)), torch.nn.Parameter(torch.empty(4096))
+    small, large = 4095, 4096
     assert moment_bytes("adamw", [small, large]) == 8 * 8191
     assert moment_bytes("adamw8bit", [small]) == 8 * 4095
     assert moment_bytes("adamw8bit", [large]) == 2 * 4096 + 8 * 16
@@ -288,13 +289,13 @@ def test_moments_in_8_bits_take_a_quarter_but_for_small_tensors():
 def test_micro_batch_auto_is_the_largest_power_of_two_that_fits():
     recipe = planned("sft", train="micro_batch: auto")
     counts = Counts(recipe.model, cuda=False)
-    assert need(recipe, counts=counts).found == 32
-    assert need(recipe, counts=counts, devices=3).found == 8  # 11 items on the first of 3
-    found = need(recipe, counts=counts, limit=105e6)
-    assert found.found == 8
-    assert found.memory == need(planned("sft", train="micro_batch: 8"), counts=counts).memory
-    assert need(recipe, counts=counts, limit=1).found == 1
-    assert need(planned("sft")).found is None
+    assert need(recipe, counts=counts).auto_micro_batch == 32
+    assert need(recipe, counts=counts, devices=3).auto_micro_batch == 8  # 11 items on the first of 3
+    chosen = need(recipe, counts=counts, limit=105e6)
+    assert chosen.auto_micro_batch == 8
+    assert chosen.memory == need(planned("sft", train="micro_batch: 8"), counts=counts).memory
+    assert need(recipe, counts=counts, limit=1).auto_micro_batch == 1
+    assert need(planned("sft")).auto_micro_batch is None
 
 
 def test_encoders_at_rest_are_on_the_device_only_while_they_work(sd35m_soar):
@@ -586,3 +587,23 @@ def test_every_shipped_recipe_has_a_size_and_a_shape():
         counts = Counts(recipe.model, cuda=True)
         assert counts.outline().transformer is not None
         assert all(known(stage.data, counts, stage.name).size[0] >= 64 for stage in recipe.stages)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("settings", [(), ("model.path=stabilityai/stable-diffusion-3.5-medium",)])
+def test_the_check_counts_what_the_plan_counts(tune, settings):
+    optimizer = "stages.only.train.optimizer=adamw8bit"
+    recipe = overridden(planned("flow_grpo", f"{{type: {tune}}}"), [*settings, optimizer])
+    (stage,), shapes = recipe.stages, recipe.model.transformer_shapes()
+    outline = Counts(recipe.model, cuda=True).outline(stage.tune)
+    by_shape = stage_sizes(recipe, stage, Transformer.from_shapes(recipe, stage, shapes))
+    assert by_shape == stage_sizes(recipe, stage, Transformer.from_module(outline.transformer))
+
+
+def test_a_checkpoint_has_weights_moments_ema_and_the_roles_that_move():
+    moving, reference = (
+        load_recipe(name, checks=False).stages[0] for name in ("sd35m-nft-ocr", "sd35m-grpo-ocr")
+    )
+    for stage, copies in ((moving, 2), (reference, 1)):  # NFT: EMA and old policy; GRPO: EMA
+        sizes = Sizes(trained=10, frozen=0, moments=80, roles=0)
+        assert disk_bytes(stage, sizes) == stage.train.keep_checkpoints * (40 * (1 + copies) + 80) + 40

@@ -19,7 +19,8 @@ from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
 from posttrain.policy import Policy
 from posttrain.policy.tuning import Full
-from posttrain.sampling.sampler import encode, flow_sampler
+from posttrain.sampling.prompts import encode
+from posttrain.sampling.sampler import flow_sampler
 from posttrain.support.randomness import Draws
 
 

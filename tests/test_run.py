@@ -14,7 +14,7 @@ from posttrain.engine.trainer import train
 from posttrain.errors import ModelError, PosttrainError, RecipeError, TrainingError
 from posttrain.policy import Policy
 from posttrain.recipe.file import load_recipe
-from posttrain.sampling.sampler import sample_images
+from posttrain.sampling.latents import sample_images
 from posttrain.stages.artifact import open_artifact
 
 CPU = torch.device("cpu")

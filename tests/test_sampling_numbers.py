@@ -12,16 +12,11 @@ from torch import nn
 from posttrain.errors import TrainingError
 from posttrain.policy import Policy
 from posttrain.policy import out_of_memory as memory
-from posttrain.sampling.sampler import (
-    FlowSampler,
-    encode,
-    flow_sampler,
-    hash_of,
-    prompt_noise,
-    sample_images,
-    sample_latents,
-)
+from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
+from posttrain.sampling.prompts import encode
+from posttrain.sampling.sampler import FlowSampler, flow_sampler
 from posttrain.support.randomness import generator
+from posttrain.weights.files import hash_of
 
 
 class Encoding(Linear):
@@ -89,7 +84,7 @@ def test_the_solver_is_the_one_named():
 
 
 def test_low_precision_copies_are_kept_from_step_to_step(monkeypatch):
-    entered, plain = [], Policy.steady
+    entered, plain = [], Policy.casts_kept
     monkeypatch.setattr(Policy, "casts_kept", lambda self: entered.append(self) or plain(self))
     policy = linear_policy()
     sample_latents(policy, conditions(), torch.tensor([1]), torch.zeros(1, *SHAPE), [1.0, 0.0], 1.0, "euler")

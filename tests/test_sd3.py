@@ -12,7 +12,8 @@ from posttrain.errors import ModelError
 from posttrain.models.sd3 import SD3
 from posttrain.policy import Policy
 from posttrain.policy.tuning import Full, Lora
-from posttrain.sampling.sampler import encode, prompt_noise, sample_images, sample_latents
+from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
+from posttrain.sampling.prompts import encode
 from posttrain.weights.transformer import LORA, adapter_state
 
 PROMPTS = ["a photo of a red circle", "a blue square"]

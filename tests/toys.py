@@ -14,7 +14,7 @@ from posttrain.parallel.single import Alone
 from posttrain.policy import Policy
 from posttrain.policy.layout import Layout
 from posttrain.reward import Scores
-from posttrain.sampling.sampler import encode
+from posttrain.sampling.prompts import encode
 from posttrain.scoring.judge import Judge
 from posttrain.support.randomness import Draws
 

@@ -1,4 +1,4 @@
-"""The command line: runs and recipes here, evaluations, rewards and the cache in modules of their own."""
+"""Defines ``posttrain`` with the commands for runs, recipes, samples and Shapes; adds the other commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from posttrain.cli.options import BaseOption, DebugOption, DeviceOption, RecipeA
 from posttrain.distributed.launch import CHILD
 
 app = typer.Typer(
-    help="Post-train rectified-flow text-to-image models: SFT, SOAR, Flow-GRPO, DiffusionNFT, and chains.",
+    help="Post-train rectified-flow text-to-image models by SFT, SOAR, Flow-GRPO, DiffusionNFT, or chains.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -26,20 +26,18 @@ recipes_app = typer.Typer(
     help="List, show or copy the recipes that come with posttrain.", no_args_is_help=False
 )
 shapes_app = typer.Typer(
-    help="The small world of coloured shapes that needs no download.", no_args_is_help=True
+    help="Make a data set of Shapes: rendered coloured shapes with captions.", no_args_is_help=True
 )
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(shapes_app, name="shapes")
-app.command("plan")(cli_plan.plan_resources)
-app.command("eval")(cli_eval.evaluate_model)
-app.command("compare")(cli_eval.compare_evaluations)
-cli_rewards.register(app)
-cli_cache.register(app)
 
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="A recipe's name, as 'posttrain recipes' lists it.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="A.B=C", help="Change a field, e.g. stages.soar.train.steps=100. Repeatable."
+        "--set",
+        metavar="A.B=C",
+        help="Set a field of the recipe, such as stages.soar.train.steps=100. Repeatable.",
     ),
 ]
 
@@ -48,13 +46,13 @@ SetOption = Annotated[
 def run(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    output: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="How many processes train, each on its GPU.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Number of processes, each on its own GPU.")] = 1,
     debug: DebugOption = False,
 ) -> None:
-    """Run a recipe's stages, evaluate them and write the report. Given again, it goes on where it stopped.
+    """Run a recipe: train its stages, evaluate them and write a report.
 
-    Under torchrun, accelerate launch or srun it is one of the processes that these started.
+    The same command resumes an interrupted run. It also works under torchrun, accelerate launch and srun.
     """
     del debug
     from posttrain.distributed.launch import share
@@ -66,7 +64,7 @@ def run(
     if nproc == 1:
         run_recipe(loaded, output, terminal())
         return
-    # what every process would say is said once
+    # check once here, not once in every process
     check_or_raise(loaded)
     check_processes(loaded, nproc)
     share(nproc)
@@ -77,19 +75,24 @@ def check(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     data: Annotated[
-        bool, typer.Option("--data", help="Also read every image, and list the bad ones.")
+        bool, typer.Option("--data", help="Also read every image and list the bad ones.")
     ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Validate a recipe and print what it would do, without loading a weight."""
+    """Validate a recipe and print what it would do, without loading weights."""
     del debug
-    from posttrain.planning.outline import plan, scan_data
+    from posttrain.planning.overview import overview
     from posttrain.recipe.file import load_recipe
 
     console, loaded = terminal(), load_recipe(recipe, overrides or ())
-    console.print(plan(loaded))
+    console.print(overview(loaded))
     if data:
+        from posttrain.planning.scan import scan_data
+
         scan_data(loaded, console)
+
+
+app.command("plan")(cli_plan.plan_resources)
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -108,7 +111,7 @@ def recipes_list(context: typer.Context) -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: str, debug: DebugOption = False) -> None:
+def recipes_show(name: NameArgument, debug: DebugOption = False) -> None:
     """Print a shipped recipe."""
     del debug
     from posttrain.recipe.file import recipe_text
@@ -118,11 +121,13 @@ def recipes_show(name: str, debug: DebugOption = False) -> None:
 
 @recipes_app.command("copy")
 def recipes_copy(
-    name: str,
-    target: Annotated[Path | None, typer.Argument(help="Where to; NAME.yaml by default.")] = None,
+    name: NameArgument,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="TARGET", help="A file or folder. Default: NAME.yaml.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Copy a shipped recipe to a file of yours."""
+    """Copy a shipped recipe to a file that you can edit."""
     del debug
     from posttrain.errors import PosttrainError
     from posttrain.recipe.file import recipe_text
@@ -131,27 +136,29 @@ def recipes_copy(
     if target.is_dir():
         target = target / f"{name}.yaml"
     if target.exists():
-        raise PosttrainError(f"{str(target)!r} exists; give another target")
+        raise PosttrainError(f"{str(target)!r} exists: give another target")
     target.write_text(text)
     terminal().print(f"wrote {target}; run it with: posttrain run {target}", highlight=False)
 
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="A stage's folder, a diffusers folder, or a hub name.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw. Repeatable.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A stage's folder, a diffusers folder, or a hub name.")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="The prompt. Repeatable.")],
     output: Annotated[Path, typer.Option(help="The folder for the images.")] = Path("samples"),
-    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,
-    resolution: Annotated[int, typer.Option(min=8, help="Side in pixels.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 40,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 4.5,
+    images: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
+    resolution: Annotated[int, typer.Option(min=8, help="Side of the images in pixels.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 40,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 4.5,
     solver: Annotated[str, typer.Option(help="euler, dpm1 or dpm2.")] = "euler",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     base: BaseOption = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
-    """Draw images and a grid of them."""
+    """Sample images for prompts and write them with a grid."""
     del debug
     from posttrain.stages.samples import SampleSettings, draw
 
@@ -162,13 +169,13 @@ def sample(
 
 @shapes_app.command("build")
 def shapes_build(
-    folder: Annotated[Path, typer.Argument(help="Where to write the data set.")],
-    images: Annotated[int, typer.Option(min=1, help="How many images.")] = 2000,
-    seed: int = 0,
-    style: Annotated[str, typer.Option(help="clean, or web: noisy captions and clutter.")] = "clean",
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the data set.")],
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    style: Annotated[str, typer.Option(help="clean, or web (wrong captions and clutter).")] = "clean",
     debug: DebugOption = False,
 ) -> None:
-    """Render images with captions (train.jsonl, images/) and GenEval-format metadata (metadata.jsonl)."""
+    """Render images (images/) with captions (train.jsonl) and GenEval-format metadata (metadata.jsonl)."""
     del debug
     from posttrain.errors import PosttrainError
     from posttrain.shapes.dataset import build
@@ -180,19 +187,27 @@ def shapes_build(
     terminal().print(f"wrote {images} images to {folder}", highlight=False)
 
 
+app.command("eval")(cli_eval.evaluate_model)
+app.command("compare")(cli_eval.compare_evaluations)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(shapes_app, name="shapes")
+cli_rewards.register(app)
+cli_cache.register(app)
+
+
 def main() -> None:
-    """Run the command line: errors of the user's making are one message and exit code 1."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # torchvision's absence is not news to anyone
+    """Run the command line. An error that the user can correct is one message and exit code 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that torchvision is missing
     debug = "--debug" in sys.argv
     try:
         app()
     except (KeyboardInterrupt, SystemExit) as stop:
-        # typer makes an exit with code 130 of Ctrl-C
+        # typer turns Ctrl-C into an exit with code 130
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
         if CHILD in os.environ:
-            sys.exit(130)  # and the one that started this says it
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+            sys.exit(130)  # the process that started this one prints the message
+        _fail("interrupted; the same command resumes from the last checkpoint", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

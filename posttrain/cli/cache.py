@@ -1,4 +1,4 @@
-"""The command ``posttrain cache``: what is kept of encoded prompts and images, and to remove it."""
+"""Defines ``posttrain cache``, which shows or clears the cached encodings of prompts and images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import typer
 from posttrain.cli.options import DebugOption, terminal
 
 cache_app = typer.Typer(
-    help="Show or clear what is kept of encoded prompts and images.", no_args_is_help=False
+    help="Show or clear the cached encodings of prompts and images.", no_args_is_help=False
 )
-PathOption = Annotated[
-    Path | None, typer.Option(help="The folder, where a recipe's cache.path names another than the default.")
-]
+PathOption = Annotated[Path | None, typer.Option(help="The cache's folder, if a recipe sets cache.path.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 @cache_app.callback(invoke_without_command=True)
 def cache_list(context: typer.Context, path: PathOption = None) -> None:
-    """Show the cache: what is kept, how much room it takes, and when it was last used."""
+    """Show what is cached, its size, and when it was last used."""
     if context.invoked_subcommand is not None:
         return
     from rich.table import Table
@@ -34,7 +32,7 @@ def cache_list(context: typer.Context, path: PathOption = None) -> None:
 
     stores = contents(root := _root(path))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("kept", "dtype", "device", "size", "used"):
+    for column in ("store", "dtype", "device", "size", "used"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for kept in stores:
         device = str(kept.about.get("numerics", {}).get("device", "?"))
@@ -48,7 +46,7 @@ def cache_list(context: typer.Context, path: PathOption = None) -> None:
 
 @cache_app.command("clear")
 def cache_clear(path: PathOption = None, debug: DebugOption = False) -> None:
-    """Remove everything that is kept; runs encode it again when they need it."""
+    """Remove all cached encodings. Runs encode again what they need."""
     del debug
     from posttrain.cache.contents import clear
     from posttrain.support.wording import short

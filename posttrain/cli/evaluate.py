@@ -1,4 +1,4 @@
-"""``posttrain eval`` and ``compare``: how good is a model, and is it better than another?"""
+"""Defines ``posttrain eval``, which scores a model's images, and ``compare``, which compares evaluations."""
 
 from __future__ import annotations
 
@@ -13,32 +13,39 @@ from posttrain.cli.options import BaseOption, DebugOption, DeviceOption, termina
 
 def evaluate_model(
     model: Annotated[
-        str, typer.Argument(help="A stage's folder or checkpoint, a diffusers folder, or a hub name.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A stage's folder or checkpoint, a diffusers folder, or a hub name."
+        ),
     ],
     suite: Annotated[
         str | None, typer.Option(help="A published evaluation: geneval, ocr, pickscore or drawbench.")
     ] = None,
     like: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="Take the settings of its evaluation.")
+        str | None, typer.Option(metavar="RECIPE", help="Use the evaluation settings of this recipe.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="A text file, one prompt a line, or GenEval-format JSONL.")
+        str | None, typer.Option(help="A text file with one prompt a line, or GenEval-format JSONL.")
     ] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="What to score with. Repeatable.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="A reward to score with. Repeatable.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A=B", help="A field of the evaluation, e.g. steps=20."),
+        typer.Option(
+            "--set", metavar="A=B", help="Set a field of the evaluation, such as steps=20. Repeatable."
+        ),
     ] = None,
     base: BaseOption = None,
-    weights: Annotated[str | None, typer.Option(help="Of a checkpoint: ema or raw.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write; runs/eval-MODEL by default.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="How many share the work, each on its GPU.")] = 1,
+    weights: Annotated[str | None, typer.Option(help="Which weights of a checkpoint: ema or raw.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write. Default: runs/eval-MODEL.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes, each on its own GPU.")] = 1,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
-    """Sample prompts, score the images, and write records, result card and images.
+    """Sample images for prompts, score them, and write records, a result card and the images.
 
-    Given again, it goes on where it stopped.
+    The same command resumes an interrupted evaluation.
     """
     del debug
     from posttrain.distributed.launch import CHILD, place, share
@@ -53,23 +60,28 @@ def evaluate_model(
         raise PosttrainError(f"--weights: {weights!r} is neither 'ema' nor 'raw'")
     console = terminal()
     settings = evaluation_settings(suite, like, prompts, reward or (), overrides or ())
-    parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
-    name = "-".join(["eval", *parts[-2:], *([suite] if suite else [])])
-    target = output or Path("runs") / name
-    rank, world = place()
+    target = output or Path("runs") / _default_name(model, suite)
+    rank, world_size = place()
     if processes > 1:
         if device.startswith("cuda:"):
-            raise PosttrainError(f"--device {device} is one GPU, and each process has its own: give 'cuda'")
+            raise PosttrainError(f"--device {device} is one GPU, but each process needs its own: give 'cuda'")
         share(processes)
     set_tf32(False)
-    sampler, found = open_sampler(model, resolve(device), settings, base, weights)
+    sampler, weights_used = open_sampler(model, resolve(device), settings, base, weights)
     card = evaluate(
-        sampler, settings, target, name=target.name, weights=found, console=console, rank=rank, world=world
+        sampler,
+        settings,
+        target,
+        name=target.name,
+        weights=weights_used,
+        console=console,
+        rank=rank,
+        world=world_size,
     )
     if CHILD in os.environ:
         return
     if card is None:
-        console.print(f"other processes are still at it; the last one writes {target}", highlight=False)
+        console.print(f"other processes are still at work; the last one writes {target}", highlight=False)
         return
     console.print(card_table(target.name, card))
     console.print(f"records, result card and images: {target}", highlight=False)
@@ -77,13 +89,18 @@ def evaluate_model(
 
 def compare_evaluations(
     evaluations: Annotated[
-        list[Path], typer.Argument(metavar="A B [C...]", help="Folders of evaluations, or of stages.")
+        list[Path], typer.Argument(metavar="A B [C...]", help="Folders of evaluations or of stages.")
     ],
-    output: Annotated[Path | None, typer.Option(help="Write a page with the images side by side.")] = None,
-    prompts: Annotated[int, typer.Option(min=0, help="How many prompts the page shows.")] = 24,
+    output: Annotated[
+        Path | None, typer.Option(help="Write an HTML page with the images side by side.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="Number of prompts on the page.")] = 24,
     debug: DebugOption = False,
 ) -> None:
-    """Compare evaluations on the samples that they share: differences from A, with 95 % intervals."""
+    """Compare evaluations on the samples that they share.
+
+    Prints the differences from A with 95 % intervals.
+    """
     del debug
     from posttrain.evaluation.compare import compare_table, load, write_page
 
@@ -95,3 +112,9 @@ def compare_evaluations(
     if output is not None:
         write_page(loaded, output, prompts)
         console.print(f"page: {output}", highlight=False)
+
+
+def _default_name(model: str, suite: str | None) -> str:
+    """``eval-RUN-STAGE-SUITE``, from the last two folders of the model's path."""
+    folders = [part for part in Path(model).parts if part not in ("/", ".", "..", "final")]
+    return "-".join(["eval", *folders[-2:], *([suite] if suite else [])])

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the console that they print on."""
+"""Holds the options that several commands share, and the console on which commands print."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
+    str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.")
 ]
-BaseOption = Annotated[str | None, typer.Option(help="The model a LoRA belongs to, if not the one it names.")]
+BaseOption = Annotated[
+    str | None, typer.Option(help="Base model of a LoRA. Default: the one that the LoRA names.")
+]
 
 
 def terminal() -> Console:
-    """What commands print on; rich is only imported by those that print."""
+    """The console on which commands print. Only commands that print import rich."""
     from rich.console import Console
 
     return Console()

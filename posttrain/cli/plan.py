@@ -1,4 +1,4 @@
-"""``posttrain plan``: what a recipe needs, before anything is bought, fetched or run."""
+"""Defines ``posttrain plan``, which counts memory, time and disk of a recipe before it runs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ from posttrain.cli.options import DebugOption, RecipeArgument, terminal
 def plan_resources(
     recipe: RecipeArgument,
     gpu: Annotated[
-        str | None, typer.Option(help='Such as "H100 80GB"; by default this machine is planned for.')
+        str | None, typer.Option(help='The GPU, such as "H100 80GB". Default: this machine.')
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
-    memory: Annotated[str | None, typer.Option(help="Of a GPU that has no name here, such as 48GB.")] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.001, help="Its dense bf16 TFLOP/s.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of a GPU that --gpu does not know, such as 48GB.")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="Dense bf16 TFLOP/s of that GPU.")] = None,
     mfu: Annotated[
-        float | None, typer.Option(min=0.001, max=1, help="Share of the peak that is sustained; 0.4.")
+        float | None,
+        typer.Option(
+            min=0.001, max=1, help="Fraction of the peak throughput that is sustained. Default: 0.4."
+        ),
     ] = None,
     measured: Annotated[
-        Path | None, typer.Option(help="Take the MFU from what a benchmark wrote with --output.")
+        Path | None, typer.Option(help="Read the MFU from a file that a benchmark wrote with --output.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Change a field of the recipe. Repeatable."),
+        typer.Option("--set", metavar="A.B=C", help="Set a field of the recipe. Repeatable."),
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Count memory, time and disk of a recipe on given GPUs, and say what would make it fit."""
+    """Count the memory, time and disk that a recipe needs on given GPUs.
+
+    If a stage does not fit, list the settings with which it would.
+    """
     del debug
     from posttrain.errors import PosttrainError
     from posttrain.planning.gpus import custom, here
-    from posttrain.planning.gpus import gpu as known
+    from posttrain.planning.gpus import gpu as known_gpu
     from posttrain.planning.tables import ASSUMED_MFU, Budget, resources
     from posttrain.recipe.file import load_recipe
     from posttrain.stages.processes import check_processes
@@ -42,24 +50,24 @@ def plan_resources(
     if (memory is None) != (tflops is None):
         raise PosttrainError("--memory and --tflops describe a GPU together: give both, or --gpu NAME")
     if memory is not None and gpu is not None:
-        raise PosttrainError("--gpu and --memory both say what to plan for: give one of them")
+        raise PosttrainError("--gpu and --memory both name the GPU to plan for: give one of them")
     if mfu is not None and measured is not None:
-        raise PosttrainError("--mfu and --measured both say how fast it is: give one of them")
+        raise PosttrainError("--mfu and --measured both set the MFU: give one of them")
     loaded = load_recipe(recipe, overrides or (), checks=False)
     check_processes(loaded, gpus)
     if memory is not None and tflops is not None:
         device = custom(memory, tflops)
     else:
-        device = here() if gpu is None else known(gpu)
-    share, source = (ASSUMED_MFU, "assumed") if mfu is None else (mfu, "given")
+        device = here() if gpu is None else known_gpu(gpu)
+    mfu_value, source = (ASSUMED_MFU, "assumed") if mfu is None else (mfu, "given")
     if measured is not None:
-        share, source = _measured(measured), f"measured, {measured}"
+        mfu_value, source = _measured(measured), f"measured, {measured}"
     cuda = "CPU" not in device.name
-    terminal().print(resources(loaded, Budget(device, gpus, share, source, loaded.tf32), cuda=cuda))
+    terminal().print(resources(loaded, Budget(device, gpus, mfu_value, source, loaded.tf32), cuda=cuda))
 
 
 def _measured(file: Path) -> float:
-    """The MFU in a benchmark's result."""
+    """The MFU in the file that a benchmark wrote. Raises PosttrainError if there is none."""
     import json
 
     from posttrain.errors import PosttrainError

@@ -1,4 +1,4 @@
-"""The commands about rewards: ``posttrain rewards | score | serve-reward``."""
+"""Defines the commands about rewards: ``posttrain rewards``, ``score`` and ``serve-reward``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import typer
 from posttrain.cli.options import DebugOption, DeviceOption, terminal
 
 rewards_app = typer.Typer(
-    help="List the rewards with what they need, or fetch their weights.", no_args_is_help=False
+    help="List the rewards and their requirements, or download their weights.", no_args_is_help=False
 )
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="A=B",
-        help="A field of the reward, or NAME.FIELD=VALUE of one of several. Repeatable.",
+        help="Set a field of the reward; with several rewards, NAME.FIELD=VALUE. Repeatable.",
     ),
 ]
 
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 @rewards_app.callback(invoke_without_command=True)
 def rewards_list(context: typer.Context) -> None:
-    """List the rewards: range, weights, licence, and whether all that they need is here."""
+    """List the rewards with range, weights, licence, and whether they can run on this machine."""
     if context.invoked_subcommand is not None:
         return
     from posttrain.scoring.catalogue import listing
@@ -42,10 +42,15 @@ def rewards_list(context: typer.Context) -> None:
 
 @rewards_app.command("fetch")
 def rewards_fetch(
-    name: Annotated[str, typer.Argument(help="A reward's name, as 'posttrain rewards' lists it.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A reward's name, as 'posttrain rewards' lists it.")
+    ],
     debug: DebugOption = False,
 ) -> None:
-    """Download a reward's weights into the hub's cache, going on after a cut, and check their hashes."""
+    """Download a reward's weights into the hub's cache and check their hashes.
+
+    The same command resumes an interrupted download.
+    """
     del debug
     from posttrain.scoring.catalogue import fetch
 
@@ -59,35 +64,38 @@ def rewards_fetch(
 
 def score(
     images: Annotated[
-        list[Path] | None, typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")
+        list[Path] | None, typer.Argument(metavar="IMAGES...", help="Image files, or folders of images.")
     ] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="What to score with. Repeatable.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="A reward to score with. Repeatable.")] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A text file, one prompt an image; or GenEval-format JSONL, 'image' names the file."
+            help="A text file with one prompt an image, or GenEval-format JSONL with an 'image' field."
         ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt of all images.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all images.")] = None,
     overrides: SetOption = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write the scores: JSONL.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    output: Annotated[Path | None, typer.Option(help="The JSONL file to write the scores to.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are scored at once.")] = 16,
     conformance: Annotated[
         bool,
-        typer.Option("--conformance", help="Score fixed images instead, to compare machines; writes JSON."),
+        typer.Option("--conformance", help="Score fixed images, to compare machines; writes JSON."),
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="With --conformance: compare with this file; differences are an error."),
+        typer.Option(help="With --conformance: compare with this file and fail if scores differ."),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(min=0, help="With --against: how far scores may be apart (of 1, or of their size)."),
+        typer.Option(min=0, help="With --against: largest difference, relative for scores above 1."),
     ] = 1e-5,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
-    """Score images on disk: means with intervals, and with --output a line for each image."""
+    """Score images on disk and print the means with intervals.
+
+    With --output, also write one line for each image.
+    """
     del debug
     from posttrain.errors import PosttrainError
     from posttrain.recipe.file import chosen_rewards
@@ -106,7 +114,7 @@ def score(
     from posttrain.scoring.folder import found_images, score_files, with_prompts
 
     if not images:
-        raise PosttrainError("say which images to score: files, or folders of them")
+        raise PosttrainError("say which images to score: files or folders")
     items = with_prompts(found_images(images), prompts, prompt, rewards)
     records = score_files(items, rewards, resolve(device), batch_size)
     if output is not None:
@@ -117,23 +125,24 @@ def score(
 
 
 def serve_reward(
-    name: Annotated[str, typer.Argument(help="A reward's name, or module:function.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward's name, or module:function.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")],
     host: Annotated[
-        str, typer.Option(help="Where to listen; others can reach all but loopback.")
+        str, typer.Option(help="The address to listen on. Other machines reach any but loopback.")
     ] = "127.0.0.1",
     token_env: Annotated[
-        str | None, typer.Option(metavar="VAR", help="The environment variable with the token to ask for.")
+        str | None,
+        typer.Option(metavar="VAR", help="The environment variable that holds the clients' token."),
     ] = None,
-    max_mb: Annotated[int, typer.Option(min=1, help="The largest request, in units of 1000000 bytes.")] = 256,
+    max_mb: Annotated[int, typer.Option(min=1, help="Largest request in MB (1000000 bytes).")] = 256,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images of waiting requests to score together.")
+        int, typer.Option(min=1, help="Images of waiting requests that are scored together.")
     ] = 64,
     overrides: SetOption = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
-    """Serve a reward over HTTP, for recipes with 'type: remote'."""
+    """Serve a reward over HTTP, for recipes that use a reward of type remote."""
     del debug
     import os
     from importlib.util import find_spec
@@ -148,7 +157,7 @@ def serve_reward(
 
     token = None if token_env is None else os.environ.get(token_env)
     if token_env is not None and not token:
-        raise PosttrainError(f"--token-env: there is no environment variable {token_env!r}, or it is empty")
+        raise PosttrainError(f"--token-env: the environment variable {token_env!r} is missing or empty")
     check_exposure(host, token)
     (reward,) = chosen_rewards([name], overrides or ())
     set_tf32(False)
@@ -162,24 +171,25 @@ def serve_reward(
 
 
 def _conform(rewards, device, output: Path | None, against: Path | None, tolerance: float) -> None:
+    """Score the fixed images of the conformance test, write the scores, and compare them with ``against``."""
     from posttrain.errors import PosttrainError, RewardError
     from posttrain.scoring.conformance import conformance, differences, read
 
     if len(rewards) != 1:
-        raise PosttrainError("--conformance is of one reward at a time")
-    there = None if against is None else read(against)
-    here = conformance(rewards[0], device)
-    text = json.dumps(here, indent=1) + "\n"
+        raise PosttrainError(f"--conformance takes one reward at a time, not {len(rewards)}")
+    expected = None if against is None else read(against)
+    scored = conformance(rewards[0], device)
+    text = json.dumps(scored, indent=1) + "\n"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
-    elif there is None:
+    elif expected is None:
         typer.echo(text, nl=False)
-    if there is not None:
-        if found := differences(here, there, tolerance):
-            raise RewardError(f"{here['reward']} differs from {against}:\n  " + "\n  ".join(found))
+    if expected is not None:
+        if problems := differences(scored, expected, tolerance):
+            raise RewardError(f"{scored['reward']} differs from {against}:\n  " + "\n  ".join(problems))
         terminal().print(
-            f"{here['reward']}: {len(here['cases'])} scores as in {against}, to {tolerance:g}",
+            f"{scored['reward']}: {len(scored['cases'])} scores as in {against}, to {tolerance:g}",
             highlight=False,
             soft_wrap=True,
         )

@@ -20,7 +20,7 @@ from posttrain.data.settings import Images, PromptData, ShapesData
 from posttrain.distributed.world import ALONE, World
 from posttrain.model import FlowModel
 from posttrain.reward import Reward
-from posttrain.sampling.sampler import encode
+from posttrain.sampling.prompts import encode
 from posttrain.support.randomness import Draws
 
 

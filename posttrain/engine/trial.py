@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posttrain.condition import Conditions
-from posttrain.sampling.sampler import encode
+from posttrain.sampling.prompts import encode
 from posttrain.support.device import peak_memory, reset_peak_memory, synchronize
 
 if TYPE_CHECKING:

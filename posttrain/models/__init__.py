@@ -1,1 +1,1 @@
-"""Model families, one file each; every module here is found by discovery."""
+"""Model families, one file each. Discovery finds every module here whose name has no underscore in front."""

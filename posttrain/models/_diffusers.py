@@ -1,4 +1,4 @@
-"""Recipe blocks of diffusers pipelines that can be trained: what all families share.
+"""Defines the base class of the recipe blocks of trainable diffusers pipelines.
 
 A family in diffusers' folder format is two short classes (see :mod:`posttrain.models.sd3`):
 
@@ -32,30 +32,32 @@ class DiffusersModel(Model, ABC):
     """A diffusers pipeline whose ``transformer`` can be trained."""
 
     flow: ClassVar[Callable[..., FlowModel]]
-    """What the family loads."""
+    """The class of the loaded model."""
     optional: ClassVar[frozenset[str]] = frozenset()
-    """Components that a folder may lack. diffusers wants to be told of each."""
+    """Components that a folder may lack. diffusers must be told which ones it lacks."""
+    buffers: ClassVar[frozenset[str]] = frozenset()
+    """Tensors in the transformer's file that are not parameters, so never trained."""
     packing: ClassVar[int] = 1
-    """Latents whose sides the transformer packs into one token before it cuts patches (FLUX: 2)."""
+    """Side of the square of latents that becomes one token before patches are cut (FLUX: 2)."""
 
     path: str = Field(min_length=1)
     """A diffusers folder, a hub name such as ``stabilityai/stable-diffusion-3.5-medium``, or
-    ``posttrain/tiny-sd3``, the small model of the Shapes world that comes with the package."""
+    ``posttrain/tiny-sd3``, the small Shapes model that comes with the package."""
     revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
+    """A branch, tag or commit of the hub repository."""
     dtype: DtypeName = "fp32"
-    """Of the text encoders, and of the transformer where it is frozen (LoRA). The VAE is always fp32."""
+    """Precision of the text encoders, and of a frozen transformer (LoRA). The VAE is always fp32."""
     offload: bool = False
-    """Keep the text encoders and the VAE in the CPU's memory, and on the device only while they work.
-    Encoders whose outputs are cached leave the device in any case."""
+    """Keep the text encoders and the VAE in the CPU's memory and move them to the device only while they
+    work. Encoders whose outputs are cached are always moved off the device."""
 
     def left_out(self) -> frozenset[str]:
-        """Components that this block says not to load."""
+        """The components that this block switches off."""
         return frozenset()
 
     def encoding_settings(self) -> dict[str, Any]:
-        """The fields that change a prompt's encoding, for the name of its cache; all of the family's own by
-        default."""
+        """The fields that change a prompt's encoding; the cache's name depends on them. By default, all
+        fields of the family's own."""
         own = type(self).model_fields.keys() - DiffusersModel.model_fields.keys()
         return self.model_dump(mode="json", include=set(own))
 
@@ -80,12 +82,12 @@ class DiffusersModel(Model, ABC):
     def outline_of(
         self, configs: Configs, transformer_dtype: DtypeName, device: torch.device
     ) -> FlowModel | None:
-        """As :meth:`outline`, for components of other configurations than those at ``path``."""
+        """As :meth:`outline`, but with the components' configurations given."""
         absent = self.left_out() | self.optional
         kept = {name: config for name, config in configs.items() if name not in self.left_out()}
         with quiet():
             pipeline = outlined(self.pipelines[0], kept, absent, self._dtypes(transformer_dtype), device)
-        settled = self.model_copy(update={"offload": False})  # there is nothing to keep elsewhere
+        settled = self.model_copy(update={"offload": False})  # an outline has no weights to offload
         return None if pipeline is None else self.flow(settled, pipeline, Path(self.path), device)
 
     def frozen_dtype(self) -> DtypeName:
@@ -107,14 +109,15 @@ class DiffusersModel(Model, ABC):
 
     @classmethod
     def divisor_of(cls, transformer: Any, factor: int) -> int:
-        """The pixels that image sides must be multiples of, for the configuration of a transformer and the
-        autoencoder's compression of a side."""
+        """The number of pixels that image sides must be multiples of. ``transformer`` is its configuration;
+        one latent stands for ``factor`` x ``factor`` pixels."""
         return factor * cls.packing * (transformer.get("patch_size") or 1)
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         if (folder := pipeline_folder.local_folder(self.path)) is None:
             return super().transformer_shapes()
-        return header_shapes(folder / "transformer")
+        shapes = header_shapes(folder / "transformer")
+        return {name: shape for name, shape in shapes.items() if name not in self.buffers}
 
     def _dtypes(self, transformer_dtype: DtypeName) -> dict[str, torch.dtype]:
         names: dict[str, DtypeName] = {"default": self.dtype, "vae": "fp32", "transformer": transformer_dtype}
@@ -122,8 +125,8 @@ class DiffusersModel(Model, ABC):
 
 
 def compression(vae: Any) -> int:
-    """How many pixels of a side become one latent, from the autoencoder's configuration. Raises ModelError
-    for one that says nothing of it."""
+    """How many pixels of a side become one latent, from the autoencoder's configuration. Raises ModelError if
+    the configuration does not tell."""
     for name, extra in (
         ("encoder_block_out_channels", 1),
         ("block_out_channels", 1),

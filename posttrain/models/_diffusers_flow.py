@@ -1,7 +1,7 @@
-"""Loaded diffusers pipelines that can be trained: what all families share.
+"""Defines the base class of loaded, trainable diffusers pipelines.
 
-A family writes :meth:`DiffusersFlowModel.encode` and :meth:`DiffusersFlowModel.velocity`. It overrides what
-its pipeline does in another way: ``scaled`` and ``unscaled`` (latents), ``posterior``, ``sigmas``.
+A family writes :meth:`DiffusersFlowModel.encode` and :meth:`DiffusersFlowModel.velocity`. It overrides
+``scaled`` and ``unscaled`` (latents), ``posterior`` or ``sigmas`` if its pipeline differs there.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
     from posttrain.condition import Condition
 
-PROMPTS_AT_ONCE = 8
-"""Every call of the text encoders has this many rows, short ones filled up with the empty prompt: kernels are
-chosen by the number of rows, and would give a prompt other last bits in a batch of another size."""
-IMAGES_AT_ONCE, PIXELS_AT_ONCE = 8, 512 * 512
-"""Every call of the image encoder has as many images as these allow, at least one, and short ones are filled
-up with grey: for the same reason, and because a whole training batch would need much memory here."""
+PROMPT_BATCH = 8
+"""Rows in every call of the text encoders; the empty prompt fills up a short batch. The number of rows
+decides which kernels run, and other kernels change a prompt's last bits."""
+IMAGE_BATCH, PIXEL_BATCH = 8, 512 * 512
+"""Most images, and most pixels, in every call of the image encoder (at least one image); grey images fill up
+a short batch. The reason is the same, and a whole training batch would need too much memory."""
 PIXELS = 2**20
-"""The decoder works on this many at a time, 4 images of 512 px: in float32 it needs more memory for an
-image than the transformer, and is no faster on more of them."""
+"""Pixels that the decoder works on at a time: 4 images of 512 px. In float32 it needs more memory for an
+image than the transformer does, and a larger batch is no faster."""
 
 
 class Block(Protocol):
-    """What a loaded pipeline asks of the recipe's block, which is a DiffusersModel."""
+    """The members of the recipe's block (a DiffusersModel) that a loaded pipeline uses."""
 
     @property
     def offload(self) -> bool: ...
@@ -50,8 +50,8 @@ class DiffusersFlowModel(FlowModel):
     """A loaded diffusers pipeline."""
 
     def __init__(self, spec: Block, pipeline: Any, source: Path, device: torch.device) -> None:
-        """``spec`` loaded the ``pipeline`` from the folder ``source``. Raises ModelError where its components
-        do not fit together."""
+        """Wrap the ``pipeline`` that ``spec`` loaded from the folder ``source``. Raises ModelError if its
+        components do not fit together."""
         super().__init__(pipeline.transformer, device)
         self.spec: Any = spec
         """The recipe's block, with the family's own fields."""
@@ -76,11 +76,11 @@ class DiffusersFlowModel(FlowModel):
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Condition:
-        """The condition of ``prompts``, of which there are always PROMPTS_AT_ONCE, by one call of the
-        pipeline. The text encoders are on the device."""
+        """The condition of exactly PROMPT_BATCH ``prompts``, from one call of the pipeline. The text
+        encoders are on the device."""
 
     def check(self) -> None:
-        """Raise ModelError where the pipeline's components do not fit together."""
+        """Raise ModelError if the pipeline's components do not fit together."""
 
     def scaled(self, latents: Tensor) -> Tensor:
         """The autoencoder's ``latents`` (n, c, h, w) as the transformer takes them."""
@@ -103,27 +103,27 @@ class DiffusersFlowModel(FlowModel):
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         import torch
 
-        texts, parts = list(prompts), []
+        texts, conditions = list(prompts), []
         with torch.no_grad(), quiet(), self.encoders["prompts"].working():
-            for i in range(0, len(texts), PROMPTS_AT_ONCE):
-                part = texts[i : i + PROMPTS_AT_ONCE]
-                encoded = self.encode(part + [""] * (PROMPTS_AT_ONCE - len(part)))
-                parts.append({name: tensor[: len(part)] for name, tensor in encoded.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for i in range(0, len(texts), PROMPT_BATCH):
+                batch = texts[i : i + PROMPT_BATCH]
+                encoded = self.encode(batch + [""] * (PROMPT_BATCH - len(batch)))
+                conditions.append({name: tensor[: len(batch)] for name, tensor in encoded.items()})
+        return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         import torch
 
         height, width = pixels.shape[-2:]
-        at_once = max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+        at_once = max(1, min(IMAGE_BATCH, PIXEL_BATCH // (height * width)))
         none = torch.empty(0, *self.latent_shape(height, width), device=self.device)
         mean, logvar = [none], [none]
         with torch.no_grad(), self.encoders["images"].working():
-            for part in pixels.to(self.device, torch.float32).split(at_once) if len(pixels) else ():
-                full = torch.cat([part, part.new_zeros(at_once - len(part), 3, height, width)])
+            for images in pixels.to(self.device, torch.float32).split(at_once) if len(pixels) else ():
+                full = torch.cat([images, images.new_zeros(at_once - len(images), 3, height, width)])
                 posterior = self.vae.encode(full).latent_dist
-                mean.append(posterior.mean[: len(part)])
-                logvar.append(posterior.logvar[: len(part)])
+                mean.append(posterior.mean[: len(images)])
+                logvar.append(posterior.logvar[: len(images)])
         return torch.cat(mean), torch.cat(logvar)
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ class DiffusersFlowModel(FlowModel):
 
         pixels = latents.shape[-1] * latents.shape[-2] * self.factor**2
         with torch.no_grad(), self.encoders["images"].working():
-            parts = self.unscaled(latents.float()).split(max(1, PIXELS // pixels))
-            images = torch.cat([self.vae.decode(part).sample for part in parts])
+            batches = self.unscaled(latents.float()).split(max(1, PIXELS // pixels))
+            images = torch.cat([self.vae.decode(batch).sample for batch in batches])
             return (images / 2 + 0.5).clamp(0, 1)
 
     def identity(self, encoder: EncoderName) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class DiffusersFlowModel(FlowModel):
         return self.encoders[encoder].modules
 
     def text_encoders(self) -> list[Any]:
-        """The text encoders that the pipeline has, by name."""
+        """The pipeline's text encoders, in the order of their names."""
         return [getattr(self.pipeline, n) for n in sorted(self._components()) if n.startswith("text_encoder")]
 
     def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
@@ -174,7 +174,7 @@ class DiffusersFlowModel(FlowModel):
             return super().load_weights(source, merge)
         with quiet(), explained(str(source / LORA)):
             name = next_adapter(self.transformer)
-            # the pipeline reads other tools' formats too
+            # diffusers' loader also reads the formats of other tools
             self.pipeline.load_lora_weights(str(source), adapter_name=name)
             if merge:
                 self.transformer.fuse_lora(adapter_names=[name])
@@ -182,12 +182,12 @@ class DiffusersFlowModel(FlowModel):
         return None
 
     def _components(self) -> set[str]:
-        return {name for name, part in self.pipeline.components.items() if part is not None}
+        return {name for name, component in self.pipeline.components.items() if component is not None}
 
 
 def _mu(config: Any, tokens: int) -> float:
-    """The log of the dynamic shift for images of so many tokens, linear between the configured sizes (as
-    ``calculate_shift`` in diffusers' pipelines)."""
+    """The logarithm of the dynamic shift for images of so many ``tokens``: linear between the configured
+    sizes, as ``calculate_shift`` in diffusers' pipelines."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (most - base) / (high - low)

@@ -1,7 +1,7 @@
 """Builds a diffusers pipeline from configurations alone, with random or no weights.
 
-On torch's meta device it takes no memory, so a plan can count it. Its tokenizers are stand-ins that number a
-word by a hash of it.
+On torch's meta device it takes no memory, so a plan can count it. Its tokenizers are stand-ins: the number of
+a word is a hash of it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
     import torch
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""Component -> its configuration; see :data:`posttrain.models._published.PUBLISHED`."""
-LAST = {"scheduler": "scheduler_config.json"}
-"""Components whose configuration is not called ``config.json``."""
+"""The configuration of each component, as in :data:`posttrain.models._published.PUBLISHED`."""
+CONFIG_FILES = {"scheduler": "scheduler_config.json"}
+"""The configuration files that are not called ``config.json``."""
 
 
 def configs_at(path: str) -> Configs | None:
-    """The configurations of the pipeline at ``path``, from this machine or as published; None if unknown."""
+    """The configurations of the pipeline at ``path``: those on this machine, else the published ones, else
+    None."""
     folder = pipeline_folder.local_folder(path)
     if folder is None or not (folder / "model_index.json").is_file():
         return PUBLISHED.get(path)
     names = pipeline_folder.components(folder)
-    found = {n: c for n in names if (c := pipeline_folder.config(path, n, LAST.get(n, "config.json")))}
-    return found if {"transformer", "vae"} <= found.keys() else PUBLISHED.get(path)
+    configs = {
+        n: c for n in names if (c := pipeline_folder.config(path, n, CONFIG_FILES.get(n, "config.json")))
+    }
+    return configs if {"transformer", "vae"} <= configs.keys() else PUBLISHED.get(path)
 
 
 def outlined(
@@ -40,8 +43,11 @@ def outlined(
     dtypes: Mapping[str, torch.dtype],
     device: torch.device,
 ) -> Any | None:
-    """The diffusers pipeline of class ``pipeline``, its components on ``device``, in ``dtypes`` by name or
-    ``default``; None where a component has no configuration and is not one that may be ``absent``."""
+    """The diffusers pipeline of class ``pipeline`` with its components on ``device``.
+
+    ``dtypes`` gives the precision of a component, with ``default`` for the others. Returns None if a
+    component has no configuration and may not be ``absent``.
+    """
     import diffusers
     import torch
 
@@ -65,7 +71,7 @@ def outlined(
 
 
 def _component(config: dict[str, Any], types: Sequence[Any]) -> Any:
-    """A component of the class that its configuration names, or of the first that the pipeline takes."""
+    """A component of the class that its configuration names; by default, of the first class in ``types``."""
     import diffusers
     import transformers
 
@@ -82,7 +88,7 @@ def _component(config: dict[str, Any], types: Sequence[Any]) -> Any:
 
 
 class Numbering:
-    """Stands in for the tokenizer of a text encoder with that configuration."""
+    """Stands in for the tokenizer of a text encoder with the configuration ``config``."""
 
     def __init__(self, config: Any) -> None:
         self.model_max_length = int(getattr(config, "max_position_embeddings", 512))
@@ -90,15 +96,16 @@ class Numbering:
         self.end = end if isinstance(end, int) else 1
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, **_: Any) -> SimpleNamespace:
-        """``input_ids`` and ``attention_mask`` (n, length): the words' numbers, then the end's."""
+        """``input_ids`` and ``attention_mask``, (n, length) each: the words' numbers, padded with the end
+        token."""
         import torch
 
-        length, words = max_length or self.model_max_length, self.end - 2 if self.end > 2 else 30
-        rows = [[2 + zlib.crc32(word.encode()) % words for word in text.split()] for text in texts]
+        length, vocabulary = max_length or self.model_max_length, self.end - 2 if self.end > 2 else 30
+        rows = [[2 + zlib.crc32(word.encode()) % vocabulary for word in text.split()] for text in texts]
         rows = [[*row[: length - 1], *[self.end] * (length - len(row[: length - 1]))] for row in rows]
         ids = torch.tensor(rows, device="cpu")
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     def batch_decode(self, ids: torch.Tensor, **_: Any) -> list[str]:
-        """A word for each number, for messages."""
+        """The numbers as text, for messages."""
         return [" ".join(map(str, row)) for row in ids.tolist()]

@@ -1,4 +1,4 @@
-"""Draws the images of an evaluation with a diffusers pipeline."""
+"""Samples the images of an evaluation with a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PipelineSampler(Sampler):
-    """Calls a pipeline with a generator for each image, seeded by its prompt and index."""
+    """Calls a pipeline with one generator for each image, seeded by the image's prompt and index."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class PipelineSampler(Sampler):
     def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
         pairs = zip(prompts, indices, strict=True)
         generators = [generator(settings.seed, "evaluation", p, i) for p, i in pairs]
-        made = self.pipeline(
+        output = self.pipeline(
             prompt=list(prompts),
             height=settings.resolution,
             width=settings.resolution,
@@ -49,7 +49,7 @@ class PipelineSampler(Sampler):
             output_type="pt",
             **self.arguments,
         )
-        return made.images.float().clamp(0, 1)
+        return output.images.float().clamp(0, 1)
 
     def fingerprint(self) -> str:
         return hash_of(dict(self.denoiser.named_parameters()))

@@ -1,4 +1,4 @@
-"""Of which shape are published models? Their configurations, for a plan before the download."""
+"""Holds the configurations of published models, so that a plan can count a model before it is downloaded."""
 
 from __future__ import annotations
 
@@ -67,4 +67,4 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         "scheduler": {"shift": 3.0},
     },
 }
-"""Hub name -> component -> configuration, as diffusers and transformers read it."""
+"""By hub name and component: the configuration as diffusers or transformers reads it."""

@@ -1,4 +1,4 @@
-"""Where do the weights of text encoders and autoencoder lie while nobody needs them?"""
+"""Keeps text encoders and the autoencoder in the CPU's memory while they do not work."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ HOST = torch.device("cpu")
 
 
 class Resting:
-    """Frozen modules that live on a device, or in the CPU's memory and on the device only while they work.
+    """Frozen modules that stay on a device, or rest in the CPU's memory and are copied to the device to work.
 
-    The CPU keeps its copy, so nothing is written back when the work is done.
+    The CPU keeps its copy, so nothing is copied back after the work.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         self.modules, self.device = modules, device
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-        """Tensors that rest, each with its copy in the CPU's memory."""
+        """The resting tensors, each with its copy in the CPU's memory; None if the modules do not rest."""
 
     def settle(self) -> None:
-        """Put the modules on the device, to stay."""
+        """Move the modules to the device for good."""
         for module in self.modules:
             module.to(self.device)
 
     def rest(self) -> None:
-        """From here on the modules are on the device only while they work."""
+        """Move the modules to the CPU's memory. From now on they are on the device only inside
+        :meth:`working`."""
         if self._kept is None:
             self._kept = [(tensor, tensor.data.to(HOST)) for tensor in self._tensors()]
             self._return()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Within the block the modules are on the device."""
+        """Inside this block the modules are on the device."""
         if self._kept is None:
             yield
             return

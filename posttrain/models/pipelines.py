@@ -1,4 +1,4 @@
-"""Models that are evaluated as diffusers runs them, and not trained: Stable Diffusion XL and FLUX."""
+"""Defines Stable Diffusion XL and FLUX, which can be evaluated but not trained."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class Pipeline(Model, ABC):
-    """A diffusers pipeline, with the scheduler that comes with it."""
+    """A diffusers pipeline with its own scheduler."""
 
     trainable: ClassVar = False
     denoiser: ClassVar[str]
-    """The component that is called at every step."""
+    """The component that is called at every sampling step."""
 
     path: str = Field(min_length=1)
     """A diffusers folder or a hub name."""
     revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
+    """A branch, tag or commit of the hub repository."""
     dtype: DtypeName | None = None
-    """Of all components; that of the evaluation's ``precision`` by default."""
+    """Precision of all components. Default: the evaluation's ``precision``."""
 
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         raise ModelError(f"a model of type {self.type!r} can be evaluated and sampled, not trained")
@@ -42,7 +42,7 @@ class Pipeline(Model, ABC):
 
         if settings.solver != "euler":
             raise DataError(
-                f"solver {settings.solver!r}: {self.type} is sampled by the scheduler that it comes with; "
+                f"solver {settings.solver!r}: {self.type} is sampled with its own scheduler; "
                 "leave the solver at 'euler'"
             )
         dtype = torch_dtype(self.dtype or settings.precision)
@@ -52,7 +52,7 @@ class Pipeline(Model, ABC):
                 self.path if folder is None else folder, revision=self.revision, torch_dtype=dtype
             )
         name = type(pipeline).__name__
-        pipeline.watermark = None  # SDXL's, which would be in the images where its package is installed
+        pipeline.watermark = None  # SDXL would mark the images if the watermark package is installed
         if name not in self.pipelines:
             raise ModelError(f"{self.path!r} is a {name}, not a {' or '.join(self.pipelines)}")
         pipeline.set_progress_bar_config(disable=True)
@@ -61,7 +61,7 @@ class Pipeline(Model, ABC):
         )
 
     def arguments(self, settings: Sampling) -> dict[str, Any]:
-        """What the pipeline is called with besides prompts, size, steps and guidance."""
+        """Arguments of the pipeline's call beside prompts, size, steps and guidance."""
         del settings
         return {}
 
@@ -79,20 +79,20 @@ class SDXL(Pipeline):
     def arguments(self, settings: Sampling) -> dict[str, Any]:
         if settings.guidance < 1:
             raise DataError(
-                f"guidance {settings.guidance:g}: below 1 diffusers samples SDXL without any; give 1 or more"
+                f"guidance {settings.guidance:g}: diffusers ignores guidance below 1 for SDXL; give 1 or more"
             )
         return super().arguments(settings)
 
 
 class Flux(Pipeline):
-    """FLUX.1, whose guidance is an input of the network (dev: 3.5; schnell takes none)."""
+    """FLUX.1. Guidance is an input of the network (dev: 3.5; schnell ignores it)."""
 
     type: Literal["flux"] = "flux"
     pipelines: ClassVar = ("FluxPipeline",)
     denoiser: ClassVar = "transformer"
 
     max_sequence_length: int = Field(512, ge=1, le=512)
-    """Tokens of the T5 prompt."""
+    """Maximum tokens of a prompt in T5."""
 
     def arguments(self, settings: Sampling) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}

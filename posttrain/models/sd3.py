@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5, in the folder format that diffusers reads and writes."""
+"""Defines Stable Diffusion 3 and 3.5 in diffusers' folder format."""
 
 from __future__ import annotations
 
@@ -74,16 +74,17 @@ class SD3(DiffusersModel):
     pipelines: ClassVar = ("StableDiffusion3Pipeline",)
     flow: ClassVar = SD3FlowModel
     optional: ClassVar = T5
+    buffers: ClassVar = frozenset({"pos_embed.pos_embed"})
 
     max_sequence_length: int = Field(256, ge=1, le=512)
-    """Tokens of the T5 prompt, in training and in evaluation alike. The published training runs used 77
-    (SOAR) or 128 (Flow-GRPO, DiffusionNFT) and evaluated at 256."""
+    """Maximum tokens of a prompt in T5, in training and evaluation. The published runs trained with 77 (SOAR)
+    or 128 (Flow-GRPO, DiffusionNFT) and evaluated with 256."""
     text_encoder_3: bool = True
-    """False leaves the T5 encoder out, as diffusers allows; its tokens are then zeros."""
+    """False leaves out the T5 encoder, as diffusers allows; its embeddings are then zeros."""
 
     def left_out(self) -> frozenset[str]:
         return frozenset() if self.text_encoder_3 else T5
 
     def encoding_settings(self) -> dict[str, Any]:
-        # whether T5 is there is said by the components
+        # the cache's name lists the components, T5 among them
         return {"max_sequence_length": self.max_sequence_length}

@@ -1,1 +1,1 @@
-"""What will a recipe need, on which machine, and for how long? Counted before anything is bought or run."""
+"""Plans: the memory, time and disk that a recipe needs, counted before anything is bought or run."""

@@ -1,4 +1,4 @@
-"""What do the parts of a model cost on images of a size? Counted once each, and remembered."""
+"""Counts the FLOPs and bytes of a model's parts for images of a size, each once."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes at the peak, as a function of rows."""
+    """Peak bytes as a linear function of the number of rows."""
 
     fixed: float
     each: float
 
     def at(self, rows: int) -> float:
-        """The bytes of ``rows`` rows."""
+        """The bytes for so many rows; 0 for none."""
         return self.fixed + self.each * rows if rows else 0.0
 
 
@@ -43,25 +43,25 @@ class Counts:
 
     def __init__(self, model: Model, *, cuda: bool) -> None:
         self.model, self.cuda = model, cuda
-        self._found: dict[tuple[Any, ...], Any] = {}
+        self._counted: dict[tuple[Any, ...], Any] = {}
 
     def once(self, key: tuple[Any, ...], count: Callable[[], T]) -> T:
-        """What ``count`` returns, which is called once for a ``key``."""
-        if key not in self._found:
-            self._found[key] = count()
-        return self._found[key]
+        """The result of ``count``, which is called once for each ``key``."""
+        if key not in self._counted:
+            self._counted[key] = count()
+        return self._counted[key]
 
     def outline(self, tune: Tune | None = None) -> FlowModel:
-        """The model on the meta device, at rest, or as ``tune`` trains it.
+        """The model without weights on the meta device, as loaded, or as ``tune`` trains it.
 
-        Raises PosttrainError where its shape is unknown."""
+        Raises PosttrainError if its shape is unknown."""
         dtype: DtypeName = self.model.frozen_dtype() if tune is not None and tune.type != "full" else "fp32"
 
         def built() -> FlowModel:
             if (outline := self.model.outline(dtype, META)) is None:
                 raise PosttrainError(
-                    "the model is not on this machine and its shape is not among the published ones known "
-                    "here, so there is nothing to count: fetch it first, or give a local folder"
+                    "the model is not on this machine, and posttrain does not know its shape, so it cannot "
+                    "count: download the model first, or give a local folder"
                 )
             if tune is not None:
                 tune.apply(outline.transformer, 0)
@@ -70,7 +70,7 @@ class Counts:
         return self.once(("outline", dtype, tune and tune.model_dump_json()), built)
 
     def flops(self, work: Work, size: Size) -> int:
-        """FLOPs of one row: one image's latents or pixels, or one prompt."""
+        """FLOPs of ``work`` on one row: the latents or pixels of one image, or one prompt."""
         return self.once(("flops", work, size), lambda: flops(self._call(self.outline(), work, size, 1)))
 
     def memory(
@@ -81,7 +81,7 @@ class Counts:
         autocast: torch.dtype | None = None,
         checkpointing: Checkpointing = "off",
     ) -> Line:
-        """Peak bytes of ``work`` on images of that ``size``, beside the weights and their gradients."""
+        """Peak bytes of ``work`` on images of ``size``, without the weights and their gradients."""
         mode = checkpointing if work == "training" else "off"
 
         def counted() -> Line:
@@ -107,15 +107,15 @@ class Counts:
         return self.once(key, counted)
 
     def autoencoder(self, work: Literal["encode", "decode"], size: Size, images: int) -> int:
-        """Peak bytes of encoding or decoding ``images`` of that ``size``, which may be done in parts."""
+        """Peak bytes of encoding or decoding a batch of ``images``; the model may split the batch."""
         call = self._call(self.outline(), work, size, images)
         return self.once((work, size, images), lambda: peak_bytes(call))
 
     def condition(self, rows: int) -> Condition:
-        """``rows`` encoded prompts."""
+        """The condition of ``rows`` prompts, on the meta device."""
         with torch.no_grad():
-            found = self.once(("condition",), lambda: self.outline().encode_prompts(["a"]))
-        return {name: tensor.detach().expand(rows, *tensor.shape[1:]) for name, tensor in found.items()}
+            encoded = self.once(("condition",), lambda: self.outline().encode_prompts(["a"]))
+        return {name: tensor.detach().expand(rows, *tensor.shape[1:]) for name, tensor in encoded.items()}
 
     def _call(self, outline: FlowModel, work: Work, size: Size, rows: int) -> Callable[[], Tensor]:
         latents = torch.empty(rows, *outline.latent_shape(*size), device=META)
@@ -127,5 +127,5 @@ class Counts:
         if work == "text":
             return lambda: outline.encode_prompts(["a"] * rows)["encoder_hidden_states"]
         sigma, table = torch.empty(rows, device=META), self.condition(rows)
-        # the rows of a batch's table are gathered, so each forward has its own copy
+        # each forward gathers its prompts' rows from the batch's table, which copies them
         return lambda: outline.velocity(latents, sigma, {k: v.clone() for k, v in table.items()})

@@ -1,9 +1,9 @@
-"""What does a computation cost? FLOPs and peak bytes, counted on torch's meta device.
+"""Counts the FLOPs and peak bytes of a computation on torch's meta device.
 
-Nothing is computed there: the model's own code runs on tensors without content, and what it would allocate
-and multiply is added up. A device's autocast and attention kernels do not exist there, so they are imitated:
-matrix products in the low precision with each weight's copy kept until the outermost forward ends,
-normalisation in float32 as CUDA does it, and attention that does not store its matrix.
+The model's own code runs on tensors without content, so nothing is computed; allocations and multiplications
+are added up. The meta device has neither autocast nor attention kernels, so both are imitated: matrix
+products in low precision, with a copy of each weight kept until the outermost forward ends; normalisation in
+float32, as on CUDA; and attention that does not store its matrix.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ def peak_bytes(
     autocast: torch.dtype | None = None,
     wide: bool = False,
 ) -> int:
-    """Most bytes that ``forward``, on meta tensors, holds at a time, with its ``backward`` where asked for.
+    """The most bytes that ``forward``, on meta tensors, holds at a time; with ``backward``, also its backward
+    pass.
 
-    ``wide``: with CUDA's list of operations that autocast leaves in float32. Gradients that are there before
-    are added to, and not counted. (Not together with the count of FLOPs, which keeps tensors alive.)
+    ``wide`` keeps in float32 what autocast keeps in float32 on CUDA. Gradients that exist before are not
+    counted. Do not call this inside :func:`flops`, which keeps tensors alive.
     """
     with torch.set_grad_enabled(backward), Held() as held, Kernels(autocast, wide) as kernels:
         result = forward()
         kernels.forget()
         if backward:
             loss = result.square().mean()
-            # torch.autograd.backward would take Kernels away from what checkpointing computes again
+            # torch.autograd.backward would disable Kernels while checkpointing recomputes a block
             engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
     return held.peak
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of the storages that are made within the block, while they live."""
+    """Counts the bytes of the storages that are made inside the block and still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Held(TorchDispatchMode):
 
 
 class Kernels(TorchFunctionMode):
-    """Imitates a device's autocast and attention; see the module."""
+    """Imitates a device's autocast and attention, as the module's docstring says."""
 
     def __init__(self, autocast: torch.dtype | None, wide: bool) -> None:
         super().__init__()
@@ -95,8 +96,8 @@ class Kernels(TorchFunctionMode):
         self._copies: dict[int, Tensor] | None = {}
 
     def forget(self) -> None:
-        """The forward has ended: autocast lets go of the weights' copies, and keeps none while a backward
-        computes parts of it again."""
+        """Drop the copies of the weights, as autocast does when the forward ends, and keep none during the
+        backward pass."""
         self._copies = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

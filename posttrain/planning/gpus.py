@@ -1,4 +1,4 @@
-"""How much memory does a GPU have, and how fast does it multiply matrices at best?"""
+"""Knows the memory and the peak throughput of GPUs, from data sheets or measured here."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from posttrain.support.spelling import meant
 
 @dataclass(frozen=True)
 class Device:
-    """Something to train on."""
+    """A GPU, or a CPU, to plan for."""
 
     name: str
     memory_bytes: float
     flops: float
-    """A second, of dense bf16 matrices with float32 sums."""
+    """FLOP/s of dense bf16 matrix products with float32 sums."""
     tf32_flops: float
-    """A second, of float32 matrices where TF32 is on."""
+    """FLOP/s of float32 matrix products with TF32."""
     fp32_flops: float
-    """A second, of float32 matrices where it is off."""
+    """FLOP/s of float32 matrix products without TF32."""
     source: str = "data sheet"
-    """Where these come from."""
+    """Where the figures come from: "data sheet", "given" or "measured"."""
     reserved: float = 0.05
-    """Fraction of the memory that the CUDA context and fragmentation take: an assumption."""
+    """Assumed fraction of the memory that the CUDA context and fragmentation take."""
 
     @property
     def usable_bytes(self) -> float:
-        """What a stage may take."""
+        """The bytes that a stage may use."""
         return self.memory_bytes * (1 - self.reserved)
 
 
-# Memory in GB, dense bf16 with float32 sums, and float32, in TFLOP/s; what is given with sparsity is halved.
+# Memory in GB; TFLOP/s of dense bf16 with float32 sums, and of float32. Figures with sparsity are halved.
 # Checked in November 2026 against copies of the makers' tables:
 # - NVIDIA's Blackwell table: HGX B200 has 180 GB, bf16 4,500 with sparsity, float32 75
 # - NVIDIA's data sheets of H200 and H100 (bf16 1,979 SXM and 1,513 PCIe with sparsity), A100 (312), L40S
-#   (362), A40 (149.7), and L4 (TF32 120 with sparsity, of which bf16 is twice)
+#   (362), A40 (149.7), and L4 (TF32 120 with sparsity; bf16 is twice TF32)
 # - RTX A6000 and A10: float32 as sysrqmts.com lists it, bf16 4 times that, as on the A40's equal chip
 # - GeForce: float32 sums halve the rate of tensor cores, so bf16 is twice float32: RTX 4090 as hmc-tech.com
 #   lists both, RTX 3090 from float32, RTX 5090 from fp16's 838 with sparsity and fp16 sums
 # - MI300X: bf16 1,300 and fp8 2,610 as rooflinenotes.dev lists them; float32 an eighth of bf16
-_SHEET: dict[str, tuple[float, float, float]] = {
+_DATA_SHEETS: dict[str, tuple[float, float, float]] = {
     "B200 180GB": (180, 2250, 75),
     "H200 141GB": (141, 989, 67),
     "H100 80GB": (80, 989, 67),
@@ -63,25 +63,29 @@ _SHEET: dict[str, tuple[float, float, float]] = {
 
 
 def gpu(name: str) -> Device:
-    """The GPU called ``name``, spelled as one likes ("h100", "H100 80GB"). Raises PosttrainError, with the
-    names that are known, where it is none of them, or one of several."""
+    """The GPU called ``name``, in any usual spelling ("h100", "NVIDIA H100 80GB HBM3").
+
+    Raises PosttrainError, with the known names, if none fits or several do."""
     plain = _plain(name)
-    found = [known for known in _SHEET if _plain(known) == plain]
-    if not found:
-        found = [known for known in _SHEET if _plain(known).startswith(plain) and "PCIe" not in known]
-    if len(found) != 1:
-        words = f"is one of {', '.join(map(repr, found))}" if found else f"is not known{meant(name, _SHEET)}"
+    matches = [known for known in _DATA_SHEETS if _plain(known) == plain]
+    if not matches:
+        matches = [known for known in _DATA_SHEETS if _plain(known).startswith(plain) and "PCIe" not in known]
+    if len(matches) != 1:
+        several = f"may be one of {', '.join(map(repr, matches))}"
+        why = several if matches else f"is not known{meant(name, _DATA_SHEETS)}"
         raise PosttrainError(
-            f"--gpu: {name!r} {words}; known are {', '.join(_SHEET)}. For another, give its memory and its "
-            "dense bf16 throughput: --memory 48GB --tflops 362"
+            f"--gpu: {name!r} {why}; known are {', '.join(_DATA_SHEETS)}. For another, give its memory and "
+            "its dense bf16 throughput: --memory 48GB --tflops 362"
         )
-    memory, flops, fp32 = _SHEET[found[0]]
-    return Device(found[0], memory * 1e9, flops * 1e12, flops / 2 * 1e12, fp32 * 1e12)
+    memory, flops, fp32 = _DATA_SHEETS[matches[0]]
+    return Device(matches[0], memory * 1e9, flops * 1e12, flops / 2 * 1e12, fp32 * 1e12)
 
 
 def custom(memory: str, tflops: float) -> Device:
-    """A GPU of ``memory`` ("48GB", "24 GiB") and dense bf16 ``tflops``; float32 is taken to be a tenth of it.
-    Raises PosttrainError where ``memory`` is no size; a mere number is one in GB."""
+    """A GPU of ``memory`` ("48GB", "24 GiB", or a number of GB) and dense bf16 ``tflops``.
+
+    Float32 without TF32 is assumed to be a tenth as fast. Raises PosttrainError if ``memory`` is not a
+    size."""
     name = memory.strip()
     name += " GB" if name[-1:].isdigit() else ""
     try:
@@ -93,7 +97,7 @@ def custom(memory: str, tflops: float) -> Device:
 
 
 def here() -> Device:
-    """This machine's CUDA device where there is one, else its CPU, with measured throughputs."""
+    """This machine's CUDA device, or its CPU if it has none, with measured throughput."""
     import torch
 
     from posttrain.planning.throughput import matrix_flops

@@ -1,65 +1,39 @@
-"""How much memory does training need on each device, by part, for a way of spreading it over several?"""
+"""Adds up the memory of one device, part by part, in the phase that needs most."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.parallel.shares import Share, Shares
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from posttrain.model import EncoderName
-    from posttrain.optim.settings import OptimizerName
+    from posttrain.planning.sizes import Sizes
 
-SMALL, BLOCK = 4096, 256
-"""Moments in 8 bits: of tensors of at least so many numbers, with a float32 scale for each so many."""
 PARTS = ("weights", "gradients", "optimizer", "roles", "activations", "caches")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a stage holds, in bytes, were it on one device."""
-
-    trained: int
-    """How many numbers are trained, in float32."""
-    frozen: int
-    """The transformer's other weights."""
-    moments: float
-    """What the optimizer keeps."""
-    roles: int
-    """Copies of weights that the stage keeps."""
-    rewards: int = 0
-    """The networks of rewards: whole on every device."""
-    encoders: Mapping[EncoderName, int] = field(default_factory=dict)
-    """The text encoders; and the autoencoder."""
-    gathered: int = 0
-    """The transformer's weights outside its blocks, and of two blocks: what a forward holds at a time."""
-    gathered_gradients: int = 0
-    """The gradients of those."""
-
-
-@dataclass(frozen=True)
 class Phase:
-    """What is held for a while beside weights, optimizer and roles, in bytes."""
+    """What a device holds during one phase of a stage, beside weights, optimizer and roles. In bytes."""
 
     activations: float
     caches: float = 0.0
     gradients: bool = False
-    """Whether gradients are there already: not in the first backward of a step, which makes them while it
-    lets go of activations."""
+    """Whether gradients exist already. The first backward of a step makes them as it frees activations."""
     encoders: frozenset[EncoderName] = frozenset()
-    """Those on the device."""
+    """The encoders on the device."""
     forward: bool = False
-    """Whether the transformer works."""
+    """Whether the transformer runs forward."""
     backward: bool = False
+    """Whether the transformer runs backward."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device when it holds most."""
+    """Bytes on one device in its largest phase."""
 
     weights: float
     gradients: float
@@ -67,11 +41,11 @@ class Memory:
     roles: float
     activations: float
     caches: float
-    """Items and encoded prompts of the batch, blocks gathered from other devices, buffers for messages."""
+    """The batch's items and encoded prompts, blocks gathered from other devices, and message buffers."""
     phase: str
-    """When that is."""
+    """The name of the largest phase."""
     host: float = 0.0
-    """In the CPU's memory, for this device."""
+    """Bytes in the CPU's memory, for this device."""
 
     @property
     def total(self) -> float:
@@ -79,7 +53,7 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Part -> bytes."""
+        """The bytes of each part, by its name in PARTS."""
         return {name: getattr(self, name) for name in PARTS}
 
 
@@ -91,10 +65,10 @@ def memory(
     *,
     separate: bool = True,
 ) -> Memory:
-    """The memory of a device that has those ``shares``, in that of the ``phases`` that needs most.
+    """The memory of a device that holds ``shares`` of the weights, in the largest of the ``phases``.
 
-    Encoders that are ``resting`` at some time have a copy in the CPU's memory. Where that is not
-    ``separate`` from the device's, all of it is the device's.
+    Encoders that rest (``resting``) have a copy in the CPU's memory. If the device has no ``separate``
+    memory, as a CPU, it holds everything itself.
     """
 
     def on(host: bool, share: Share, size: float) -> float:
@@ -118,15 +92,7 @@ def memory(
             "caches": caches,
         }
 
-    most = max(phases, key=lambda name: sum(parts(phases[name]).values()))
-    hosts = max(sum(parts(phase, host=True).values()) for phase in phases.values())
+    largest = max(phases, key=lambda name: sum(parts(phases[name]).values()))
+    host_peak = max(sum(parts(phase, host=True).values()) for phase in phases.values())
     rests = sum(sizes.encoders.get(name, 0) for name in resting) if separate else 0
-    return Memory(**parts(phases[most]), phase=most, host=hosts + rests)
-
-
-def moment_bytes(optimizer: OptimizerName, parameters: Iterable[nn.Parameter]) -> float:
-    """What the optimizer keeps of ``parameters``: two moments of each number."""
-    sizes = [parameter.numel() for parameter in parameters]
-    if optimizer == "adamw":
-        return 8.0 * sum(sizes)
-    return float(sum(8 * n if n < SMALL else 2 * (n + 4 * -(-n // BLOCK)) for n in sizes))
+    return Memory(**parts(phases[largest]), phase=largest, host=host_peak + rests)

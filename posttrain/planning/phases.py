@@ -1,9 +1,11 @@
-"""What is held at which time of a stage, beside weights, optimizer and roles?"""
+"""Lists the phases of a stage, and what a device holds in each beside weights, optimizer and roles."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
 from posttrain.cache.latents import IMAGE_ENCODE_BATCH
@@ -11,97 +13,171 @@ from posttrain.cache.prompts import PROMPT_ENCODE_BATCH
 from posttrain.engine.rehearsal import Calls, rehearse
 from posttrain.model import EncoderName
 from posttrain.planning.counts import Counts, Size
-from posttrain.planning.data import known
+from posttrain.planning.data import Known, known
 from posttrain.planning.memory import Phase
 from posttrain.stages.hooks.image_grids import SHOWN
 from posttrain.stages.prepare import AUTOCAST
 
 if TYPE_CHECKING:
+    import torch
+
     from posttrain.flow.sampling_settings import Sampling
     from posttrain.recipe.schema import Recipe, Stage
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 
 
-def phases_of(
-    recipe: Recipe, stage: Stage, counts: Counts, devices: int, micro_batch: int
-) -> Iterator[tuple[str, Phase]]:
-    """Name -> what is held for a while."""
-    train, calls, data = stage.train, calls_of(stage, counts), known(stage.data, counts, stage.name)
-    dtype, size, evaluation = AUTOCAST[train.precision], data.size, recipe.evaluation
-    batch = -(-train.batch_size // devices)
-    chunk, in_step = min(micro_batch, batch), items_in_step(stage, counts, devices)
-    prompts = batch // stage.algorithm.samples_per_prompt + 1
-    cached = in_cache(recipe, stage)
-    latent = math.prod(counts.outline().latent_shape(*size))
-    items = batch * (calls.item_bytes[0] + calls.item_bytes[1] * latent)
-    held = sum(t.nbytes for t in counts.condition(1).values()) * prompts + items
-    if not (counts.cuda or calls.decoded or cached["images"]):
-        # the batch's pixels, and they with what fills the batch up, stay in the CPU's memory till the next
-        held += 2 * batch * 4 * 3 * math.prod(size)
-    forward = counts.memory("forward", size, stage.tune, dtype)
-    training = counts.memory("training", size, stage.tune, dtype, train.gradient_checkpointing)
-    text = counts.memory("text", size)
-    idle = there(recipe, counts, cached)
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage on a number of devices, with a micro-batch; all amounts are those of one device."""
 
-    if cached["prompts"]:
-        most = PROMPT_ENCODE_BATCH
-        distinct = most if data.prompts is None else min(most, data.prompts + 1)
-        # a run that goes on has its moments by then
-        yield "fill prompts", Phase(text.at(distinct), encoders=there(recipe, counts, {}, "prompts"))
-    else:
-        yield "text", Phase(text.at(prompts), encoders=there(recipe, counts, cached, "prompts"))
-    images = there(recipe, counts, cached, "images")
-    if cached["images"]:
-        yield "fill latents", Phase(counts.autoencoder("encode", size, IMAGE_ENCODE_BATCH), encoders=images)
-    elif not calls.decoded:
-        activations = counts.autoencoder("encode", size, batch)
-        yield "encoding", Phase(activations, 4.0 * batch * latent, encoders=images)
-    if calls.rollout:
-        yield (
-            "rollout",
-            Phase(forward.at(chunk * calls.rows_without), held, encoders=idle, forward=True),
-        )
-    # what autocast makes of whole weights stays for as long as they do not change (Policy.steady)
-    whole = dtype is not None and not recipe.parallel.shares(devices).gathers
-    lowered = 2.0 * trained_numbers(stage, counts) if whole else 0.0
-    if calls.decoded:
-        decoding = counts.autoencoder("decode", size, chunk) + lowered
-        yield "decoding", Phase(decoding, held, encoders=images)
-    rows = min(micro_batch, in_step) * calls.rows_with
-    # a block that is computed again at the end of a backward has all blocks' gradients beside it
-    already = in_step > micro_batch or train.gradient_checkpointing == "full"
-    yield "training", Phase(training.at(rows), held, already, idle, forward=True, backward=True)
-    yield "backward's end", Phase(lowered, held, gradients=True, encoders=idle)
-    yield "optimizer", Phase(0.0, held, gradients=True, encoders=idle)
-    shown = size if evaluation is None else square(evaluation)
-    looked = [SHOWN] if train.sample_every else []
-    if stage.monitor is not None and evaluation is not None:
-        looked.append(min(evaluation.batch_size, stage.monitor.prompts))
-    if looked:
+    recipe: Recipe
+    stage: Stage
+    counts: Counts
+    devices: int
+    micro_batch: int
+
+    def phases(self) -> Iterator[tuple[str, Phase]]:
+        """Each phase with its name, in the order of a step."""
+        yield from self._encoding()
+        yield from self._rollout()
+        yield from self._training()
+        yield from self._image_grids()
+
+    def _encoding(self) -> Iterator[tuple[str, Phase]]:
+        text, images = self.counts.memory("text", self.size), self._on_device("images")
+        if self.cached["prompts"]:
+            distinct = self.data.prompts
+            at_once = PROMPT_ENCODE_BATCH if distinct is None else min(PROMPT_ENCODE_BATCH, distinct + 1)
+            # the cache is filled before any encoder has left the device
+            encoders = on_device(self.recipe, self.counts, {}, "prompts")
+            yield "fill prompts", Phase(text.at(at_once), encoders=encoders)
+        else:
+            yield "text", Phase(text.at(self.prompts), encoders=self._on_device("prompts"))
+        if self.cached["images"]:
+            activations = self.counts.autoencoder("encode", self.size, IMAGE_ENCODE_BATCH)
+            yield "fill latents", Phase(activations, encoders=images)
+        elif not self.calls.decoded:
+            activations = self.counts.autoencoder("encode", self.size, self.batch)
+            yield "encoding", Phase(activations, 4.0 * self.batch * self.latent, encoders=images)
+
+    def _rollout(self) -> Iterator[tuple[str, Phase]]:
+        rows = min(self.micro_batch, self.batch)
+        if self.calls.rollout:
+            forward = self.counts.memory("forward", self.size, self.stage.tune, self.dtype)
+            activations = forward.at(rows * self.calls.rows_without)
+            yield "rollout", Phase(activations, self.held, encoders=self._on_device(), forward=True)
+        if self.calls.decoded:
+            decoding = self.counts.autoencoder("decode", self.size, rows) + self.casts
+            yield "decoding", Phase(decoding, self.held, encoders=self._on_device("images"))
+
+    def _training(self) -> Iterator[tuple[str, Phase]]:
+        checkpointing, idle = self.stage.train.gradient_checkpointing, self._on_device()
+        backward = self.counts.memory("training", self.size, self.stage.tune, self.dtype, checkpointing)
+        in_step = items_in_step(self.stage, self.counts, self.devices)
+        activations = backward.at(min(self.micro_batch, in_step) * self.calls.rows_with)
+        # the last block that is computed again has the gradients of all other blocks beside it
+        gradients = in_step > self.micro_batch or checkpointing == "full"
+        yield "training", Phase(activations, self.held, gradients, idle, forward=True, backward=True)
+        yield "backward's end", Phase(self.casts, self.held, gradients=True, encoders=idle)
+        yield "optimizer", Phase(0.0, self.held, gradients=True, encoders=idle)
+
+    def _image_grids(self) -> Iterator[tuple[str, Phase]]:
+        """Image grids, and the held-out scores of the monitor: both sample as the evaluation does."""
+        evaluation, monitor = self.recipe.evaluation, self.stage.monitor
+        images = [SHOWN] if self.stage.train.sample_every else []
+        if monitor is not None and evaluation is not None:
+            images.append(min(evaluation.batch_size, monitor.prompts))
+        if not images:
+            return
+        size = self.size if evaluation is None else square(evaluation)
         branches = 2 if evaluation is None else branches_of(evaluation)
-        rows = min(micro_batch, max(looked)) * branches
-        drawn = counts.memory("forward", shown, stage.tune, dtype).at(rows)
-        yield "image grids", Phase(drawn, encoders=idle, forward=True)
-        yield "grids' decoding", Phase(counts.autoencoder("decode", shown, max(looked)), encoders=images)
+        forward = self.counts.memory("forward", size, self.stage.tune, self.dtype)
+        activations = forward.at(min(self.micro_batch, max(images)) * branches)
+        yield "image grids", Phase(activations, encoders=self._on_device(), forward=True)
+        decoding = self.counts.autoencoder("decode", size, max(images))
+        yield "grids' decoding", Phase(decoding, encoders=self._on_device("images"))
+
+    @cached_property
+    def calls(self) -> Calls:
+        """How the algorithm calls the model."""
+        return calls_of(self.stage, self.counts)
+
+    @cached_property
+    def data(self) -> Known:
+        """What is known of the stage's data."""
+        return known(self.stage.data, self.counts, self.stage.name)
+
+    @cached_property
+    def cached(self) -> dict[EncoderName, bool]:
+        """Which encoders' outputs the cache has."""
+        return in_cache(self.recipe, self.stage)
+
+    @property
+    def size(self) -> Size:
+        """The size of the training images in pixels."""
+        return self.data.size
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision of autocast; None for float32."""
+        return AUTOCAST[self.stage.train.precision]
+
+    @property
+    def batch(self) -> int:
+        """Samples in a batch."""
+        return -(-self.stage.train.batch_size // self.devices)
+
+    @property
+    def prompts(self) -> int:
+        """Encoded prompts of a batch, the empty one included."""
+        return self.batch // self.stage.algorithm.samples_per_prompt + 1
+
+    @cached_property
+    def latent(self) -> int:
+        """Numbers in the latents of one image."""
+        return math.prod(self.counts.outline().latent_shape(*self.size))
+
+    @cached_property
+    def held(self) -> float:
+        """Bytes of the batch's conditions and items."""
+        conditions = sum(t.nbytes for t in self.counts.condition(1).values()) * self.prompts
+        per_sample, per_number = self.calls.item_bytes
+        items = self.batch * (per_sample + per_number * self.latent)
+        if self.counts.cuda or self.calls.decoded or self.cached["images"]:
+            return conditions + items
+        # on the CPU this batch's pixels stay until the next batch, and a copy pads the batch to full size
+        return conditions + items + 2 * self.batch * 4 * 3 * math.prod(self.size)
+
+    @cached_property
+    def casts(self) -> float:
+        """Bytes of the low-precision copies that autocast keeps of whole weights (``Policy.casts_kept``)."""
+        if self.dtype is None or self.recipe.parallel.shares(self.devices).gathers:
+            return 0.0
+        parameters = self.counts.outline(self.stage.tune).transformer.parameters()
+        return 2.0 * sum(p.numel() for p in parameters if p.requires_grad)
+
+    def _on_device(self, *working: EncoderName) -> frozenset[EncoderName]:
+        return on_device(self.recipe, self.counts, self.cached, *working)
 
 
 def in_cache(recipe: Recipe, stage: Stage) -> dict[EncoderName, bool]:
-    """Whether a stage finds in the cache what an encoder makes."""
+    """Whether the cache has each encoder's outputs while the stage trains."""
     images = recipe.cache.latents != "off" and stage.algorithm.needs == "images"
     return {"prompts": recipe.cache.prompts, "images": images}
 
 
 def at_rest(recipe: Recipe, counts: Counts, cached: dict[EncoderName, bool]) -> frozenset[EncoderName]:
-    """The encoders in the CPU's memory, but for while they work, once some is ``cached``."""
+    """The encoders that are in the CPU's memory except while they work, given whose outputs are
+    ``cached``."""
     rests = recipe.model.rests
     return frozenset(e for e in ENCODERS if counts.cuda and rests(e, cached=cached.get(e, False)))
 
 
-def there(
+def on_device(
     recipe: Recipe, counts: Counts, cached: dict[EncoderName, bool], *working: EncoderName
 ) -> frozenset[EncoderName]:
-    """The encoders on the device while those ``working`` do so."""
+    """The encoders on the device while those in ``working`` work."""
     return frozenset(ENCODERS) - at_rest(recipe, counts, cached) | frozenset(working)
 
 
@@ -113,21 +189,16 @@ def calls_of(stage: Stage, counts: Counts) -> Calls:
 
 
 def items_in_step(stage: Stage, counts: Counts, devices: int) -> int:
-    """The items in one optimizer step of one device."""
+    """The items in one optimizer step on one device."""
     batch = -(-stage.train.batch_size // devices)
     return max(int(batch * calls_of(stage, counts).items) // stage.train.steps_per_batch, 1)
 
 
-def trained_numbers(stage: Stage, counts: Counts) -> int:
-    """Numbers that are trained."""
-    return sum(p.numel() for p in counts.outline(stage.tune).transformer.parameters() if p.requires_grad)
-
-
 def square(sampling: Sampling) -> Size:
-    """(height, width) of the images drawn."""
+    """(height, width) of the sampled images in pixels."""
     return sampling.resolution, sampling.resolution
 
 
 def branches_of(sampling: Sampling) -> int:
-    """Forwards of a sampling step."""
+    """Forwards in one sampling step: two with guidance, else one."""
     return 1 if sampling.guidance == 1 else 2

@@ -1,6 +1,7 @@
-"""Which settings would make a stage, or the evaluation, fit? Tried in the order of what they cost.
+"""Finds settings that make a stage, or the evaluation, fit, from the cheapest to the dearest.
 
-A remedy is what ``--set`` takes, applied as ``--set`` applies it, so what the schema refuses is not proposed.
+A remedy is a list of arguments of ``--set``, applied as ``--set`` applies them, so no remedy breaks the
+schema.
 """
 
 from __future__ import annotations
@@ -19,41 +20,43 @@ if TYPE_CHECKING:
     from posttrain.planning.counts import Counts
     from posttrain.recipe.schema import Recipe, Stage
 
-SHOWN = 3
+MOST_REMEDIES = 3
 SLOWER = "changes no result, a little slower"
+"""The price of a smaller micro-batch alone."""
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Settings with which something needs less."""
+    """Settings that lower the needs, their price in words, and the needs with them."""
 
     settings: tuple[str, ...]
-    """As ``--set`` takes them."""
+    """Arguments of ``--set``."""
     price: str
     needs: Needs
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that makes a stage need less."""
+    """A setting that lowers the needs, and its price in words."""
 
     setting: str
-    """As ``--set`` takes it."""
+    """An argument of ``--set``."""
     price: str
 
     @property
     def field(self) -> str:
-        """What is set."""
+        """The field that is set."""
         return self.setting.partition("=")[0]
 
 
-Needed = Callable[["Recipe"], Needs]
+NeedsOf = Callable[["Recipe"], Needs]
+"""What the stage, or the evaluation, of a changed recipe needs."""
 
 
 def stage_remedies(recipe: Recipe, name: str, counts: Counts, devices: int, limit: float) -> list[Remedy]:
-    """The first few changes after which the stage needs at most ``limit`` bytes a device; the cheapest first.
+    """Up to three remedies with which the stage needs at most ``limit`` bytes on a device, cheapest first.
 
-    Where nothing does, the one that needs least, alone.
+    If there is none, the single remedy that needs least.
     """
 
     def stage_of(changed: Recipe) -> Stage:
@@ -66,76 +69,104 @@ def stage_remedies(recipe: Recipe, name: str, counts: Counts, devices: int, limi
     size = stage_of(recipe).train.micro_batch
     smaller = [] if size == "auto" else [f"stages.{name}.train.micro_batch={n}" for n in _halves(size)]
     changes = list(_changes(recipe, stage_of(recipe), counts, devices))
-    return _found(recipe, changes, smaller, needed, limit)
+    return _Search(recipe, changes, smaller, needed, limit).remedies()
 
 
 def evaluation_remedies(recipe: Recipe, counts: Counts, limit: float) -> list[Remedy]:
-    """The same for the evaluation."""
+    """Remedies for the evaluation, as :func:`stage_remedies`."""
 
     def needed(changed: Recipe) -> Needs:
-        assert changed.evaluation is not None, "no change removes it"
+        assert changed.evaluation is not None, "no change removes the evaluation"
         return evaluation_needs(changed, changed.evaluation, counts)
 
-    assert recipe.evaluation is not None, "asked where there is one"
+    assert recipe.evaluation is not None, "only called if there is one"
     smaller = [f"evaluation.batch_size={n}" for n in _halves(recipe.evaluation.batch_size)]
     changes = [*_prompt_cache(recipe, counts), *_offload(recipe, counts)]
-    return _found(recipe, changes, smaller, needed, limit)
+    return _Search(recipe, changes, smaller, needed, limit).remedies()
 
 
-def _found(
-    recipe: Recipe, changes: Sequence[Change], smaller: Sequence[str], needed: Needed, limit: float
-) -> list[Remedy]:
-    """The cheapest set of changes whose dearest is none, the first of ``changes``, the second, and so on."""
-    tried: dict[frozenset[Change], Remedy | None] = {}
+class _Search:
+    """Finds the smallest sets of changes that make something fit.
 
-    def applied(settings: Sequence[str]) -> Needs | None:
+    ``changes`` are ordered from cheap to dear; ``smaller`` are settings of ever smaller micro-batches or
+    batches.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        changes: Sequence[Change],
+        smaller: Sequence[str],
+        needed: NeedsOf,
+        limit: float,
+    ) -> None:
+        self.recipe, self.changes, self.smaller = recipe, changes, smaller
+        self.needed, self.limit = needed, limit
+        self._tried: dict[frozenset[Change], Remedy | None] = {}
+
+    def remedies(self) -> list[Remedy]:
+        """Up to MOST_REMEDIES that fit, each with a dearer dearest change; else the one that needs least."""
+        fitting: list[list[Change]] = [[]] if self._fits([]) else []
+        for rank in range(len(self.changes)):
+            chosen = self._all_up_to(rank)
+            if not self._fits(chosen):
+                continue
+            chosen = self._fewest(chosen)
+            if not any(set(before) <= set(chosen) for before in fitting if before):
+                fitting.append(chosen)
+            if len(fitting) == MOST_REMEDIES:
+                break
+        if not fitting:
+            tried = [remedy for remedy in self._tried.values() if remedy is not None]
+            return sorted(tried, key=lambda remedy: remedy.needs.memory.total)[:1]
+        return [remedy for chosen in fitting if (remedy := self._remedy(chosen)) is not None]
+
+    def _all_up_to(self, rank: int) -> list[Change]:
+        """The change of that rank, and all cheaper ones that go with it: if these do not suffice, fewer do
+        not."""
+        chosen = [self.changes[rank]]
+        for change in reversed(self.changes[:rank]):
+            if change.field not in {c.field for c in chosen} and self._remedy([*chosen, change]) is not None:
+                chosen.append(change)
+        return chosen
+
+    def _fewest(self, chosen: list[Change]) -> list[Change]:
+        """``chosen`` without the changes that are not needed. The dear ones go first, and a cheaper value of
+        the same field replaces a dear one if that suffices."""
+        for change in chosen[1:]:
+            others = [c for c in chosen if c != change]
+            cheaper = [c for c in self.changes[: self.changes.index(change)] if c.field == change.field]
+            candidates = [others, *([*others, c] for c in cheaper)]
+            chosen = next((fewer for fewer in candidates if self._fits(fewer)), chosen)
+        return chosen
+
+    def _fits(self, chosen: Sequence[Change]) -> bool:
+        return (remedy := self._remedy(chosen)) is not None and remedy.needs.memory.total <= self.limit
+
+    def _remedy(self, chosen: Sequence[Change]) -> Remedy | None:
+        """The changes with as large micro-batches as fit; None if the schema or the processes refuse them."""
+        if (key := frozenset(chosen)) in self._tried:
+            return self._tried[key]
+        settings = tuple(change.setting for change in self.changes if change in key)
+        price = "; ".join(change.price for change in self.changes if change in key) or SLOWER
+        self._tried[key] = None
+        for size in [*([()] if chosen else []), *((setting,) for setting in self.smaller)]:
+            if (needs := self._needs(settings + size)) is None:
+                break
+            self._tried[key] = Remedy(settings + size, price, needs)
+            if needs.memory.total <= self.limit:
+                break
+        return self._tried[key]
+
+    def _needs(self, settings: Sequence[str]) -> Needs | None:
         try:
-            return needed(overridden(recipe, settings))
+            return self.needed(overridden(self.recipe, settings))
         except RecipeError:
             return None
 
-    def remedy(chosen: Sequence[Change]) -> Remedy | None:
-        """With as large micro-batches as fit; None where the schema, or the processes, refuse it."""
-        if (key := frozenset(chosen)) in tried:
-            return tried[key]
-        settings = tuple(change.setting for change in changes if change in key)
-        price = "; ".join(change.price for change in changes if change in key) or SLOWER
-        tried[key] = None
-        for size in [*([()] if chosen else []), *((text,) for text in smaller)]:
-            if (needs := applied(settings + size)) is None:
-                break
-            tried[key] = Remedy(settings + size, price, needs)
-            if needs.memory.total <= limit:
-                break
-        return tried[key]
-
-    def fits(chosen: Sequence[Change]) -> bool:
-        return (found := remedy(chosen)) is not None and found.needs.memory.total <= limit
-
-    sets: list[list[Change]] = [[]] if fits([]) else []
-    for i, dearest in enumerate(changes):
-        chosen = [dearest]
-        for change in reversed(changes[:i]):  # all that go together: if they do not suffice, fewer do not
-            if change.field not in {c.field for c in chosen} and remedy([*chosen, change]) is not None:
-                chosen.append(change)
-        if not fits(chosen):
-            continue
-        for change in chosen[1:]:  # the dear ones are let go of first
-            others = [c for c in chosen if c != change]
-            cheaper = [c for c in changes[: changes.index(change)] if c.field == change.field]
-            chosen = next((few for few in [others, *([*others, c] for c in cheaper)] if fits(few)), chosen)
-        if not any(set(before) <= set(chosen) for before in sets if before):
-            sets.append(chosen)
-        if len(sets) == SHOWN:
-            break
-    every = [found for found in tried.values() if found is not None]
-    if not sets:
-        return sorted(every, key=lambda found: found.needs.memory.total)[:1]
-    return [found for chosen in sets if (found := remedy(chosen)) is not None]
-
 
 def _changes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Iterator[Change]:
-    """What can be changed of a stage, the cheapest first."""
+    """The changes that a stage allows, the cheapest first."""
     train, parallel = f"stages.{stage.name}.train", recipe.parallel
     shares = parallel.shares(devices)
     yield from _prompt_cache(recipe, counts)

@@ -1,4 +1,4 @@
-"""How fast does a device multiply matrices?"""
+"""Measures how fast a device multiplies matrices."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from posttrain.support.device import synchronize
 
 SHAPES = {"cuda": [(8192, 8192, 8192), (8192, 1536, 6144), (8192, 6144, 1536)], "cpu": [(1024, 1024, 1024)]}
-"""Rows, inner and outer width: a large square, and the feed-forward layers of SD3.5 Medium."""
+"""(rows, inner width, outer width): a large square, and the feed-forward layers of SD3.5 Medium."""
 
 
 def matrix_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of the best of a few products of ``dtype`` matrices, each repeated for about ``seconds``.
+    """FLOP/s of the fastest of a few products of ``dtype`` matrices, each repeated for about ``seconds``.
 
-    It is what "100 % MFU" means where no data sheet is asked. Float32 is measured as TF32 is set.
+    This is "100 % MFU" if no data sheet is used. Float32 is measured with TF32 if TF32 is on.
     """
     return max(_product(device, dtype, shape, seconds) for shape in SHAPES.get(device.type, SHAPES["cpu"]))
 
@@ -33,6 +33,6 @@ def _product(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, in
         synchronize(device)
         return time.perf_counter() - start
 
-    timed(2)  # the first product chooses a kernel
+    timed(2)  # the first product also chooses a kernel
     count = max(1, int(seconds / max(timed(1), 1e-6) / 3))
     return 2 * rows * inner * outer * count / min(timed(count) for _ in range(3))

@@ -1,4 +1,4 @@
-"""How many FLOPs does a stage, or an evaluation, take, and in which precision?"""
+"""Counts the FLOPs of a stage, or of an evaluation, by precision."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.planning.data import known
 from posttrain.planning.phases import branches_of, calls_of, in_cache, square
+from posttrain.planning.sizes import samples_of
 from posttrain.stages.hooks.image_grids import SHOWN
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs by the precision that they are computed in."""
+    """FLOPs by precision."""
 
     low: float = 0.0
-    """In bf16."""
+    """FLOPs in bf16."""
     full: float = 0.0
-    """In float32, or TF32 where the recipe allows it."""
+    """FLOPs in float32, or in TF32 if the recipe allows it."""
 
     def __add__(self, other: Work) -> Work:
         return Work(self.low + other.low, self.full + other.full)
@@ -32,9 +33,9 @@ class Work:
 
 
 def stage_work(recipe: Recipe, stage: Stage, counts: Counts) -> tuple[Work, Work]:
-    """Of forwards that train nothing, and of training."""
+    """The work of forwards that train nothing (rollouts, encoding, image grids), and the work of training."""
     train, calls, data = stage.train, calls_of(stage, counts), known(stage.data, counts, stage.name)
-    size, samples = data.size, train.steps * train.batch_size / train.steps_per_batch
+    size, samples = data.size, samples_of(stage)
     forward = _transformer(counts, size, train.precision)
     prompts = samples / stage.algorithm.samples_per_prompt
     if in_cache(recipe, stage)["prompts"] and data.prompts is not None:
@@ -42,25 +43,25 @@ def stage_work(recipe: Recipe, stage: Stage, counts: Counts) -> tuple[Work, Work
     encoded = samples
     if in_cache(recipe, stage)["images"] and data.images is not None:
         encoded = min(samples, data.images)
-    made = forward * (calls.rollout * samples) + Work(low=counts.flops("text", size) * prompts)
+    rollout = forward * (calls.rollout * samples) + Work(low=counts.flops("text", size) * prompts)
     if calls.decoded:
-        made += Work(full=counts.flops("decode", size) * samples)
+        rollout += Work(full=counts.flops("decode", size) * samples)
     else:
-        made += Work(full=counts.flops("encode", size) * encoded)
-    # selective checkpointing computes nearly no FLOPs again
-    again = 1 if train.gradient_checkpointing == "full" else 0
-    trained = forward * ((calls.frozen + calls.training * (3 + again)) * samples)
+        rollout += Work(full=counts.flops("encode", size) * encoded)
+    # selective checkpointing recomputes almost nothing
+    recomputed = 1 if train.gradient_checkpointing == "full" else 0
+    training = forward * ((calls.frozen + calls.training * (3 + recomputed)) * samples)
     if (evaluation := recipe.evaluation) is not None:
         each = image_work(counts, evaluation.model_copy(update={"precision": train.precision}))
         if stage.monitor is not None:
-            made += each * ((train.steps // stage.monitor.every + 1) * stage.monitor.prompts)
+            rollout += each * ((train.steps // stage.monitor.every + 1) * stage.monitor.prompts)
         if train.sample_every:
-            made += each * ((train.steps // train.sample_every + 1) * SHOWN)
-    return made, trained
+            rollout += each * ((train.steps // train.sample_every + 1) * SHOWN)
+    return rollout, training
 
 
 def image_work(counts: Counts, sampling: Sampling) -> Work:
-    """Of one image."""
+    """The work of sampling and decoding one image."""
     forward = _transformer(counts, square(sampling), sampling.precision)
     decoded = Work(full=counts.flops("decode", square(sampling)))
     return forward * (branches_of(sampling) * sampling.steps) + decoded

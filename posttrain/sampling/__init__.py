@@ -1,1 +1,1 @@
-"""Sampling images from a policy."""
+"""Sampling: encodes prompts and samples latents and images from a policy."""

@@ -1,1 +1,1 @@
-"""The Shapes world: coloured shapes, their captions, and a judge that needs no network."""
+"""Shapes: a data set of rendered coloured shapes with captions, and a detector that needs no network."""

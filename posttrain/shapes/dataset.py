@@ -1,4 +1,4 @@
-"""How does a Shapes data set come to lie on disk: JPEG and JSONL in the published format?"""
+"""Writes a Shapes data set to disk, as JPEG and JSONL in the published format."""
 
 from __future__ import annotations
 
@@ -17,55 +17,58 @@ from posttrain.shapes.scene import SIZE, STYLES, TASKS, Scene, sample_scene, sam
 from posttrain.support.files import aside, publish
 
 VERSION = 4
-"""Raised whenever the same settings would render other images."""
+"""Increased when the same settings would render other images."""
 EVALUATION = 0xE7A1
-"""Keeps the stream of held-out prompts apart from those of the images."""
+"""The key of the random stream of held-out prompts, so that it differs from those of the images."""
 
 
 def scene_at(seed: int, index: int, style: str = "clean") -> Scene:
-    """The ``index``-th scene of a data set: a function of its arguments alone."""
+    """The ``index``-th scene of the data set with that seed and style. It depends on nothing else."""
     rng = Generator(Philox(key=[seed, index]))
     return sample_scene(rng, TASKS[index % len(TASKS)], STYLES[style])
 
 
 def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
-    """Render ``images`` scenes into ``folder``, whole or not at all.
+    """Render ``images`` scenes into ``folder``, which appears only when it is complete.
 
     Writes ``train.jsonl`` (md5, caption_en, bw, bh), ``images/{md5}.jpg``, ``metadata.jsonl`` (GenEval's
-    format with the true prompt, a row an image, in the same order) and ``shapes.json``. A folder that
-    holds this very data set is left as it is. Raises DataError where it holds something else or cannot be
+    format with the true prompt, one row for each image, in the same order) and ``shapes.json``. Does nothing
+    if the folder holds this data set already. Raises DataError if it holds something else or cannot be
     written.
     """
     settings = {"images": images, "seed": seed, "style": style, "version": VERSION}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if (found := _settings(folder)) == settings:
+        if (existing := _settings(folder)) == settings:
             return
-        what = f"another Shapes data set ({found})" if found else "something else"
-        raise DataError(f"{str(folder)!r} holds {what}, not {settings}: give another folder or remove it")
+        content = f"another Shapes data set ({existing})" if existing else "something else"
+        raise DataError(f"{str(folder)!r} holds {content}, not {settings}: give another folder or remove it")
     try:
-        # two runs may want the same folder at once
-        with aside(folder, shared=True) as part:
-            (part / "images").mkdir(parents=True)
-            with (part / "train.jsonl").open("w") as rows, (part / "metadata.jsonl").open("w") as metadata:
+        # two runs may write the same folder at once
+        with aside(folder, shared=True) as unfinished:
+            (unfinished / "images").mkdir(parents=True)
+            with (
+                (unfinished / "train.jsonl").open("w") as rows,
+                (unfinished / "metadata.jsonl").open("w") as metadata,
+            ):
                 for index in range(images):
                     scene = scene_at(seed, index, style)
                     data = _jpeg(scene)
                     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-                    (part / "images" / f"{md5}.jpg").write_bytes(data)
+                    (unfinished / "images" / f"{md5}.jpg").write_bytes(data)
                     row = {"md5": md5, "caption_en": scene.caption, "bw": SIZE, "bh": SIZE}
                     rows.write(json.dumps(row) + "\n")
                     metadata.write(json.dumps(scene.metadata) + "\n")
-            (part / "shapes.json").write_text(json.dumps(settings))
-            publish(part, folder, replace=False)
+            (unfinished / "shapes.json").write_text(json.dumps(settings))
+            publish(unfinished, folder, replace=False)
     except OSError as error:
         if folder.is_dir() and _settings(folder) == settings:
-            return  # another run was faster
+            return  # another run wrote it first
         raise DataError(f"cannot write the Shapes data set {str(folder)!r}: {error}") from error
 
 
 def evaluation_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[dict[str, Any]]:
-    """``count`` metadata rows, balanced over ``tasks``; a kind repeats a prompt only once it
-    has used all that it has."""
+    """``count`` metadata rows in GenEval's format, balanced over ``tasks``. A task repeats a prompt only
+    after it has used all of its prompts."""
     rng = Generator(Philox(key=[seed, EVALUATION]))
     used: dict[str, set[str]] = {tag: set() for tag in tasks}
     rows = []
@@ -77,7 +80,7 @@ def evaluation_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> l
                 break
             row = sample_task(rng, tag)
         else:
-            used[tag].clear()  # every prompt of this kind is used up
+            used[tag].clear()  # all prompts of this task are used up
         used[tag].add(row["prompt"])
         rows.append(row)
     return rows
@@ -89,7 +92,7 @@ def write_prompts(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _settings(folder: Path) -> Any:
-    """What the data set in ``folder`` was made with; None where there is none."""
+    """The settings of the data set in ``folder``; None if there is none."""
     try:
         return json.loads((folder / "shapes.json").read_text())
     except (OSError, ValueError):

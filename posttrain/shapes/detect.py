@@ -1,7 +1,7 @@
-"""Which shapes are in an image? Plain image analysis, without a network.
+"""Detects the shapes in an image by plain image analysis, without a network.
 
-The background is estimated row by row; each pixel is then explained as a blend of it with one of the world's
-colours; connected pixels of one colour are an object; its class is that whose outline covers it best.
+Each row's background is estimated. Each pixel is then explained as a blend of the background with one colour
+of Shapes. Connected pixels of one colour are an object. Its class is the one whose outline overlaps it most.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ Pixels = NDArray[np.float32]
 PALETTE = np.array(list(RGB.values()), np.float32) / 255
 NAMES = list(RGB)
 LEAST_AREA = 16
-"""Pixels of a 64 x 64 image; smaller specks are noise."""
+"""Least pixels of an object in a 64 x 64 image; smaller specks are noise."""
 TOLERANCE = 0.22
-"""How far a pixel may be from a blend of the background with a colour, as an RGB distance."""
+"""Largest RGB distance of a pixel from a blend of the background with a colour."""
 MALFORMED, CLEAR = 0.62, 0.88
-"""Overlap with the best outline (intersection over union) at which the score is 0, and from which it is 1."""
+"""The overlap with the best outline (intersection over union) up to which the score is 0, and from which it
+is 1."""
 THRESHOLD = 0.3
 """Least score of a detection, as in GenEval."""
 
 
 def detect(image: Pixels) -> dict[str, list[dict[str, Any]]]:
-    """The shapes in ``image`` (3, h, w), values in [0, 1]: class -> detections, best first.
+    """The detections of each class in ``image`` (3, h, w), values in [0, 1], best first.
 
     A detection has ``box`` (x0, y0, x1, y1) in pixels, ``score`` in (0.3, 1] and ``color``.
     """
     pixels = np.ascontiguousarray(np.moveaxis(image, 0, 2), np.float32)
     scale = pixels.shape[0] * pixels.shape[1] / 64**2
-    found: dict[str, list[dict[str, Any]]] = {}
+    shapes: dict[str, list[dict[str, Any]]] = {}
     coverage, color = _explained(pixels)
     for index, name in enumerate(NAMES):
         for y, x in components((color == index) & (coverage > 0.5)):
@@ -45,33 +46,33 @@ def detect(image: Pixels) -> dict[str, list[dict[str, Any]]]:
             kind, score = classified(y, x)
             if score > THRESHOLD:
                 box = [float(x.min()), float(y.min()), float(x.max()) + 1, float(y.max()) + 1]
-                found.setdefault(kind, []).append({"box": box, "score": score, "color": name})
-    for detections in found.values():
+                shapes.setdefault(kind, []).append({"box": box, "score": score, "color": name})
+    for detections in shapes.values():
         detections.sort(key=lambda d: -d["score"])
-    return found
+    return shapes
 
 
 def _explained(pixels: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
-    """How much of each pixel is a palette colour, (h, w), and which (-1: none)."""
-    # shapes keep clear of the border, while the middle of a row may be all shapes
+    """How much of each pixel is a palette colour, (h, w) in [0, 1], and the colour's index (-1 for none)."""
+    # shapes never touch the border, but may fill the middle of a row
     border = np.concatenate([pixels[:, :3], pixels[:, -3:]], axis=1)
     background = np.median(border, axis=1, keepdims=True)
     toward = PALETTE - background  # (h, 1, 3) against (4, 3) -> (h, 4, 3)
     away = pixels - background
     blend = np.einsum("hwc,hkc->hwk", away, toward) / np.square(toward).sum(-1)[:, None, :].clip(1e-6)
     blend = blend.clip(0, 1)
-    rest = away[:, :, None, :] - blend[..., None] * toward[:, None, :, :]
-    distance = np.sqrt(np.square(rest).sum(-1))
+    residual = away[:, :, None, :] - blend[..., None] * toward[:, None, :, :]
+    distance = np.sqrt(np.square(residual).sum(-1))
     best = distance.argmin(-1)
     near = np.take_along_axis(distance, best[..., None], -1)[..., 0] < TOLERANCE
     return np.take_along_axis(blend, best[..., None], -1)[..., 0], np.where(near, best, -1)
 
 
 def components(mask: Mask) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """The 4-connected components of ``mask`` (h, w), each as its pixels' (y, x)."""
+    """The 4-connected components of ``mask`` (h, w), each as the y and the x of its pixels."""
     width = mask.shape[1]
     left = set(np.flatnonzero(mask).tolist())
-    found = []
+    groups = []
     while left:
         seed = left.pop()
         stack, member = [seed], [seed]
@@ -89,12 +90,12 @@ def components(mask: Mask) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
                     stack.append(near)
                     member.append(near)
         index = np.array(member)
-        found.append((index // width, index % width))
-    return found
+        groups.append((index // width, index % width))
+    return groups
 
 
 def classified(y: NDArray[np.int64], x: NDArray[np.int64]) -> tuple[str, float]:
-    """The class of a component and its score in [0, 1]: the overlap with that class's outline."""
+    """The class of a component, given as the y and x of its pixels, and its score in [0, 1]."""
     height, width = int(np.ptp(y)) + 1, int(np.ptp(x)) + 1
     mask = np.zeros((height, width), bool)
     mask[y - y.min(), x - x.min()] = True
@@ -107,7 +108,7 @@ def classified(y: NDArray[np.int64], x: NDArray[np.int64]) -> tuple[str, float]:
     }
     overlaps = {kind: (mask & outlines[kind]).sum() / (mask | outlines[kind]).sum() for kind in SHAPES}
     best = max(overlaps, key=lambda kind: overlaps[kind])
-    # the world's shapes are as wide as high, a triangle a little wider
+    # rendered shapes are as wide as high, a triangle a little wider
     stretch = min(width, height) / max(width, height)
     score = (overlaps[best] * min(1.0, stretch / 0.8) - MALFORMED) / (CLEAR - MALFORMED)
     return best, float(np.clip(score, 0, 1))

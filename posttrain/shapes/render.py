@@ -1,4 +1,4 @@
-"""How does a scene look?"""
+"""Renders a scene as an image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def outline(thing: Thing) -> list[tuple[float, float]]:
-    """The corners of a square or triangle, in pixels; a triangle stands on its base."""
+    """The corners (x, y) of a square or triangle in pixels. A triangle stands on its base."""
     half = thing.size / 2
     if thing.kind == "square":
         half *= 0.9  # a square of full size would look larger than a circle

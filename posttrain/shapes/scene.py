@@ -1,7 +1,7 @@
-"""What is in a scene of coloured shapes, and what does its caption say?
+"""Draws random scenes of coloured shapes, with captions and metadata.
 
-Scenes come in the six kinds of task of GenEval (Ghosh et al. 2023, arXiv:2310.11513), with prompts and
-metadata in its format. Coordinates are pixels of a 64 x 64 image, y pointing down.
+Scenes have GenEval's six kinds of task, and prompts and metadata in its format (Ghosh et al. 2023,
+arXiv:2310.11513). Coordinates are pixels of a 64 x 64 image, y pointing down.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ VOCABULARY = sorted(
 )
 """Every word that a caption can contain."""
 GAP = 3.0
-"""Least distance of two shapes' bounding boxes, and of a shape from the border."""
+"""Least distance in pixels between two shapes' bounding boxes, and between a shape and the border."""
 
 Metadata = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; ``size`` is the side of its bounding square."""
+    """One shape with its centre (x, y); ``size`` is the side of its bounding square."""
 
     kind: str
     color: str
@@ -42,14 +42,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Style:
-    """How scenes and captions are flawed: chances in [0, 1], and the range of sizes."""
+    """The flaws of scenes and captions, as probabilities, and the range of sizes in pixels."""
 
     wrong_caption: float = 0.0
-    """A caption with a word wrong or something left out."""
+    """Probability of a caption with one wrong word or something left out."""
     clutter: float = 0.0
-    """A scene with one or two small shapes that the caption does not mention."""
+    """Probability of one or two small shapes that the caption does not mention."""
     tint: float = 0.0
-    """A background with a colour and a gradient instead of a light grey."""
+    """Probability of a coloured background with a gradient instead of light grey."""
     sizes: tuple[float, float] = (14.0, 22.0)
 
 
@@ -61,15 +61,15 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture to draw, and what is said of it."""
+    """Shapes and background of one image, with its caption."""
 
     things: tuple[Thing, ...]
     background: tuple[tuple[int, int, int], tuple[int, int, int]]
     """RGB at the top and at the bottom."""
     metadata: Metadata
-    """GenEval's: tag, include, exclude, and the true prompt."""
+    """GenEval's metadata: tag, include, exclude, and the true prompt."""
     caption: str
-    """What the data set says, which the web style gets wrong at times."""
+    """The data set's caption. In the web style it is sometimes wrong."""
 
 
 def sample_scene(rng: Generator, tag: str, style: Style) -> Scene:
@@ -86,7 +86,7 @@ def sample_scene(rng: Generator, tag: str, style: Style) -> Scene:
 
 
 def sample_task(rng: Generator, tag: str) -> Metadata:
-    """GenEval-format metadata of a random task, its prompt included."""
+    """GenEval-format metadata of a random task, with its prompt."""
     first, second = (str(s) for s in rng.permutation(SHAPES)[:2])
     color, other = (str(c) for c in rng.permutation(COLORS)[:2])
     if tag == "single_object":
@@ -135,7 +135,7 @@ def _named(clause: Metadata) -> str:
 
 
 def _arranged(rng: Generator, metadata: Metadata, style: Style) -> list[Thing] | None:
-    """Places for what the task asks for, or None where this try found none."""
+    """Shapes placed as the task asks, or None if this attempt failed."""
     things: list[Thing] = []
     total = sum(clause["count"] for clause in metadata["include"])
     largest = min(style.sizes[1], 24.0 - 2.5 * max(total - 1, 0))
@@ -153,7 +153,7 @@ def _arranged(rng: Generator, metadata: Metadata, style: Style) -> list[Thing] |
 
 
 def _clearly(relation: str, a: Thing, b: Thing) -> bool:
-    """Whether a person would say so too: the offset lies within 30 degrees of the relation's axis."""
+    """Whether the relation is obvious: the offset is within 29 degrees of the relation's axis."""
     dx, dy = RELATIONS[relation]
     along, across = (a.x - b.x) * dx + (a.y - b.y) * dy, (a.x - b.x) * dy + (a.y - b.y) * dx
     return along > 0 and abs(across) < 0.55 * along

@@ -1,1 +1,1 @@
-"""Small helpers that every other package may use; they import nothing but the errors."""
+"""Helpers that every other package may use. They import only the errors."""

@@ -1,4 +1,4 @@
-"""Chooses the device of a run, and measures the memory that the run needs there."""
+"""Chooses the device of a run and measures the memory on it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from posttrain.errors import RecipeError
 
 
 def resolve(name: str) -> torch.device:
-    """The torch device that a recipe's ``device`` means; ``auto`` prefers CUDA, then MPS, then the CPU.
+    """The torch device for a recipe's ``device``. ``auto`` prefers CUDA, then MPS, then the CPU.
 
-    Raises RecipeError where this machine has no such device.
+    Raises RecipeError if this machine has no such device.
     """
     if not torch.cuda.is_available():
-        # or DeepSpeed, where it is installed, warns that it had to guess
+        # else DeepSpeed, if installed, warns that it guesses the accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "auto":
         if torch.cuda.is_available():
@@ -34,24 +34,24 @@ def resolve(name: str) -> torch.device:
 
 
 def set_tf32(enabled: bool) -> None:
-    """Let CUDA multiply float32 matrices in TF32, or not."""
+    """Switch TF32 on or off for float32 matrix products and convolutions on CUDA."""
     torch.backends.cuda.matmul.allow_tf32 = enabled
     torch.backends.cudnn.allow_tf32 = enabled
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring anew; see :func:`peak_memory`."""
+    """Restart the measurement of :func:`peak_memory`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the resident peak
+            Path("/proc/self/clear_refs").write_text("5")  # this resets VmHWM, the resident peak
         except OSError:
-            return  # not allowed in some containers: the peak is then the process's so far
+            return  # some containers forbid it; the peak is then that of the whole process so far
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since the last reset: of the CUDA device, else of this process's resident memory."""
+    """Peak bytes since the last reset: on the CUDA device, else in this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -69,7 +69,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still take on the device; None where nobody says."""
+    """Bytes that this process can still allocate on the device; None if the system does not tell."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
@@ -79,7 +79,7 @@ def available_memory(device: torch.device) -> int | None:
         return None
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")  # a container may have less than the machine
+    group = Path("/sys/fs/cgroup")  # a container's limit may be lower than the machine's memory
     try:
         limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
         return min(free, int(limit) - int(used))
@@ -88,7 +88,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the allocator keeps for later."""
+    """Return the allocator's unused cached memory to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -96,7 +96,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""Names the places in which two nested values differ, such as two recipes or two result cards."""
+"""Lists the differences between two nested values, such as two recipes or two result cards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 
 def differences(before: object, now: object, free: Collection[str] = (), path: str = "") -> Iterator[str]:
-    """``a.b.0 (was 1, now 2)`` for each place; what lies at one of the ``free`` paths may differ."""
+    """``a.b.0 (was 1, now 2)`` for each difference, except at or below one of the ``free`` paths."""
     if path in free:
         return
     if isinstance(before, dict) and isinstance(now, dict):

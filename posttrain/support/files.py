@@ -1,7 +1,7 @@
-"""Writes files and folders so that they are there whole or not at all, and locks them between processes.
+"""Writes files and folders atomically, and locks them between processes.
 
-What is written goes to a path beside its target, is flushed to the disk, and gets its name last. So a kill, a
-full disk or an exception at any moment leaves the target as it was.
+Content goes to a path beside its target, is flushed to the disk, and is renamed to the target last. So a
+kill, a full disk or an exception at any moment leaves the target unchanged.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from posttrain.errors import PosttrainError
 from posttrain.support.wording import short
 
 FULL = ("No space left", "Disk quota exceeded", "(os error 28)", "(os error 122)")
-"""What libraries that raise no OSError say of a full disk; safetensors names the system's error so."""
+"""Messages about a full disk from libraries that raise no OSError, such as safetensors."""
 CUT_OFF = ("unexpected pos", "iostream error", "file write failed", "PytorchStreamWriter failed")
-"""What torch says where it could not write all of a file; it does not say why."""
+"""Messages of torch about a file that it could not write completely. They do not tell why."""
 
 
 def write(file: Path, content: str | bytes) -> None:
-    """Write ``file`` atomically; text is UTF-8. Of processes that write it at once, the last one wins.
+    """Write ``file`` atomically, text as UTF-8. If several processes write it at once, the last one wins.
 
-    Raises PosttrainError where it cannot be written; what was there before is then whole.
+    Raises PosttrainError if it cannot be written; an existing file is then unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     with writing(file, len(data)), aside(file, shared=True) as part:
@@ -38,10 +38,10 @@ def write(file: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def published(folder: Path, needs: int | None = None) -> Iterator[Path]:
-    """A new folder that becomes ``folder`` at the end of the block. One process at a time may write it.
+    """Yield a new folder that becomes ``folder`` at the end of the block. One process at a time may write it.
 
-    ``needs`` is how many bytes it takes at least, for the message. Raises PosttrainError where it cannot be
-    written; what was there before is then whole.
+    ``needs`` is the least number of bytes that it takes, for the error message. Raises PosttrainError if it
+    cannot be written; an existing folder is then unchanged.
     """
     with writing(folder, needs), aside(folder) as part:
         part.mkdir()
@@ -51,17 +51,18 @@ def published(folder: Path, needs: int | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def aside(target: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A path beside ``target`` for what :func:`publish` is to rename to it; what is left there is removed.
+    """Yield a path beside ``target``, whose content :func:`publish` renames to ``target``; the rest is
+    removed.
 
-    Where the target is ``shared``, each call gets a path of its own. Else it is the same each time, and what
-    a killed process left there is removed first.
+    If the target is ``shared`` between processes, each call gets its own path. Else the path is the same each
+    time, and the remains of a killed process are removed first.
     """
     own = f".{secrets.token_hex(4)}" if shared else ""
     part = target.with_name(f".{target.name}{own}.part")
     _remove(part)
     target.parent.mkdir(parents=True, exist_ok=True)
     if (before := _before(target)).exists() and not target.exists():
-        before.rename(target)  # a kill came between the two renames that replace a folder
+        before.rename(target)  # a kill came between publish's two renames
     try:
         yield part
     finally:
@@ -69,9 +70,9 @@ def aside(target: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def publish(part: Path, target: Path, *, replace: bool = True) -> None:
-    """Flush ``part`` to the disk and rename it to ``target``, a file or folder, which it replaces.
+    """Flush ``part``, a file or folder, to the disk and rename it to ``target``, which it replaces.
 
-    Raises OSError, also for a folder at ``target`` that is not empty where it is not to be replaced.
+    Raises OSError, also if ``replace`` is False and ``target`` is a folder that is not empty.
     """
     for file in part.rglob("*") if part.is_dir() else [part]:
         _flush(file)
@@ -96,17 +97,17 @@ def publish(part: Path, target: Path, *, replace: bool = True) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, needs: int | None = None) -> Iterator[None]:
-    """Turn what goes wrong while ``path`` is written into a PosttrainError that names it.
+    """Turn write errors inside the block into a PosttrainError that names ``path``. Other exceptions pass.
 
-    ``needs`` is how many bytes are to be written, at least. Other exceptions pass.
+    ``needs`` is the least number of bytes to be written, for the message.
     """
     try:
         yield
     except PosttrainError:
         raise
     except Exception as error:
-        there = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-        free = shutil.disk_usage(there).free
+        existing = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(existing).free
         if (why := problem(error, room=needs is None or needs < free)) is None:
             raise
         wanted = "" if needs is None else f", at least {short(needs, 'B')} needed"
@@ -117,26 +118,26 @@ def writing(path: Path, needs: int | None = None) -> Iterator[None]:
 
 
 def problem(error: Exception, *, room: bool = True) -> str | None:
-    """Why a file could not be written, if that is what ``error`` of any library says; else None.
+    """The reason why a file could not be written; None if ``error`` is not a write error of a known library.
 
-    ``room`` says whether the disk has room for it, where the library does not say what went wrong.
+    ``room`` tells whether the disk has room for the file, for libraries whose error does not give a reason.
     """
-    words = str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(says in words for says in FULL):
+    message = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in message for text in FULL):
         return "the disk is full"
-    if any(says in words for says in CUT_OFF):
-        return f"it was cut off ({words.strip().splitlines()[0]})" if room else "the disk is full"
+    if any(text in message for text in CUT_OFF):
+        return f"it was cut off ({message.strip().splitlines()[0]})" if room else "the disk is full"
     if isinstance(error, OSError):
-        return words
-    return f"safetensors: {words}" if type(error).__name__ == "SafetensorError" else None
+        return message
+    return f"safetensors: {message}" if type(error).__name__ == "SafetensorError" else None
 
 
 @contextlib.contextmanager
 def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock ``file`` against all other processes; the file is made if need be, and stays.
+    """Hold the lock ``file`` against all other processes. The file is created if it is missing, and stays.
 
-    Yields whether the lock is held: False only where another process has it and this one does not ``wait``.
-    The lock goes with the process, however that ends. Raises OSError where the file cannot be opened.
+    Yields True if the lock is held, and False if another process holds it and ``wait`` is False. The lock
+    ends with the process, however the process ends. Raises OSError if the file cannot be opened.
     """
     lock = FileLock(file)
     try:
@@ -151,7 +152,7 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _before(folder: Path) -> Path:
-    """Where a folder lies while another one takes its name."""
+    """The path of an old folder while a new one takes its name."""
     return folder.with_name(f".{folder.name}.before.part")
 
 
@@ -166,7 +167,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder if it is there and can be."""
+    """Remove a file or folder, if it exists and can be removed."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""How are samples shown: single images, and grids with captions?"""
+"""Converts samples to images, saves them, and makes grids with captions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PADDING, LEAST_TILE, FONT = 6, 128, 12
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """``images`` (n, 3, h, w) in [0, 1] as 8-bit RGB, rounded (not cut off) and clamped."""
+    """``images`` (n, 3, h, w) in [0, 1] as 8-bit RGB, clamped and rounded to the nearest value."""
     data = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(pixels) for pixels in data]
 
@@ -27,9 +27,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def save_image(
     image: Image.Image, folder: Path, number: int, record: Mapping[str, Any], kind: Literal["png", "jpeg"]
 ) -> Path:
-    """Write one sample, named by number, prompt and index, with ``record`` as JSON in its metadata.
+    """Write one sample with ``record`` as JSON in its metadata; the name has number, prompt and index.
 
-    PNG has it as the text ``posttrain``, JPEG (quality 95, 4:4:4) as the EXIF image description.
+    The metadata is the text ``posttrain`` in a PNG, and the EXIF image description in a JPEG (quality 95,
+    4:4:4).
     """
     slug = re.sub(r"[^a-z0-9]+", "-", record["prompt"].lower()).strip("-")[:60]
     file = folder / f"{number:05d}-{slug}-{record['index']}.{'png' if kind == 'png' else 'jpg'}"
@@ -46,17 +47,17 @@ def save_image(
 
 
 def png(image: Image.Image) -> bytes:
-    """``image`` as the content of a PNG file."""
+    """The bytes of a PNG file of ``image``."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:
-    """A grid of ``images`` (n, 3, h, w) in [0, 1], each caption below its image.
+    """A grid of ``images`` (n, 3, h, w) in [0, 1], with each caption below its image.
 
-    Tiny images are enlarged, without smoothing, to at least 128 px. Raises ValueError where there is no
-    image, no column, or not one caption an image.
+    Tiny images are enlarged to at least 128 px without smoothing. Raises ValueError if there is no image or
+    no column, or if the number of captions is not that of the images.
     """
     if not len(images) or columns < 1:
         raise ValueError(f"a grid needs images and columns, not {len(images)} and {columns}")
@@ -82,7 +83,7 @@ def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) ->
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines of at most ``width`` pixels, measured: letters differ too much in width to be counted."""
+    """``text`` in lines of at most ``width`` pixels, as measured in ``font``."""
     lines, line = [], ""
     for word in text.split():
         if line and font.getlength(f"{line} {word}") <= width:
@@ -91,7 +92,7 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
         if line:
             lines.append(line)
         line = ""
-        for letter in word:  # a word longer than a line is cut
+        for letter in word:  # split a word that is longer than a line
             if line and font.getlength(line + letter) > width:
                 lines.append(line)
                 line = ""

@@ -1,11 +1,11 @@
-"""Tells paths from names, where a recipe's field takes either."""
+"""Distinguishes paths from names in fields that take either."""
 
 from __future__ import annotations
 
 
 def is_path(text: str, *, hub: bool = False) -> bool:
-    """Whether ``text`` is written as a path: it begins with ``.``, ``/`` or ``~``, or has a slash.
+    """Whether ``text`` is a path: it begins with ``.``, ``/`` or ``~``, or contains a slash.
 
-    A name has no slash, but for those of a ``hub``, which are ``owner/name``: there the beginning decides.
+    In a field that takes ``hub`` names (``owner/name``), only the beginning counts.
     """
     return text.startswith((".", "/", "~")) or ("/" in text and not hub)

@@ -1,4 +1,4 @@
-"""What does a person see while a stage runs: step, loss, rate and time left?"""
+"""Shows the progress of a stage: step, loss or reward, rate and time left."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 NARROW = 80
-"""Columns; below, the bar and the rate give way to the step, the loss and the time left."""
+"""A terminal with fewer columns shows only step, loss and time left, without bar and rate."""
 INTERVAL_SECONDS = 10.0
-"""Between lines where the output is no terminal."""
+"""Time between lines if the output is not a terminal."""
 
 
 class StageProgress(ABC):
-    """A running display."""
+    """A progress display that is updated while work runs."""
 
     narrow = False
-    """Whether there is no room for the rate."""
+    """Whether the terminal is too narrow to show the rate."""
 
     def update(
         self,
@@ -30,8 +30,8 @@ class StageProgress(ABC):
         reward: float | None = None,
         images_per_second: float | None = None,
     ) -> None:
-        """Show that ``done`` of the total are done."""
-        # a policy gradient's loss hovers around 0 and says nothing; its reward does
+        """Show that ``done`` of the total steps are done, with the figures given."""
+        # a policy gradient's loss stays near 0 and says nothing, so the reward is shown instead
         figures = [f"reward {reward:.3f}"] if reward is not None else []
         figures += [f"loss {loss:.4f}"] if loss is not None and reward is None else []
         if images_per_second is not None and not self.narrow:
@@ -44,13 +44,13 @@ class StageProgress(ABC):
 
 @contextlib.contextmanager
 def stage_progress(name: str, total: int, start: int, console: Console) -> Iterator[StageProgress]:
-    """A live bar on a terminal, and a line now and then where there is none."""
+    """A live bar on a terminal; else a line every 10 seconds."""
     if not console.is_terminal:
         yield _Lines(name, total, start, console)
         return
     narrow = console.width < NARROW
     if narrow:
-        # rich would cut every column alike, the step count included: cut the name only
+        # rich would shorten every column, even the step count; shorten only the name
         room = max(console.width - 2 * len(str(total)) - 27, 4)
         name = name if len(name) <= room else name[: room - 1] + "…"
     columns = [

@@ -1,7 +1,7 @@
-"""Randomness as a function: every draw comes from a counter, never from a state.
+"""Draws random numbers as a function of a key, without generator state.
 
-A draw is keyed by (seed, stage depth, purpose, step or epoch, sample id), so the same recipe draws the
-same numbers on any number of processes and workers, and a resumed run needs no generator state.
+The key is (seed, stage depth, step or epoch, purpose, sample id). So a recipe draws the same numbers on any
+number of processes and workers, and a resumed run needs no saved generator.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def generator(*key: object) -> torch.Generator:
-    """A CPU generator seeded by a 64-bit hash of ``key``; equal keys give equal streams.
+    """A CPU generator whose seed is a 64-bit hash of ``key``. Equal keys give equal streams.
 
-    Key parts are ints and strings; they are separated in the hash, so ("ab", "c") and ("a", "bc") differ.
+    The key's elements are integers and strings. The hash separates them: ("ab", "c") and ("a", "bc") differ.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
@@ -25,9 +25,9 @@ def generator(*key: object) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of one batch: each sample's numbers depend on its own id alone, not on its neighbours.
+    """The random numbers of one batch. Those of a sample depend on its id and not on the other samples.
 
-    ``key`` is (seed, stage depth, step or epoch); ``ids`` are the n samples' ids.
+    ``key`` is (seed, stage depth, step or epoch); ``ids`` are the ids of the n samples.
     """
 
     key: tuple[object, ...]
@@ -43,20 +43,20 @@ class Draws:
         return self._stack(torch.rand, purpose, shape)
 
     def integer(self, purpose: str, low: int, high: int) -> int:
-        """One integer from ``low`` to ``high``, both included, the same for every sample of the batch."""
+        """One integer from ``low`` to ``high``, both included, for the whole batch."""
         return int(torch.randint(low, high + 1, (), generator=generator(*self.key, purpose)))
 
     def permutations(self, purpose: str, size: int) -> Tensor:
-        """(n, size) int64: an own order of 0 to size - 1 for each sample."""
+        """(n, size) int64: for each sample a random order of 0 to size - 1."""
         rows = [torch.randperm(size, generator=generator(*self.key, purpose, i)) for i in self.ids]
         return torch.stack(rows).to(self.device)
 
     def take(self, index: slice) -> Draws:
-        """The draws of some of the samples."""
+        """The draws of the samples in the slice ``index``."""
         return replace(self, ids=self.ids[index])
 
     def of(self, ids: Sequence[int | str]) -> Draws:
-        """The draws of other ids: samples of equal id draw alike."""
+        """The draws for other ``ids``. Samples with equal ids get equal numbers."""
         return replace(self, ids=ids)
 
     def _stack(self, draw, purpose: str, shape: Sequence[int]) -> Tensor:

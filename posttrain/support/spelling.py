@@ -1,4 +1,4 @@
-"""Which of the allowed words did the user mean?"""
+"""Suggests the allowed word that a misspelt word was meant to be."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 def meant(word: object, allowed: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing where no allowed word is near.
+    """The hint `` (did you mean 'x'?)``, or an empty string if no allowed word is near.
 
-    Words that differ in case and separators only come first.
+    A word that differs only in case or separators is preferred.
     """
     known = list(allowed)
     plain = _plain(str(word))

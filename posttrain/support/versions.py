@@ -1,4 +1,4 @@
-"""Which versions of the packages that numbers depend on are installed?"""
+"""Reads the versions of installed packages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Package -> version, Python's first; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    """The version of Python and of each package that is installed, by name."""
+    installed = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed

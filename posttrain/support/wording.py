@@ -1,14 +1,14 @@
-"""Words numbers, sizes and times as a person says them."""
+"""Formats numbers, sizes and durations for people."""
 
 from __future__ import annotations
 
 
 def short(value: float | None, unit: str = "") -> str:
-    """A figure with an SI prefix, such as 55.2k or, of bytes, 1.2 GB; a dash where there is none."""
+    """A number with an SI prefix, such as 55.2k, or 1.2 GB with the unit "B"; a dash for None."""
     if value is None:
         return "–"
     prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
-    while abs(float(f"{value:.3g}")) >= 1000 and len(prefixes) > 1:  # 999.9 is shown as 1k
+    while abs(float(f"{value:.3g}")) >= 1000 and len(prefixes) > 1:  # so that 999.9 becomes 1k
         value /= 1000
         prefixes.pop(0)
     prefix = prefixes[0]
@@ -16,7 +16,7 @@ def short(value: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``26 min``, as a person says it; a dash for None."""
+    """A duration such as ``26 min``; a dash for None."""
     if seconds is None:
         return "–"
     if round(seconds) < 100:
@@ -26,12 +26,12 @@ def duration(seconds: float | None) -> str:
 
 
 def multiples_near(value: int, unit: int) -> str:
-    """The positive multiples of ``unit`` just below and above ``value``: ``32 or 48``."""
+    """The positive multiples of ``unit`` next to ``value``, such as ``32 or 48``."""
     low = value // unit * unit
     return " or ".join(str(multiple) for multiple in (low, low + unit) if multiple > 0)
 
 
 def no_multiple(value: int, unit: int) -> str:
-    """What is wrong with a side of ``value`` pixels where the model needs a multiple of ``unit``."""
+    """The message for a side of ``value`` pixels that is not a multiple of the model's ``unit``."""
     near = multiples_near(value, unit)
     return f"{value} is no multiple of the {unit} pixels that this model needs; the nearest are {near}"

@@ -8,7 +8,7 @@ from posttrain.data.batches import BatchSource
 from posttrain.data.prompts import prompt_rows
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import EMA
-from posttrain.sampling.sampler import sample_images
+from posttrain.sampling.latents import sample_images
 from posttrain.stages.hooks.hook import Hook
 from posttrain.stages.stage_run import Training
 from posttrain.support.files import write

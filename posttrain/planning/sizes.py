@@ -1,0 +1,121 @@
+"""Counts what follows from a stage's settings and the transformer's shape: samples, weights, moments, disk.
+
+``posttrain check`` and ``posttrain plan`` both count with these functions. The plan measures the model's
+outline; the check reads shapes from the header of the weights' file, which needs no model library and takes
+no time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from posttrain.engine.trainer import REFERENCE
+from posttrain.model import torch_dtype
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from posttrain.model import EncoderName
+    from posttrain.optim.settings import OptimizerName
+    from posttrain.recipe.schema import Recipe, Stage
+
+FLOAT32 = 4
+"""Bytes of a trained number, of its gradient, and of each of its copies."""
+SMALL_TENSOR, SCALE_BLOCK = 4096, 256
+"""8-bit AdamW keeps float32 moments of tensors with fewer numbers, and one float32 scale for so many."""
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """The transformer's parameters in one stage."""
+
+    trained: tuple[int, ...]
+    """How many numbers each trained tensor has."""
+    frozen: int
+    """Bytes of the other parameters."""
+
+    @classmethod
+    def from_module(cls, transformer: nn.Module) -> Transformer:
+        """Measure a transformer, on any device, to which the stage's ``tune`` was applied."""
+        parameters = list(transformer.parameters())
+        trained = tuple(p.numel() for p in parameters if p.requires_grad)
+        return cls(trained, sum(p.nbytes for p in parameters if not p.requires_grad))
+
+    @classmethod
+    def from_shapes(cls, recipe: Recipe, stage: Stage, shapes: Mapping[str, tuple[int, ...]]) -> Transformer:
+        """Derive it from ``shapes``, the parameters' shapes by name, without a model.
+
+        The two matrices of an adapter count as one tensor. This matters only to 8-bit moments of matrices
+        with fewer than 4096 numbers.
+        """
+        trained = [stage.tune.trainable_parameters({name: shape}) for name, shape in shapes.items()]
+        frozen = 0
+        if stage.tune.type != "full":
+            numbers = sum(math.prod(shape) for shape in shapes.values())
+            frozen = numbers * torch_dtype(recipe.model.frozen_dtype()).itemsize
+        return cls(tuple(n for n in trained if n), frozen)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a stage holds if one device holds all of it. In bytes, except ``trained``."""
+
+    trained: int
+    """How many numbers are trained, in float32."""
+    frozen: int
+    """The transformer's other weights."""
+    moments: float
+    """What the optimizer keeps."""
+    roles: int
+    """Copies of weights: EMA, reference and old policy."""
+    rewards: int = 0
+    """The rewards' networks. Every device holds them whole."""
+    encoders: Mapping[EncoderName, int] = field(default_factory=dict)
+    """The text encoders (``prompts``) and the autoencoder (``images``)."""
+    gathered: int = 0
+    """The weights that a forward holds at a time when each device keeps a shard: those outside the blocks,
+    and those of two blocks."""
+    gathered_gradients: int = 0
+    """Their gradients."""
+
+
+def stage_sizes(recipe: Recipe, stage: Stage, transformer: Transformer) -> Sizes:
+    """The sizes of the transformer's weights, moments and roles in ``stage``."""
+    trained, roles = sum(transformer.trained), stage.algorithm.roles
+    copies = FLOAT32 * trained * (len(roles) + (stage.train.ema is not None))
+    if (
+        REFERENCE in roles
+        and stage.reference not in (None, recipe.parent(stage))
+        and stage.tune.type == "lora"
+    ):
+        copies += transformer.frozen  # the reference has weights of its own, not just another adapter
+    return Sizes(
+        trained, transformer.frozen, moment_bytes(stage.train.optimizer, transformer.trained), copies
+    )
+
+
+def moment_bytes(optimizer: OptimizerName, tensors: Iterable[int]) -> float:
+    """Bytes of the optimizer's two moments, given how many numbers each trained tensor has."""
+    if optimizer == "adamw":
+        return 8.0 * sum(tensors)
+    return float(sum(8 * n if n < SMALL_TENSOR else 2 * (n + 4 * -(-n // SCALE_BLOCK)) for n in tensors))
+
+
+def disk_bytes(stage: Stage, sizes: Sizes) -> float:
+    """Bytes of the stage's checkpoints and of its artifact.
+
+    A checkpoint has the trained weights, the moments, the EMA, and the roles that move; the reference never
+    does.
+    """
+    copies = len(stage.algorithm.roles - {REFERENCE}) + (stage.train.ema is not None)
+    checkpoint = FLOAT32 * sizes.trained * (1 + copies) + sizes.moments
+    exported = torch_dtype(stage.export_dtype).itemsize if stage.tune.type == "full" else FLOAT32
+    return checkpoint * stage.train.keep_checkpoints + sizes.trained * exported
+
+
+def samples_of(stage: Stage) -> int:
+    """How many samples the stage trains on, in all processes together."""
+    return stage.train.steps * stage.train.batch_size // stage.train.steps_per_batch
