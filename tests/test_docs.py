@@ -25,8 +25,18 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINKED = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"`([\w.\-*/]+/[\w.\-*]*|[\w\-]+\.(?:py|md|toml|sh|txt|cfg))`")
 """What stands alone in backticks and is a path, or a file's name."""
-RUN_TIME = ("runs/", "data/", "images/", "final/", "grid/", "checkpoints/", "evaluation/", "samples/")
-"""Folders that a run, or its user, makes."""
+RUN_TIME = (
+    ".venv/",
+    "runs/",
+    "data/",
+    "images/",
+    "final/",
+    "grid/",
+    "checkpoints/",
+    "evaluation/",
+    "samples/",
+)
+"""Folders that a run, its user, or the installation makes."""
 
 
 def anchors(page):
