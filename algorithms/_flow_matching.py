@@ -1,4 +1,4 @@
-"""What SFT and SOAR share: noisy latents at a random sigma, and the weighted velocity error there."""
+"""Velocity regression at noisy latents of a random sigma: the base class of SFT and SOAR."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"
 class FlowMatching(Algorithm, ABC):
     """Velocity regression (Lipman et al. 2022, arXiv:2210.02747).
 
-    Items: latents (n, c, h, w), sigma (n,), target (n, c, h, w), prompt, place (n,).
+    Items: latents (n, c, h, w), sigma (n,), target (n, c, h, w), prompt_index (n,), sample_index (n,).
     """
 
     needs: ClassVar = "images"
 
     weighting_scheme: WeightingScheme = "logit_normal"
-    """How t is drawn and the loss weighted (arXiv:2403.03206, section 3.1): ``logit_normal`` and ``mode``
-    draw t so; the others draw it uniformly, and ``sigma_sqrt`` and ``cosmap`` weight the loss."""
+    """The density of t and the loss's weight at sigma (arXiv:2403.03206, section 3.1). ``logit_normal`` and
+    ``mode`` are densities, with weight 1; ``sigma_sqrt`` and ``cosmap`` are weights, with t uniform; ``none``
+    is weight 1 with t uniform."""
     logit_mean: float = 0.0
-    """Of the logit-normal density of t, t = 1 being noise: greater means noisier. (diffusers' DreamBooth
-    scripts count from the other end; their mean has the opposite sign.)"""
+    """The mean of logit(t) under ``logit_normal``. t = 1 is noise, so a greater mean is noisier; in
+    diffusers' DreamBooth scripts t = 0 is noise and the mean has the opposite sign."""
     logit_std: float = Field(1.0, gt=0)
+    """The standard deviation of logit(t) under ``logit_normal``."""
     mode_scale: float = 1.29
-    """Of the ``mode`` density."""
+    """The scale s of the ``mode`` density (arXiv:2403.03206, section 3.1)."""
     cond_dropout: float = Field(0.0, ge=0, le=1)
-    """Chance that a sample is trained on the empty prompt, drawn for each sample."""
+    """Probability that a sample is trained on the empty prompt, drawn for each sample."""
 
     def loss(self, items: Items, policy: Policy) -> Losses:
         v = policy.velocity(items.latents, items.sigma, items.condition)
@@ -44,7 +46,7 @@ class FlowMatching(Algorithm, ABC):
         return Losses(loss_weight(self.weighting_scheme, items.sigma) * error)
 
     def base_items(self, batch: Batch, tools: Tools) -> tuple[Items, Tensor, Tensor]:
-        """One item per sample at a random t; also the noise (n, c, h, w) and t (n,)."""
+        """One item of weight 1 for each sample at a random t; also the noise (n, c, h, w) and t (n,)."""
         noise = tools.draws.normal("noise", batch.latents.shape[1:])
         t = self.density(tools)
         sigma = shift_sigma(t, tools.policy.model.shift)
@@ -59,7 +61,7 @@ class FlowMatching(Algorithm, ABC):
         return Items(torch.ones_like(sigma), fields, batch.conditions), noise, t
 
     def density(self, tools: Tools) -> Tensor:
-        """The times t (n,) in [0, 1] at which a batch is trained."""
+        """One random time t for each sample, (n,) in [0, 1]."""
         if self.weighting_scheme == "logit_normal":
             return torch.sigmoid(self.logit_mean + self.logit_std * tools.draws.normal("timestep", ()))
         u = tools.draws.uniform("timestep")
@@ -69,7 +71,10 @@ class FlowMatching(Algorithm, ABC):
 
 
 def loss_weight(scheme: WeightingScheme, sigma: Tensor) -> Tensor:
-    """The factor on the loss at ``sigma`` (n,): sigma^-2, 2 / (pi (1 - 2 sigma + 2 sigma^2)), or 1."""
+    """The loss's weight at ``sigma`` (n,) (arXiv:2403.03206, section 3.1).
+
+    ``sigma_sqrt``: sigma^-2. ``cosmap``: 2 / (pi (1 - 2 sigma + 2 sigma^2)). All other schemes: 1.
+    """
     if scheme == "sigma_sqrt":
         return sigma**-2
     if scheme == "cosmap":

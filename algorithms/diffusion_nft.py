@@ -1,4 +1,4 @@
-"""DiffusionNFT: rewards steer flow matching between two implicit policies (arXiv:2509.16117)."""
+"""DiffusionNFT: flow matching that rewards steer between two implicit policies (arXiv:2509.16117)."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ AdvMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 
 
 class DiffusionNFT(Online):
-    """Pulls the velocity towards good samples of an old policy and away from bad ones.
+    """Move the velocity towards the old policy's good samples and away from its bad ones.
 
-    Items: latents, x0 (n, c, h, w), sigma, advantage, prompt (n,).
+    Items: latents, x0 (n, c, h, w); sigma, advantage, prompt_index, sample_index (n,).
     """
 
     type: Literal["diffusion_nft"] = "diffusion_nft"
 
     solver: Solver = "dpm2"
-    """Of the rollout: deterministic, of any order, since no step of it is trained."""
+    """Solver of the rollout. No step of the rollout is trained, so it is deterministic and of any order."""
     guidance_scale: float = Field(1.0, ge=0)
-    """Classifier-free guidance of the rollout; training has none, so 1, no guidance, is consistent."""
+    """Classifier-free guidance of the rollout; 1 is none. Training has no guidance, so 1 samples from the
+    velocity that is trained."""
     beta: float = Field(0.1, gt=0, le=1)
-    """How far the implicit positive and negative policies stand from the old one."""
+    """Distance of the implicit positive and negative policies from the old policy (section 3.1)."""
     kl_weight: float = Field(1e-4, ge=0)
-    """Weight of the velocity's squared distance from the reference's."""
+    """Weight of the squared distance between the velocities of the policy and of the reference."""
     adv_mode: AdvMode = "all"
-    """What counts of an advantage: all, one sign of it, whether it is positive, or its sign."""
+    """The part of an advantage that is used: all of it; its positive or its negative part, else 0; 1 if it is
+    positive, else 0 (``one_only``); or its sign (``binary``)."""
     decay_type: Literal[0, 1, 2] = 1
-    """How slowly the old policy follows the trained one, by the number t of optimizer steps: decay 0 (0);
-    min(0.001 t, 0.5) (1); 0 up to step 75, then min(0.0075 (t - 75), 0.999) (2)."""
+    """The old policy's decay after t optimizer steps. 0: always 0. 1: min(0.001 t, 0.5). 2: 0 up to step 75,
+    then min(0.0075 (t - 75), 0.999)."""
 
     @property
     def roles(self) -> frozenset[str]:
@@ -96,7 +98,10 @@ class DiffusionNFT(Online):
 
 
 def optimality(advantage: Tensor, mode: AdvMode, clip: float) -> Tensor:
-    """The probability r (n,) in [0, 1] that a sample is a good one, from its advantage (section 3.2)."""
+    """The probability r (n,) in [0, 1] that a sample is optimal, from its advantage (n,) (section 3.2).
+
+    r = 1/2 + a / (2 clip), where a is the part of the advantage that ``mode`` uses, within [-clip, clip].
+    """
     modes = {
         "all": lambda a: a,
         "positive_only": lambda a: a.clamp(min=0),
@@ -113,14 +118,15 @@ def implicit_losses(
 ) -> tuple[Tensor, Tensor]:
     """Losses (n,) float64 of the implicit positive and negative velocities at ``x`` (section 3.1, eq. 5).
 
-    Each is the squared error of the clean sample that (1 - beta) v_old + beta v, or (1 + beta) v_old -
-    beta v, predicts, over its own mean absolute error, which is taken in float64 (float32 on MPS), has no
-    gradient, and is at least 1e-5.
+    The positive velocity is (1 - beta) v_old + beta v, the negative one (1 + beta) v_old - beta v. The loss
+    of each is the mean squared error of the x0 that it predicts, divided by the mean absolute error of the
+    same x0. The divisor has no gradient and is at least 1e-5, as published. Computed in float64, on MPS in
+    float32.
     """
 
     def loss(velocity: Tensor) -> Tensor:
         error = (predicted_x0(x, velocity, sigma) - x0).flatten(1)
-        wide = torch.float32 if error.device.type == "mps" else torch.float64  # which MPS does not have
+        wide = torch.float32 if error.device.type == "mps" else torch.float64  # MPS has no float64
         scale = error.detach().to(wide).abs().mean(1).clamp(min=1e-5)
         return error.square().to(wide).mean(1) / scale
 
@@ -128,7 +134,7 @@ def implicit_losses(
 
 
 def old_decay(decay_type: int, step: int) -> float:
-    """The old policy's decay after ``step`` optimizer steps, as the published recipes number them."""
+    """The old policy's decay after ``step`` optimizer steps; ``decay_type`` is numbered as published."""
     if decay_type == 0:
         return 0.0
     if decay_type == 1:

@@ -21,83 +21,90 @@ KL = Literal["without_dt", "with_dt", "velocity_mse"]
 
 
 class FlowGRPO(Online):
-    """Clipped policy gradient, with the sampler's steps as actions.
+    """Clipped policy gradient; the actions are the steps of a stochastic sampler.
 
-    Items: latents, next_latents (n, c, h, w), sigma, sigma_next, sigma_max, log_prob, advantage, prompt
-    (n,), and with ``grpo_guard`` mean (n, c, h, w).
+    Items, one for each trained step of each sample: latents, next_latents (n, c, h, w); sigma, sigma_next,
+    sigma_max, log_prob, advantage, prompt_index, sample_index (n,); with ``grpo_guard`` mean (n, c, h, w).
     """
 
     type: Literal["flow_grpo"] = "flow_grpo"
 
     sde_type: SDE = "flow_sde"
-    """How the rollout steps; see :func:`posttrain.flow.stochastic_step`."""
+    """Kind of the stochastic steps; see :func:`posttrain.flow.stochastic_step`."""
     noise_level: float = Field(0.7, gt=0)
-    """Noise of the rollout: a of flow_sde and cps, eta of dance."""
+    """Noise level of the stochastic steps: a of flow_sde and cps, eta of dance."""
     guidance_scale: float = Field(4.5, ge=0)
-    """Classifier-free guidance, in the rollout and in training alike; 1 is none, at half the cost."""
+    """Classifier-free guidance of rollout and training. 1 is none and costs half."""
     sde_window_size: int = Field(0, ge=0)
-    """Only this many consecutive steps are stochastic and trained, drawn anew for each iteration
-    (Flow-GRPO-Fast); 0: all that ``timestep_fraction`` says."""
+    """The number of consecutive steps that are stochastic and trained (Flow-GRPO-Fast). The first of them is
+    drawn for each batch. 0: the steps that ``timestep_fraction`` names."""
     sde_window_range: list[int] | None = Field(None, min_length=2, max_length=2)
-    """Steps [first, end) that the window lies in; all trained steps by default."""
+    """Steps [first, end) from which the window is drawn; by default all steps that can be trained."""
     init_same_noise: bool = False
-    """Start all samples of a prompt from the same noise (DanceGRPO, arXiv:2505.07818), so that their rewards
-    differ by the noise of the trained steps alone."""
+    """Start all samples of a prompt from the same noise (DanceGRPO, arXiv:2505.07818). Their rewards then
+    differ only because of the noise of the trained steps."""
     clip_range: float = Field(1e-4, gt=0)
-    """The ratio may move by this before its gradient is cut off; small, since log-probabilities are means
-    over the latents' dimensions."""
+    """The ratio is clipped to [1 - clip_range, 1 + clip_range]. The range is small because log-probabilities
+    are means over the latents' dimensions."""
     beta: float = Field(0.04, ge=0)
-    """Weight of the KL divergence from the reference."""
+    """Weight of the KL divergence from the reference; 0 needs no reference."""
     kl_type: KL = "without_dt"
-    """Squared distance of the two means over 2 std^2: with the std per unit of time, as published, or that
-    of the step (``with_dt``, the paper's eq. 10; for cps, whose std has no dt, the same); or the
-    velocities' squared distance."""
+    """Formula of the KL divergence. ``without_dt``: the squared distance of the two means over 2 std^2, with
+    the std per unit of time, as in the published code. ``with_dt``: the same with the step's own std (the
+    paper's eq. 10); for cps, whose std has no dt, both are equal. ``velocity_mse``: the squared distance of
+    the two velocities."""
     grpo_guard: bool = False
-    """Regulated ratio and step weights of GRPO-Guard (arXiv:2510.22319)."""
+    """Use the regulated ratio and the step weights of GRPO-Guard (arXiv:2510.22319)."""
     drop_zero_advantage: bool = True
-    """Leave samples whose advantage is exactly 0 out of training, as published."""
+    """Do not train samples whose advantage is exactly 0, as published."""
 
     @field_validator("sde_type", mode="before")
     @classmethod
     def _stochastic(cls, value: object) -> object:
         if isinstance(value, str) and value.lower() in ("ode", "euler", "dpm1", "dpm2", "flow"):
             raise ValueError(
-                f"{value!r} is deterministic: its steps have no probability to train; one of "
-                "'flow_sde', 'cps', 'dance', or the algorithm diffusion_nft"
+                f"{value!r} is deterministic: its steps have no probability to train. Allowed are "
+                "'flow_sde', 'cps' and 'dance'; the algorithm diffusion_nft samples deterministically"
             )
         return value
 
     @model_validator(mode="after")
-    def _steps_fit(self) -> Self:
-        last = self.num_steps - 1
-        if self.trained_steps > last and not self.sde_window_size:
-            raise at(
-                ("timestep_fraction",),
-                f"{self.timestep_fraction:g} of {self.num_steps} steps includes the last one, to sigma = 0, "
-                "which cannot be trained: it must be less than 1",
-            )
+    def _trained_steps_exist(self) -> Self:
+        share = f"{self.timestep_fraction:g} of {self.num_steps} steps"
+        if self.trained_steps > self.num_steps - 1 and not self.sde_window_size:
+            words = f"{share} includes the last one, to sigma = 0, which cannot be trained: use less than 1"
+            raise at(("timestep_fraction",), words)
         if self.trained_steps < 1:
-            raise at(
-                ("timestep_fraction",), f"{self.timestep_fraction:g} of {self.num_steps} steps trains none"
-            )
+            raise at(("timestep_fraction",), f"{share} trains none: use at least 1/{self.num_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
         if self.sde_window_range is not None:
-            first, end = self.sde_window_range
-            if not self.sde_window_size:
-                raise at(("sde_window_range",), "has no effect without an sde_window_size")
-            if not 0 <= first < end:
-                raise at(("sde_window_range",), f"[{first}, {end}] must rise, from 0 or more")
-            if end > last:
-                words = f"its end {end} is beyond {last}: of {self.num_steps} steps the last is never trained"
-                raise at(("sde_window_range",), words)
-            if self.timestep_fraction != type(self).model_fields["timestep_fraction"].default:
-                words = "has no effect beside an sde_window_range: remove one of them"
-                raise at(("timestep_fraction",), words)
-        if not self.beta and self.kl_type != type(self).model_fields["kl_type"].default:
-            raise at(("kl_type",), "has no effect where beta, the KL's weight, is 0")
+            self._check_window_range(*self.sde_window_range)
         first, end = self.window_range
         if self.sde_window_size > end - first:
             words = f"a window of {self.sde_window_size} steps does not fit into the {end - first} steps "
             raise at(("sde_window_size",), f"{words}[{first}, {end})")
+        return self
+
+    def _check_window_range(self, first: int, end: int) -> None:
+        last = self.num_steps - 1
+        if not self.sde_window_size:
+            raise at(("sde_window_range",), "has no effect without an sde_window_size")
+        if not 0 <= first < end:
+            raise at(("sde_window_range",), f"[{first}, {end}] must rise, from 0 or more")
+        if end > last:
+            words = f"its end {end} is beyond {last}: of {self.num_steps} steps the last is never trained"
+            raise at(("sde_window_range",), words)
+        if self.timestep_fraction != type(self).model_fields["timestep_fraction"].default:
+            words = "has no effect beside an sde_window_range: remove one of them"
+            raise at(("timestep_fraction",), words)
+
+    @model_validator(mode="after")
+    def _kl_is_used(self) -> Self:
+        if not self.beta and self.kl_type != type(self).model_fields["kl_type"].default:
+            raise at(("kl_type",), "has no effect where beta, the KL's weight, is 0")
         return self
 
     @property
@@ -112,13 +119,9 @@ class FlowGRPO(Online):
         return frozenset({"reference"} if self.beta else ())
 
     def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        shape = batch.latents.shape[1:]
-        sigmas = tools.sigmas(self.num_steps)
-        first, end = self.window_range
-        if self.sde_window_size:
-            first = tools.draws.integer("sde_window", first, end - self.sde_window_size)
-            end = first + self.sde_window_size
         assert batch.group is not None, "needs = 'rewards'"
+        shape, sigmas = batch.latents.shape[1:], tools.sigmas(self.num_steps)
+        first, end = self._stochastic_steps(tools)
         initial = tools.draws.of(batch.group.tolist()) if self.init_same_noise else tools.draws
         x, rows = initial.normal("initial", shape), []
         for i, (s, s_next) in enumerate(pairwise(sigmas)):
@@ -140,11 +143,18 @@ class FlowGRPO(Online):
             rows.append(row | ({"mean": mean} if self.grpo_guard else {}))
         return x, {name: torch.stack([row[name] for row in rows], 1) for name in rows[0]}
 
+    def _stochastic_steps(self, tools: Tools) -> tuple[int, int]:
+        """The steps [first, end) of this batch that are stochastic and trained."""
+        first, end = self.window_range
+        if not self.sde_window_size:
+            return first, end
+        first = tools.draws.integer("sde_window", first, end - self.sde_window_size)
+        return first, first + self.sde_window_size
+
     def kept(self, advantage: Tensor) -> Tensor:
         return advantage != 0 if self.drop_zero_advantage else torch.ones_like(advantage, dtype=torch.bool)
 
     def loss(self, items: Items, policy: Policy) -> Losses:
-        metrics: dict[str, Tensor] = {}
         reference = None
         if self.beta:
             with policy.using("reference"):
@@ -159,7 +169,7 @@ class FlowGRPO(Online):
         policy_loss = clipped_loss(ratio, items.advantage, self.clip_range)
         if self.grpo_guard:
             policy_loss = policy_loss / (items.sigma - items.sigma_next)
-        metrics |= {
+        metrics = {
             "policy_loss": policy_loss,
             "ratio": ratio,
             "ratio_deviation": (ratio - 1).abs(),
@@ -178,9 +188,10 @@ class FlowGRPO(Online):
         worst = losses.metrics["ratio_deviation"].max().item()
         if not worst <= 0.1 * self.clip_range:
             raise TrainingError(
-                f"the ratio of a sample's own policy must be 1, but it is off by {worst:.3g}, against a "
-                f"clip_range of {self.clip_range:g}: rollout and training disagree on log-probabilities. "
-                "Train in precision fp32 with tf32 off, or with a wider clip_range"
+                "before the first update the probability ratio of every step must be 1, but it is off by "
+                f"{worst:.3g}; a tenth of the clip_range of {self.clip_range:g} is allowed. Rollout and "
+                "training round log-probabilities differently: train in precision fp32 with tf32 off, or "
+                "with a wider clip_range"
             )
 
     def _velocity(self, items: Items, policy: Policy) -> Tensor:
@@ -194,7 +205,7 @@ class FlowGRPO(Online):
         return stochastic_step(self.sde_type, x, v, sigma, sigma_next, self.noise_level, expand(sigma_max, x))
 
     def _log_prob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        # published without the normaliser and without 1 / (2 std^2); the guard's formula needs both
+        # published code leaves out the normaliser and 1 / (2 std^2); GRPO-Guard's formula needs both
         if self.sde_type == "cps" and not self.grpo_guard:
             return -(x - mean).square().flatten(1).mean(1)
         return log_prob(x, mean, std)
@@ -206,18 +217,21 @@ class FlowGRPO(Online):
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7) to be minimised, (n,)."""
+    """The negative of PPO's clipped surrogate objective (arXiv:1707.06347, eq. 7), (n,)."""
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
 def mean_distance(mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
-    """KL divergence of two Gaussians of equal ``std`` (n, 1, ...), a dimension on average, (n,)."""
+    """KL divergence (n,) of two Gaussians of equal ``std`` (n, 1, ...), as a mean over dimensions."""
     return ((mean - reference).square() / (2 * std**2)).flatten(1).mean(1)
 
 
 def guarded(change: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor) -> Tensor:
-    """GRPO-Guard's regulated log-ratio (n,): mean(noise * (mean - mean_old)), which is centred at 0 and has
-    the same spread at every step, where the plain one, ``change`` (n,), has neither."""
+    """GRPO-Guard's regulated log-ratio (n,) (arXiv:2510.22319): mean(noise * (mean - mean_old)).
+
+    It has mean 0 and the same spread at every step. The plain log-ratio ``change`` (n,) has neither property.
+    ``std`` is (n, 1, ...); ``change`` is of Gaussian log-densities with their normaliser.
+    """
     std = std.flatten(1).mean(1)
     return (change + (mean - mean_old).square().flatten(1).mean(1) / (2 * std**2)) * std

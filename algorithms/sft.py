@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: flow matching on given images (Lipman et al. 2022, arXiv:2210.02747)."""
+"""Supervised fine-tuning (SFT): flow matching on given images (Lipman et al. 2022, arXiv:2210.02747)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from posttrain.algorithms._flow_matching import FlowMatching
 
 
 class SFT(FlowMatching):
-    """Supervised fine-tuning: the velocity error on noisy versions of the images."""
+    """Regress the velocity at noisy latents of the data set's images."""
 
     type: Literal["sft"] = "sft"
 

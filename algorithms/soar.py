@@ -1,10 +1,15 @@
 """SOAR: flow matching, plus the same loss at off-trajectory points that the model itself would visit.
 
-After Tencent-Hunyuan's HY-SOAR. From a noisy sample the model takes one guided sampling step; auxiliary
-points lie between where it lands and the noise, and their target velocity leads back to the image.
-Different from the published code, on purpose: sigma(t) is the closed form and the model's timestep exactly
-1000 sigma (there: rounded to a table), everything is float32, condition dropout is per sample and leaves
-the rollout its prompt, and an auxiliary sigma has a floor, since the target divides by it.
+After Tencent-Hunyuan's HY-SOAR. The model takes one guided sampling step from a noisy sample. Auxiliary
+points lie on the line from the end of that step back to the noise; their target velocity leads to the clean
+image.
+
+Four deliberate differences from the published code:
+
+- sigma(t) is the closed form and the timestep is exactly 1000 sigma; the published code rounds both.
+- Latents, sigmas and targets are float32; the published code has bf16.
+- Condition dropout is drawn for each sample, and the rollout keeps the prompt.
+- An auxiliary sigma has a floor, because the target divides by it.
 """
 
 from __future__ import annotations
@@ -21,26 +26,29 @@ from posttrain.flow.rectified import Dynamics, expand, shift_sigma, stochastic_s
 
 
 class SOAR(FlowMatching):
-    """Self-correction at points of the model's own guided step."""
+    """Regress the velocity at noisy latents and at auxiliary points beside the model's own guided step.
+
+    Items: those of SFT, and for each path ``trajectory_length`` auxiliary points of every sample.
+    """
 
     type: Literal["soar"] = "soar"
 
     lambda_aux: float = Field(1.0, ge=0)
-    """How much an auxiliary point counts against a sample; 0 is SFT."""
+    """Weight of an auxiliary point; a sample has weight 1. 0 is SFT."""
     num_rollout_paths: int = Field(1, ge=1)
-    """Steps taken from each sample: the first is the ODE's, the others are stochastic."""
+    """Rollout steps from each sample. The first is the ODE's, the others are stochastic."""
     trajectory_length: int = Field(6, ge=0)
     """Auxiliary points on each path; 0 is SFT."""
     sde_rollout_type: Dynamics = "flow_sde"
-    """How the stochastic paths step; see :func:`posttrain.flow.stochastic_step`."""
+    """Kind of the stochastic steps; see :func:`posttrain.flow.stochastic_step`."""
     sde_noise_scale: float = Field(0.5, ge=0)
-    """Noise of the stochastic paths."""
+    """Noise level of the stochastic steps; see :func:`posttrain.flow.stochastic_step`."""
     cfg_scale_sampling: float = Field(4.5, ge=0)
-    """Guidance of the rollout step."""
+    """Classifier-free guidance of the rollout step; 1 is none."""
     num_sampling_steps: int = Field(40, ge=1)
-    """The rollout step is 1 / num_sampling_steps long in t."""
+    """Length of the rollout step: 1 / num_sampling_steps in t."""
     sigma_floor: float = Field(0.02, ge=0, lt=1)
-    """Least sigma of an auxiliary point. Its target divides by sigma: below 0.02 lie few points and much
+    """Least sigma of an auxiliary point. The target divides by sigma, so the few points below 0.02 cause much
     of the gradient's variance. 0 is the published behaviour."""
 
     def collect(self, batch: Batch, tools: Tools) -> Items:
@@ -62,7 +70,8 @@ class SOAR(FlowMatching):
                 args = (self.sde_rollout_type, base.latents, v, sigma0, sigma1, self.sde_noise_scale)
                 mean, std = stochastic_step(*args, sigma_max=grid)
                 start = mean + std * tools.draws.normal(f"rollout.{path}", noise.shape[1:])
-                # at t1 = 0 the published code keeps the ODE path only; weight 0 keeps the counts static
+                # at t1 = 0 the published code keeps the ODE path only; weight 0 instead of no item gives
+                # every sample as many items
                 weight = (t1 > 0).to(t1)
             fractions = tools.draws.uniform(f"fractions.{path}", (self.trajectory_length,))
             for fraction in fractions.unbind(1):
@@ -78,12 +87,12 @@ class SOAR(FlowMatching):
 def auxiliary_point(
     x0: Tensor, noise: Tensor, start: Tensor, sigma1: Tensor, fraction: Tensor, sigma_floor: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, sigma (n,) and target velocity of the point ``fraction`` (n,) of the way back to the noise.
+    """Latents (n, c, h, w), sigma (n,) and target velocity (n, c, h, w) of one auxiliary point.
 
-    ``start`` (n, c, h, w) is where a rollout step landed, at ``sigma1`` (n,). The point has sigma =
-    sigma1 + fraction (1 - sigma1), at least ``sigma_floor``, and lies on the line from ``start`` to
-    ``noise``; its target (latents - x0) / sigma leads straight to ``x0``. Where ``start`` is on the ray
-    from ``x0`` to ``noise`` the target is noise - x0.
+    ``start`` (n, c, h, w) is the end of a rollout step, at ``sigma1`` (n,). The point lies on the line from
+    ``start`` to ``noise``, at sigma = sigma1 + fraction (1 - sigma1), at least ``sigma_floor``; ``fraction``
+    (n,) is in [0, 1]. The target (latents - x0) / sigma leads straight to ``x0``. If ``start`` lies on the
+    line from ``x0`` to ``noise``, the target is noise - x0, as for SFT.
     """
     sigma = (sigma1 + fraction * (1 - sigma1)).clamp(min=sigma_floor)
     alpha = ((sigma - sigma1) / (1 - sigma1).clamp(min=1e-8)).clamp(0, 1)

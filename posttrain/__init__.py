@@ -1,4 +1,4 @@
-"""Post-training of rectified-flow text-to-image models: ``posttrain run recipe.yaml``, or from Python."""
+"""Post-training of rectified-flow text-to-image models: ``posttrain run recipe.yaml``, or :func:`run`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "run"]
 
-# peft imports bitsandbytes where it is installed, which then warns of a 4-bit product that nobody here needs
+# peft imports bitsandbytes if it is installed, which then warns about a 4-bit kernel that is not used here
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
@@ -24,7 +24,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # `posttrain --help` must not wait for torch
+    # imported on first use, so that `posttrain --help` does not wait for torch
     if name not in _HOMES:
         raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
     import importlib

@@ -1,8 +1,8 @@
-"""What every training algorithm answers: what do we train on, and what is the loss on it?
+"""The interface between the engine and a training algorithm: weighted items, and a loss for each item.
 
-An algorithm turns a batch into *n weighted items* (:meth:`Algorithm.collect`) and has *a loss per item*
-(:meth:`Algorithm.loss`). Splitting into micro-batches, averaging, back-propagation, ranks, precision and
-records belong to the engine and are the same for all.
+An algorithm turns a batch into weighted items (:meth:`Algorithm.collect`) and has a loss for each item
+(:meth:`Algorithm.loss`). The engine does the rest for all algorithms alike: micro-batches, averages,
+back-propagation, processes, precision and records.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Batch:
     """n samples of the data set, each with its prompt."""
 
     latents: Tensor
-    """(n, c, h, w) float32 clean latents, scaled as the model wants them; for prompts, whose images are
-    still to be made, a tensor that has the shape only (on torch's meta device)."""
+    """(n, c, h, w) float32 clean latents, scaled as the transformer takes them. A batch of prompts has no
+    images yet: then a tensor on torch's meta device, which has the shape only."""
     prompt_index: Tensor
     """(n,) int64: each sample's row in ``conditions``."""
     conditions: Conditions
     """The encoded prompts; row 0 is the empty prompt."""
     metadata: Sequence[Mapping[str, Any]] = ()
-    """n rows of whatever the prompt file says of each sample, ``prompt`` included, or nothing."""
+    """n rows, each with all that the prompt file says of the sample, ``prompt`` included; or empty."""
     group: Tensor | None = None
-    """(n,) int64: which samples are of one prompt; for algorithms that need rewards."""
+    """(n,) int64: equal for samples of one prompt. None for algorithms that need no rewards."""
     sample_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """(n,) int64: each sample's place in the whole batch, of all processes, or -1 for one that only fills
-    the batch up, so that every process has as many; 0 to n - 1 by default."""
+    """(n,) int64: each sample's position in the batch of all processes; 0 to n - 1 by default. -1 is a
+    filler, which gives every process the same number of samples."""
     total: int = 0
-    """Samples of all processes, fillers not counted; n by default."""
+    """Number of samples of all processes without fillers; n by default."""
 
     def __post_init__(self) -> None:
         if not len(self.sample_index):
@@ -56,7 +56,7 @@ class Batch:
         return len(self.prompt_index)
 
     def take(self, index: slice) -> Batch:
-        """Some of the samples, with the same conditions."""
+        """The samples at ``index``, with the same conditions."""
         return replace(
             self,
             latents=self.latents[index],
@@ -69,19 +69,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Items:
-    """Training items: named tensors that share a first axis n, one entry per item.
+    """n training items: named tensors whose first axis is n.
 
-    A field is read as an attribute, ``items.latents``. Two are always among them: ``prompt_index`` (n,),
-    since items index the batch's conditions and do not copy them, and ``sample_index`` (n,), that of the
-    item's sample. Raises ValueError where one is missing, or where first axes differ.
+    A field is read as an attribute: ``items.latents``. Two fields are required: ``prompt_index`` (n,), the
+    item's row in ``conditions``, and ``sample_index`` (n,), the index of the item's sample in the batch.
+    Raises ValueError if one is missing or if first axes differ.
     """
 
     weight: Tensor
-    """(n,) How much each item counts; the update divides by the global sum. Items of 0 cost nothing."""
+    """(n,) The weight of each item's loss. The update divides by the sum of all processes' weights. Items of
+    weight 0 are not computed."""
     fields: dict[str, Tensor]
+    """Name -> (n, ...)."""
     conditions: Conditions
+    """The batch's encoded prompts; row 0 is the empty prompt."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """What to record of the batch: scalars, and vectors (n,) to be recorded as histograms."""
+    """What to record of the batch: scalars, and vectors (n,), which become histograms."""
 
     def __post_init__(self) -> None:
         if missing := [name for name in ("prompt_index", "sample_index") if name not in self.fields]:
@@ -90,8 +93,8 @@ class Items:
             )
         lengths = {name: len(tensor) for name, tensor in {"weight": self.weight, **self.fields}.items()}
         if len(set(lengths.values())) > 1:
-            found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise ValueError(f"items: every field needs one entry per item, and the lengths are {found}")
+            listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"items: weight and every field must have the same length; they have {listed}")
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -104,7 +107,7 @@ class Items:
 
     @property
     def condition(self) -> Condition:
-        """Each item's own condition, gathered from the batch's."""
+        """The condition of each item, gathered from the batch's."""
         return self.conditions.rows(self.fields["prompt_index"])
 
     def take(self, index: Tensor | slice) -> Items:
@@ -112,36 +115,39 @@ class Items:
         return replace(self, weight=self.weight[index], fields={k: v[index] for k, v in self.fields.items()})
 
     def split(self, size: int) -> Iterator[Items]:
-        """Consecutive runs of at most ``size`` items."""
+        """Consecutive slices of at most ``size`` items."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
     def parts(self, count: int) -> Iterator[Items]:
-        """The items in ``count`` parts by the place of their sample, so that samples of one prompt, which
-        are neighbours, spread over all parts, on any number of processes alike."""
+        """The items in ``count`` parts: part i has the samples whose index is i modulo ``count``.
+
+        Samples of one prompt are neighbours, so they spread over all parts. A sample is in the same part on
+        any number of processes.
+        """
         for i in range(count):
             yield self.take(self.fields["sample_index"] % count == i) if count > 1 else self
 
     @property
     def nbytes(self) -> int:
-        """Memory that the items hold, the shared conditions aside."""
+        """Bytes of weight and fields; the shared conditions are not counted."""
         return sum(tensor.nbytes for tensor in (self.weight, *self.fields.values()))
 
     @staticmethod
     def cat(parts: Sequence[Items]) -> Items:
-        """All items of ``parts``, which share fields and conditions, in order."""
+        """The items of all ``parts`` in order. All must have the same field names and the same conditions."""
         fields = {k: torch.cat([p.fields[k] for p in parts]) for k in parts[0].fields}
         return Items(torch.cat([p.weight for p in parts]), fields, parts[0].conditions)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What :meth:`Algorithm.loss` returns."""
+    """The losses of n items; :meth:`Algorithm.loss` returns them."""
 
     per_item: Tensor
-    """(n,) The loss of each item, not weighted and not averaged: the update does both."""
+    """(n,) The loss of each item, neither weighted nor averaged; the update does both."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> (n,) values to record, averaged with the items' weights; NaN where an item has none."""
+    """Name -> (n,) values to record. Their mean is taken with the items' weights."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class Verdict:
     rewards: dict[str, Tensor]
     """Reward -> (n,) float32."""
     details: dict[str, Tensor]
-    """``reward/detail`` -> (n,) float32: recorded, not trained on."""
+    """``reward/detail`` -> (n,) float32; recorded only."""
 
     @staticmethod
     def cat(parts: Sequence[Verdict]) -> Verdict:
@@ -164,15 +170,15 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Scores samples by the stage's rewards."""
+    """Scores samples with the stage's rewards."""
 
     weights: Mapping[str, float]
-    """Reward -> its weight in the sum to maximise; negative where lower scores are better."""
+    """Reward -> its weight in the sum that is maximised; negative if lower scores are better."""
 
     def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
         """Score the images of ``latents`` (n, c, h, w) for the prompts in ``batch.metadata``.
 
-        The future's result raises RewardError, by the reward's name, where a score could not be computed.
+        If a score cannot be computed, the future's result raises RewardError with the reward's name.
         """
         ...
 
@@ -183,52 +189,57 @@ def _no_grid(steps: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a stage lends its algorithm while it collects."""
+    """What :meth:`Algorithm.collect` may use beside the batch."""
 
     policy: Policy
-    """The trained weights and their roles."""
+    """The model with its trained weights and their roles."""
     draws: Draws
-    """Randomness for this batch, a function of the samples' ids."""
+    """All random numbers of the batch, each a function of (seed, stage, step, sample)."""
     sigmas: Callable[[int], list[float]] = _no_grid
-    """Number of steps -> the sampling grid of the batch's latents, from 1 down to 0."""
+    """Number of steps -> the sigmas of the sampling grid for the batch's image size, from 1 down to 0."""
     judge: Judge | None = None
-    """Scores samples by the stage's rewards; for algorithms that need rewards."""
+    """Scores samples; None for algorithms that need no rewards."""
     world: World = ALONE
-    """Lets an algorithm see the whole batch: ``world.gather(rows)`` has all processes' rows,
-    ``world.local(rows)`` this one's part of them. With one process both change nothing."""
+    """All processes of the run. ``world.gather(rows)`` has the rows of all processes, ``world.local(rows)``
+    this process's part of them. With one process both return their argument."""
 
 
 class Algorithm(Named, ABC):
-    """A training algorithm. Fields are its hyper-parameters; it keeps no other state."""
+    """A training algorithm. Its fields are its hyper-parameters; it has no other state."""
 
     needs: ClassVar[Literal["images", "rewards"]]
-    """What the stage must supply: captioned images, or prompts and rewards to score samples of them."""
+    """What the stage must have: captioned images, or prompts and rewards."""
 
     @property
     def roles(self) -> frozenset[str]:
-        """Frozen copies of the weights that the policy must hold: some of "reference", which never moves
-        and is what the stage's ``reference`` names, and "old", which :meth:`after_batch` moves."""
+        """Names of the frozen copies of the weights that the algorithm uses.
+
+        ``reference`` never moves; it has the weights that the stage's ``reference`` names. ``old`` starts as
+        the stage's first weights, and :meth:`after_batch` moves it.
+        """
         return frozenset()
 
     @property
     def samples_per_prompt(self) -> int:
-        """How many samples of each prompt a batch must have; 1 for algorithms without groups."""
+        """The number of samples of each prompt in a batch; 1 for algorithms without groups."""
         return 1
 
     @abstractmethod
     def collect(self, batch: Batch, tools: Tools) -> Items:
-        """Turn one batch into training items. Runs without gradients; all randomness is here."""
+        """Turn one batch into training items. It runs without gradients, and all randomness is here."""
 
     @abstractmethod
     def loss(self, items: Items, policy: Policy) -> Losses:
-        """The loss of each item (n,), with gradients. A function of its arguments alone."""
+        """The loss of each item (n,), with gradients. It is a function of its arguments alone."""
 
     def check_on_policy(self, losses: Losses) -> None:
-        """Raise TrainingError if the first losses of a run, by the very weights that collected the items,
-        are not what they must be."""
+        """Check the losses before the first update; GRPO's ratio, for example, must be 1.
+
+        The weights are still those that collected the items. Raises TrainingError if the check fails.
+        """
         del losses
 
     def after_batch(self, policy: Policy, step: int) -> None:
-        """Move the roles, if the algorithm moves any, after the last optimizer step on a batch, which is
-        the ``step``-th of the stage (from 1)."""
+        """Move the roles that move. Called after the last optimizer step on a batch; ``step`` is the number
+        of the stage's steps so far."""
         del policy, step

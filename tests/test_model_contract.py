@@ -158,5 +158,5 @@ def test_items_name_the_field_that_is_missing_or_of_another_length():
         fields = {key: value for key, value in items().fields.items() if key != name}
         with pytest.raises(ValueError, match=f"items lack '{name}'; they have"):
             Items(torch.ones(3), fields, items().conditions)
-    with pytest.raises(ValueError, match=r"one entry per item.*weight 3.*latents 2"):
+    with pytest.raises(ValueError, match=r"must have the same length.*weight 3.*latents 2"):
         items(latents=torch.zeros(2, 1))

@@ -1,4 +1,4 @@
-"""Rectified-flow mathematics: interpolation, sigma schedules, stochastic steps, solvers and advantages."""
+"""Mathematics of rectified flow: interpolation, sigma schedules, stochastic steps, solvers, advantages."""
 
 from posttrain.flow.rectified import (
     expand,

@@ -1,4 +1,4 @@
-"""How good is a sample beside the others of its prompt? Group-relative advantages."""
+"""Group-relative advantages: how much better a sample scores than the other samples of its prompt."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-4
-"""Added to the standard deviation, as Flow-GRPO and DiffusionNFT do."""
+"""Added to the standard deviation, as in the published code of Flow-GRPO and DiffusionNFT."""
 
 Mixing = Literal["rewards", "advantages"]
-"""Whether several rewards are summed before or after they are made relative; see :func:`mixed_advantages`."""
+"""What is summed where there are several rewards; see :func:`mixed_advantages`."""
 
 
 def group_advantages(rewards: Tensor, group: Tensor, *, global_std: bool) -> Tensor:
-    """(n,) float64: each reward less its group's mean, over a standard deviation + 1e-4.
+    """Advantages (n,) float64: (reward - mean of its group) / (standard deviation + 1e-4).
 
-    ``group`` (n,) int64 says which samples belong together. The deviation (of the population) is that of
-    all rewards where ``global_std``, as in every published recipe, else that of the group. A group without
-    spread gets exactly 0. After Flow-GRPO (arXiv:2505.05470, eq. 4).
+    ``rewards`` (n,); samples with equal ``group`` (n,) int64 form a group. The standard deviation is that of
+    the population: of all rewards if ``global_std``, as in every published recipe, else of the group. A group
+    whose rewards are all equal gets exactly 0. After Flow-GRPO (arXiv:2505.05470, eq. 4).
     """
     rewards = rewards.double()
     index = torch.unique(group, return_inverse=True)[1]
@@ -35,7 +35,7 @@ def group_advantages(rewards: Tensor, group: Tensor, *, global_std: bool) -> Ten
 
 
 def has_spread(rewards: Tensor, group: Tensor) -> Tensor:
-    """(n,) bool: whether the sample's group has two rewards that differ."""
+    """(n,) bool: whether any two ``rewards`` (n,) of the sample's ``group`` (n,) differ."""
     index = torch.unique(group, return_inverse=True)[1]
     low = torch.full((int(index.max()) + 1,), torch.inf, dtype=rewards.dtype, device=rewards.device)
     high = -low
@@ -52,10 +52,11 @@ def mixed_advantages(
     global_std: bool,
     mixing: Mixing,
 ) -> Tensor:
-    """(n,) float64 advantages of several rewards, each (n,), with ``weights`` by name.
+    """Advantages (n,) float64 of several rewards, each (n,), with a weight for each by name.
 
-    ``rewards``: of the weighted sum (Flow-GRPO, DiffusionNFT). ``advantages``: the weighted sum of each
-    reward's own advantages, so that a reward's scale does not matter (MixGRPO, arXiv:2507.21802).
+    ``mixing`` is ``rewards`` for the advantages of the weighted sum (Flow-GRPO, DiffusionNFT), ``advantages``
+    for the weighted sum of each reward's own advantages, which do not depend on the reward's scale (MixGRPO,
+    arXiv:2507.21802).
     """
     if mixing == "rewards":
         return group_advantages(weighted(rewards, weights), group, global_std=global_std)
@@ -64,12 +65,12 @@ def mixed_advantages(
 
 
 def weighted(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum (n,) float64 of ``values``."""
+    """The sum (n,) float64 of ``values`` (n,), each times its weight."""
     return torch.stack([weights[name] * value.double() for name, value in values.items()]).sum(0)
 
 
 def mean_group_std(rewards: Tensor, group: Tensor) -> Tensor:
-    """The mean over groups of the rewards' standard deviation within the group."""
+    """The standard deviation of ``rewards`` (n,) within a group, averaged over groups: a scalar, float64."""
     index = torch.unique(group, return_inverse=True)[1]
     count = torch.bincount(index).double()
     mean = torch.zeros_like(count).index_add_(0, index, rewards.double()) / count

@@ -1,9 +1,9 @@
-"""Rectified flow: how clean latents, noise, velocity and sigma belong together.
+"""Rectified flow: the relations between clean latents, noise, velocity and sigma, and stochastic steps.
 
 One convention everywhere: x_sigma = (1 - sigma) x0 + sigma noise, so the velocity is v = dx/dsigma =
-noise - x0; sigma runs from 1 (noise) to 0 (data), and a sampling step has sigma_next < sigma. Tensors are
-(n, ...) with one sigma per row, (n,). Every random draw is an argument (Lipman et al. 2022,
-arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003).
+noise - x0. Sigma runs from 1 (noise) to 0 (clean), and a sampling step has sigma_next < sigma. Tensors are
+(n, ...) with one sigma per row, (n,). Random draws are arguments. Sources: Lipman et al. 2022,
+arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 Dynamics = Literal["flow_sde", "sde", "cps", "simple", "dance"]
-"""Names of the stochastic sampling steps, most as HY-SOAR spells them; see :func:`stochastic_step`."""
+"""Kinds of stochastic steps; see :func:`stochastic_step`. HY-SOAR uses the same names, but for ``dance``."""
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """(n,) -> (n, 1, ..., 1) with as many axes as ``like``."""
+    """``sigma`` (n,) as (n, 1, ..., 1), with as many axes as ``like``."""
     return sigma.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -30,12 +30,12 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def predicted_x0(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latents that velocity ``v`` at ``x`` points to: x - sigma v."""
+    """The clean latents (n, ...) that velocity ``v`` at ``x`` predicts: x - sigma v."""
     return x - expand(sigma, x) * v
 
 
 def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """The noise that velocity ``v`` at ``x`` comes from: x + (1 - sigma) v."""
+    """The noise (n, ...) that velocity ``v`` at ``x`` predicts: x + (1 - sigma) v."""
     return x + (1 - expand(sigma, x)) * v
 
 
@@ -60,15 +60,17 @@ def stochastic_step(
 ) -> tuple[Tensor, Tensor]:
     """Mean (n, ...) and standard deviation (n, 1, ...) of a random step from ``sigma`` to ``sigma_next``.
 
-    The next latents are ``mean + std * noise``. ``noise_level`` is a (Flow-GRPO), eta (CPS) or c (SOAR).
+    The next latents are ``mean + std * noise``. ``x`` and ``v`` are (n, ...), the sigmas (n,), with sigma >
+    sigma_next. ``noise_level`` is a (Flow-GRPO), eta (DanceGRPO) or c (SOAR).
 
-    - ``flow_sde``: marginal-preserving SDE (Flow-GRPO, arXiv:2505.05470, eq. 9). Where sigma is exactly
-      1 its std diverges; ``sigma_max``, the next lower sigma of the sampling grid, stands in for it.
-    - ``cps``: coefficients-preserving sampling (arXiv:2509.05952): the total noise is exactly sigma_next.
-    - ``sde``: predicts x0 and noises it again to sigma_next; ``noise_level`` has no part in it.
-    - ``dance``: DanceGRPO's SDE of constant diffusion (arXiv:2505.07818): std noise_level sqrt(sigma -
-      sigma_next).
-    - ``simple``: an Euler step plus noise of noise_level sqrt(sigma - sigma_next); marginals drift.
+    - ``flow_sde``: the SDE with the ODE's marginals (Flow-GRPO, arXiv:2505.05470, eq. 9). At sigma = 1 its
+      std is infinite; there 1 - sigma is computed from ``sigma_max``, the next lower sigma of the grid.
+    - ``cps``: coefficients-preserving sampling (arXiv:2509.05952). The total noise is exactly sigma_next.
+    - ``sde``: predicts x0 and adds new noise up to sigma_next. ``noise_level`` has no effect.
+    - ``dance``: an SDE of constant diffusion (DanceGRPO, arXiv:2505.07818), with std noise_level
+      sqrt(sigma - sigma_next).
+    - ``simple``: an Euler step plus noise of std noise_level sqrt(sigma - sigma_next). Its marginals are not
+      the ODE's.
     """
     s, s_next = expand(sigma, x), expand(sigma_next, x)
     dt = s_next - s
@@ -90,14 +92,17 @@ def stochastic_step(
 
 
 def flow_sde_diffusion(sigma: Tensor, sigma_max: Tensor, noise_level: float) -> Tensor:
-    """The diffusion coefficient a sqrt(sigma / (1 - sigma)) of Flow-GRPO's SDE, finite at sigma = 1."""
+    """The diffusion coefficient a sqrt(sigma / (1 - sigma)) of Flow-GRPO (arXiv:2505.05470).
+
+    At sigma = 1 the divisor is 1 - ``sigma_max``, so the coefficient is finite.
+    """
     return noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
 
 
 def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Gaussian log-density of ``x``, (n,): the mean, not the sum, over all axes but the first.
+    """Gaussian log-density (n,) of ``x`` (n, ...), as the mean, not the sum, over all axes but the first.
 
-    So do Flow-GRPO's published runs, and so their clip ranges of 1e-4 and below have a meaning.
+    Flow-GRPO's published code takes the mean too; its clip ranges of 1e-4 and below are for means.
     """
     density = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""The settings by which images are drawn for prompts."""
+"""The settings for sampling images of prompts: size, steps, guidance, solver, precision, seed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from posttrain.registry import Spec
 
 
 class Sampling(Spec):
-    """How images are drawn for prompts."""
+    """How images are sampled."""
 
     resolution: int = Field(512, ge=8)
-    """Side of the images, in pixels."""
+    """Side of the square images, in pixels."""
     steps: int = Field(40, ge=1)
-    """Sampling steps."""
+    """Sampling steps: forwards of the transformer, or twice as many with guidance."""
     guidance: float = Field(4.5, ge=0)
     """Classifier-free guidance scale; 1 is none."""
     solver: Solver = "euler"
+    """See :func:`posttrain.flow.solvers.trajectory`."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the transformer's forward (bf16 is autocast)."""
+    """Precision of the transformer's forward; ``bf16`` is autocast."""
     seed: int = 0
-    """Of the noise, which belongs to the prompt: equal for every stage, on any number of processes."""
+    """Seed of the noise, which is a function of seed, prompt and image number alone. All stages, on any
+    number of processes, are sampled from the same noise."""

@@ -1,4 +1,4 @@
-"""How is a deterministic sample drawn: Euler, or DPM-Solver++ of order 1 or 2?"""
+"""Deterministic solvers of the sampling ODE: Euler, and DPM-Solver++ of order 1 and 2."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Velocity = Callable[[Tensor, float], Tensor]
 def trajectory(
     velocity: Velocity, noise: Tensor, sigmas: list[float], solver: Solver = "euler"
 ) -> Iterator[Tensor]:
-    """Yield the latents at every sigma, ``noise`` first.
+    """Yield the latents (n, ...) at every sigma, ``noise`` first.
 
-    ``sigmas`` descend, usually from 1, and end at 0; there is one velocity call for each but the last.
-    ``dpm1`` and ``dpm2`` are DPM-Solver++ (multistep, data prediction; Lu et al. 2022, arXiv:2211.01095)
-    with lambda = log((1 - sigma) / sigma), its coefficients in float64. lambda is infinite at sigma 1 and
-    0, so steps that touch either end are of first order, and ``dpm1`` equals Euler up to rounding.
+    ``sigmas`` descend, usually from 1, and end at 0. Each but the last takes one velocity call. ``dpm1`` and
+    ``dpm2`` are DPM-Solver++ (multistep, data prediction; Lu et al. 2022, arXiv:2211.01095) with lambda =
+    log((1 - sigma) / sigma) and coefficients in float64. lambda is infinite at sigma 1 and 0, so steps from
+    or to these are of first order. ``dpm1`` equals Euler up to rounding.
     """
     x, x0_before = noise, None
     yield x
@@ -42,7 +42,7 @@ def trajectory(
 
 
 def solve(velocity: Velocity, noise: Tensor, sigmas: list[float], solver: Solver = "euler") -> Tensor:
-    """The last latents of :func:`trajectory`."""
+    """The last latents (n, ...) of :func:`trajectory`."""
     x = noise
     for x in trajectory(velocity, noise, sigmas, solver):  # noqa: B007
         pass
@@ -50,6 +50,6 @@ def solve(velocity: Velocity, noise: Tensor, sigmas: list[float], solver: Solver
 
 
 def _step_ratio(before: float, sigma: float, after: float) -> float:
-    """The previous step in lambda over the present one (r_0 of DPM-Solver++)."""
+    """The previous step in lambda divided by the present one (r_0 of DPM-Solver++)."""
     lam = [log((1 - s) / s) for s in (before, sigma, after)]
     return (lam[1] - lam[0]) / (lam[2] - lam[1])
