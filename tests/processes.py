@@ -1,11 +1,13 @@
-"""Runs small recipes in this process, one of several: python processes.py FILE, a JSON list of runs.
+"""Runs small recipes in this process, one of several that share them.
 
 Each run is {"recipe": text, "overrides": [...], "folder": path, "stop": step or null}; it ends as a killed one
 does after the checkpoint of step ``stop``. Beside a stage's checkpoints each process says what it holds.
 """
 
 import json
-import sys
+import os
+import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,13 +47,14 @@ def stopping(save, stop, rank):
     return saved
 
 
-if __name__ == "__main__":
+def run_jobs(jobs):
+    """Run each of ``jobs``, in this process as one of those of its environment."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # or what went wrong is not in the last lines
     save, linear = checkpoint.save, torch.nn.functional.linear
-    with joined(
-        torch.device("cpu"), group=True
-    ) as world:  # one group for all: starting one takes longer than a run
-        for job in json.loads(Path(sys.argv[1]).read_text()):
+    # one group for all: starting one takes longer than a run
+    with joined(torch.device("cpu"), group=True) as world:
+        for job in jobs:
             checkpoint.save = stopping(save, job["stop"], world.rank)
             made = parse_recipe(job["recipe"], "small.yaml", job["overrides"])
             try:
@@ -62,8 +65,5 @@ if __name__ == "__main__":
                 torch.nn.functional.linear = linear
             except BaseException:
                 # the others wait for this one: it must not wait for them at its end
-                import os
-                import traceback
-
                 traceback.print_exc()
                 os._exit(1)

@@ -2,15 +2,12 @@
 
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import ExifTags, Image
 from rich.console import Console
-from test_cli import ROOT, posttrain
+from forked import posttrain, start
 
 from posttrain.distributed.launch import place
 from posttrain.errors import PosttrainError, RecipeError, RewardError
@@ -165,17 +162,14 @@ def test_a_kill_at_any_moment_loses_and_leaves_nothing(prompts, tmp_path, monkey
 
 
 def test_processes_that_start_at_once_share_and_do_not_collide(prompts, tmp_path):
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from test_evaluate import NoiseSampler, run, settings\n"
-        "for i in range(5):\n"
-        "    run(NoiseSampler(), settings(Path(sys.argv[2])), Path(sys.argv[3]) / str(i), rank=0, world=1)\n"
-    )
-    arguments = [sys.executable, "-c", script, str(Path(__file__).parent), str(prompts), str(tmp_path / "e")]
-    children = [subprocess.Popen(arguments, stderr=subprocess.PIPE, cwd=ROOT) for _ in range(3)]
+    def five():
+        for i in range(5):
+            run(NoiseSampler(), settings(prompts), tmp_path / "e" / str(i), rank=0, world=1)
+
+    children = [start(five) for _ in range(3)]
     for child in children:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors.decode()
+        child.join(120)
+        assert child.exitcode == 0
     whole = run(NoiseSampler(), settings(prompts), tmp_path / "whole")
     for i in range(5):
         card = json.loads((tmp_path / "e" / str(i) / "eval.json").read_text())

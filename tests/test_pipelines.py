@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from forked import posttrain
 from pipelines import pipeline_folder
-from test_cli import posttrain
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from posttrain.errors import DataError, ModelError, RecipeError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_cli import posttrain
+from forked import posttrain
 
 from posttrain.algorithm import Algorithm
 from posttrain.engine.rehearsal import rehearse
