@@ -103,9 +103,9 @@ def main() -> int:
                 return 1
         prompts = [""] * len(batch.conditions.table["pooled_projections"])
         timed("encode prompts, 8 at once", lambda prompts=prompts: model.encode_prompts(prompts))
-        _diffusers_flow.PROMPTS_AT_ONCE, before = len(prompts), _diffusers_flow.PROMPTS_AT_ONCE
+        _diffusers_flow.PROMPT_BATCH, before = len(prompts), _diffusers_flow.PROMPT_BATCH
         timed("encode prompts, all at once", lambda prompts=prompts: model.encode_prompts(prompts))
-        _diffusers_flow.PROMPTS_AT_ONCE = before
+        _diffusers_flow.PROMPT_BATCH = before
         pixels = torch.rand(len(batch), 3, 64, 64) * 2 - 1
         timed("encode images, 8 at once", lambda pixels=pixels: model.posterior(pixels))
         with torch.no_grad():
