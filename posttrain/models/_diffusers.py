@@ -116,7 +116,8 @@ class DiffusersModel(Model, ABC):
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         if (folder := pipeline_folder.local_folder(self.path)) is None:
             return super().transformer_shapes()
-        shapes = header_shapes(folder / "transformer")
+        if (shapes := header_shapes(folder / "transformer")) is None:
+            return None
         return {name: shape for name, shape in shapes.items() if name not in self.buffers}
 
     def _dtypes(self, transformer_dtype: DtypeName) -> dict[str, torch.dtype]:
