@@ -58,7 +58,7 @@ def fill_for_stage(
         model.rest("prompts")
     if settings.latents != "off" and isinstance(feed, ImageBatchSource):
         store = _store(room, settings.latents, settings, model, "images", console)
-        feed.latents = LatentCache(store, model, feed.source, settings.latents)
+        feed.latents = LatentCache(store, model, feed.images, settings.latents)
         feed.latents.fill(stage.name, console, world.rank, world.size)
         model.rest("images")
     world.barrier()  # or some would be encoded twice
