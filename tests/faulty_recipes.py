@@ -1,4 +1,4 @@
-"""Which texts are no recipe because of how they are written, and which overrides cannot be applied?"""
+"""Texts that are no valid recipe because of how they are written, and overrides that cannot be applied."""
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{c}: &{c} [{', '.join(['*' + before] * 10)}]\n" for before, c in zip("abcdef", "bcdefg", strict=True)

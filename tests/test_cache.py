@@ -1,4 +1,4 @@
-"""Does training from the cache equal training without it, and is nothing read that was made by something else?"""
+"""Tests that training with the cache equals training without it, and that entries of other encoders are not read."""
 
 import io
 import json
@@ -128,23 +128,23 @@ def test_a_damaged_cache_is_told_mended_and_changes_nothing(filled, plain, tmp_p
 
 def test_what_was_removed_in_the_middle_is_encoded_again(tmp_path, plain):
     made = chain(cached(tmp_path, BOTH))
-    _, feed = prepared(made.stages[0], made, tmp_path)
+    _, source = prepared(made.stages[0], made, tmp_path)
     shutil.rmtree(tmp_path / "cache")
     model, other = prepared(made.stages[0], made, tmp_path)
     shutil.rmtree(tmp_path / "cache")
-    (_, one, _), (_, two, _) = (next(f.batches((0, 0), 0)) for f in (feed, other))
+    (_, one, _), (_, two, _) = (next(f.batches((0, 0), 0)) for f in (source, other))
     assert torch.equal(one.latents, two.latents)
     (tmp_path / "cache" / "x").mkdir(parents=True)
-    assert "a photo of a zebra" not in feed.prompts
+    assert "a photo of a zebra" not in source.prompts
     assert model.prompt_cache.conditions(["a photo of a zebra"])["pooled_projections"].isfinite().all()
 
 
 def prepared(stage_, made, folder):
-    """The model and feed of a stage as its training sees them."""
+    """The model and source of a stage as its training sees them."""
     model = made.model.load(torch.device("cpu"), "fp32")
-    feed = batch_source_of(stage_.data, model, folder / "data", stage_.train.batch_size)
-    fill_for_stage(made, stage_, model, feed, Console(quiet=True))
-    return model, feed
+    source = batch_source_of(stage_.data, model, folder / "data", stage_.train.batch_size)
+    fill_for_stage(made, stage_, model, source, Console(quiet=True))
+    return model, source
 
 
 def images_recipe(folder, cache="", data=""):
@@ -164,9 +164,9 @@ def images_recipe(folder, cache="", data=""):
 
 
 def seen(made, folder, count=12):
-    _, feed = prepared(made.stages[0], made, folder)
-    found = [batch for batch, _ in zip(feed.batches((1, 2), 0), range(count), strict=False)]
-    return [(n, list(d.ids), b.latents, b.conditions.rows(b.prompt_index)) for n, b, d in found], feed
+    _, source = prepared(made.stages[0], made, folder)
+    taken = [batch for batch, _ in zip(source.batches((1, 2), 0), range(count), strict=False)]
+    return [(n, list(d.ids), b.latents, b.conditions.rows(b.prompt_index)) for n, b, d in taken], source
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -184,25 +184,25 @@ def test_mirrored_cut_and_broken_images_give_equal_batches_to_the_bit(tmp_path, 
 
 
 def by_image(batches):
-    found = {}
+    latents_of = {}
     for _, ids, latents, _ in batches:
         for i, row in zip(ids, latents, strict=True):
-            found.setdefault(i, []).append(row)
-    return found
+            latents_of.setdefault(i, []).append(row)
+    return latents_of
 
 
 def test_sampled_latents_are_one_draw_and_mean_and_variance_give_another_each_epoch(tmp_path):
     fixed, _ = seen(images_recipe(tmp_path, "latents: sampled", "crop: center"), tmp_path)
-    drawn, feed = seen(images_recipe(tmp_path, "latents: mean_logvar", "crop: center"), tmp_path)
+    drawn, source = seen(images_recipe(tmp_path, "latents: mean_logvar", "crop: center"), tmp_path)
     for rows in by_image(fixed).values():
         assert len(rows) >= 3
         assert all(torch.equal(row, rows[0]) for row in rows)
     for i, rows in by_image(drawn).items():
         assert not torch.equal(rows[0], rows[1])
-        ((_, _, pixels),) = feed.source.centre_crops([(i, False)])
-        mean, logvar = feed.model.posterior(pixels[None])
-        std = (0.5 * logvar[0]).exp() * feed.model.vae.config.scaling_factor
-        centre = feed.model.latents(mean, logvar, torch.zeros_like(mean))[0]
+        ((_, _, pixels),) = source.images.centre_crops([(i, False)])
+        mean, logvar = source.model.posterior(pixels[None])
+        std = (0.5 * logvar[0]).exp() * source.model.vae.config.scaling_factor
+        centre = source.model.latents(mean, logvar, torch.zeros_like(mean))[0]
         assert ((by_image(fixed)[i][0] - centre) / std).abs().max() < 5
         assert ((by_image(fixed)[i][0] - centre) / std).std() == pytest.approx(1, abs=0.4)
 
@@ -238,17 +238,17 @@ def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, mo
     monkeypatch.setattr(
         SD3FlowModel, "posterior", lambda m, pixels: encoded.extend(pixels) or encode(m, pixels)
     )
-    feeds = []
+    sources = []
     for rank in (0, 1):
-        feeds.append(
+        sources.append(
             batch_source_of(made.stages[0].data, model, tmp_path / "data", made.stages[0].train.batch_size)
         )
         before = len(encoded)
-        fill_for_stage(made, made.stages[0], model, feeds[-1], Console(quiet=True), OneOf(rank, 2))
+        fill_for_stage(made, made.stages[0], model, sources[-1], Console(quiet=True), OneOf(rank, 2))
         assert len(encoded) - before in (8, 9)  # of 9 images and their mirrored selves, one of them broken
     no_encoder(monkeypatch)
     key = (0, 0)
-    shares = [f.latents.batches(4, key, 0, rank, 2) for rank, f in enumerate(feeds)]
+    shares = [f.latents.batches(4, key, 0, rank, 2) for rank, f in enumerate(sources)]
     for _, (one, kept), (other, kept_) in zip(range(6), *shares, strict=False):
         assert one.step == other.step
         assert not set(one.ids) & set(other.ids)
@@ -264,8 +264,8 @@ def test_an_encoding_is_a_function_of_its_prompt_or_image_alone():
     together = model.encode_prompts(prompts)
     assert all(len(t) == len(prompts) for t in together.values())
     for chosen in ([3], [8, 0], [5, 4, 3, 2, 1], [*range(9), *range(9)]):
-        found = model.encode_prompts([prompts[i] for i in chosen])
-        assert all(torch.equal(found[name], together[name][chosen]) for name in together)
+        encoded = model.encode_prompts([prompts[i] for i in chosen])
+        assert all(torch.equal(encoded[name], together[name][chosen]) for name in together)
     pixels = torch.rand(9, 3, 16, 16) * 2 - 1
     posterior = model.posterior(pixels)
     for whole, part in zip(posterior, model.posterior(pixels[[4, 1]]), strict=True):

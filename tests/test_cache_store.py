@@ -1,4 +1,4 @@
-"""Does the cache's store lose nothing, believe nothing damaged, and stay within its room, whoever else uses it?"""
+"""Tests that the store loses no entry, reads no damaged one, and stays within its limit beside other processes."""
 
 import contextlib
 import multiprocessing
@@ -29,9 +29,9 @@ def entry(number, size=250):
     return {"a": torch.randn(size, generator=generator), "b": torch.randn(2, 3, generator=generator)}
 
 
-def open_store(root, limit=10**9, name="things-0", dtype=None, told=None):
-    told = [] if told is None else told
-    return Store(Room(root, limit), name, {"kind": "things"}, dtype, told.append)
+def open_store(root, limit=10**9, name="things-0", dtype=None, warned=None):
+    warned = [] if warned is None else warned
+    return Store(Room(root, limit), name, {"kind": "things"}, dtype, warned.append)
 
 
 def filled(root, numbers, **settings):
@@ -46,10 +46,10 @@ def filled(root, numbers, **settings):
 
 def assert_holds(store, numbers, dtype=torch.float32):
     for number in numbers:
-        found = store.read(str(number))
-        assert found is not None
+        read = store.read(str(number))
+        assert read is not None
         for name, tensor in entry(number).items():
-            assert torch.equal(found[name], tensor.to(dtype).float()), number
+            assert torch.equal(read[name], tensor.to(dtype).float()), number
 
 
 def damage(file):
@@ -93,8 +93,8 @@ def test_bf16_halves_the_size_and_leaves_what_is_no_larger(tmp_path):
         store = open_store(tmp_path / str(dtype), dtype=dtype)
         store.add("x", {"wide": torch.randn(5000), "half": torch.ones(4, dtype=torch.float16)})
         store.flush()
-        found = open_store(tmp_path / str(dtype), dtype=dtype).read("x")
-        assert [t.dtype for t in found.values()] == [torch.float16, torch.float32]
+        read = open_store(tmp_path / str(dtype), dtype=dtype).read("x")
+        assert [t.dtype for t in read.values()] == [torch.float16, torch.float32]
         (file,) = store.folder.glob("*.safetensors")
         sizes[dtype] = file.stat().st_size
     assert sizes[torch.bfloat16] == pytest.approx(sizes[None] / 2, rel=0.02)
@@ -133,20 +133,20 @@ def test_a_damaged_file_is_told_removed_and_written_anew(tmp_path, harm):
         from safetensors.torch import save_file
 
         save_file({"a": torch.ones(3)}, bad)
-    told = []
-    store = open_store(tmp_path, told=told)
+    warned = []
+    store = open_store(tmp_path, warned=warned)
     assert_holds(store, kept)
-    found = [store.read(str(n)) for n in lost]
+    entries = [store.read(str(n)) for n in lost]
     # the checksum is an entry's, so an entry before the damage may have been read
-    assert None in found
-    assert len(told) == 1
-    assert str(bad) in told[0]
+    assert None in entries
+    assert len(warned) == 1
+    assert str(bad) in warned[0]
     assert not bad.exists()
     for number in lost:
         store.add(str(number), entry(number))
     store.flush()
-    assert_holds(open_store(tmp_path, told=told), range(8))
-    assert len(told) == 1
+    assert_holds(open_store(tmp_path, warned=warned), range(8))
+    assert len(warned) == 1
 
 
 def test_a_damaged_entry_is_read_from_another_file_that_has_it(tmp_path):
@@ -156,11 +156,11 @@ def test_a_damaged_entry_is_read_from_another_file_that_has_it(tmp_path):
     two.add("2", entry(2))
     two._write(two._pending)  # as if both had looked at the same moment
     one._write(one._pending)
-    told = []
-    store = open_store(tmp_path, told=told)
+    warned = []
+    store = open_store(tmp_path, warned=warned)
     damage(store._shard_of["1"])
     assert_holds(store, [1])
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_a_file_that_another_process_removes_can_still_be_read(tmp_path):
@@ -191,9 +191,9 @@ def test_two_processes_fill_one_store_at_once(tmp_path):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    told = []
-    assert_holds(open_store(tmp_path, told=told), numbers)
-    assert told == []
+    warned = []
+    assert_holds(open_store(tmp_path, warned=warned), numbers)
+    assert warned == []
 
 
 @pytest.mark.parametrize("after", [2, 9, 23])
@@ -205,13 +205,13 @@ def test_a_process_killed_at_any_moment_leaves_a_store_that_goes_on(tmp_path, af
         time.sleep(0.001)
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    told = []
-    store = open_store(tmp_path, told=told)
+    warned = []
+    store = open_store(tmp_path, warned=warned)
     written = [n for n in range(10_000) if str(n) in store]
     assert len(written) >= 4 * after
     assert_holds(store, written)
     assert_holds(filled(tmp_path, range(max(written) + 9)), range(max(written) + 9))
-    assert told == []
+    assert warned == []
 
 
 def test_only_parts_that_no_living_process_can_be_writing_are_removed(tmp_path):

@@ -1,4 +1,4 @@
-"""Are images, captions and prompts read right, or refused by name?"""
+"""Tests that images, captions and prompts are read correctly, or refused by name."""
 
 import json
 import warnings
@@ -123,9 +123,9 @@ def test_captions_are_text_or_the_longest_text_of_a_json_object(tmp_path):
 def test_a_bad_row_is_named_by_line_and_reason_and_the_others_stay(tmp_path, row, reason):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "sub").mkdir()
-    found = problems_of(tmp_path, ["", row])
-    assert list(found) == [3]
-    assert reason in found[3]
+    problems = problems_of(tmp_path, ["", row])
+    assert list(problems) == [3]
+    assert reason in problems[3]
 
 
 def test_ids_count_all_rows_and_bom_crlf_and_blank_lines_do_no_harm(tmp_path):
@@ -410,13 +410,13 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_an_epoch_shows_each_image_once_over_all_ranks(tmp_path, world, workers):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_an_epoch_shows_each_image_once_over_all_ranks(tmp_path, world_size, workers):
     source = ImageSource(Images(images=folder_of(tmp_path), workers=workers), 16)
     steps = source.batches_per_epoch(3)
     assert steps == 5
-    ranks = range(world) if not workers else (0, world - 1)
-    parts = {rank: taken(source, steps + 1, 3, rank=rank, world_size=world) for rank in set(ranks)}
+    ranks = range(world_size) if not workers else (0, world_size - 1)
+    parts = {rank: taken(source, steps + 1, 3, rank=rank, world_size=world_size) for rank in set(ranks)}
     for batches in parts.values():
         assert [b.step for b in batches] == list(range(steps + 1))
         assert [b.epoch for b in batches] == [0] * steps + [1]
@@ -425,7 +425,7 @@ def test_an_epoch_shows_each_image_once_over_all_ranks(tmp_path, world, workers)
             assert b.captions == [f"caption {i}" for i in b.ids]
     seen = sorted(i for batches in parts.values() for b in batches[:steps] for i in b.ids)
     assert len(set(seen)) == len(seen)
-    if len(parts) == world:
+    if len(parts) == world_size:
         assert seen == list(range(12))
 
 
@@ -478,7 +478,7 @@ def test_resolution_overrides_the_sizes_of_the_rows_but_keeps_their_shape(tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_rotten_image_is_left_out_named_once_and_never_replaced(tmp_path, workers):
+def test_a_damaged_image_is_left_out_named_once_and_never_replaced(tmp_path, workers):
     file = folder_of(tmp_path)
     (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:300])
     source = ImageSource(Images(images=file, tolerance=0.1, workers=workers), 16)
@@ -499,7 +499,7 @@ def missing_step(source):
     return {step for step, ids in enumerate(epoch_batches(source.buckets, 1, (7, 0), 0)) if ids == [3]}
 
 
-def test_images_that_rot_during_the_run_stop_it_when_they_are_too_many(tmp_path):
+def test_too_many_images_damaged_during_the_run_stop_it(tmp_path):
     source = ImageSource(Images(images=folder_of(tmp_path), tolerance=0.2), 16)
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"")
@@ -508,17 +508,17 @@ def test_images_that_rot_during_the_run_stop_it_when_they_are_too_many(tmp_path)
     assert len(source.skipped) == 3
 
 
-def test_a_rotten_folder_stops_before_the_run_and_a_scan_lists_it_all(tmp_path):
+def test_a_damaged_folder_stops_the_run_at_its_start_and_a_scan_lists_every_problem(tmp_path):
     rows = [json.loads(row) for row in folder_of(tmp_path).read_text().splitlines()]
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_text("not an image")
     file = write_rows(tmp_path, [*rows, *rows * 40, "{"])
     with pytest.raises(DataError, match=r"\d+ of 64 images tried cannot be decoded"):
         ImageSource(Images(images=file), 16)
-    told = []
-    found = ImageSource(Images(images=file, tolerance=1.0), 16).scan(lambda *at: told.append(at))
-    assert [p.line for p in found] == sorted({*(12 * k + i for k in range(41) for i in range(1, 5)), 493})
-    assert told[-1] == (492, 492)
+    progress = []
+    problems = ImageSource(Images(images=file, tolerance=1.0), 16).scan(lambda *at: progress.append(at))
+    assert [p.line for p in problems] == sorted({*(12 * k + i for k in range(41) for i in range(1, 5)), 493})
+    assert progress[-1] == (492, 492)
 
 
 def test_all_images_bad_is_an_error_even_where_all_may_be_skipped(tmp_path):

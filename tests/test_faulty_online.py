@@ -1,4 +1,4 @@
-"""Is every faulty recipe with an online stage refused when it is read, with line, field and remedy?"""
+"""Tests that faulty recipes with an online stage are refused with line, field and remedy."""
 
 import pytest
 from pipelines import pipeline_folder

@@ -12,7 +12,7 @@ from runs import EVALUATION, recipe, run_quietly, stage
 from safetensors.torch import load_file
 from torch import nn
 
-import posttrain.recipe.schema
+import posttrain.recipe.variants
 from posttrain.algorithm import Items
 from posttrain.condition import Conditions
 from posttrain.errors import ModelError
@@ -77,7 +77,7 @@ del Model.variants["toy"]  # or other tests would find it
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setitem(Model.variants, "toy", Toy)
-    monkeypatch.setattr(posttrain.recipe.schema, "AnyModel", union(Model, "posttrain.models"))
+    monkeypatch.setattr(posttrain.recipe.variants, "AnyModel", union(Model, "posttrain.models"))
     return Toy()
 
 

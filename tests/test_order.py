@@ -1,4 +1,4 @@
-"""Is the order of the data a function of its key, complete, and shared by all ranks?"""
+"""Tests that the order of the data is a function of its key, complete, and shared by all ranks."""
 
 from itertools import islice
 
@@ -69,8 +69,8 @@ def test_epochs_and_keys_differ_and_batches_of_buckets_are_mixed():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(), unique=True, max_size=40), st.integers(1, 9))
-def test_ranks_split_a_batch_without_overlap_and_evenly(ids, world):
-    parts = [rank_slice(ids, rank, world) for rank in range(world)]
+def test_ranks_split_a_batch_without_overlap_and_evenly(ids, world_size):
+    parts = [rank_slice(ids, rank, world_size) for rank in range(world_size)]
     assert sorted(i for part in parts for i in part) == sorted(ids)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

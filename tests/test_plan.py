@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from forked import posttrain
+from rich.console import Console
 
 from posttrain.algorithm import Algorithm
 from posttrain.engine.rehearsal import rehearse

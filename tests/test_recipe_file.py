@@ -1,4 +1,4 @@
-"""Is every faulty recipe refused when it is read, with line, field, value and remedy?"""
+"""Tests that faulty recipes are refused with line, field, value and remedy."""
 
 import pytest
 from faulty_recipes import OVERRIDES, WRITTEN
@@ -231,12 +231,12 @@ SCALARS = st.one_of(
 )
 
 
-def places(data, at=()):
+def paths(data, at=()):
     for key, value in (
         data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     ):
         yield (*at, key)
-        yield from places(value, (*at, key))
+        yield from paths(value, (*at, key))
 
 
 @given(st.data())
@@ -247,7 +247,7 @@ def test_no_mutation_of_a_recipe_raises_anything_but_a_recipe_error(data):
 
     recipe = copy.deepcopy(PLAIN)
     for _ in range(data.draw(st.integers(1, 2))):
-        *path, last = data.draw(st.sampled_from(list(places(recipe))))
+        *path, last = data.draw(st.sampled_from(list(paths(recipe))))
         block = recipe
         for part in path:
             block = block[part]

@@ -1,4 +1,4 @@
-"""The ``train`` block: defaults, bounds, what does not go together; and the optimizer that it asks for."""
+"""Tests of the ``train`` block: defaults, bounds, conflicting settings, and the optimizer that it describes."""
 
 import sys
 from types import SimpleNamespace
@@ -93,9 +93,9 @@ def test_values_up_to_the_bounds_are_taken(field):
 @pytest.mark.parametrize("field", REFUSED)
 def test_values_beyond_the_bounds_are_refused_by_field(field):
     for value in REFUSED[field]:
-        with pytest.raises(ValidationError) as found:
+        with pytest.raises(ValidationError) as caught:
             Train(**{"steps": 500, field: value})
-        assert {error["loc"][0] for error in found.value.errors() if error["loc"]} == {field}
+        assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} == {field}
 
 
 def test_a_block_cannot_be_changed():
@@ -118,9 +118,9 @@ def test_compiled_blocks_keep_nothing_inside():
     for mode in ("off", "full"):
         Train(steps=1, compile=True, gradient_checkpointing=mode)
     Train(steps=1, compile=False, gradient_checkpointing="selective")
-    with pytest.raises(ValidationError, match="selective does not work with compile") as found:
+    with pytest.raises(ValidationError, match="selective does not work with compile") as caught:
         Train(steps=1, compile=True, gradient_checkpointing="selective")
-    assert found.value.errors()[0]["ctx"]["path"] == ("gradient_checkpointing",)
+    assert caught.value.errors()[0]["ctx"]["path"] == ("gradient_checkpointing",)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_batches_of_several_steps_are_whole(fields, wrong, words):
     good = {"steps": 9, "steps_per_batch": 3, "checkpoint_every": 6, "sample_every": None, "batch_size": 3}
     assert Train(**good).steps == 9
     assert Train(**{**good, "sample_every": 3}).sample_every == 3
-    with pytest.raises(ValidationError) as found:
+    with pytest.raises(ValidationError) as caught:
         Train(**{**good, **fields})
-    (error,) = found.value.errors()
+    (error,) = caught.value.errors()
     assert error["ctx"]["path"] == (wrong,)
     assert words in error["msg"]
 
@@ -151,8 +151,8 @@ def test_the_optimizer_has_every_setting_of_the_block():
     assert type(optimizer) is torch.optim.AdamW
     (group,) = optimizer.param_groups
     assert group["params"][0] is weight
-    found = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "fused", "amsgrad")}
-    assert found == {
+    options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "fused", "amsgrad")}
+    assert options == {
         "lr": 0.25,
         "betas": (0.5, 0.75),
         "eps": 1e-3,

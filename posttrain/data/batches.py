@@ -84,20 +84,20 @@ class ImageBatchSource(BatchSource):
         world: World = ALONE,
     ) -> None:
         self.model, self.batch_size, self.world = model, batch_size, world
-        self.source = ImageSource(data.materialise(work), divisor=model.divisor)
-        self.notes = self.source.notes
-        self.prompts = list(dict.fromkeys(record.caption for record in self.source.records.values()))
-        width, height = next(iter(self.source.buckets))
+        self.images = ImageSource(data.materialise(work), divisor=model.divisor)
+        self.notes = self.images.notes
+        self.prompts = list(dict.fromkeys(record.caption for record in self.images.records.values()))
+        width, height = next(iter(self.images.buckets))
         side = round((width * height) ** 0.5 / model.divisor) * model.divisor
         self.size = (side, side)
-        width, height = max(self.source.buckets, key=lambda bucket: bucket[0] * bucket[1])
+        width, height = max(self.images.buckets, key=lambda bucket: bucket[0] * bucket[1])
         self.largest = (height, width)
 
     def batches(self, key: tuple[object, ...], start: int) -> Iterator[tuple[int, Batch, Draws]]:
         if self.latents is not None:
             yield from self._cached_batches(self.latents, key, start)
             return
-        for images in self.source.batches(self.batch_size, key, start, self.world.rank, self.world.size):
+        for images in self.images.batches(self.batch_size, key, start, self.world.rank, self.world.size):
             counts = self.world.gather_objects(len(images.ids))
             if not (total := sum(counts)):
                 continue
@@ -126,7 +126,7 @@ class ImageBatchSource(BatchSource):
             yield planned.step, Batch(latents, rows, conditions, sample_index=position, total=total), draws
 
     def skipped(self) -> list[str]:
-        return [str(problem) for problem in self.source.skipped]
+        return [str(problem) for problem in self.images.skipped]
 
 
 class PromptBatchSource(BatchSource):

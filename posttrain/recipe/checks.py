@@ -27,19 +27,14 @@ WEIGHT_FILES = ("model_index.json", "*.safetensors")
 """A folder of weights has one of these: a pipeline's index, or the files of an adapter or a transformer."""
 
 
-def problems(recipe: Recipe) -> list[FieldProblem]:
+def machine_problems(recipe: Recipe) -> list[FieldProblem]:
     """What prevents ``recipe`` from running on this machine, with the field that is to be changed."""
     model = _ModelFacts.of(recipe.model)
     return [
         *_device(recipe),
         *_model(recipe),
         *_cache(recipe),
-        *_stage_folders(recipe),
-        *(
-            problem
-            for i, stage in enumerate(recipe.stages)
-            for problem in _stage(("stages", i), stage, model)
-        ),
+        *_stages(recipe, model),
         *_evaluation(recipe, model),
     ]
 
@@ -80,12 +75,13 @@ def _cache(recipe: Recipe) -> Iterator[FieldProblem]:
         yield ("cache", "path"), f"{str(folder)!r} is a file, a folder is expected"
 
 
-def _stage_folders(recipe: Recipe) -> Iterator[FieldProblem]:
+def _stages(recipe: Recipe, model: _ModelFacts) -> Iterator[FieldProblem]:
     names: dict[str, str] = {}
     for i, stage in enumerate(recipe.stages):
         if (same := names.setdefault(stage.name.lower(), stage.name)) != stage.name:
             message = f"{stage.name!r} and {same!r} are one folder on systems that ignore case"
             yield ("stages", i, "name"), message
+        yield from _stage(("stages", i), stage, model)
 
 
 def _stage(path: FieldPath, stage: Stage, model: _ModelFacts) -> Iterator[FieldProblem]:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from posttrain.data.prompts import read_prompts
 from posttrain.data.settings import PromptFile
 from posttrain.errors import RecipeError
-from posttrain.recipe import checks
+from posttrain.recipe.checks import machine_problems
 from posttrain.recipe.evaluation_block import Scoring
 from posttrain.recipe.messages import listed, translated
 from posttrain.recipe.overrides import apply_overrides
@@ -69,11 +69,11 @@ def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 def check_or_raise(
     recipe: Recipe, source: Source | None = None, override_texts: dict[FieldPath, str] | None = None
 ) -> None:
-    """Raise RecipeError with every problem of :func:`posttrain.recipe.checks.problems`.
+    """Raise RecipeError with every problem of :func:`posttrain.recipe.checks.machine_problems`.
 
     With ``source`` the message has the lines of the file.
     """
-    if not (problems := checks.problems(recipe)):
+    if not (problems := machine_problems(recipe)):
         return
     if source is None:
         raise RecipeError("\n".join(f"{'.'.join(map(str, path))}: {message}" for path, message in problems))
@@ -91,18 +91,17 @@ def evaluation_settings(
 
     It starts from the evaluation of recipe ``like``, or from the defaults. The published ``suite``, the file
     ``prompts`` and the names ``rewards`` replace its prompts and rewards. ``overrides`` (``a.b=c``) are
-    applied last.
-    Raises RecipeError if prompts or rewards are missing or not valid, DataError if a prompt cannot be used.
+    applied last. Raises RecipeError if prompts or rewards are missing or not valid, and DataError if a prompt
+    cannot be used.
     """
     data: dict[str, Any] = {"keep": "png"}
     if like is not None:
-        evaluation = load_recipe(like).evaluation
-        if evaluation is None:
+        if (evaluation := load_recipe(like).evaluation) is None:
             raise RecipeError(f"the recipe {like!r} has no evaluation")
         data = evaluation.model_dump(mode="json")
     if suite is not None:
-        prompts, scores = suite_prompts(suite, prompts)
-        data["rewards"] = list(scores)
+        prompts, suite_rewards = suite_prompts(suite, prompts)
+        data["rewards"] = list(suite_rewards)
     if prompts is not None:
         data["prompts"] = prompts
     if rewards:

@@ -50,7 +50,7 @@ def fill_for_stage(
         _cache_prompts(store, model, _prompts_of_stage(recipe, stage, feed), stage.name, console, world)
     if settings.latents != "off" and isinstance(feed, ImageBatchSource):
         store = _store(room, settings.latents, settings, model, "images", console)
-        feed.latents = LatentCache(store, model, feed.source, settings.latents)
+        feed.latents = LatentCache(store, model, feed.images, settings.latents)
         feed.latents.fill(stage.name, console, world.rank, world.size)
         model.rest("images")
     world.barrier()  # otherwise a process could encode what another is still writing
