@@ -25,7 +25,7 @@ from posttrain.errors import TrainingError
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.policy import Policy
 from posttrain.sampling.sampler import FlowSampler, sample_images
-from posttrain.scoring.batches import numbered, scored, scorers_of
+from posttrain.scoring.batches import draw_and_score, load_scorers, samples_of
 from posttrain.scoring.judge import Judge
 from posttrain.stages.micro_batch import remember
 from posttrain.support.device import peak_memory
@@ -210,19 +210,19 @@ class StageWatch:
     @functools.cached_property
     def _scorers(self) -> dict:
         assert self.recipe.evaluation is not None, "the recipe's validation requires it"
-        return scorers_of(self.recipe.evaluation.rewards, self.policy.model.device)
+        return load_scorers(self.recipe.evaluation.rewards, self.policy.model.device)
 
     def _read(self, step: int) -> None:
         """Score held-out prompts, and act on an alarm."""
         evaluation, monitor, account = self.recipe.evaluation, self.stage.monitor, self.account
         assert evaluation is not None, "the recipe's validation requires it"
         assert monitor is not None, "called where there is one"
-        samples = numbered(prompt_rows(evaluation.prompts, evaluation.rewards)[: monitor.prompts], 1)
+        samples = samples_of(prompt_rows(evaluation.prompts, evaluation.rewards)[: monitor.prompts], 1)
         each = -(-len(samples) // self.world.size)
         # where weights are in parts every process must make as many forwards: the last ones repeat
         mine = (samples * self.world.size)[self.world.rank * each :][:each]
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            batches = scored(FlowSampler(self.policy), evaluation, mine, self._scorers)
+            batches = draw_and_score(FlowSampler(self.policy), evaluation, mine, self._scorers)
             records = [record for found, _ in batches for record in found]
         records = list(chain.from_iterable(self.world.gather_objects(records)))[: len(samples)]
         reading = {
