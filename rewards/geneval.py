@@ -16,7 +16,7 @@ from posttrain.reward import Scores
 from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, load_clip
 from posttrain.rewards._colors import COLORS, colored, load_colors
 from posttrain.rewards._detector import CLASSES, load_detector
-from posttrain.rewards._geneval_scores import Verdict, scores, untold
+from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores
 from posttrain.rewards._neural import Neural
 from posttrain.support.spelling import meant
 from posttrain.weights.published import Weights
@@ -70,7 +70,7 @@ class GenEval(Neural):
     """Images that go through the detector at a time."""
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
-        if (reason := untold(row)) is not None:
+        if (reason := metadata_problem(row)) is not None:
             return f"geneval: {reason}"
         if "tag" not in row:
             return "geneval: it has no 'tag', which sets how sure the detector has to be"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from posttrain.reward import Reward, Scores
-from posttrain.rewards._geneval_scores import Verdict, scores, untold
+from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class Shapes(Reward):
     ``strict``: exactly what was asked for; ``lenient``: GenEval's own verdict."""
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
-        return None if (reason := untold(row)) is None else f"shapes: {reason}"
+        return None if (reason := metadata_problem(row)) is None else f"shapes: {reason}"
 
     def load(self, device: torch.device) -> Scorer:
         del device  # plain image analysis on the CPU
@@ -42,7 +42,7 @@ class Shapes(Reward):
         from posttrain.shapes.detect import detect
 
         for prompt, task in zip(prompts, metadata, strict=True):
-            if (reason := untold(task)) is not None:
+            if (reason := metadata_problem(task)) is not None:
                 raise ValueError(f"prompt {prompt!r} cannot be judged: {reason}")
         found = [detect(image) for image in images.float().cpu().numpy()]
         return scores(found, metadata, self.score)

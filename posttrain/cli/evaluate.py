@@ -43,8 +43,8 @@ def evaluate_model(
     del debug
     from posttrain.distributed.launch import CHILD, place, share
     from posttrain.errors import PosttrainError
-    from posttrain.evaluation.evaluate import evaluate
-    from posttrain.evaluation.report.page import card_table
+    from posttrain.evaluation.evaluate import Share, evaluate
+    from posttrain.evaluation.report.table import card_table
     from posttrain.recipe.file import evaluation_settings
     from posttrain.stages.artifact import open_sampler
     from posttrain.support.device import resolve, set_tf32
@@ -56,7 +56,7 @@ def evaluate_model(
     parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
     name = "-".join(["eval", *parts[-2:], *([suite] if suite else [])])
     target = output or Path("runs") / name
-    rank, world = place()
+    own_share = Share(*place())
     if processes > 1:
         if device.startswith("cuda:"):
             raise PosttrainError(f"--device {device} is one GPU, and each process has its own: give 'cuda'")
@@ -64,7 +64,7 @@ def evaluate_model(
     set_tf32(False)
     sampler, found = open_sampler(model, resolve(device), settings, base, weights)
     card = evaluate(
-        sampler, settings, target, name=target.name, weights=found, console=console, rank=rank, world=world
+        sampler, settings, target, name=target.name, weights=found, console=console, share=own_share
     )
     if CHILD in os.environ:
         return

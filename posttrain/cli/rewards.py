@@ -102,7 +102,7 @@ def score(
     if conformance:
         return _conform(rewards, resolve(device), output, against, tolerance)
     from posttrain.evaluation.card import result
-    from posttrain.evaluation.report.page import card_table
+    from posttrain.evaluation.report.table import card_table
     from posttrain.scoring.folder import image_files, score_files, with_prompts
 
     if not images:

@@ -55,7 +55,8 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
     from rich.console import Console
 
     from posttrain.distributed.world import joined
-    from posttrain.evaluation.report.page import table, write_report
+    from posttrain.evaluation.report.page import write_report
+    from posttrain.evaluation.report.table import table
     from posttrain.support.device import resolve
 
     console = console or Console()
@@ -155,7 +156,7 @@ def _evaluate(
     world: World,
 ) -> None:
     """Evaluate what a stage wrote (the base model for None), reading it as any other tool would."""
-    from posttrain.evaluation.evaluate import evaluate
+    from posttrain.evaluation.evaluate import Share, evaluate
     from posttrain.sampling.sampler import flow_sampler, sampler_of
     from posttrain.stages.caches import fill_for_evaluation
     from posttrain.stages.lineage import sources
@@ -176,8 +177,8 @@ def _evaluate(
             model.load_weights(source)
         sampler = flow_sampler(model, spec, recipe.evaluation, f"{name}/final")
     fill_for_evaluation(recipe, sampler, name, console, world)
-    place = {"rank": world.rank, "world": world.size}
-    evaluate(sampler, recipe.evaluation, target, name=name, weights=weights, console=console, **place)
+    share = Share(world.rank, world.size)
+    evaluate(sampler, recipe.evaluation, target, name=name, weights=weights, console=console, share=share)
     world.barrier()
     if not (target / "eval.json").is_file():
         raise PosttrainError(f"another process is evaluating into {str(target)!r}; wait for it")
