@@ -42,9 +42,9 @@ class Evaluated:
         """The file of a sample's image; None if it was not kept."""
         if (kept := self.records[key].get("image")) is not None:
             return self.folder / kept
-        shown = self.card.get("grid_prompts", [])
-        if key[1] == 0 and key[0] in shown:
-            return self.folder / "grid" / f"{shown.index(key[0]):03d}.png"
+        in_grid = self.card.get("grid_prompts", [])
+        if key[1] == 0 and key[0] in in_grid:
+            return self.folder / "grid" / f"{in_grid.index(key[0]):03d}.png"
         return None
 
 

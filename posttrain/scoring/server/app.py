@@ -140,8 +140,8 @@ def serve(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> N
     # without it an answer's body arrives 40 ms after its head (Nagle's algorithm, delayed ACK)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with listening:
-        shown = f"[{host}]" if ":" in host else host
-        ready(f"http://{shown}:{listening.getsockname()[1]}")
+        url_host = f"[{host}]" if ":" in host else host
+        ready(f"http://{url_host}:{listening.getsockname()[1]}")
         # longer than a client keeps an idle connection, so that none is closed as a request arrives
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
         uvicorn.Server(config).run(sockets=[listening])
