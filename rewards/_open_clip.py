@@ -24,6 +24,30 @@ TEXT_HEAD_CHANNELS, VISION_HEAD_CHANNELS = 64, 80
 VISION, TEXT = "visual.transformer.resblocks.", "transformer.resblocks."
 
 
+TENSORS = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+}
+NORMS = {
+    "ln_final.": "text_model.final_layer_norm.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # transformers' spelling
+    "visual.ln_post.": "vision_model.post_layernorm.",
+}
+IN_BLOCK = {
+    "attn.out_proj.": "self_attn.out_proj.",
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+"""open_clip's names of tensors, of norms, and of layers within a block, with those of transformers."""
+KINDS = ("weight", "bias")
+
+
 def clip_of(state: Mapping[str, Tensor], file: Path) -> CLIPModel:
     """The CLIP with the open_clip weights ``state``, which were read from ``file``.
 
@@ -77,39 +101,21 @@ def _tower(state: Mapping[str, Tensor], prefix: str, width: int, channels: int) 
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` under transformers' names, with the attention matrices split and the projections turned."""
-    text, vision = "text_model.", "vision_model."
-    unchanged = {
-        "logit_scale": "logit_scale",
-        "token_embedding.weight": text + "embeddings.token_embedding.weight",
-        "positional_embedding": text + "embeddings.position_embedding.weight",
-        "visual.class_embedding": vision + "embeddings.class_embedding",
-        "visual.conv1.weight": vision + "embeddings.patch_embedding.weight",
-        "visual.positional_embedding": vision + "embeddings.position_embedding.weight",
-    }
-    modules = {
-        "ln_final.": text + "final_layer_norm.",
-        "visual.ln_pre.": vision + "pre_layrnorm.",  # transformers' spelling
-        "visual.ln_post.": vision + "post_layernorm.",
-    }
-    in_block = {
-        "attn.out_proj.": "self_attn.out_proj.",
-        "ln_1.": "layer_norm1.",
-        "ln_2.": "layer_norm2.",
-        "mlp.c_fc.": "mlp.fc1.",
-        "mlp.c_proj.": "mlp.fc2.",
-    }
-    for old, new in ((TEXT, text), (VISION, vision)):
-        for i in range(layers(state, old)):
-            modules |= {f"{old}{i}.{a}": f"{new}encoder.layers.{i}.{b}" for a, b in in_block.items()}
-    renamed = {new: state[old] for old, new in unchanged.items()}
-    renamed |= {new + k: state[old + k] for old, new in modules.items() for k in ("weight", "bias")}
+    """``state`` under transformers' names: attention matrices are split, and projections transposed."""
+    renamed = {new: state[old] for old, new in TENSORS.items()}
+    renamed |= {new + kind: state[old + kind] for old, new in NORMS.items() for kind in KINDS}
     renamed["text_projection.weight"] = state["text_projection"].T
     renamed["visual_projection.weight"] = state["visual.proj"].T
-    for old, new in ((TEXT, text), (VISION, vision)):
+    for old, new in ((TEXT, "text_model."), (VISION, "vision_model.")):
         for i in range(layers(state, old)):
-            for kind in ("weight", "bias"):
-                thirds = state[f"{old}{i}.attn.in_proj_{kind}"].chunk(3)
-                attention = f"{new}encoder.layers.{i}.self_attn."
-                renamed |= {f"{attention}{n}_proj.{kind}": t for n, t in zip("qkv", thirds, strict=True)}
+            renamed |= _renamed_block(state, f"{old}{i}.", f"{new}encoder.layers.{i}.")
     return renamed
+
+
+def _renamed_block(state: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """One block of a tower; ``old`` and ``new`` are the prefixes of its names."""
+    block = {new + b + kind: state[old + a + kind] for a, b in IN_BLOCK.items() for kind in KINDS}
+    for kind in KINDS:
+        thirds = state[f"{old}attn.in_proj_{kind}"].chunk(3)
+        block |= {f"{new}self_attn.{n}_proj.{kind}": t for n, t in zip("qkv", thirds, strict=True)}
+    return block

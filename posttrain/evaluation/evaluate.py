@@ -91,7 +91,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Work:
-    """What an evaluation measures, with what, and where to."""
+    """The sampler and settings of an evaluation, its samples, and the folder of its results."""
 
     sampler: Sampler
     evaluation: Evaluation

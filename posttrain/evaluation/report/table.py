@@ -62,7 +62,7 @@ def card_table(name: str, card: dict[str, Any]) -> Table:
         )
         grid.add_row(label, *cells)
     if card["tag_means"]:
-        grid.add_row("mean of kinds", *(f"{mean:.3f}" for mean in card["tag_means"].values()))
+        grid.add_row("mean of tags", *(f"{mean:.3f}" for mean in card["tag_means"].values()))
     return grid
 
 
