@@ -19,7 +19,7 @@ from posttrain.recipe.schema import Evaluation
 from posttrain.rewards.jpeg import JpegIncompressibility
 from posttrain.sampling.latents import prompt_noise
 from posttrain.sampling.sampler import FlowSampler
-from posttrain.scoring.batches import scored, scorers_of
+from posttrain.scoring.batches import draw_and_score, load_scorers
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def main() -> None:
         batch_size=options.batch,
     )
     model, sampler = it.model, FlowSampler(it.policy(64))
-    scorers = scorers_of([JpegIncompressibility()], it.device)
+    scorers = load_scorers([JpegIncompressibility()], it.device)
     score = scorers["jpeg_incompressibility"]
     samples = [({"prompt": prompt}, 0) for prompt in it.captions(options.images)]
     watched(it)
 
     def engine() -> None:
-        for _ in scored(sampler, settings, samples, scorers):
+        for _ in draw_and_score(sampler, settings, samples, scorers):
             pass
 
     @torch.no_grad()

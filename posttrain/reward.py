@@ -1,4 +1,7 @@
-"""What a reward answers: how good is each of these images, given its prompt?"""
+"""The interface of a reward, which scores images for their prompts.
+
+To add a reward, subclass :class:`Reward` with a ``type``, a ``range`` and :meth:`Reward.load`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Scorer = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], "Scores"]
-    """(images (n, 3, h, w) float32 in [0, 1], n prompts, n metadata rows) -> Scores of n values."""
+    """A scoring function: (images (n, 3, h, w) float32 in [0, 1], n prompts, n metadata rows) -> Scores."""
 
 
 @dataclass(frozen=True)
@@ -29,40 +32,40 @@ class Scores:
     """The scores of n images."""
 
     value: Tensor
-    """(n,) float: what training uses and what the table shows under the reward's own name."""
+    """(n,) float: the scores that training uses. Tables show them under the reward's name."""
     details: dict[str, Tensor] = field(default_factory=dict)
-    """Further named verdicts, each (n,), shown as ``reward/detail``."""
+    """Further scores by name, each (n,) float. Tables show them as ``reward/detail``."""
 
     def named(self, name: str, i: int) -> dict[str, float]:
-        """Image ``i``'s score under the reward's ``name``, and its details under ``name/detail``."""
+        """The score of image ``i`` under ``name``, the reward's, and its details under ``name/detail``."""
         details = {f"{name}/{detail}": float(values[i]) for detail, values in self.details.items()}
         return {name: float(self.value[i]), **details}
 
 
 class Reward(Named, ABC):
-    """A way to score images. Fields are its settings; what is heavy is loaded by :meth:`load`."""
+    """A reward and its settings, as a recipe gives them. Only :meth:`load` reads weights."""
 
     range: ClassVar[tuple[float, float]]
-    """Lowest and highest score possible (may be infinite)."""
+    """The lowest and the highest possible score; either may be infinite."""
     higher_is_better: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ()
-    """Packages, beyond posttrain's own dependencies, that :meth:`load` imports."""
+    """Packages that :meth:`load` imports and that posttrain itself does not depend on."""
     weights: ClassVar[Mapping[str, Weights]] = {}
-    """Field -> what is needed of the repository, or of the local copy, that the field names."""
+    """Name of a field -> the files needed from the hub repository or local copy that the field names."""
 
     unmeasured: ClassVar[frozenset[str]] = frozenset({"weight"})
-    """Fields that say how scores are computed or used, and do not change them."""
+    """Names of fields that do not change the scores, such as a batch size. Result cards leave them out."""
 
     weight: float = Field(1.0, gt=0)
-    """How much this reward counts in the weighted sum that an online algorithm maximises."""
+    """The factor of this reward in the weighted sum that an online algorithm maximises."""
 
     @property
     def label(self) -> str:
-        """What the scores are called in tables and records."""
+        """The name of the scores in tables and records."""
         return self.type
 
     def problem(self) -> str | None:
-        """Why the reward cannot be loaded, as far as can be seen without loading; None if it can."""
+        """Say why the reward cannot be loaded; None if nothing is missing. Loads and downloads nothing."""
         missing = [package for package in self.requires if importlib.util.find_spec(package) is None]
         if missing:
             names = ", ".join(map(repr, missing))
@@ -74,57 +77,60 @@ class Reward(Named, ABC):
         return None
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
-        """Why a prompt, with its metadata, cannot be scored; None if it can."""
+        """Say why the prompt in ``row``, with its metadata, cannot be scored; None if it can."""
         del row
         return None
 
     def located(self, name: str) -> Path:
-        """The folder, or the file, of the weights that field ``name`` stands for, fetched if need be.
+        """The folder or file of the weights that field ``name`` names, downloaded if it is not here.
 
-        Raises RewardError, which says how to give a local copy."""
+        Raises RewardError, which says how to give a local copy.
+        """
         try:
             return self.weights[name].located(getattr(self, name))
         except RewardError as error:
-            words = f"{self.type}: {error}. Run 'posttrain rewards fetch {self.type}' on a machine that can"
-            raise RewardError(f"{words}, or give a local copy as '{name}'") from error
+            raise RewardError(
+                f"{self.type}: {error}. Run 'posttrain rewards fetch {self.type}' on a machine that reaches "
+                f"the hub, or give a local copy as '{name}'"
+            ) from error
 
     def measures(self) -> dict[str, Any]:
-        """The settings that scores depend on; where weights lie is none, their :meth:`hashes` tell."""
+        """The settings that scores depend on. Weights are left out, since :meth:`hashes` identifies them."""
         return self.model_dump(mode="json", exclude={*self.weights, *self.unmeasured})
 
     def hashes(self) -> dict[str, dict[str, str]]:
-        """For each field of :attr:`weights`: file -> SHA-256 of what :meth:`load` reads."""
+        """Name of a field of :attr:`weights` -> file -> SHA-256 of the file that :meth:`load` reads."""
         return {name: weights.hashes(self.located(name)) for name, weights in self.weights.items()}
 
     @abstractmethod
     def load(self, device: torch.device) -> Scorer:
-        """The scoring function, its networks on ``device``. Heavy imports happen here."""
+        """Load the networks on ``device`` and return the scoring function. Heavy imports happen here."""
 
 
 def checked(name: str, score: Scorer) -> Scorer:
-    """``score`` that raises RewardError, naming the reward and a prompt, where a result is no score.
+    """Wrap ``score`` so that every failure raises a RewardError that names the reward and a prompt.
 
-    Refused are a wrong count and values that are not finite; an exception inside is named and kept as
-    the cause. A score that could not be computed never becomes a number (correctness rule 38).
+    A failure is an exception, a wrong number of scores, or a score that is not finite. So a score that could
+    not be computed never becomes a number that training would follow.
     """
 
     def call(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         import torch
 
         try:
-            with torch.no_grad():  # which does not reach from the training thread into a worker
+            with torch.no_grad():  # set here, since it does not carry over from another thread
                 scores = score(images, prompts, metadata)
         except Exception as error:
-            shown = prompts[0] if prompts else ""
-            raise RewardError(f"reward {name!r} failed on prompts such as {shown!r}: {error}") from error
+            example = prompts[0] if prompts else ""
+            raise RewardError(f"reward {name!r} failed on prompts such as {example!r}: {error}") from error
         for key, values in {"value": scores.value, **scores.details}.items():
             if tuple(values.shape) != (len(prompts),):
                 raise RewardError(
                     f"reward {name!r} returned {key} of shape {tuple(values.shape)} for {len(prompts)} images"
                 )
             if not bool(values.isfinite().all()):
-                worst = int((~values.isfinite()).nonzero()[0])
-                raise RewardError(f"reward {name!r} returned {values[worst]} for prompt {prompts[worst]!r}")
+                first = int((~values.isfinite()).nonzero()[0])
+                raise RewardError(f"reward {name!r} returned {values[first]} for prompt {prompts[first]!r}")
         return scores
 
     return call

@@ -1,7 +1,7 @@
-"""How does ImageReward's checkpoint become transformers' BLIP, a text tower that reads a vision tower?
+"""Loads ImageReward's checkpoint (Xu et al. 2023, arXiv:2304.05977) into transformers' BLIP.
 
-transformers names the vision tower's parts otherwise, the text tower's the same. The sizes are read off the
-tensors.
+BLIP is a text tower that attends to the output of a vision tower. The checkpoint names the text tower's
+weights as transformers does, and the vision tower's differently. All sizes follow from the tensors' shapes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from posttrain.rewards._state import fill, frozen, layers, linear_head
 if TYPE_CHECKING:
     import torch
 
-HEAD = 64
-"""Channels of an attention head in both towers, which no tensor's shape tells."""
+HEAD_CHANNELS = 64
+"""Channels of an attention head in both towers. No tensor's shape depends on it."""
 NAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -33,12 +33,12 @@ NAMES = (
     (r"\.norm([12])\.", r".layer_norm\1."),
     (r"^norm\.", "post_layernorm."),
 )
-"""Patterns of the vision tower's names, and what transformers has for them."""
+"""Patterns in the vision tower's names, and their replacements in transformers."""
 
 
 @dataclass(frozen=True)
 class Blip:
-    """ImageReward's network: frozen, in float32."""
+    """ImageReward's network, frozen and in float32."""
 
     vision: Any
     text: Any
@@ -46,33 +46,37 @@ class Blip:
 
     @property
     def image_size(self) -> int:
+        """Height and width of the images in pixels."""
         return self.vision.config.image_size
 
     @property
     def vocabulary(self) -> int:
+        """The number of tokens that the text tower knows."""
         return self.text.config.vocab_size
 
     def __call__(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """(n,): the head's value of each text that has read its own image."""
-        seen = self.vision(pixel_values=pixels).last_hidden_state
-        read = self.text(
-            input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False
+        """(n,): the head's values for images (n, 3, size, size) and texts, ``ids`` and ``mask`` (n, t)."""
+        image_states = self.vision(pixel_values=pixels).last_hidden_state
+        text_states = self.text(
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=image_states, is_decoder=False
         ).last_hidden_state
-        return self.head(read[:, 0]).squeeze(1)
+        return self.head(text_states[:, 0]).squeeze(1)
 
 
 def blip_of(state: Mapping[str, Tensor], file: Path, device: torch.device) -> Blip:
-    """The network whose weights are ``state``, read from ``file``. Raises RewardError where they are not
-    those of one."""
+    """The network with the weights ``state``, which were read from ``file``.
+
+    Raises RewardError if they are not ImageReward's.
+    """
     from transformers import BlipTextConfig, BlipVisionConfig
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     vision_state, text_state = _below(state, "blip.visual_encoder."), _below(state, "blip.text_encoder.")
-    text_state.pop("embeddings.position_ids", None)  # 0, 1, 2 and so on: no weights
+    text_state.pop("embeddings.position_ids", None)  # the numbers 0, 1, 2 and so on, not weights
     try:
         vision: Any = BlipVisionModel(BlipVisionConfig(**_vision_sizes(vision_state)))
-        # of a decoder's kind, so that it is built with the layers that read the image
+        # only a decoder is built with the layers that attend to the image
         sizes = {**_text_sizes(text_state), "encoder_hidden_size": vision.config.hidden_size}
         text: Any = BlipTextModel(BlipTextConfig(**sizes, is_decoder=True), add_pooling_layer=False)
     except (KeyError, ValueError) as error:
@@ -110,9 +114,11 @@ def _text_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _heads(width: int) -> int:
-    if width % HEAD:
-        raise ValueError(f"a width of {width} is no multiple of {HEAD}, the channels of an attention head")
-    return width // HEAD
+    if width % HEAD_CHANNELS:
+        raise ValueError(
+            f"a width of {width} is no multiple of {HEAD_CHANNELS}, the channels of an attention head"
+        )
+    return width // HEAD_CHANNELS
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

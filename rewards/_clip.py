@@ -1,4 +1,4 @@
-"""What do CLIP scorers share: how is a CLIP loaded, and how are images and texts embedded, batch by batch?"""
+"""Loads a CLIP (Radford et al. 2021, arXiv:2103.00020), and embeds images and texts with it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_L_WEIGHTS = Weights(
     ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer*.json"), 1_712_766_000, "MIT"
 )
-LONGEST = 77
-"""Tokens of a text, the first and the last included; what is longer is cut off."""
+MAX_TOKENS = 77
+"""Longer texts are cut off. The number includes the tokens that begin and end a text."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP that scores: frozen, in float32 (a reward's noise should not be the precision's)."""
+    """A frozen CLIP in float32; lower precision would add noise to the scores."""
 
     model: Any
     tokenizer: Any
@@ -35,38 +35,42 @@ class Clip:
 
     @property
     def image_size(self) -> int:
+        """Height and width of the images in pixels."""
         return self.model.config.vision_config.image_size
 
     def of_images(self, pixels: Tensor) -> Tensor:
-        """(n, d) projected features, not normalised, of ``pixels`` as the model wants them."""
+        """(n, d) projected features, not normalised, of ``pixels`` (n, 3, size, size), preprocessed."""
         return _features(self.model.get_image_features(pixel_values=pixels.to(self.device)))
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
-        """(n, d) projected features, not normalised. What pads a text cannot change them: CLIP reads from
-        left to right, and its feature is that of the text's last token."""
-        longest = min(self.model.config.text_config.max_position_embeddings, LONGEST)
+        """(n, d) projected features, not normalised.
+
+        Padding does not change them: attention is causal, and the feature is taken at the text's last token.
+        """
+        max_tokens = min(self.model.config.text_config.max_position_embeddings, MAX_TOKENS)
         tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
         ).to(self.device)
         return _features(self.model.get_text_features(**tokens))
 
     def cosine(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """(n,): how alike each image and its own text are."""
+        """(n,) cosines between the features of each image and of its own text."""
         return torch.nn.functional.cosine_similarity(self.of_images(pixels), self.of_texts(texts))
 
     def logits(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """(n,): the cosine times the model's own scale."""
+        """(n,) cosines times the model's learned scale."""
         return self.model.logit_scale.exp() * self.cosine(pixels, texts)
 
 
 def load_clip(weights: Path, processor: Path, device: torch.device) -> Clip:
-    """The CLIP in folder ``weights``, with the tokenizer in folder ``processor``."""
+    """Load the CLIP in the folder ``weights``, with the tokenizer in the folder ``processor``."""
     from transformers import CLIPModel
 
     return Clip(loaded(CLIPModel, weights, device), load_tokenizer(processor), device)
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """Load the CLIP tokenizer in ``folder``."""
     from transformers import CLIPTokenizer
 
     from posttrain.weights.hugging_face import quiet
@@ -76,31 +80,33 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_pixels(folder: Path) -> Callable[[Tensor], Tensor]:
-    """What the folder's ``preprocessor_config.json`` makes of images (n, 3, h, w) in [0, 1], as 8-bit."""
+    """The preprocessing that the folder's ``preprocessor_config.json`` describes.
+
+    It takes images (n, 3, h, w) in [0, 1], rounds them to 8 bits, and returns (n, 3, size, size).
+    """
     from transformers import CLIPImageProcessorPil
 
     from posttrain.support.images import to_pil
     from posttrain.weights.hugging_face import quiet
 
     with quiet():
-        # by name, so that machines with and without torchvision see the same pixels
+        # AutoImageProcessor would choose by whether torchvision is installed, and the pixels would differ
         processor = CLIPImageProcessorPil.from_pretrained(folder)
     return lambda images: processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
 
 
-def in_batches(some: Callable[[Tensor, Sequence[str]], Tensor], size: int) -> Scorer:
-    """A scorer that gives ``some`` at most ``size`` images with their prompts at a time."""
+def in_batches(score_batch: Callable[[Tensor, Sequence[str]], Tensor], batch_size: int) -> Scorer:
+    """A scorer that calls ``score_batch`` with up to ``batch_size`` images (n, 3, h, w) and their prompts."""
 
     def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         del metadata
-        starts = range(0, len(prompts), size)
+        batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
         with torch.no_grad():
-            parts = [some(images[i : i + size], prompts[i : i + size]).float().cpu() for i in starts]
-        return Scores(torch.cat(parts))
+            return Scores(torch.cat([score_batch(images[b], prompts[b]).float().cpu() for b in batches]))
 
     return score
 
 
 def _features(output: Any) -> Tensor:
-    # transformers 5 wraps what 4 returned
+    # transformers 4 returns a tensor, transformers 5 an object around it
     return getattr(output, "pooler_output", output)

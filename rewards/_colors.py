@@ -1,4 +1,7 @@
-"""Which colour is an object: what does CLIP make of it, cut out on grey?"""
+"""Names the colour of detected objects by CLIP, as GenEval does (Ghosh et al. 2023, arXiv:2310.11513).
+
+The object is cut out on a grey background. Colours, sentences and the grey are GenEval's.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from posttrain.rewards._clip import Clip
-    from posttrain.rewards._detector import Found
+    from posttrain.rewards._detector import Detections
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = (
@@ -27,11 +30,11 @@ TEMPLATES = (
 BACKGROUND = "#999"
 
 Classifier = Callable[[Sequence["Image.Image"], str], list[str]]
-"""(cut-outs, the class of all of them) -> the colour of each."""
+"""A function (cut-outs, the one class of all of them) -> the colour of each."""
 
 
 def load_colors(clip: Clip) -> Classifier:
-    """CLIP's own choice among the colours, each the mean of its sentences."""
+    """A classifier that picks the colour nearest in CLIP's space; a colour is the mean of its sentences."""
 
     @cache
     def directions(kind: str) -> Tensor:
@@ -46,18 +49,20 @@ def load_colors(clip: Clip) -> Classifier:
     return classify
 
 
-def colored(image: Image.Image, found: Found, task: Mapping[str, Any], classify: Classifier) -> Found:
-    """``found`` with the ``color`` of each object of those classes that ``task`` asks a colour of."""
+def colored(
+    image: Image.Image, detections: Detections, task: Mapping[str, Any], classify: Classifier
+) -> Detections:
+    """Add ``color`` to the detections of each class for which ``task`` asks for a colour."""
     asked = {clause["class"] for clause in task["include"] if "color" in clause}
-    result = dict(found)
-    for kind in asked & found.keys():
-        colors = classify([cut_out(image, d) for d in found[kind]], kind)
-        result[kind] = [d | {"color": c} for d, c in zip(found[kind], colors, strict=True)]
+    result = dict(detections)
+    for kind in asked & detections.keys():
+        colors = classify([cut_out(image, d) for d in detections[kind]], kind)
+        result[kind] = [d | {"color": c} for d, c in zip(detections[kind], colors, strict=True)]
     return result
 
 
 def cut_out(image: Image.Image, detection: Mapping[str, Any]) -> Image.Image:
-    """The detection's box, grey wherever its mask is not."""
+    """The detection's box, with everything outside its mask grey."""
     from PIL import Image
 
     blank = Image.new("RGB", image.size, BACKGROUND)

@@ -1,7 +1,7 @@
-"""Which of COCO's objects are in an image, and where (Mask2Former, Cheng et al. 2022, arXiv:2112.01527)?
+"""Finds COCO's objects in images with Mask2Former (Cheng et al. 2022, arXiv:2112.01527).
 
-The rules of keeping an object are those of GenEval's detector: a query's class scores are its own, each times
-how sure the network is of the mask; boxes are those of the masks; nothing is suppressed for overlapping.
+Objects are kept by the rules of GenEval's detector. An object's score is the query's class probability times
+the mean probability of its mask. Its box is that of the mask. Overlapping objects are not suppressed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLASSES = (
     "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
     "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
-"""COCO's 80 as GenEval's prompts name them."""
+"""COCO's 80 classes, as GenEval's prompts name them."""
 SPELLINGS = {
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -43,88 +43,97 @@ SPELLINGS = {
     "diningtable": "dining table",
     "tvmonitor": "tv",
 }
-"""What detectors call them -> what GenEval does: COCO's own names, and those of older label files."""
+"""A detector's name of a class -> GenEval's. These are COCO's own names, and those of older label files."""
 
-Found = dict[str, list[dict[str, Any]]]
-"""Class -> detections, best first, each with ``box`` (x0, y0, x1, y1), ``score`` and ``mask`` (h, w)."""
-Detector = Callable[[Sequence["Image.Image"], Sequence[float]], list[Found]]
-"""(images of one size, the least score for each) -> what is in them."""
+Detections = dict[str, list[dict[str, Any]]]
+"""Class -> the objects found in an image, best first.
+
+Each has ``box`` (x0, y0, x1, y1) in pixels, ``score`` in [0, 1] and ``mask`` (h, w) bool.
+"""
+Detector = Callable[[Sequence["Image.Image"], Sequence[float]], list[Detections]]
+"""A function (images of one size, the threshold of each image's scores) -> the detections in each."""
 
 
 def load_detector(folder: Path, sides: tuple[int, int], most: int, device: torch.device) -> Detector:
-    """The detector in ``folder``, which sees images at most as large as ``sides`` (the shorter, the longer)
-    and names at most ``most`` objects a class."""
+    """Load the detector in ``folder``.
+
+    It enlarges or shrinks an image to the first of ``sides`` by the shorter side, unless the longer side then
+    exceeds the second; both are in pixels. It returns at most ``most`` objects of a class. Raises RewardError
+    if it does not know all of :data:`CLASSES`.
+    """
     from transformers import Mask2FormerImageProcessorPil
 
     from posttrain.rewards._mask2former import Segmenter
 
-    # the size that the network was trained and published for, whatever a repository's file says; by name,
-    # so that machines with and without torchvision see the same pixels
+    # made here and not read from the folder, whose file may give a size other than the published one;
+    # AutoImageProcessor would choose by whether torchvision is installed, and the pixels would differ
     processor = Mask2FormerImageProcessorPil(size={"shortest_edge": sides[0], "longest_edge": sides[1]})
     model = loaded(Segmenter, folder, device)
     names = _names(model.config.id2label, folder)
 
-    def detect(images: Sequence[Image.Image], least: Sequence[float]) -> list[Found]:
+    def detect(images: Sequence[Image.Image], thresholds: Sequence[float]) -> list[Detections]:
         pixels = processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
         with torch.no_grad():
             output = model(pixels)
-        found = []
-        for image, classes, masks, threshold in zip(images, *output, least, strict=True):
+        detections = []
+        for image, classes, masks, threshold in zip(images, *output, thresholds, strict=True):
             sizes = tuple(pixels.shape[-2:]), (image.height, image.width)
             kept, scores, labels = instances(classes, masks, sizes, threshold)
-            found.append(named(kept, scores, labels, names, threshold, most))
-        return found
+            detections.append(named(kept, scores, labels, names, threshold, most))
+        return detections
 
     return detect
 
 
 def instances(
-    classes: Tensor, masks: Tensor, sizes: Sequence[tuple[int, int]], least: float
+    classes: Tensor, masks: Tensor, sizes: Sequence[tuple[int, int]], threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks (k, h, w), scores (k,) and labels (k,) of what ``classes`` (queries, labels + 1) and ``masks``
-    (queries, a, b), both logits, make out. ``sizes`` are those that the masks are resized to, one by one.
+    """The masks (k, h, w) bool, scores (k,) and labels (k,) of the objects in one image.
 
-    Objects whose class score alone is not above ``least`` are left out before their masks are made large:
-    the mask's part of the score is at most 1.
+    ``classes`` (queries, labels + 1) and ``masks`` (queries, a, b) are logits. The masks are resized to each
+    (height, width) of ``sizes`` in turn. Objects whose class probability is not above ``threshold`` are left
+    out before the resizing, since the mask can only lower the score.
     """
     probabilities = classes.softmax(-1)[:, :-1]
-    count = probabilities.shape[1]
-    scores, places = probabilities.flatten().topk(min(len(classes), probabilities.numel()))
-    places, scores = places[scores > least], scores[scores > least]
-    logits = masks[places // count]
+    label_count = probabilities.shape[1]
+    scores, indices = probabilities.flatten().topk(min(len(classes), probabilities.numel()))
+    indices, scores = indices[scores > threshold], scores[scores > threshold]
+    logits = masks[indices // label_count]
     for height, width in sizes:
-        if not len(logits):  # which interpolate refuses
+        if not len(logits):  # interpolate refuses an empty tensor
             logits = logits.new_zeros(0, height, width)
         elif logits.shape[-2:] != (height, width):
             logits = interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)[0]
     inside = logits > 0
-    sure = (logits.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-    return inside.cpu(), (scores * sure).cpu(), (places % count).cpu()
+    mask_scores = (logits.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    return inside.cpu(), (scores * mask_scores).cpu(), (indices % label_count).cpu()
 
 
 def named(
-    masks: Tensor, scores: Tensor, labels: Tensor, names: Mapping[int, str], least: float, most: int
-) -> Found:
-    """The detections that score more than ``least``, the best ``most`` of each class, by GenEval's names."""
-    found: Found = {}
+    masks: Tensor, scores: Tensor, labels: Tensor, names: Mapping[int, str], threshold: float, most: int
+) -> Detections:
+    """The objects that score above ``threshold``, at most ``most`` of each class, by GenEval's names."""
+    by_class: Detections = {}
     for i in scores.argsort(descending=True, stable=True).tolist():
-        detections = found.setdefault(names[int(labels[i])], [])
-        if scores[i] > least and len(detections) < most and masks[i].any():
-            (x0, x1), (y0, y1) = _ends(masks[i].any(0)), _ends(masks[i].any(1))
+        detections = by_class.setdefault(names[int(labels[i])], [])
+        if scores[i] > threshold and len(detections) < most and masks[i].any():
+            (x0, x1), (y0, y1) = _extent(masks[i].any(0)), _extent(masks[i].any(1))
             detections.append({"box": [x0, y0, x1, y1], "score": float(scores[i]), "mask": masks[i].numpy()})
-    return {name: detections for name, detections in found.items() if detections}
+    return {name: detections for name, detections in by_class.items() if detections}
 
 
-def _ends(line: Tensor) -> tuple[float, float]:
-    places = line.nonzero()
-    return float(places[0]), float(places[-1]) + 1
+def _extent(line: Tensor) -> tuple[float, float]:
+    """The first index that is set in ``line`` (n,) bool, and the one after the last."""
+    indices = line.nonzero()
+    return float(indices[0]), float(indices[-1]) + 1
 
 
 def _names(id2label: Mapping[int, str], folder: Path) -> dict[int, str]:
+    """Label -> GenEval's name. Raises RewardError if a class is unknown to the detector."""
     names = {label: SPELLINGS.get(name, name) for label, name in id2label.items()}
-    if lacking := [name for name in CLASSES if name not in names.values()]:
-        shown = ", ".join(map(repr, lacking[:3])) + (f" and {len(lacking) - 3} more" if lacking[3:] else "")
+    if unknown := [name for name in CLASSES if name not in names.values()]:
+        first = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if unknown[3:] else "")
         raise RewardError(
-            f"the detector in {str(folder)!r} does not know {shown}, so it cannot judge GenEval"
+            f"the detector in {str(folder)!r} does not know {first}, so it cannot judge GenEval"
         )
     return names

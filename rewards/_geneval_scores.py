@@ -1,4 +1,4 @@
-"""How do GenEval's verdicts on what was found in images become a reward's scores?"""
+"""Turns GenEval's verdicts into a reward's scores, and checks prompts' metadata."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from posttrain.reward import Scores
 from posttrain.rewards._geneval import Objects, Task, graded, lenient, strict
 
 Verdict = Literal["graded", "lenient", "strict"]
-"""``graded``: how far each thing asked for is there, negative where there are far too many;
-``strict``: exactly what was asked for; ``lenient``: GenEval's own verdict."""
+"""``graded``: the mean credit of the counts, colours and positions asked for, negative if there are far too
+many objects; ``strict``: 1 if exactly what was asked for is there; ``lenient``: GenEval's own verdict."""
 JUDGES = {"graded": graded, "lenient": lenient, "strict": strict}
 
 
-def scores(found: Sequence[Objects], tasks: Sequence[Task], verdict: Verdict) -> Scores:
-    """``verdict`` on what was ``found`` in each image, the other two as details."""
+def scores(images: Sequence[Objects], tasks: Sequence[Task], verdict: Verdict) -> Scores:
+    """Judge the objects detected in each of ``images`` by ``verdict``; the other two verdicts are details."""
     values = {
-        name: torch.tensor([float(judge(objects, task)) for objects, task in zip(found, tasks, strict=True)])
+        name: torch.tensor([float(judge(objects, task)) for objects, task in zip(images, tasks, strict=True)])
         for name, judge in JUDGES.items()
     }
     return Scores(values.pop(verdict), values)
 
 
-def untold(row: Mapping[str, Any]) -> str | None:
-    """Why a prompt cannot be judged by GenEval's rules; None if it can."""
+def metadata_problem(row: Mapping[str, Any]) -> str | None:
+    """Say why the metadata in ``row`` is not GenEval's; None if it is."""
     if "include" not in row:
         return "it has no GenEval metadata ('include') to judge by"
     include, exclude = row["include"], row.get("exclude", [])
-    listed = isinstance(include, Sequence) and isinstance(exclude, Sequence)
-    if not listed or not include or not all(map(_is_clause, (*include, *exclude))):
+    both_lists = isinstance(include, Sequence) and isinstance(exclude, Sequence)
+    if not both_lists or not include or not all(map(_is_clause, (*include, *exclude))):
         return "its 'include' or 'exclude' is no list of objects with a 'class' and a 'count' from 1"
     for i, clause in enumerate(include):
         position = clause.get("position")
@@ -41,6 +41,7 @@ def untold(row: Mapping[str, Any]) -> str | None:
 
 
 def _is_clause(clause: Any) -> bool:
+    """Whether ``clause`` asks for a class and a count."""
     return (
         isinstance(clause, Mapping)
         and isinstance(clause.get("class"), str)
@@ -50,6 +51,7 @@ def _is_clause(clause: Any) -> bool:
 
 
 def _is_position(position: Any, index: int) -> bool:
+    """Whether ``position`` is a relation to a clause before number ``index``."""
     match position:
         case ["left of" | "right of" | "above" | "below", int(target)]:
             return 0 <= target < index

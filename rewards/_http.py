@@ -1,7 +1,7 @@
-"""How do rewards that ask a server go on when it fails: what is asked again, and what is an error at once?
+"""Sends requests to reward servers, and sends failed requests again.
 
-Asked again, after waits that double: a connection that fails, a time-out, status 429 and 5xx, and an answer
-that its reader refuses with ValueError. What a server refuses (4xx) it would refuse again.
+A request is sent again, after waits that double, if the connection fails or times out, if the status is 429
+or 5xx, or if the reader of the answer raises ValueError. Any other status of an error is final.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
-LONGEST_WAIT = 30.0
-SHOWN = 200
-"""Characters of a server's answer that an error shows."""
+MAX_WAIT_SECONDS = 30.0
+SHOWN_CHARACTERS = 200
+"""An error shows this much of a server's answer."""
 
 
 class OverHttp(Reward, ABC):
-    """A reward whose scores come from a server."""
+    """A reward that asks a server for its scores."""
 
     requires: ClassVar = ("httpx",)
     unmeasured: ClassVar = Reward.unmeasured | {
@@ -42,23 +42,23 @@ class OverHttp(Reward, ABC):
 
     url: str = Field(pattern=r"^https?://[^\s/]\S*$")
     token_env: str | None = None
-    """The environment variable that holds the server's bearer token; none is sent by default."""
+    """The environment variable with the server's bearer token. By default no token is sent."""
     timeout_seconds: float = Field(120.0, gt=0)
-    """How long the server may be silent before a request counts as failed."""
+    """A request fails if the server sends nothing for this long."""
     retries: int = Field(6, ge=0)
-    """How often a request that failed is sent again."""
+    """How often a failed request is sent again."""
     backoff_seconds: float = Field(0.5, ge=0)
-    """The wait before the first of them; each next one is twice as long, up to half a minute."""
+    """The wait before the first retry. Each further wait is twice as long, up to 30 seconds."""
 
     def problem(self) -> str | None:
-        if (words := super().problem()) is not None:
-            return words
+        if (reason := super().problem()) is not None:
+            return reason
         if self.token_env is not None and not os.environ.get(self.token_env):
             return f"token_env: there is no environment variable {self.token_env!r}, or it is empty"
         return None
 
     def client(self) -> httpx.Client:
-        """A client that sends the token, and that proxies in the environment do not lead astray."""
+        """A client that sends the token, and ignores proxies set in the environment."""
         import httpx
 
         headers = {}
@@ -69,13 +69,16 @@ class OverHttp(Reward, ABC):
         return httpx.Client(timeout=self.timeout_seconds, headers=headers, trust_env=False)
 
     def asked(self, send: Callable[[], httpx.Response], url: str, read: Callable[[httpx.Response], T]) -> T:
-        """What ``read`` makes of the answer to ``send``. Raises RewardError, naming ``url``."""
+        """Call ``send``, again after failures, and return what ``read`` makes of the response.
+
+        Raises RewardError, which names ``url``, if the server refuses the request or all retries fail.
+        """
         import httpx
 
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(min(self.backoff_seconds * 2 ** (attempt - 1), LONGEST_WAIT))
+                time.sleep(min(self.backoff_seconds * 2 ** (attempt - 1), MAX_WAIT_SECONDS))
             try:
                 response = send()
             except httpx.TimeoutException:
@@ -86,12 +89,12 @@ class OverHttp(Reward, ABC):
                 continue
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise RewardError(f"{url}: {error}") from error
-            said = f"status {response.status_code}: {shown(response)}"
+            refusal = f"status {response.status_code}: {excerpt(response)}"
             if response.status_code == 429 or response.status_code >= 500:
-                reason = said
+                reason = refusal
                 continue
             if not response.is_success:
-                raise RewardError(f"{url}: {said}")
+                raise RewardError(f"{url}: {refusal}")
             try:
                 return read(response)
             except ValueError as error:
@@ -100,7 +103,7 @@ class OverHttp(Reward, ABC):
         raise RewardError(f"{url}: asked {times}, the last time: {reason}")
 
 
-def shown(response: httpx.Response) -> str:
-    """The beginning of an answer, on one line."""
+def excerpt(response: httpx.Response) -> str:
+    """The beginning of the response's text, on one line."""
     text = " ".join(response.text.split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

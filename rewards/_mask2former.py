@@ -1,4 +1,4 @@
-"""How does transformers' Mask2Former run without its training loss, which will not be built without scipy?"""
+"""Runs transformers' Mask2Former without its training loss, which cannot be built without scipy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import Mask2FormerConfig, Mask2FormerModel, Mask2FormerPreTrai
 
 
 class Segmenter(Mask2FormerPreTrainedModel):
-    """Mask2FormerForUniversalSegmentation's forward, under the same names of weights."""
+    """The forward of Mask2FormerForUniversalSegmentation, with the same names of weights."""
 
     _keys_to_ignore_on_load_unexpected = [r"^criterion\."]
 
@@ -18,7 +18,10 @@ class Segmenter(Mask2FormerPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of classes (n, queries, labels + 1) and of masks (n, queries, h / 4, w / 4)."""
+        """Logits of the classes (n, queries, labels + 1) and the masks (n, queries, h / 4, w / 4).
+
+        ``pixel_values`` is (n, 3, h, w), normalised.
+        """
         output = self.model(pixel_values, output_hidden_states=True)
         queries = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
         return self.class_predictor(queries), output.masks_queries_logits[-1]

@@ -1,4 +1,4 @@
-"""What do rewards with networks share: the images of one pass, and where the networks wait?"""
+"""The base of rewards with networks, with their batch size and offloading."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
 
 class Neural(Reward, ABC):
-    """A reward whose networks, once loaded, stay for the run."""
+    """A reward whose networks are loaded once and stay in memory for the run."""
 
     unmeasured: ClassVar = Reward.unmeasured | {"batch_size", "offload"}
 
     batch_size: int = Field(16, ge=1)
-    """Images that go through the network at a time."""
+    """Images in one forward of the network."""
     offload: bool = False
-    """Keep the networks in main memory between uses: each use waits for their way to the GPU and back, whose
-    memory is free for the rest of the time."""
+    """Keep the networks in main memory between uses. This frees GPU memory, but each use takes longer, by the
+    time to copy them to the GPU and back."""
 
     @abstractmethod
     def scorer(self, device: torch.device) -> Scorer:
-        """As :meth:`load`; every network is put on ``device`` by :func:`posttrain.rewards._state.frozen`."""
+        """Load the networks and return the scoring function, as :meth:`load` does.
+
+        Move every network to ``device`` by :func:`posttrain.rewards._state.frozen`; offloading needs that.
+        """
 
     def load(self, device: torch.device) -> Scorer:
         import torch
@@ -42,16 +45,18 @@ class Neural(Reward, ABC):
         if not self.offload:
             return score
 
-        def place(where: torch.device) -> None:
+        def move_to(target: torch.device) -> None:
             for network in networks:
-                network.to(where)
+                network.to(target)
 
-        def visiting(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        def on_device(
+            images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+        ) -> Scores:
             try:
-                place(device)
+                move_to(device)
                 return score(images, prompts, metadata)
             finally:
-                place(torch.device("cpu"))
+                move_to(torch.device("cpu"))
 
-        place(torch.device("cpu"))
-        return visiting
+        move_to(torch.device("cpu"))
+        return on_device

@@ -1,7 +1,7 @@
-"""How do published scorers turn images into what their networks see?
+"""Resizes and normalises images as the published scorers do.
 
-Scores depend on it by more than they differ between models, so each reward follows the preprocessing that its
-published numbers were made with: of floats or of 8-bit images, by the shorter or the longer side.
+The preprocessing changes scores by more than trained models differ. So each reward uses the preprocessing
+behind its published numbers: on floats or 8-bit images, by the shorter or the longer side.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the images that CLIP was trained on, by channel (BLIP uses them too)."""
+"""Mean and standard deviation of CLIP's training images by channel; BLIP uses the same."""
 
 
 def by_shorter_side(images: Tensor, size: int) -> Tensor:
-    """Float ``images`` (n, 3, h, w), their shorter side made ``size``, the middle square of them, normalised.
+    """Resize ``images`` (n, 3, h, w) in [0, 1] by the shorter side, crop the middle square, and normalise.
 
-    This is torchvision's Resize of tensors (bilinear, antialiased) and CenterCrop.
+    Returns (n, 3, size, size). Equals torchvision's Resize of tensors (bilinear, antialiased) and CenterCrop.
     """
     height, width = _shorter_to(size, images.shape[-2], images.shape[-1])
     resized = interpolate(images.float(), (height, width), mode="bilinear", antialias=True)
@@ -33,19 +33,23 @@ def by_shorter_side(images: Tensor, size: int) -> Tensor:
 
 
 def by_longer_side(images: Tensor, size: int) -> Tensor:
-    """Float ``images`` (n, 3, h, w), their longer side made ``size``, padded with black, normalised."""
+    """Resize ``images`` (n, 3, h, w) in [0, 1] by the longer side, pad with black, and normalise.
+
+    Returns (n, 3, size, size). Equals HPSv2's published preprocessing (bicubic, antialiased).
+    """
     scale = size / max(images.shape[-2:])
     height, width = (round(side * scale) for side in images.shape[-2:])
-    # values beyond [0, 1], which bicubic weights make, stay as they do in the published code
+    # bicubic weights overshoot [0, 1]; the published code does not clip, so neither does this
     resized = interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
     top, left = (size - height) // 2, (size - width) // 2
     return normalised(pad(resized, (left, size - width - left, top, size - height - top)))
 
 
 def of_pil(images: Sequence[Image.Image], size: int) -> Tensor:
-    """8-bit ``images``, each by its shorter side to ``size`` (bicubic), the middle square, normalised.
+    """Resize 8-bit ``images`` by their shorter sides (bicubic), crop the middle squares, and normalise.
 
-    This is torchvision's Resize of PIL images, CenterCrop and ToTensor, and open_clip's preprocessing.
+    Returns (n, 3, size, size). Equals torchvision's Resize of PIL images, CenterCrop and ToTensor, which is
+    also open_clip's preprocessing.
     """
     from PIL import Image
 
@@ -59,12 +63,13 @@ def of_pil(images: Sequence[Image.Image], size: int) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
+    """``images`` (..., 3, h, w) in [0, 1], shifted and scaled by CLIP's mean and standard deviation."""
     mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (MEAN, STD))
     return (images - mean) / std
 
 
 def _shorter_to(size: int, height: int, width: int) -> tuple[int, int]:
-    # torchvision cuts the longer side off where others round it
+    # int, not round: torchvision rounds the longer side down
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size

@@ -1,4 +1,4 @@
-"""How are published weights read, checked, and put into a network that then only scores?"""
+"""Reads published weights, checks that they fit, and freezes the network for scoring."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ from posttrain.weights.fitting import misfit
 
 _COLLECTED: ContextVar[list[nn.Module] | None] = ContextVar("collected", default=None)
 LAYERS = (0, 2, 4, 6, 7)
-"""Places of the linear layers in the published heads; dropout, which scoring leaves out, lies between."""
+"""Numbers of the linear layers in the published heads. The others are dropout, which scoring does not use."""
 
 
 def read(file: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Name -> tensor of ``file``, or of its entry ``key``. Raises RewardError where it holds no such thing.
+    """Read name -> tensor from ``file``, a torch file, or from its entry ``key``.
 
-    Nothing but tensors is unpickled: these files come from strangers.
+    Unpickles nothing but tensors, since the file may come from anybody. Raises RewardError if the file cannot
+    be read or holds something else.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RewardError(f"{str(file)!r} cannot be read as a torch file of weights: {first}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RewardError(f"{str(file)!r} cannot be read as a torch file of weights: {reason}") from error
     state = content if key is None else content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        where = "" if key is None else f" under {key!r}"
-        raise RewardError(f"{str(file)!r} holds no weights{where}")
+        entry = "" if key is None else f" under {key!r}"
+        raise RewardError(f"{str(file)!r} holds no weights{entry}")
     return dict(state)
 
 
 def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
-    """transformers' model of class ``kind`` in ``folder``, frozen, in float32. Raises RewardError where
-    weights are missing: transformers makes up random ones."""
+    """Load transformers' model of class ``kind`` from ``folder``, frozen and in float32.
+
+    Raises RewardError if weights are missing, for which transformers would use random ones.
+    """
     from posttrain.weights.hugging_face import quiet
 
     try:
         with quiet():
             model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RewardError(f"the weights in {str(folder)!r} cannot be loaded: {first}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RewardError(f"the weights in {str(folder)!r} cannot be loaded: {reason}") from error
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise RewardError(f"the weights in {str(folder)!r} do not fit: no {missing[0]}{more}")
@@ -56,7 +59,7 @@ def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
 
 
 def frozen(model: Any, device: torch.device) -> Any:
-    """``model`` on ``device``, for scoring only."""
+    """Move ``model`` to ``device`` for scoring: in evaluation mode, without gradients."""
     if (networks := _COLLECTED.get()) is not None:
         networks.append(model)
     return model.to(device).eval().requires_grad_(False)
@@ -64,7 +67,7 @@ def frozen(model: Any, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[nn.Module]]:
-    """The networks that :func:`frozen` is given within the block."""
+    """Yield a list to which :func:`frozen` adds its networks within the block."""
     networks: list[nn.Module] = []
     token = _COLLECTED.set(networks)
     try:
@@ -74,29 +77,32 @@ def collected() -> Iterator[list[nn.Module]]:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    """Put ``state``, read from ``file``, into ``module``. Raises RewardError unless it fits in all names
-    and shapes: a layer left random would still give scores."""
+    """Load ``state``, which was read from ``file``, into ``module``.
+
+    Raises RewardError unless all names and shapes fit. A layer that stays random would still give scores.
+    """
     if problems := misfit(module.state_dict(), state):
         raise RewardError(f"the weights in {str(file)!r} do not fit: {problems}")
     module.load_state_dict(state)
 
 
 def layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many blocks, numbered from 0 after ``prefix``, the names of ``state`` tell of."""
+    """The number of blocks in ``state``, whose names have a number from 0 after ``prefix``."""
     return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix))
 
 
 def linear_head(state: Mapping[str, Tensor], width: int, file: Path) -> nn.Sequential:
-    """The five linear layers, without activations, that the aesthetic predictor and ImageReward end in.
+    """The head of the aesthetic predictor and of ImageReward: five linear layers without activations.
 
-    ``state`` names them ``layers.0.weight`` and so on; ``width`` is that of the features they read.
+    ``state``, read from ``file``, names them ``layers.0.weight`` and so on. ``width`` is the number of input
+    features. Raises RewardError if the weights do not fit.
     """
     biases = [state.get(f"layers.{i}.bias") for i in LAYERS]
     sizes = [width, *(len(bias) for bias in biases if bias is not None)]
     head = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
-    places = {f"layers.{place}.": f"{i}." for i, place in enumerate(LAYERS)}
+    prefixes = {f"layers.{number}.": f"{i}." for i, number in enumerate(LAYERS)}
     renamed = {
-        next((new + name.removeprefix(old) for old, new in places.items() if name.startswith(old)), name): t
+        next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), name): t
         for name, t in state.items()
     }
     fill(head, renamed, file)

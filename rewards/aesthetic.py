@@ -1,4 +1,7 @@
-"""Aesthetic: how beautiful is the image, whatever its prompt (LAION's predictor, version 2)?"""
+"""Aesthetic: scores an image's beauty, regardless of the prompt, by LAION's improved aesthetic predictor.
+
+Source: github.com/christophschuhmann/improved-aesthetic-predictor, weights sac+logos+ava1-l14-linearMSE.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
 
 
 class Aesthetic(Neural):
-    """A linear function of the normalised CLIP ViT-L/14 features of the image (about 5.4; people's ratings,
-    which it was fitted to, go from 1 to 10)."""
+    """A linear function of the image's normalised CLIP ViT-L/14 features, typically about 5.4.
+
+    It was fitted to people's ratings from 1 to 10.
+    """
 
     type: Literal["aesthetic"] = "aesthetic"
     range: ClassVar = (-float("inf"), float("inf"))
@@ -33,8 +38,8 @@ class Aesthetic(Neural):
     path: str = CLIP_L
     """CLIP's weights and image preprocessing: a hub name or a folder."""
     head: str = "trl-lib/ddpo-aesthetic-predictor"
-    """The head: a hub name, or a file such as LAION's own ``sac+logos+ava1-l14-linearMSE.pth``, which that
-    repository holds under another name."""
+    """The head: a hub name, or a file such as LAION's own ``sac+logos+ava1-l14-linearMSE.pth``. The default
+    repository has the same weights in a file of another name."""
 
     def scorer(self, device: torch.device) -> Scorer:
         import torch
@@ -43,8 +48,8 @@ class Aesthetic(Neural):
         pixels, clip = load_pixels(folder), load_clip(folder, folder, device)
         head = frozen(linear_head(read(file), clip.model.config.projection_dim, file), device)
 
-        def some(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        def score_batch(images: Tensor, prompts: Sequence[str]) -> Tensor:
             del prompts
             return head(torch.nn.functional.normalize(clip.of_images(pixels(images)))).squeeze(1)
 
-        return in_batches(some, self.batch_size)
+        return in_batches(score_batch, self.batch_size)

@@ -1,4 +1,4 @@
-"""A reward of your own: any Python function, named as ``module:function``."""
+"""Scores images by a Python function of the user, which a recipe names as ``module:function``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Callable(Reward):
     """Calls ``function(images, prompts, metadata)``.
 
-    ``images`` is an (n, 3, h, w) float32 tensor in [0, 1] on the CPU, ``prompts`` has n strings and
-    ``metadata`` n dicts, what the prompt file says of each. It returns n numbers (a list, an array or a
-    tensor), the higher the better. Modules in the current folder are found too.
+    ``images`` is an (n, 3, h, w) float32 tensor in [0, 1] on the CPU, ``prompts`` a list of n strings, and
+    ``metadata`` a list of n dicts, the rows of the prompt file. The function returns n numbers as a list, an
+    array or a tensor; higher is better. The module may be installed, or lie in the current folder.
     """
 
     type: Literal["callable"] = "callable"
@@ -40,17 +40,17 @@ class Callable(Reward):
 
     def problem(self) -> str | None:
         module = self.function.partition(":")[0]
-        _find_here()
+        _search_current_folder()
         try:
-            found = importlib.util.find_spec(module)
+            spec = importlib.util.find_spec(module)
         except ModuleNotFoundError:
-            found = None
-        return None if found else f"no module {module!r}, neither installed nor in the folder {Path.cwd()}"
+            spec = None
+        return None if spec else f"no module {module!r}, neither installed nor in the folder {Path.cwd()}"
 
     def load(self, device: torch.device) -> Scorer:
         del device
         module, _, name = self.function.partition(":")
-        _find_here()
+        _search_current_folder()
         try:
             function = getattr(importlib.import_module(module), name)
         except Exception as error:  # whatever a person's own file may raise when it is run
@@ -62,6 +62,7 @@ class Callable(Reward):
         return score
 
 
-def _find_here() -> None:
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+def _search_current_folder() -> None:
+    """Make modules in the current folder importable."""
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)

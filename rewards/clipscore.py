@@ -1,4 +1,4 @@
-"""CLIPScore: does the image show what the prompt says (Hessel et al. 2021, arXiv:2104.08718)?"""
+"""CLIPScore: scores how well the image shows what the prompt says (Hessel et al. 2021, arXiv:2104.08718)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from posttrain.reward import Scorer
 
 SCALE = 100
-"""By which the published tables divide CLIP's logits; CLIP ViT-L's own scale, so that a cosine remains."""
+"""Published tables divide CLIP's logits by this. It is ViT-L/14's own scale, so the result is a cosine."""
 
 
 class CLIPScore(Neural):
-    """The cosine of image and prompt under OpenAI's CLIP ViT-L/14 (about 0.28)."""
+    """The cosine between image and prompt in OpenAI's CLIP ViT-L/14, typically about 0.28."""
 
     type: Literal["clipscore"] = "clipscore"
     range: ClassVar = (-1.0, 1.0)
@@ -35,8 +35,8 @@ class CLIPScore(Neural):
         folder = self.located("path")
         clip = load_clip(folder, folder, device)
 
-        def some(images: Tensor, prompts: Sequence[str]) -> Tensor:
-            # of floats and bilinear, unlike CLIP's own preprocessing: so the published tables have it
+        def score_batch(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            # the published tables resize floats bilinearly, unlike CLIP's own preprocessing
             return clip.logits(by_shorter_side(images.to(device), clip.image_size), prompts) / SCALE
 
-        return in_batches(some, self.batch_size)
+        return in_batches(score_batch, self.batch_size)

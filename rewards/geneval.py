@@ -1,8 +1,8 @@
-"""GenEval: does the image show the objects, counts, colours and places of its prompt?
+"""GenEval: scores whether an image shows the objects, counts, colours and positions that its prompt asks for.
 
-Objects are found by Mask2Former (Swin-S, COCO instances): the architecture of the published detector, but
-another training run of it, so scores are comparable with published ones, not identical. Colours are CLIP
-ViT-L/14's, and the rules those of Ghosh et al. 2023 (arXiv:2310.11513).
+The rules are those of Ghosh et al. 2023 (arXiv:2310.11513). Mask2Former (Swin-S, COCO instances) finds the
+objects. It has the architecture of the published detector but comes from another training run, so scores are
+comparable with published ones, not identical. CLIP ViT-L/14 names the colours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from posttrain.reward import Scores
 from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, load_clip
 from posttrain.rewards._colors import COLORS, colored, load_colors
 from posttrain.rewards._detector import CLASSES, load_detector
-from posttrain.rewards._geneval_scores import Verdict, scores, untold
+from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores
 from posttrain.rewards._neural import Neural
 from posttrain.support.spelling import meant
 from posttrain.weights.published import Weights
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 
 
 class GenEval(Neural):
-    """GenEval's verdict on real images, with a detector of the same architecture as the published one but of
-    another training run: comparable with published scores, not identical.
+    """GenEval's verdict on real images, comparable with published scores, not identical.
 
-    Needs GenEval's metadata (``tag``, ``include``, ``exclude``). The two verdicts that ``score`` does not
-    pick are shown as details.
+    Prompts need GenEval's metadata: ``tag``, ``include`` and, if need be, ``exclude``. The two verdicts that
+    ``score`` does not choose are details.
     """
 
     type: Literal["geneval"] = "geneval"
@@ -41,7 +40,7 @@ class GenEval(Neural):
 
     weights: ClassVar = {
         "detector": Weights(
-            # in whichever of two formats the repository has them
+            # the pattern matches both formats in which repositories have weights
             ("config.json", "*model.*"),
             553_000_000,
             "unclear: its code is MIT, its model zoo says CC BY-NC 4.0",
@@ -50,27 +49,28 @@ class GenEval(Neural):
     }
 
     score: Verdict = "graded"
-    """``graded``: how far each thing asked for is there, negative where there are far too many;
-    ``strict``: exactly what was asked for; ``lenient``: GenEval's own verdict."""
+    """``graded``: the mean credit of the counts, colours and positions asked for, negative if there are far
+    too many objects; ``strict``: 1 if exactly what was asked for is there; ``lenient``: GenEval's own
+    verdict."""
     detector: str = "facebook/mask2former-swin-small-coco-instance"
     """A Mask2Former that knows COCO's 80 classes: a hub name or a folder."""
     clip: str = CLIP_L
-    """The CLIP that tells colours, with its tokenizer: a hub name or a folder."""
+    """The CLIP that names colours, with its tokenizer: a hub name or a folder."""
     threshold: float = Field(0.3, ge=0, lt=1)
-    """What an object's score must be above."""
+    """Objects count if the detector's score is above this."""
     counting_threshold: float = Field(0.9, ge=0, lt=1)
-    """The same where the prompt's tag is ``counting``."""
+    """The threshold for prompts whose tag is ``counting``."""
     max_objects: int = Field(16, ge=1)
-    """Most objects of a class that count."""
+    """At most this many objects of a class count."""
     shorter_side: int = Field(800, ge=32)
-    """Pixels that the shorter side of an image is made before detection, if the longer allows it."""
+    """Images are resized before detection: the shorter side to this many pixels."""
     longer_side: int = Field(1333, ge=32)
-    """Most pixels of the longer side."""
+    """If the longer side would exceed this many pixels, the image is resized by the longer side instead."""
     batch_size: int = Field(4, ge=1)
-    """Images that go through the detector at a time."""
+    """Images in one forward of the detector."""
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
-        if (reason := untold(row)) is not None:
+        if (reason := metadata_problem(row)) is not None:
             return f"geneval: {reason}"
         if "tag" not in row:
             return "geneval: it has no 'tag', which sets how sure the detector has to be"
@@ -93,16 +93,16 @@ class GenEval(Neural):
             for prompt, task in zip(prompts, metadata, strict=True):
                 if (reason := self.unusable(task)) is not None:
                     raise ValueError(f"prompt {prompt!r} cannot be judged: {reason}")
-            found = []
+            detections = []
             for start in range(0, len(prompts), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                pictures, tasks = to_pil(images[part]), metadata[part]
-                each = zip(pictures, detect(pictures, self._least(tasks)), tasks, strict=True)
-                found += [colored(picture, objects, task, classify) for picture, objects, task in each]
-            return scores(found, metadata, self.score)
+                batch = slice(start, start + self.batch_size)
+                pictures, tasks = to_pil(images[batch]), metadata[batch]
+                each = zip(pictures, detect(pictures, self._thresholds(tasks)), tasks, strict=True)
+                detections += [colored(picture, objects, task, classify) for picture, objects, task in each]
+            return scores(detections, metadata, self.score)
 
         return score
 
-    def _least(self, tasks: Sequence[Mapping[str, Any]]) -> list[float]:
+    def _thresholds(self, tasks: Sequence[Mapping[str, Any]]) -> list[float]:
         counting = self.counting_threshold
         return [counting if task["tag"] == "counting" else self.threshold for task in tasks]

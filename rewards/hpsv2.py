@@ -1,4 +1,7 @@
-"""HPSv2: which image would people prefer for the prompt (Wu et al. 2023, arXiv:2306.09341), version 2.1?"""
+"""HPSv2: scores which image people would prefer for the prompt (Wu et al. 2023, arXiv:2306.09341).
+
+The published weights of version 2.1 are used.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class HPSv2(Neural):
-    """The cosine of image and prompt under a CLIP ViT-H tuned on people's choices (about 0.28).
+    """The cosine between image and prompt in a CLIP ViT-H tuned on people's choices, typically about 0.28.
 
-    The published code computes it in 16 bits where the GPU can; here it is float32.
+    It is computed in float32. The published code uses 16 bits on a GPU.
     """
 
     type: Literal["hpsv2"] = "hpsv2"
@@ -45,15 +48,15 @@ class HPSv2(Neural):
         file = self.located("path")
         state = read(file, "state_dict")
         model = clip_of(state, file)
-        last = len(state["token_embedding.weight"]) - 1
-        if tokenizer.eos_token_id != last:
+        last_token = len(state["token_embedding.weight"]) - 1
+        if tokenizer.eos_token_id != last_token:
             raise RewardError(
                 f"hpsv2: the tokenizer {self.tokenizer!r} ends a text with token {tokenizer.eos_token_id}, "
-                f"the weights expect {last}: give another 'tokenizer'"
+                f"the weights expect {last_token}: give another 'tokenizer'"
             )
         clip = Clip(frozen(model, device), tokenizer, device)
 
-        def some(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        def score_batch(images: Tensor, prompts: Sequence[str]) -> Tensor:
             return clip.cosine(by_longer_side(images.to(device), clip.image_size), prompts)
 
-        return in_batches(some, self.batch_size)
+        return in_batches(score_batch, self.batch_size)

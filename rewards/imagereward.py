@@ -1,4 +1,4 @@
-"""ImageReward: which image would people prefer for the prompt (Xu et al. 2023, arXiv:2304.05977)?"""
+"""ImageReward: scores which image people would prefer for the prompt (Xu et al. 2023, arXiv:2304.05977)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from posttrain.reward import Scorer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's values on the published training data: scores are in standard deviations from it."""
-LONGEST = 35
-"""Tokens of a prompt; what is longer is cut off, as it was in training."""
+"""Mean and standard deviation of the head's values on the training data, as published. Scores are in
+standard deviations from the mean."""
+MAX_TOKENS = 35
+"""Longer prompts are cut off, as they were in training."""
 
 
 class ImageReward(Neural):
-    """ImageReward v1.0: BLIP reads the prompt with the image before it, a linear head scores (about -2 to 2).
+    """ImageReward v1.0, typically between -2 and 2.
 
-    Each image is read with its own prompt only: pairing all with all, as some code does, costs the square.
+    BLIP's text tower reads the prompt and attends to the image; a linear head scores its output. Each image
+    is paired with its own prompt only. Some published code pairs every image with every prompt, at n times
+    the cost.
     """
 
     type: Literal["imagereward"] = "imagereward"
@@ -53,7 +56,7 @@ class ImageReward(Neural):
 
         with quiet():
             tokenizer = BertTokenizer.from_pretrained(self.located("tokenizer"))
-        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # which BLIP adds to BERT's
+        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP has these two besides BERT's
         file = self.located("path")
         blip = blip_of(read(file), file, device)
         if len(tokenizer) != blip.vocabulary:
@@ -62,11 +65,15 @@ class ImageReward(Neural):
                 f"the weights expect {blip.vocabulary}: give another 'tokenizer'"
             )
 
-        def some(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        def score_batch(images: Tensor, prompts: Sequence[str]) -> Tensor:
             text = tokenizer(
-                list(prompts), padding="max_length", truncation=True, max_length=LONGEST, return_tensors="pt"
+                list(prompts),
+                padding="max_length",
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
             ).to(device)
             pixels = of_pil(to_pil(images), blip.image_size).to(device)
             return (blip(pixels, text["input_ids"], text["attention_mask"]) - MEAN) / STD
 
-        return in_batches(some, self.batch_size)
+        return in_batches(score_batch, self.batch_size)

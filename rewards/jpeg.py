@@ -1,6 +1,6 @@
-"""How many kilobytes does an image take as a JPEG? A reward that needs no network, for smoke tests.
+"""Scores images by their size as JPEG files; needs no weights, so it suits smoke tests.
 
-Sizes of quality 95 by Pillow, as in DDPO (Black et al. 2023, arXiv:2305.13301) and Flow-GRPO.
+Pillow writes the files with quality 95, as in DDPO (Black et al. 2023, arXiv:2305.13301) and Flow-GRPO.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class JpegIncompressibility(Reward):
-    """Kilobytes (of 1000) of the image as a JPEG: rich, noisy images score high."""
+    """The image's size as a JPEG in units of 1000 bytes. Detailed and noisy images score high."""
 
     type: Literal["jpeg_incompressibility"] = "jpeg_incompressibility"
     range: ClassVar = (0.0, float("inf"))
@@ -34,7 +34,7 @@ class JpegIncompressibility(Reward):
 
 
 class JpegCompressibility(Reward):
-    """Minus the kilobytes of the image as a JPEG, over 500: smooth, plain images score high."""
+    """Minus the image's size as a JPEG in units of 500000 bytes. Smooth and plain images score high."""
 
     type: Literal["jpeg_compressibility"] = "jpeg_compressibility"
     range: ClassVar = (-float("inf"), 0.0)

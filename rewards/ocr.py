@@ -1,7 +1,7 @@
-"""Can the words that a prompt puts in quotes be read in the image?
+"""OCR: scores whether the words that the prompt puts in quotes can be read in the image.
 
-Flow-GRPO's reward (arXiv:2505.05470, section 5.1), with RapidOCR (PP-OCR models that come with the package)
-instead of PaddleOCR, so scores are comparable with published ones, not identical.
+This is Flow-GRPO's reward (arXiv:2505.05470, section 5.1). RapidOCR, with the PP-OCR models of its package,
+replaces PaddleOCR, so scores are comparable with published ones, not identical.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 
 class OCR(Reward):
-    """1 where the text between the prompt's first pair of double quotes is found in what was read, else 1
-    less the edit distance to it, over its length; spaces and case do not count."""
+    """How well the text between the prompt's first pair of double quotes can be read in the image.
+
+    1 if the recognized text contains it, else 1 minus their edit distance over its length, at least 0. Spaces
+    and case are ignored.
+    """
 
     type: Literal["ocr"] = "ocr"
     range: ClassVar = (0.0, 1.0)
@@ -43,7 +46,7 @@ class OCR(Reward):
                 "Global.log_level": "error",
                 "Global.use_cls": False,
                 "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-                # images are enlarged to no more than this: 736, the default, takes 5 times as long
+                # smaller images are enlarged to this; the default of 736 takes 5 times as long
                 "Det.limit_side_len": 128,
                 "Det.limit_type": "min",
             }
@@ -54,15 +57,15 @@ class OCR(Reward):
             for image, prompt in zip(to_pil(images), prompts, strict=True):
                 if (target := quoted(prompt)) is None:
                     raise ValueError(f"no text between double quotes in {prompt!r}")
-                found = read(image, use_det=True, use_cls=False, use_rec=True)
-                values.append(similarity(target, "".join(found.txts or ())))
+                output = read(image, use_det=True, use_cls=False, use_rec=True)
+                values.append(similarity(target, "".join(output.txts or ())))
             return Scores(torch.tensor(values))
 
         return score
 
 
 def quoted(prompt: str) -> str | None:
-    """What stands between the first two double quotes, if anything does."""
+    """The text between the first two double quotes of ``prompt``; None if there are fewer than two."""
     parts = prompt.split('"')
     return parts[1] if len(parts) > 2 else None
 
@@ -73,8 +76,11 @@ def normalised(text: str) -> str:
 
 
 def similarity(target: str, recognized: str) -> float:
-    """1 - min(d, length) / length in [0, 1]: d is 0 where the target is contained in what was recognized,
-    else their edit distance; length is the target's, without spaces."""
+    """The score 1 - min(d, length) / length, in [0, 1].
+
+    ``length`` is the number of characters in ``target``, without spaces. ``d`` is 0 if ``recognized``
+    contains ``target``, else their edit distance.
+    """
     from rapidfuzz.distance import Levenshtein
 
     target, recognized = normalised(target), normalised(recognized)

@@ -1,4 +1,7 @@
-"""PickScore: which image would people prefer for the prompt (Kirstain et al. 2023, arXiv:2305.01569)?"""
+"""PickScore: scores which image people would prefer for the prompt.
+
+Source: Kirstain et al. 2023, arXiv:2305.01569, and the published weights PickScore_v1.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ if TYPE_CHECKING:
     from posttrain.reward import Scorer
 
 SCALE = 26
-"""By which Flow-GRPO, DiffusionNFT and SOAR divide in training; their tables show the score times it."""
+"""Flow-GRPO, DiffusionNFT and SOAR divide by this in training. Their tables show the undivided score."""
 
 
 class PickScore(Neural):
-    """The scaled cosine of image and prompt under a CLIP ViT-H tuned on people's choices, over 26 (about
-    0.86; tables show 26 times that, about 22)."""
+    """The scaled cosine between image and prompt in a CLIP ViT-H tuned on people's choices, divided by 26.
+
+    It is typically about 0.86. Published tables show 26 times that, about 22.
+    """
 
     type: Literal["pickscore"] = "pickscore"
     range: ClassVar = (-100 / SCALE, 100 / SCALE)

@@ -1,7 +1,7 @@
-"""A reward on another machine or in another process: what ``posttrain serve-reward`` serves.
+"""Asks a server, started by ``posttrain serve-reward``, for the scores of its reward.
 
-Images travel as float32, so the scores are those of the reward in this process, bit for bit (where the server
-scores several requests together, a network's last bits may differ, as with another batch size).
+Images are sent as float32, so the scores equal those of the same reward in this process, bit for bit. If the
+server scores several requests in one batch, a network's last bits may differ, as with any other batch size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from posttrain.errors import RewardError
 from posttrain.reward import Scores
-from posttrain.rewards._http import OverHttp, shown
+from posttrain.rewards._http import OverHttp, excerpt
 
 if TYPE_CHECKING:
     import httpx
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 class Remote(OverHttp):
-    """The scores, with their details, of the reward that a server at ``url`` has.
+    """The scores and details of the reward that the server at ``url`` serves.
 
-    What the recipe says of it (``name``, ``better``, ``lowest``, ``highest``) is compared with what the
-    server says before anything is scored.
+    Before anything is scored, ``name``, ``better``, ``lowest`` and ``highest`` are compared with the server's
+    reward.
     """
 
     type: Literal["remote"] = "remote"
     range: ClassVar = (-float("inf"), float("inf"))
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
-    """The reward that the server has; what its scores are called here too."""
+    """The name of the server's reward, and of the scores here."""
     better: Literal["higher", "lower"] = "higher"
-    """Which scores are good ones."""
+    """Whether higher or lower scores are better."""
     lowest: float | None = None
-    """The server's lowest possible score must not be below; by default it may be any."""
+    """The server's lowest possible score must not be lower than this. By default it is not checked."""
     highest: float | None = None
-    """The server's highest possible score must not be above; by default it may be any."""
+    """The server's highest possible score must not be higher than this. By default it is not checked."""
     batch_size: int = Field(16, ge=1)
     """Images in one request."""
 
@@ -49,15 +49,15 @@ class Remote(OverHttp):
         return self.name
 
     @property
-    def higher_is_better(self) -> bool:  # type: ignore[override]  # a fact of the class elsewhere
+    def higher_is_better(self) -> bool:  # type: ignore[override]  # other rewards have it on the class
         return self.better == "higher"
 
     def load(self, device: torch.device) -> Scorer:
         del device  # the server has its own
         client, base = self.client(), self.url.rstrip("/")
-        self.asked(lambda: client.get(f"{base}/health"), f"{base}/health", self._verified)
+        self.asked(lambda: client.get(f"{base}/health"), f"{base}/health", self._check_server)
 
-        def some(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        def ask(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             from posttrain.scoring.server.wire import packed, scores_of
 
             body, url = packed(images, prompts, metadata), f"{base}/score"
@@ -65,31 +65,32 @@ class Remote(OverHttp):
             def read(response: httpx.Response) -> Scores:
                 try:
                     return scores_of(response.json(), len(prompts))
-                except ValueError as error:  # of JSON too; another program answers, or another version
-                    raise RewardError(f"{url}: not scores: {error} (got {shown(response)!r})") from error
+                except ValueError as error:  # also if the answer is not JSON
+                    raise RewardError(f"{url}: not scores: {error} (got {excerpt(response)!r})") from error
 
             return self.asked(lambda: client.post(url, content=body), url, read)
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             size = self.batch_size
-            parts = [
-                some(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
+            batches = [
+                ask(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
                 for i in range(0, len(prompts), size)
             ]
-            names = parts[0].details if parts else ()
+            names = batches[0].details if batches else ()
             return Scores(
-                torch.cat([part.value for part in parts]),
-                {name: torch.cat([part.details[name] for part in parts]) for name in names},
+                torch.cat([batch.value for batch in batches]),
+                {name: torch.cat([batch.details[name] for batch in batches]) for name in names},
             )
 
         return score
 
-    def _verified(self, response: httpx.Response) -> None:
+    def _check_server(self, response: httpx.Response) -> None:
+        """Raise RewardError if the server's reward is not the one that the recipe describes."""
         try:
-            said = response.json()
-            name, higher, (low, high) = said["name"], said["higher_is_better"], said["range"]
+            health = response.json()
+            name, higher, (low, high) = health["name"], health["higher_is_better"], health["range"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RewardError(f"{self.url}: no reward server (got {shown(response)!r})") from error
+            raise RewardError(f"{self.url}: no reward server (got {excerpt(response)!r})") from error
         if name != self.name:
             raise RewardError(f"{self.url} has the reward {name!r}; the recipe says name: {self.name}")
         if higher is not self.higher_is_better:

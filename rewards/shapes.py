@@ -1,4 +1,4 @@
-"""Shapes: GenEval's rules on scenes of coloured shapes, with a detector that needs no network."""
+"""Shapes: scores scenes of coloured shapes by GenEval's rules, with a detector that needs no weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from posttrain.reward import Reward, Scores
-from posttrain.rewards._geneval_scores import Verdict, scores, untold
+from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores
 
 if TYPE_CHECKING:
     import torch
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 
 class Shapes(Reward):
-    """Does the image show the shapes, counts, colours and places of its prompt?
+    """GenEval's verdict on the shapes, counts, colours and positions that the prompt asks for.
 
-    Needs GenEval-format metadata (``posttrain shapes build`` writes it, Shapes prompts have it). The two
-    verdicts that ``score`` does not pick are shown as details.
+    Prompts need GenEval's metadata, which ``posttrain shapes build`` writes. The two verdicts that ``score``
+    does not choose are details.
     """
 
     type: Literal["shapes"] = "shapes"
     range: ClassVar = (-float("inf"), 1.0)
 
     score: Verdict = "graded"
-    """``graded``: how far each thing asked for is there, negative where there are far too many;
-    ``strict``: exactly what was asked for; ``lenient``: GenEval's own verdict."""
+    """``graded``: the mean credit of the counts, colours and positions asked for, negative if there are far
+    too many objects; ``strict``: 1 if exactly what was asked for is there; ``lenient``: GenEval's own
+    verdict."""
 
     def unusable(self, row: Mapping[str, Any]) -> str | None:
-        return None if (reason := untold(row)) is None else f"shapes: {reason}"
+        return None if (reason := metadata_problem(row)) is None else f"shapes: {reason}"
 
     def load(self, device: torch.device) -> Scorer:
         del device  # plain image analysis on the CPU
@@ -42,7 +43,7 @@ class Shapes(Reward):
         from posttrain.shapes.detect import detect
 
         for prompt, task in zip(prompts, metadata, strict=True):
-            if (reason := untold(task)) is not None:
+            if (reason := metadata_problem(task)) is not None:
                 raise ValueError(f"prompt {prompt!r} cannot be judged: {reason}")
-        found = [detect(image) for image in images.float().cpu().numpy()]
-        return scores(found, metadata, self.score)
+        detections = [detect(image) for image in images.float().cpu().numpy()]
+        return scores(detections, metadata, self.score)

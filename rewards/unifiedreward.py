@@ -1,12 +1,11 @@
-"""UnifiedReward: what does a vision-language judge say of the image and its prompt (Wang et al. 2025,
-arXiv:2503.05236)?
+"""UnifiedReward: asks a vision-language model to score the image (Wang et al. 2025, arXiv:2503.05236).
 
-Any server of the OpenAI chat interface will do. Differences from what is published for Flow-GRPO:
+Any server with OpenAI's chat interface can serve the model. Differences from Flow-GRPO's published code:
 
-* the question is worded anew from the published criteria (faithful to the caption, well made; 1 to 5 after
-  ``Final Score:``): for figures to set beside published ones, give the published wording as ``question``;
-* a reply without a score is asked for again and then an error; there it counts as 0;
-* "Final Score: 45" is no score; there it is read as 4.
+* The question is written anew, by the published criteria: faithfulness to the caption and quality, with 1 to
+  5 after ``Final Score:``. To compare with published numbers, give the published text as ``question``.
+* A reply without a score is asked for again, and is an error in the end. The published code counts it as 0.
+* "Final Score: 45" is not a score. The published code reads it as 4.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from posttrain.reward import Scores
-from posttrain.rewards._http import OverHttp, shown
+from posttrain.rewards._http import OverHttp, excerpt
 
 if TYPE_CHECKING:
     import httpx
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from posttrain.reward import Scorer
 
 SIDE = 512
+"""Height and width in pixels of the images sent to the server."""
 HIGHEST = 5
 QUESTION = (
     "This image was generated from a text caption. Judge it by two things. First, faithfulness: are the "
@@ -43,21 +43,21 @@ QUESTION = (
 SCORE = re.compile(
     r"final score:[\s*\[(]*([1-5](?:\.\d+)?)(?![.,]?\d)(?!\s*+/\s*+(?!5(?!\.?\d)))", re.IGNORECASE
 )
-"""A number after the words, bold or in brackets or not, that is no part of another one and no 'of 10'."""
+"""The number after "Final Score:", also in bold or brackets. "45" and "4 / 10" do not match."""
 
 
 class UnifiedReward(OverHttp):
-    """The judge's score of 1 to 5, over 5 (tables show 5 times that)."""
+    """The model's score from 1 to 5, divided by 5. Published tables show the undivided score."""
 
     type: Literal["unifiedreward"] = "unifiedreward"
     range: ClassVar = (1 / HIGHEST, 1.0)
 
     model: str = "CodeGoat24/UnifiedReward-7b-v1.5"
-    """What the server calls the judge."""
+    """The server's name of the model."""
     question: str = Field(QUESTION, pattern=r"\{prompt\}")
-    """What is asked; ``{prompt}`` stands for the prompt."""
+    """The question to the model; ``{prompt}`` is replaced by the prompt."""
     concurrency: int = Field(8, ge=1)
-    """Images that are judged at the same time."""
+    """How many images are sent to the server at the same time."""
 
     def load(self, device: torch.device) -> Scorer:
         del device  # the server has its own
@@ -65,17 +65,18 @@ class UnifiedReward(OverHttp):
 
         client, url = self.client(), f"{self.url.rstrip('/')}/chat/completions"
 
-        def judged(image: Image, prompt: str) -> float:
+        def score_image(image: Image, prompt: str) -> float:
             body = self._request(image, prompt)
             return self.asked(lambda: client.post(url, json=body), url, score_in) / HIGHEST
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             with ThreadPoolExecutor(self.concurrency) as pool:
-                waiting = [pool.submit(judged, i, p) for i, p in zip(to_pil(images), prompts, strict=True)]
+                pairs = zip(to_pil(images), prompts, strict=True)
+                futures = [pool.submit(score_image, image, prompt) for image, prompt in pairs]
                 try:
-                    return Scores(torch.tensor([future.result() for future in waiting]))
+                    return Scores(torch.tensor([future.result() for future in futures]))
                 finally:
-                    pool.shutdown(wait=False, cancel_futures=True)  # after a failure the rest is not asked
+                    pool.shutdown(wait=False, cancel_futures=True)  # after a failure, send no more images
 
         return score
 
@@ -85,7 +86,7 @@ class UnifiedReward(OverHttp):
         data = base64.b64encode(file.getvalue()).decode()
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
-            # not str.format: a prompt may hold braces
+            # not str.format, since a prompt may contain braces
             {"type": "text", "text": self.question.replace("{prompt}", prompt)},
         ]
         return {
@@ -96,12 +97,12 @@ class UnifiedReward(OverHttp):
 
 
 def score_in(response: httpx.Response) -> float:
-    """The last score in the judge's reply, 1 to 5. Raises ValueError where there is none."""
+    """The last score in the model's reply, 1 to 5. Raises ValueError if there is none."""
     try:
         text = response.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"not a chat completion: {shown(response)!r}") from error
-    found = [float(number) for number in SCORE.findall(text or "")]
-    if not found or found[-1] > HIGHEST:
+        raise ValueError(f"not a chat completion: {excerpt(response)!r}") from error
+    scores = [float(number) for number in SCORE.findall(text or "")]
+    if not scores or scores[-1] > HIGHEST:
         raise ValueError(f"no 'Final Score:' of 1 to {HIGHEST} in the reply {(text or '')[-200:]!r}")
-    return found[-1]
+    return scores[-1]

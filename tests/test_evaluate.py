@@ -13,7 +13,7 @@ from posttrain.distributed.launch import place
 from posttrain.errors import PosttrainError, RecipeError, RewardError
 from posttrain.evaluation.card import differing
 from posttrain.evaluation.compare import compare_table, load, worded, write_page
-from posttrain.evaluation.evaluate import evaluate
+from posttrain.evaluation.evaluate import Share, evaluate
 from posttrain.model import Sampler
 from posttrain.recipe.schema import Evaluation
 from posttrain.recipe.suites import SUITES, published_as, suite_prompts
@@ -58,9 +58,12 @@ def settings(prompts, **changes):
     return Evaluation.model_validate(data)
 
 
-def run(sampler, evaluation, folder, **place):
+WHOLE = Share()
+
+
+def run(sampler, evaluation, folder, share=WHOLE):
     console = Console(file=io.StringIO())
-    return evaluate(sampler, evaluation, folder, name="x", weights="raw", console=console, **place)
+    return evaluate(sampler, evaluation, folder, name="x", weights="raw", console=console, share=share)
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(prompts, tmp_path):
@@ -89,8 +92,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(prompts, tmp_path):
 def test_every_sample_is_counted_once_whoever_measures_it(prompts, tmp_path):
     whole = run(NoiseSampler(), settings(prompts), tmp_path / "whole")
     cards = [
-        run(NoiseSampler(), settings(prompts), tmp_path / "shared", rank=rank, world=4)
-        for rank in (2, 0, 3, 1)
+        run(NoiseSampler(), settings(prompts), tmp_path / "shared", Share(rank, 4)) for rank in (2, 0, 3, 1)
     ]
     assert cards[:3] == [None] * 3, "the last to finish puts the parts together"
     assert cards[3]["scores"] == whole["scores"]
@@ -142,13 +144,13 @@ def test_the_card_says_what_was_measured(prompts, tmp_path):
 @pytest.mark.parametrize("moment", ["claim", "merge", "clean"])
 def test_a_kill_at_any_moment_loses_and_leaves_nothing(prompts, tmp_path, monkeypatch, moment):
     whole = run(NoiseSampler(), settings(prompts, keep="png"), tmp_path / "whole")
-    place = {"claim": "write", "merge": "result", "clean": "_clean"}[moment]
+    step = {"claim": "parts.write", "merge": "evaluate.result", "clean": "parts._remove_parts"}[moment]
     with monkeypatch.context() as patch:
 
         def killed(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(f"posttrain.evaluation.evaluate.{place}", killed)
+        patch.setattr(f"posttrain.evaluation.{step}", killed)
         with pytest.raises(KeyboardInterrupt):
             run(NoiseSampler(), settings(prompts, keep="png"), tmp_path / "cut")
     (tmp_path / "cut" / ".claim.json.part").touch()
@@ -164,7 +166,7 @@ def test_a_kill_at_any_moment_loses_and_leaves_nothing(prompts, tmp_path, monkey
 def test_processes_that_start_at_once_share_and_do_not_collide(prompts, tmp_path):
     def five():
         for i in range(5):
-            run(NoiseSampler(), settings(prompts), tmp_path / "e" / str(i), rank=0, world=1)
+            run(NoiseSampler(), settings(prompts), tmp_path / "e" / str(i))
 
     children = [start(five) for _ in range(3)]
     for child in children:

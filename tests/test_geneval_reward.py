@@ -77,18 +77,18 @@ def test_instances_are_those_of_transformers():
         output, threshold=0, return_binary_maps=True
     )[0]
     segments = expected["segments_info"]
-    got_masks, scores, labels = instances(classes, masks, [(384, 384)], least=0)
+    got_masks, scores, labels = instances(classes, masks, [(384, 384)], threshold=0)
     assert len(segments) == len(scores) == 20
     order = np.argsort([-s["score"] for s in segments])
     for i, j in zip(order, scores.argsort(descending=True), strict=True):
         assert segments[i]["score"] == pytest.approx(float(scores[j]), abs=1e-5)
         assert segments[i]["label_id"] == int(labels[j])
         assert torch.equal(expected["segmentation"][i].bool(), got_masks[j])
-    surer = instances(classes, masks, [(384, 384)], least=0.3)
+    surer = instances(classes, masks, [(384, 384)], threshold=0.3)
     assert 0 < len(surer[1]) < 20
     kept = scores > 0.3
     torch.testing.assert_close(surer[1][surer[1] > 0.3].sort()[0], scores[kept].sort()[0])
-    assert instances(classes, masks, [(50, 40), (30, 20)], least=1)[0].shape == (0, 30, 20)
+    assert instances(classes, masks, [(50, 40), (30, 20)], threshold=1)[0].shape == (0, 30, 20)
 
 
 def test_a_left_dog_and_two_cats_are_judged_by_place_and_count():

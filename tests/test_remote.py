@@ -194,6 +194,8 @@ def test_a_fault_that_stays_is_an_error_after_the_retries(faulty, fault, words):
         ({"value": [1.0, 1e60, 2.0]}, "value: 1e\\+60 is no score"),
         ({"value": [1.0, "good", 2.0]}, "'good' is no number"),
         ({"value": [1.0, True, 2.0]}, "True is no number"),
+        ({"value": [1.0, False, 2.0]}, "False is no number"),
+        ({"value": [1.0, None, 2.0]}, "None is no number"),
         ({"value": [1.0, 10**400, 2.0]}, "too large"),
         ({"value": [1.0] * 3, "details": {"x": [1.0]}}, "details.x: 1 numbers for 3 images"),
         ({"values": [1.0] * 3}, "no list 'value'"),

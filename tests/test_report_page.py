@@ -10,8 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from posttrain.evaluation.intervals import bootstrap_interval
-from posttrain.evaluation.report.page import table, write_report
+from posttrain.evaluation.report.page import write_report
 from posttrain.evaluation.report.results import load_results, verdict
+from posttrain.evaluation.report.table import table
 from posttrain.support.wording import short
 
 EVIL = '<script>alert("x")</script> & two'

@@ -23,7 +23,7 @@ from posttrain.scoring.probes import COUNT, probe
 from posttrain.shapes.dataset import scene_at
 from posttrain.shapes.render import render
 from posttrain.support.images import to_pil
-from posttrain.weights.hub import sha256
+from posttrain.weights.files import sha256
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "conformance").glob("*.json"))

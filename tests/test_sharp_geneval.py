@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.rewards._geneval import COMPONENT, OVERLAP, graded, lenient, relations, strict
-from posttrain.rewards._geneval_scores import JUDGES, scores, untold
+from posttrain.rewards._geneval_scores import JUDGES, metadata_problem, scores
 from posttrain.rewards.shapes import Shapes
 
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ def no_place(position):
     ],
 )  # fmt: skip
 def test_what_can_be_judged_and_why_the_rest_cannot(row, reason):
-    assert untold(row) == reason
+    assert metadata_problem(row) == reason
     assert Shapes().unusable(row) == (None if reason is None else f"shapes: {reason}")
 
 

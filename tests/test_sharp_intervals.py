@@ -48,7 +48,7 @@ def test_any_interval_is_that_of_a_loop(values, labels, level, resamples, seed):
 def test_chunks_change_nothing(monkeypatch):
     whole = bootstrap_interval(VALUES, resamples=101)
     for chunk in (1, 5, 12, 10**6):  # less than one resample, one, two with a rest, all
-        monkeypatch.setattr(statistics, "CHUNK", chunk)
+        monkeypatch.setattr(statistics, "VALUES_AT_ONCE", chunk)
         assert bootstrap_interval(VALUES, resamples=101) == whole
 
 
@@ -64,17 +64,17 @@ def test_no_more_resampled_values_than_a_chunk_are_held(monkeypatch):
             return self.rng.integers(high, size=size)
 
     monkeypatch.setattr(np.random, "default_rng", Watched)
-    monkeypatch.setattr(statistics, "CHUNK", 12)
+    monkeypatch.setattr(statistics, "VALUES_AT_ONCE", 12)
     bootstrap_interval(VALUES, resamples=7)
     assert sizes == [(2, 5), (2, 5), (2, 5), (1, 5)]
     sizes.clear()
-    monkeypatch.setattr(statistics, "CHUNK", 4)
+    monkeypatch.setattr(statistics, "VALUES_AT_ONCE", 4)
     bootstrap_interval(VALUES, resamples=2)
     assert sizes == [(1, 5), (1, 5)], "one resample at least"
 
 
 def test_a_chunk_is_two_million_values():
-    assert statistics.CHUNK == 2_000_000
+    assert statistics.VALUES_AT_ONCE == 2_000_000
 
 
 def test_the_values_of_a_single_group_are_drawn_one_by_one():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from posttrain.errors import RewardError
 from posttrain.reward import Scores
-from posttrain.scoring.batches import numbered, scored, scorers_of, shown_of
+from posttrain.scoring.batches import draw_and_score, grid_positions, load_scorers, samples_of
 from posttrain.scoring.judge import Judge, Verdict
 
 CPU = torch.device("cpu")
@@ -49,8 +49,8 @@ def test_samples_are_scored_a_batch_at_a_time_in_order():
     sampler, evaluation = Grey(), SimpleNamespace(batch_size=2)
     rows = [{"prompt": "a", "n": 1, "tag": "t"}, {"prompt": "bb", "n": 2}]
     samples = [(rows[0], 3), (rows[1], 0), (rows[1], 5)]
-    scorers = scorers_of([reward("len", lengths), reward("bright", brightness)], CPU)
-    parts = list(scored(sampler, evaluation, samples, scorers))
+    scorers = load_scorers([reward("len", lengths), reward("bright", brightness)], CPU)
+    parts = list(draw_and_score(sampler, evaluation, samples, scorers))
     assert sampler.asked == [(["a", "bb"], [3, 0], evaluation), (["bb"], [5], evaluation)]
     assert [len(images) for _, images in parts] == [2, 1]
     assert parts[1][1].mean().item() == pytest.approx(0.5)
@@ -73,7 +73,7 @@ def test_samples_are_scored_a_batch_at_a_time_in_order():
 
 def test_scorers_are_loaded_on_the_device_by_name_and_checked():
     kind = reward("short", lambda images, prompts, rows: Scores(torch.zeros(1)))
-    scorers = scorers_of([kind], torch.device("meta"))
+    scorers = load_scorers([kind], torch.device("meta"))
     assert kind.loaded == [torch.device("meta")]
     with pytest.raises(RewardError, match="reward 'short' returned value"):
         scorers["short"](torch.zeros(2, 3, 1, 1), ["a", "b"], [{}, {}])
@@ -81,17 +81,17 @@ def test_scorers_are_loaded_on_the_device_by_name_and_checked():
 
 def test_a_prompt_that_comes_again_goes_on_counting():
     a, b, again = {"prompt": "a"}, {"prompt": "b"}, {"prompt": "a", "tag": "x"}
-    assert numbered([a, b, again], 2) == [(a, 0), (a, 1), (b, 0), (b, 1), (again, 2), (again, 3)]
-    assert numbered([a], 0) == []
+    assert samples_of([a, b, again], 2) == [(a, 0), (a, 1), (b, 0), (b, 1), (again, 2), (again, 3)]
+    assert samples_of([a], 0) == []
 
 
 def test_first_images_are_shown_by_tag_in_turn():
     tags = ["x", "x", "y", None, "x", None]
     samples = [({"tag": tag} if tag else {}, int(i == 1)) for i, tag in enumerate(tags)]
     order = [0, 2, 3, 4, 5]  # sample 1 is no first image
-    assert shown_of(samples, 9) == {sample: place for place, sample in enumerate(order)}
-    assert shown_of(samples, 3) == {0: 0, 2: 1, 3: 2}
-    assert shown_of(samples, 0) == shown_of([], 4) == {}
+    assert grid_positions(samples, 9) == {sample: position for position, sample in enumerate(order)}
+    assert grid_positions(samples, 3) == {0: 0, 2: 1, 3: 2}
+    assert grid_positions(samples, 0) == grid_positions([], 4) == {}
 
 
 class Halving:

@@ -90,7 +90,7 @@ def test_weights_that_cannot_be_had_are_an_error_that_says_what_to_do():
         Plain().located("path")
     assert str(caught.value) == (
         "sharp_plain: './nowhere' is no folder with a.bin, b*.json. Run 'posttrain rewards fetch sharp_plain' "
-        "on a machine that can, or give a local copy as 'path'"
+        "on a machine that reaches the hub, or give a local copy as 'path'"
     )
     assert isinstance(caught.value.__cause__, RewardError)
 

@@ -13,7 +13,8 @@ from servers import Hub, serving
 
 from posttrain.errors import RewardError
 from posttrain.scoring import catalogue
-from posttrain.weights.hub import fetch, sha256
+from posttrain.weights.files import sha256
+from posttrain.weights.hub import fetch
 from posttrain.weights.published import Weights
 
 ROOT = Path(__file__).parent.parent

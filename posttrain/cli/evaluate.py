@@ -50,8 +50,8 @@ def evaluate_model(
     del debug
     from posttrain.distributed.launch import CHILD, place, share
     from posttrain.errors import PosttrainError
-    from posttrain.evaluation.evaluate import evaluate
-    from posttrain.evaluation.report.page import card_table
+    from posttrain.evaluation.evaluate import Share, evaluate
+    from posttrain.evaluation.report.table import card_table
     from posttrain.recipe.file import evaluation_settings
     from posttrain.stages.artifact import open_sampler
     from posttrain.support.device import resolve, set_tf32
@@ -61,7 +61,7 @@ def evaluate_model(
     console = terminal()
     settings = evaluation_settings(suite, like, prompts, reward or (), overrides or ())
     target = output or Path("runs") / _default_name(model, suite)
-    rank, world_size = place()
+    own_share = Share(*place())
     if processes > 1:
         if device.startswith("cuda:"):
             raise PosttrainError(f"--device {device} is one GPU, but each process needs its own: give 'cuda'")
@@ -75,8 +75,7 @@ def evaluate_model(
         name=target.name,
         weights=weights_used,
         console=console,
-        rank=rank,
-        world=world_size,
+        share=own_share,
     )
     if CHILD in os.environ:
         return

@@ -110,12 +110,12 @@ def score(
     if conformance:
         return _conform(rewards, resolve(device), output, against, tolerance)
     from posttrain.evaluation.card import result
-    from posttrain.evaluation.report.page import card_table
-    from posttrain.scoring.folder import found_images, score_files, with_prompts
+    from posttrain.evaluation.report.table import card_table
+    from posttrain.scoring.folder import image_files, score_files, with_prompts
 
     if not images:
         raise PosttrainError("say which images to score: files or folders")
-    items = with_prompts(found_images(images), prompts, prompt, rewards)
+    items = with_prompts(image_files(images), prompts, prompt, rewards)
     records = score_files(items, rewards, resolve(device), batch_size)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What exactly was measured? The result card ``eval.json``: prompts, model, sampler, scorers, and scores."""
+"""Makes the result card ``eval.json``: prompts, model, sampler, rewards and versions, and the scores."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ Row = Mapping[str, Any]
 FORMAT = 1
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers")
 FREE = ("versions", "model.source", "prompts.path")
-"""What may differ between two tries of one evaluation."""
+"""Entries that may differ between two calls that measure the same evaluation."""
 RESULTS = ("images", "scores", "tags", "tag_means", "forward_equivalents", "seconds", "grid_prompts")
+"""Entries that are written when the evaluation is finished."""
 
 
 def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights: str) -> dict[str, Any]:
-    """All that is known before the first sample."""
+    """The result card without results, as it is known before the first sample is drawn.
+
+    ``weights`` says which weights the sampler has ("base", "raw" or "ema").
+    """
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
     digest = hashlib.sha256(lines.encode()).hexdigest()
     return {
@@ -54,7 +58,10 @@ def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights:
 
 
 def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:
-    """The scores of all samples: over all, by tag, and, where there are tags, the mean of their means."""
+    """The scores over all samples and over those of each tag, and each score's mean of the tags' means.
+
+    A record has ``prompt``, ``tag`` and ``scores``.
+    """
     tags = {
         tag: summaries([r for r in records if r["tag"] == tag], rewards)
         for tag in dict.fromkeys(r["tag"] for r in records if r["tag"] is not None)
@@ -70,25 +77,27 @@ def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The places, with both values, in which two cards describe different evaluations."""
+    """A line for each entry in which two cards describe different evaluations, with both values."""
     one, other = ({k: v for k, v in c.items() if k not in RESULTS} for c in (before, now))
     return list(differences(one, other, FREE))
 
 
 def summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
-    """Each score's mean, its interval (prompts are resampled, or the images of a single one), and its
-    direction."""
+    """Each score's mean with its 95 % bootstrap interval, the number of samples, and the direction.
+
+    The bootstrap draws prompts, or images if there is only one prompt.
+    """
     groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
-    found = {}
+    by_score = {}
     for name in records[0]["scores"]:
         reward = next(r for r in rewards if r.label == name.split("/")[0])
         values = np.array([record["scores"][name] for record in records])
         low, high = bootstrap_interval(values, groups=groups)
-        found[name] = {
+        by_score[name] = {
             "mean": float(values.mean()),
             "low": low,
             "high": high,
             "count": len(values),
             "higher_is_better": reward.higher_is_better,
         }
-    return found
+    return by_score

@@ -1,11 +1,11 @@
-"""Is one evaluated model better than another? On the samples that both have, pair by pair."""
+"""Compares evaluated models pair by pair, on the samples that all of them have."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,24 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import PosttrainError
 from posttrain.evaluation.card import differing
-from posttrain.evaluation.evaluate import CARD, RECORDS
 from posttrain.evaluation.intervals import paired_difference
+from posttrain.evaluation.parts import CARD, RECORDS
 from posttrain.support.files import writing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Key = tuple[str, int]
+"""A sample's prompt, and the number of the image among those of the prompt."""
 EXPECTED = (
     *("model.weights", "model.sha256", "model.settings.type", "model.settings.revision"),
     *("shown", "sampler.batch_size"),
 )
-"""Parts of a result card in which compared evaluations may differ without a remark."""
+"""Entries of the result card that may differ between compared evaluations without a remark."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation: its name in the table, its card, and its records by (prompt, index)."""
+    """One evaluation: its name in the table, its folder, its card, and its records by sample."""
 
     name: str
     folder: Path
@@ -38,18 +39,18 @@ class Evaluated:
     records: dict[Key, dict[str, Any]]
 
     def image(self, key: Key) -> Path | None:
-        """The file of a sample's image, if it was kept."""
+        """The file of a sample's image; None if it was not kept."""
         if (kept := self.records[key].get("image")) is not None:
             return self.folder / kept
-        shown = self.card.get("grid_prompts", [])
-        if key[1] == 0 and key[0] in shown:
-            return self.folder / "grid" / f"{shown.index(key[0]):03d}.png"
+        in_grid = self.card.get("grid_prompts", [])
+        if key[1] == 0 and key[0] in in_grid:
+            return self.folder / "grid" / f"{in_grid.index(key[0]):03d}.png"
         return None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several evaluations, the samples that all of them have, and what stands in the way of comparing."""
+    """Evaluations, the samples that all of them have, and remarks on what makes them differ unfairly."""
 
     evaluations: list[Evaluated]
     keys: list[Key]
@@ -62,29 +63,30 @@ class Comparison:
         return [s for s in first.card["scores"] if all(s in other.card["scores"] for other in others)]
 
     def heading(self, score: str) -> str:
-        """The score's name, and that lower is better where it is."""
+        """The score's name, with "(lower is better)" if that is so."""
         higher = self.evaluations[0].card["scores"][score]["higher_is_better"]
         return score if higher else f"{score} (lower is better)"
 
     def mean(self, of: Evaluated, score: str) -> float:
-        """Over the shared samples."""
+        """The mean over the shared samples."""
         return fmean(self.values(of, score))
 
     def values(self, of: Evaluated, score: str) -> list[float]:
-        """The shared samples' scores."""
+        """The scores of the shared samples, in the order of :attr:`keys`."""
         return [of.records[key]["scores"][score] for key in self.keys]
 
     def difference(self, of: Evaluated, score: str) -> tuple[float, float, float]:
-        """Mean of ``of`` minus the first evaluation, and its 95 % interval over prompts."""
+        """The mean of ``of`` minus the first evaluation's, and its 95 % interval over prompts."""
         groups = [prompt for prompt, _ in self.keys]
         first = self.values(self.evaluations[0], score)
         return paired_difference(first, self.values(of, score), groups=groups)
 
 
 def load(folders: Sequence[Path]) -> Comparison:
-    """Read evaluations, given as their folders or as those of the stages that have them.
+    """Read evaluations from their folders, or from the folders of the stages that they evaluate.
 
-    Raises PosttrainError where one is none, or where they share no sample or no score.
+    Raises PosttrainError if a folder holds no finished evaluation, if there are fewer than two, or if they
+    share no sample or no score.
     """
     if len(folders) < 2:
         raise PosttrainError("compare needs two evaluations or more")
@@ -94,50 +96,57 @@ def load(folders: Sequence[Path]) -> Comparison:
     keys = [key for key in first.records if all(key in other.records for other in others)]
     if not keys:
         raise PosttrainError("the evaluations share no sample: other prompts, or other image numbers")
-    remarks = []
-    for one in others:
-        if len(one.records) != len(keys) or len(first.records) != len(keys):
-            counts = f"{len(first.records)} in {first.name}, {len(one.records)} in {one.name}"
-            remarks.append(f"compared on the {len(keys)} samples that all have ({counts})")
-        names = [d for d in differing(first.card, one.card) if not d.startswith(EXPECTED)]
-        if names := [d.replace("(was", f"({first.name}:").replace(", now", f", {one.name}:") for d in names]:
-            remarks.append(f"{first.name} and {one.name} were not measured alike: {'; '.join(names)}")
-    found = Comparison(evaluations, keys, list(dict.fromkeys(remarks)))
-    if not found.scores:
+    remarks = [remark for other in others for remark in _remarks(first, other, len(keys))]
+    comparison = Comparison(evaluations, keys, list(dict.fromkeys(remarks)))
+    if not comparison.scores:
         raise PosttrainError("the evaluations share no score")
-    return found
+    return comparison
+
+
+def _remarks(first: Evaluated, other: Evaluated, shared: int) -> Iterator[str]:
+    """Say if fewer samples than measured are compared, and which settings differ."""
+    if len(other.records) != shared or len(first.records) != shared:
+        counts = f"{len(first.records)} in {first.name}, {len(other.records)} in {other.name}"
+        yield f"compared on the {shared} samples that all have ({counts})"
+    lines = [line for line in differing(first.card, other.card) if not line.startswith(EXPECTED)]
+    if lines:
+        named = (s.replace("(was", f"({first.name}:").replace(", now", f", {other.name}:") for s in lines)
+        yield f"{first.name} and {other.name} were not measured alike: {'; '.join(named)}"
 
 
 def compare_table(comparison: Comparison) -> Table:
-    """Means on the shared samples, and what changed against the first evaluation."""
+    """The terminal's table: means on the shared samples, and differences from the first evaluation."""
     from rich.table import Table
     from rich.text import Text
 
     title = f"{len(comparison.keys)} shared samples, against {comparison.evaluations[0].name}"
-    shown = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
     for heading in ("score", "model"):
-        shown.add_column(heading, overflow="fold")
-    shown.add_column("mean", justify="right", no_wrap=True)
-    shown.add_column("difference [95 %]", no_wrap=True)
+        table.add_column(heading, overflow="fold")
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("difference [95 %]", no_wrap=True)
     for score in comparison.scores:
-        for i, one in enumerate(comparison.evaluations):
-            change = Text(worded(comparison.difference(one, score)) if i else "")
+        for i, evaluated in enumerate(comparison.evaluations):
+            change = Text(worded(comparison.difference(evaluated, score)) if i else "")
             if "not significant" in change.plain:
                 change.stylize("dim")
-            mean = f"{comparison.mean(one, score):.3f}"
-            shown.add_row("" if i else comparison.heading(score), one.name, mean, change)
-    return shown
+            mean = f"{comparison.mean(evaluated, score):.3f}"
+            table.add_row("" if i else comparison.heading(score), evaluated.name, mean, change)
+    return table
 
 
 def worded(difference: tuple[float, float, float]) -> str:
-    """``+0.050 [+0.010, +0.090]``, or that it is not significant."""
+    """A difference and its interval as ``+0.050 [+0.010, +0.090]``, with "not significant" if it is not."""
     change, low, high = difference
     text = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
     return f"{text} not significant" if low <= 0 <= high else text
 
 
 def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
-    """Write one page, without scripts or network: the table, and images of shared samples side by side."""
+    """Write an HTML page with the table, and the images of up to ``prompts`` shared samples side by side.
+
+    The page has no scripts and needs no network. Raises PosttrainError if ``target`` cannot be written.
+    """
     from jinja2 import Environment, PackageLoader
 
     loader = PackageLoader("posttrain.evaluation.report", "")
@@ -153,11 +162,11 @@ def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
     )
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page)  # it may be a pipe
+        target.write_text(page)  # directly, since the target may be a pipe
 
 
 def _score_cells(comparison: Comparison, score: str) -> list[tuple[float, str]]:
-    """Each evaluation's mean, and its difference from the first one's, in words."""
+    """Each evaluation's mean, and the text of its difference from the first one's."""
     first, *others = comparison.evaluations
     cells = [(comparison.mean(first, score), "")]
     return cells + [(comparison.mean(e, score), worded(comparison.difference(e, score))) for e in others]
@@ -181,7 +190,7 @@ def _read(folder: Path, name: str) -> Evaluated:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart; ``evaluation`` tells nothing."""
+    """The shortest endings of the paths that differ from each other, without the folder ``evaluation``."""
     paths = [[p for p in f.absolute().parts if p != "evaluation"] for f in folders]
     for length in range(1, max(map(len, paths)) + 1):
         names = [os.sep.join(p[-length:]) for p in paths]

@@ -1,24 +1,35 @@
-"""How good is a model? Prompts and scorers in; one record a sample, means with intervals, and images out.
+"""Evaluates a model: samples prompts, scores the samples, and writes records, a result card and images.
 
-The samples are cut into batches by their number alone. Each batch is published when it is done, so a
-killed evaluation goes on, and several processes share one, to the same result.
+The samples are cut into batches, the same for any number of processes. Each batch is published when it is
+measured. So a killed evaluation continues where it stopped, and several processes can share one; the result
+is the same.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.prompts import prompt_rows
-from posttrain.errors import DataError, PosttrainError
-from posttrain.evaluation.card import card, differing, result
-from posttrain.scoring.batches import numbered, scored, scorers_of, shown_of
-from posttrain.support.files import locked, published, write
+from posttrain.errors import DataError
+from posttrain.evaluation.card import card, result
+from posttrain.evaluation.parts import (
+    COST,
+    LOCK,
+    RECORDS,
+    claim,
+    finished,
+    merge_parts,
+    part,
+    taken,
+    write_card,
+)
+from posttrain.scoring.batches import draw_and_score, grid_positions, load_scorers, samples_of
+from posttrain.support.files import locked, published
 from posttrain.support.images import save_image, to_pil
 from posttrain.support.progress import stage_progress
 from posttrain.support.wording import no_multiple
@@ -29,11 +40,15 @@ if TYPE_CHECKING:
     from posttrain.model import Sampler
     from posttrain.recipe.schema import Evaluation
     from posttrain.reward import Scorer
-    from posttrain.scoring.batches import Row
+    from posttrain.scoring.batches import Sample
 
-CARD, RECORDS, CLAIM, PARTS = "eval.json", "records.jsonl", "claim.json", "parts"
-LOCK = ".lock"
-"""Held to look at the folder's state or change it."""
+
+@dataclass(frozen=True)
+class Share:
+    """The batches that one process measures: number ``rank``, ``rank + world_size``, and so on."""
+
+    rank: int = 0
+    world_size: int = 1
 
 
 def evaluate(
@@ -44,153 +59,107 @@ def evaluate(
     name: str,
     weights: str,
     console: Console,
-    rank: int = 0,
-    world: int = 1,
+    share: Share = Share(),
 ) -> dict[str, Any] | None:
-    """Sample every prompt, score every sample, and write ``folder``: records, result card, images.
+    """Sample every prompt, score every sample, and write records, result card and images to ``folder``.
 
-    ``weights`` says which weights these are ("base", "raw" or "ema"). This process measures the batches
-    ``rank``, ``rank + world``, ... Every sample is counted once; a reward that fails stops the evaluation
-    (RewardError). Goes on with what an earlier try left; raises PosttrainError where ``folder`` holds
-    something else. Returns the result card, or None where other processes are still at it.
+    ``weights`` says which weights the sampler has ("base", "raw" or "ema"); ``name`` is shown beside the
+    progress bar. This process measures the batches of its ``share`` that are not measured yet. Returns the
+    result card, or None if other processes still have batches to measure.
+
+    Raises DataError if the resolution does not fit the model, RewardError if a reward fails, and
+    PosttrainError if ``folder`` holds anything but this evaluation.
     """
     if evaluation.resolution % sampler.divisor:
-        words = no_multiple(evaluation.resolution, sampler.divisor)
-        raise DataError(f"evaluation.resolution: {words}")
+        problem = no_multiple(evaluation.resolution, sampler.divisor)
+        raise DataError(f"evaluation.resolution: {problem}")
     rows = prompt_rows(evaluation.prompts, evaluation.rewards)
-    samples = numbered(rows, evaluation.images_per_prompt)
+    work = _Work(sampler, evaluation, folder, samples_of(rows, evaluation.images_per_prompt))
     described = card(sampler, evaluation, rows, weights)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        if (before := _claimed(folder, described)) is not None:
+        if (before := claim(folder, described)) is not None:
             return before
-    batches = range(-(-len(samples) // evaluation.batch_size))
-    mine, size = batches[rank::world], evaluation.batch_size
-    sizes = [len(samples[b * size : (b + 1) * size]) for b in mine]
-    if not all(_part(folder, b).is_dir() for b in mine):
-        scorers = scorers_of(evaluation.rewards, sampler.device)
-        shown = shown_of(samples, evaluation.grid)
-        with stage_progress(f"evaluate {name}", sum(sizes), 0, console) as bar:
-            for i, b in enumerate(mine):
-                with _taken(folder, b) as free:
-                    if free:
-                        _measure(sampler, evaluation, folder, samples, b, scorers, shown)
-                bar.update(sum(sizes[: i + 1]))
-    with locked(folder / LOCK):  # of several processes, the last to finish puts the parts together
-        if (before := _finished(folder)) is not None:
+    _measure_share(work, share, name, console)
+    with locked(folder / LOCK):
+        if (before := finished(folder)) is not None:
             return before
-        if not all(_part(folder, b).is_dir() for b in batches):
+        if not all(part(folder, batch).is_dir() for batch in work.batches):
             return None
-        return _merged(folder, evaluation, described, samples, len(batches))
+        return _finish(work, described)
 
 
-def _measure(
-    sampler: Sampler,
-    evaluation: Evaluation,
-    folder: Path,
-    samples: Sequence[tuple[Row, int]],
-    batch: int,
-    scorers: Mapping[str, Scorer],
-    shown: Mapping[int, int],
-) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """The sampler and settings of an evaluation, its samples, and the folder of its results."""
+
+    sampler: Sampler
+    evaluation: Evaluation
+    folder: Path
+    samples: Sequence[Sample]
+
+    @property
+    def batches(self) -> range:
+        """The numbers of the batches."""
+        return range(-(-len(self.samples) // self.evaluation.batch_size))
+
+    @property
+    def grid(self) -> dict[int, int]:
+        """Index of a sample -> its position in the image grid."""
+        return grid_positions(self.samples, self.evaluation.grid)
+
+    def samples_in(self, batch: int) -> Sequence[Sample]:
+        """The samples of one batch."""
+        size = self.evaluation.batch_size
+        return self.samples[batch * size : (batch + 1) * size]
+
+
+def _measure_share(work: _Work, share: Share, name: str, console: Console) -> None:
+    """Measure the batches of ``share`` that neither this nor another process has measured."""
+    batches = work.batches[share.rank :: share.world_size]
+    if all(part(work.folder, batch).is_dir() for batch in batches):
+        return
+    scorers, grid = load_scorers(work.evaluation.rewards, work.sampler.device), work.grid
+    sizes = [len(work.samples_in(batch)) for batch in batches]
+    with stage_progress(f"evaluate {name}", sum(sizes), 0, console) as bar:
+        for i, batch in enumerate(batches):
+            with taken(work.folder, batch) as free:
+                if free:
+                    _measure(work, batch, scorers, grid)
+            bar.update(sum(sizes[: i + 1]))
+
+
+def _measure(work: _Work, batch: int, scorers: Mapping[str, Scorer], grid: Mapping[int, int]) -> None:
     """Sample and score one batch, and publish it."""
-    first, started, spent = batch * evaluation.batch_size, time.monotonic(), sampler.forward_equivalents
-    chunk = samples[first : first + evaluation.batch_size]
-    ((records, images),) = scored(sampler, evaluation, chunk, scorers)
-    with published(_part(folder, batch)) as part:
+    sampler, evaluation = work.sampler, work.evaluation
+    started, spent = time.monotonic(), sampler.forward_equivalents
+    ((records, images),) = draw_and_score(sampler, evaluation, work.samples_in(batch), scorers)
+    with published(part(work.folder, batch)) as folder:
+        first = batch * evaluation.batch_size
         for i, (record, image) in enumerate(zip(records, to_pil(images), strict=True), first):
-            if i in shown:
-                (part / "grid").mkdir(exist_ok=True)
-                image.save(part / "grid" / f"{shown[i]:03d}.png")
+            if i in grid:
+                (folder / "grid").mkdir(exist_ok=True)
+                image.save(folder / "grid" / f"{grid[i]:03d}.png")
             if evaluation.keep != "grid":
-                (part / "images").mkdir(exist_ok=True)
-                file = save_image(image, part / "images", i, record, evaluation.keep)
+                (folder / "images").mkdir(exist_ok=True)
+                file = save_image(image, folder / "images", i, record, evaluation.keep)
                 record["image"] = f"images/{file.name}"
         cost = {
             "seconds": time.monotonic() - started,
             "forward_equivalents": sampler.forward_equivalents - spent,
         }
-        (part / "cost.json").write_text(json.dumps(cost))
-        (part / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / COST).write_text(json.dumps(cost))
+        (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _merged(
-    folder: Path, evaluation: Evaluation, described: Row, samples: Sequence[tuple[Row, int]], batches: int
-) -> dict[str, Any]:
-    """Put the parts together; what is there already, from a try that was killed here, is overwritten."""
-    records, costs = [], []
-    for b in range(batches):
-        part = _part(folder, b)
-        records += [json.loads(line) for line in (part / RECORDS).read_text().splitlines()]
-        costs.append(json.loads((part / "cost.json").read_text()))
-        for file in (*part.glob("grid/*"), *part.glob("images/*")):
-            target = folder / file.relative_to(part)
-            target.parent.mkdir(exist_ok=True)
-            target.unlink(missing_ok=True)
-            try:
-                target.hardlink_to(file)
-            except OSError:  # a file system without links
-                shutil.copyfile(file, target)
-    shown = shown_of(samples, evaluation.grid)
-    write(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in records))
-    found = {
+def _finish(work: _Work, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the parts, and write the result card."""
+    records, cost = merge_parts(work.folder, len(work.batches))
+    finished_card = {
         **described,
-        **result(records, evaluation.rewards),
-        "forward_equivalents": sum(cost["forward_equivalents"] for cost in costs),
-        "seconds": sum(cost["seconds"] for cost in costs),
-        "grid_prompts": [samples[i][0]["prompt"] for i in shown],
+        **result(records, work.evaluation.rewards),
+        **cost,
+        "grid_prompts": [work.samples[i][0]["prompt"] for i in work.grid],
     }
-    write(folder / CARD, json.dumps(found, indent=2))
-    _clean(folder)
-    return found
-
-
-def _claimed(folder: Path, described: Row) -> dict[str, Any] | None:
-    """The result card, if the folder holds this very evaluation finished; else claim the folder for it."""
-    for file in (folder / CARD, folder / CLAIM):
-        if not file.is_file():
-            continue
-        found = json.loads(file.read_text())
-        if names := differing(found, described):
-            raise PosttrainError(
-                f"{str(folder)!r} holds another evaluation; it differs in: {'; '.join(names)}. "
-                "Give another folder, or remove this one"
-            )
-        return _finished(folder)
-    if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
-        if "summary.json" in others:
-            words = "an evaluation of an earlier version; remove it to evaluate anew"
-        else:
-            words = f"something else than an evaluation ({', '.join(others[:3])}); give another folder"
-        raise PosttrainError(f"{str(folder)!r} holds {words}")
-    write(folder / CLAIM, json.dumps(described, indent=2))
-    return None
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The result card, if it is written; what a kill just after that left is removed."""
-    if not (folder / CARD).is_file():
-        return None
-    _clean(folder)
-    return json.loads((folder / CARD).read_text())
-
-
-def _clean(folder: Path) -> None:
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-    (folder / CLAIM).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _taken(folder: Path, batch: int) -> Iterator[bool]:
-    """Whether the batch is this process's to measure: neither done, nor at hand in another process."""
-    with contextlib.ExitStack() as held:
-        with locked(folder / LOCK):
-            free = not (folder / CARD).is_file()
-            if free:
-                file = folder / PARTS / f".{batch:06d}.lock"
-                free = held.enter_context(locked(file, wait=False)) and not _part(folder, batch).is_dir()
-        yield free
-
-
-def _part(folder: Path, batch: int) -> Path:
-    return folder / PARTS / f"{batch:06d}"
+    write_card(work.folder, finished_card)
+    return finished_card

@@ -1,12 +1,12 @@
-"""How sure is a mean, and a difference of two means?"""
+"""Computes bootstrap intervals of means and of paired differences."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-CHUNK = 2_000_000
-"""Resampled values held at once."""
+VALUES_AT_ONCE = 2_000_000
+"""How many resampled values are in memory at a time."""
 
 
 def bootstrap_interval(
@@ -17,21 +17,21 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean (Efron & Tibshirani 1993, chapter 13).
+    """The percentile bootstrap interval of the mean of ``values`` (n,) (Efron & Tibshirani 1993, chapter 13).
 
-    With ``groups``, one label a value, whole groups are drawn: the images of one prompt are not
-    independent (of a single group, values are drawn). The mean stays that over all values. Raises
-    ValueError where there is no value.
+    ``groups`` (n,) gives each value a label. Then whole groups are drawn, because the images of one prompt
+    are not independent; the mean is still the one over all values. A single group is ignored. Raises
+    ValueError if there are no values.
     """
     flat = np.asarray(values, float)
     if flat.ndim != 1 or not len(flat):
         raise ValueError(f"a bootstrap needs a list of values, not an array of shape {flat.shape}")
     labels = np.arange(len(flat)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if not labels.any():
-        labels = np.arange(len(flat))  # drawing the one group again and again would have no spread
+        labels = np.arange(len(flat))  # each resample would be the single group, without any spread
     sums, counts = np.bincount(labels, flat), np.bincount(labels)
     rng, means = np.random.default_rng(seed), []
-    step = max(1, CHUNK // len(sums))
+    step = max(1, VALUES_AT_ONCE // len(sums))
     for start in range(0, resamples, step):
         drawn = rng.integers(len(sums), size=(min(step, resamples - start), len(sums)))
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
@@ -42,7 +42,10 @@ def bootstrap_interval(
 def paired_difference(
     a: ArrayLike, b: ArrayLike, *, groups: ArrayLike | None = None, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of ``b - a`` over pairs, and its bootstrap interval. Raises ValueError for unequal lengths."""
+    """The mean of ``b - a``, both (n,), over pairs, and its interval as of :func:`bootstrap_interval`.
+
+    Raises ValueError if the lengths differ.
+    """
     first, second = np.asarray(a, float), np.asarray(b, float)
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, not {first.shape} and {second.shape}")

@@ -1,4 +1,4 @@
-"""What do samples of a list of prompts score? Drawn and scored a batch at a time."""
+"""Draws samples for a list of prompts and scores them, one batch at a time."""
 
 from __future__ import annotations
 
@@ -17,50 +17,59 @@ if TYPE_CHECKING:
     from posttrain.reward import Reward, Scorer
 
 Row = Mapping[str, Any]
+"""A row of a prompt file: ``prompt`` and its metadata."""
+Sample = tuple[Row, int]
+"""A prompt's row, and the number of the image among the images of that prompt, from 0."""
 
 
-def scorers_of(rewards: Sequence[Reward], device: torch.device) -> dict[str, Scorer]:
-    """The scoring functions of ``rewards``, loaded, by name."""
+def load_scorers(rewards: Sequence[Reward], device: torch.device) -> dict[str, Scorer]:
+    """Load ``rewards`` on ``device``; return their checked scoring functions by label."""
     return {r.label: checked(r.label, r.load(device)) for r in rewards}
 
 
-def scored(
+def draw_and_score(
     sampler: Sampler,
     evaluation: Evaluation,
-    samples: Sequence[tuple[Row, int]],
+    samples: Sequence[Sample],
     scorers: Mapping[str, Scorer],
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
-    """Records and images (n, 3, h, w) of the samples, (prompt row, image index), a batch at a time."""
+    """Draw and score ``samples``; yield each batch's records and images (n, 3, h, w) in [0, 1], on the CPU.
+
+    Raises RewardError if a score cannot be computed.
+    """
     for start in range(0, len(samples), evaluation.batch_size):
-        chunk = samples[start : start + evaluation.batch_size]
-        rows = [row for row, _ in chunk]
+        batch = samples[start : start + evaluation.batch_size]
+        rows = [row for row, _ in batch]
         prompts = [row["prompt"] for row in rows]
-        images = sampler.images(prompts, [index for _, index in chunk], evaluation).cpu()
+        images = sampler.images(prompts, [index for _, index in batch], evaluation).cpu()
         scores = {name: score(images, prompts, rows) for name, score in scorers.items()}
         records = []
-        for i, (row, index) in enumerate(chunk):
-            values = {k: v for name, found in scores.items() for k, v in found.named(name, i).items()}
+        for i, (row, index) in enumerate(batch):
+            values = {k: v for name, of in scores.items() for k, v in of.named(name, i).items()}
             records.append({"prompt": row["prompt"], "index": index, "tag": row.get("tag"), "scores": values})
         yield records, images
 
 
-def numbered(rows: Sequence[Row], images_per_prompt: int) -> list[tuple[Row, int]]:
-    """(row, image index) of every sample; a prompt that comes again goes on counting its images."""
-    seen: Counter[str] = Counter()
+def samples_of(rows: Sequence[Row], images_per_prompt: int) -> list[Sample]:
+    """Every sample of ``rows``, in order. A prompt that stands in several rows numbers its images on."""
+    images_so_far: Counter[str] = Counter()
     samples = []
     for row in rows:
         for _ in range(images_per_prompt):
-            samples.append((row, seen[row["prompt"]]))
-            seen[row["prompt"]] += 1
+            samples.append((row, images_so_far[row["prompt"]]))
+            images_so_far[row["prompt"]] += 1
     return samples
 
 
-def shown_of(samples: Sequence[tuple[Row, int]], count: int) -> dict[int, int]:
-    """Sample -> place in the grid: first images of prompts, taking each tag in turn."""
+def grid_positions(samples: Sequence[Sample], count: int) -> dict[int, int]:
+    """Index of a sample -> its position in the image grid of ``count`` images.
+
+    The grid shows only the first image of a prompt, and takes the tags in turn.
+    """
     by_tag: dict[Any, list[int]] = {}
     for i, (row, index) in enumerate(samples):
         if index == 0:
             by_tag.setdefault(row.get("tag"), []).append(i)
     turns = max((len(v) for v in by_tag.values()), default=0)
     order = [v[turn] for turn in range(turns) for v in by_tag.values() if turn < len(v)]
-    return {sample: place for place, sample in enumerate(order[:count])}
+    return {sample: position for position, sample in enumerate(order[:count])}

@@ -1,4 +1,4 @@
-"""Which rewards are there, what does each need, and is it here?"""
+"""Lists the rewards, the packages and weights that each needs, and whether they are on this machine."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from posttrain.weights.published import Weights
 if TYPE_CHECKING:
     from rich.text import Text
 
-assert AnyReward is not None  # importing it has registered every reward
+assert AnyReward is not None  # importing it registers every reward
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one set of a reward's weights comes from by default."""
+    """The default repository of one set of a reward's weights."""
 
     field: str
     repo: str
     weights: Weights
 
 
-def kinds() -> dict[str, type[Reward]]:
-    """Every reward by name, in alphabetical order."""
-    return {name: kind for name, kind in sorted(Reward.variants.items()) if issubclass(kind, Reward)}
+def every_reward() -> dict[str, type[Reward]]:
+    """Every reward class by name, in alphabetical order."""
+    return {name: reward for name, reward in sorted(Reward.variants.items()) if issubclass(reward, Reward)}
 
 
-def kind(name: str) -> type[Reward]:
-    """The reward of that name. Raises RewardError where there is none."""
-    if name not in (known := kinds()):
+def reward_named(name: str) -> type[Reward]:
+    """The reward class of that name. Raises RewardError if there is none."""
+    if name not in (known := every_reward()):
         raise RewardError(f"no reward {name!r}{meant(name, known)}; there are {', '.join(known)}")
     return known[name]
 
 
 def sources(reward: type[Reward]) -> list[Source]:
-    """What ``posttrain rewards fetch`` would get."""
+    """The repositories that ``posttrain rewards fetch`` downloads from."""
     return [
         Source(field, reward.model_fields[field].default, weights)
         for field, weights in reward.weights.items()
@@ -52,43 +52,46 @@ def sources(reward: type[Reward]) -> list[Source]:
 
 
 def missing(reward: type[Reward]) -> list[str]:
-    """What has to be installed or fetched before the reward can be used."""
-    absent = [package for package in reward.requires if importlib.util.find_spec(package) is None]
-    words = [f"{', '.join(absent)} (pip install 'posttrain[rewards]')"] if absent else []
+    """The packages to install and the command to run before the reward can be used."""
+    packages = [package for package in reward.requires if importlib.util.find_spec(package) is None]
+    steps = [f"{', '.join(packages)} (pip install 'posttrain[rewards]')"] if packages else []
     if any(source.weights.local(source.repo) is None for source in sources(reward)):
-        words.append(f"posttrain rewards fetch {reward.model_fields['type'].default}")
-    return words
+        steps.append(f"posttrain rewards fetch {reward.model_fields['type'].default}")
+    return steps
 
 
 def fetch(name: str) -> Iterator[tuple[Source, Path]]:
-    """Fetch each of a reward's weights, in turn. Raises RewardError, also where there is nothing to fetch."""
-    found = sources(kind(name))
-    if not found:
-        having = ", ".join(other for other, reward in kinds().items() if reward.weights)
-        raise RewardError(f"{name} needs no weights from a hub; those that do: {having}")
-    for source in found:
+    """Fetch the weights of the reward ``name``, one set after the other; yield each with its path.
+
+    Raises RewardError, also if the reward has no weights to fetch.
+    """
+    to_fetch = sources(reward_named(name))
+    if not to_fetch:
+        with_weights = ", ".join(other for other, reward in every_reward().items() if reward.weights)
+        raise RewardError(f"{name} needs no weights from a hub; those that do: {with_weights}")
+    for source in to_fetch:
         if is_path(source.repo, hub=True):
             raise RewardError(f"{name}: {source.field} is the local copy {source.repo!r}; nothing to fetch")
         yield source, source.weights.fetch(source.repo)
 
 
 def listing() -> Text:
-    """Every reward with its range and whether all that it needs is here, its weights below it."""
+    """A line for each reward with its range and what is missing; below it, a line for each of its weights."""
     from rich.text import Text
 
     lines = []
-    for name, reward in kinds().items():
-        lacking = "; ".join(missing(reward))
+    for name, reward in every_reward().items():
+        steps = "; ".join(missing(reward))
         low, high = reward.range
         lines.append(
             Text.assemble(
                 (f"{name:<24}", "bold"),
                 f"{low:>6.4g} to {high:<6.4g}  ",
-                (f"missing: {lacking}", "yellow") if lacking else ("ready", "green"),
+                (f"missing: {steps}", "yellow") if steps else ("ready", "green"),
             )
         )
         for source in sources(reward):
             weights = source.weights
-            words = f"    {source.repo:<48} {short(weights.size, 'B'):>8}  {weights.licence}"
-            lines.append(Text(words, "dim"))
+            line = f"    {source.repo:<48} {short(weights.size, 'B'):>8}  {weights.licence}"
+            lines.append(Text(line, "dim"))
     return Text("\n").join(lines)

@@ -1,6 +1,6 @@
-"""Does a reward give the same scores here as elsewhere? Fixed images, their scores, and all they depend on.
+"""Records a reward's scores of fixed images, and compares them with the record of another machine.
 
-The file's format is in docs/conformance.md.
+docs/conformance.md describes the format of the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from posttrain.errors import RewardError
 from posttrain.reward import checked
-from posttrain.scoring.folder import scored
+from posttrain.scoring.folder import score_images
 from posttrain.scoring.probes import COUNT, probe
 from posttrain.support.versions import versions
 
@@ -27,20 +27,23 @@ if TYPE_CHECKING:
     from posttrain.reward import Reward
 
 FORMAT = 1
+BATCH_SIZE = 4
 PACKAGES = ("posttrain", "torch", "numpy", "pillow", "transformers")
+"""Packages whose versions a record names."""
 
 
 def conformance(reward: Reward, device: torch.device) -> dict[str, Any]:
-    """The reward's scores of the fixed images that it can judge, with what they depend on.
+    """Score the fixed images that ``reward`` can judge; return the scores and everything they depend on.
 
-    Raises RewardError where it can judge none, or fails.
+    Raises RewardError if the reward can judge none of them, or fails.
     """
     cases = [(i, *probe(i)) for i in range(COUNT)]
     cases = [case for case in cases if reward.unusable(case[2]) is None]
     if not cases:
         raise RewardError(f"{reward.label}: none of the conformance prompts can be scored by it")
     scorer = checked(reward.label, reward.load(device))
-    found = scored([(image, row) for _, image, row in cases], {reward.label: scorer}, 4)
+    images = [(image, row) for _, image, row in cases]
+    scores_of_images = score_images(images, {reward.label: scorer}, BATCH_SIZE)
     prefix = f"{reward.label}/"
     return {
         "format": FORMAT,
@@ -57,18 +60,18 @@ def conformance(reward: Reward, device: torch.device) -> dict[str, Any]:
                 "score": scores[reward.label],
                 "details": {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)},
             }
-            for (index, image, row), scores in zip(cases, found, strict=True)
+            for (index, image, row), scores in zip(cases, scores_of_images, strict=True)
         ],
     }
 
 
 def image_hash(image: Image) -> str:
-    """The SHA-256 of width and height in decimal, a line feed each, and the RGB bytes, row by row."""
+    """The SHA-256 of the width and the height in decimal, each with a line feed, and the RGB bytes by row."""
     return hashlib.sha256(f"{image.width}\n{image.height}\n".encode() + image.tobytes()).hexdigest()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A conformance file. Raises RewardError where it is none."""
+    """Read a conformance file. Raises RewardError if ``path`` is not one."""
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
@@ -79,11 +82,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], tolerance: float) -> list[str]:
-    """What differs between two files, in words; versions and devices may.
+    """A line for each difference between two records; versions and devices are not compared.
 
-    Scores may differ by ``tolerance`` times the larger of 1 and their size.
+    Scores may differ by ``tolerance`` times the larger of 1 and their absolute value.
     """
-    found = [
+    lines = [
         f"{key}: {here[key]!r} here, {there.get(key)!r} there"
         for key in ("reward", "settings")
         if here[key] != there.get(key)
@@ -91,18 +94,19 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any], tolerance: fl
     ours, theirs = _flat(here.get("weights", {})), _flat(there.get("weights", {}))
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
-            found.append(f"weights.{name}: SHA-256 {ours.get(name)} here, {theirs.get(name)} there")
+            lines.append(f"weights.{name}: SHA-256 {ours.get(name)} here, {theirs.get(name)} there")
     cases = {case["index"]: case for case in here["cases"]}
     others = {case["index"]: case for case in there["cases"]}
     for index in sorted({*cases, *others}):
         if index not in cases or index not in others:
-            found.append(f"case {index}: only {'here' if index in cases else 'there'}")
+            lines.append(f"case {index}: only {'here' if index in cases else 'there'}")
         else:
-            found += [f"case {index}: {words}" for words in _unlike(cases[index], others[index], tolerance)]
-    return found
+            of_case = _case_differences(cases[index], others[index], tolerance)
+            lines += [f"case {index}: {line}" for line in of_case]
+    return lines
 
 
-def _unlike(here: Mapping[str, Any], there: Mapping[str, Any], tolerance: float) -> Iterator[str]:
+def _case_differences(here: Mapping[str, Any], there: Mapping[str, Any], tolerance: float) -> Iterator[str]:
     for key in ("prompt", "image"):
         if here[key] != there[key]:
             yield f"another {key}: {here[key]} here, {there[key]} there"

@@ -1,4 +1,4 @@
-"""How are a stage's samples scored while the next ones are drawn?"""
+"""Scores a stage's samples on a worker thread while the next ones are drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from posttrain.algorithm import Batch, Verdict
 from posttrain.errors import RewardError
 from posttrain.model import FlowModel
-from posttrain.scoring.batches import scorers_of
+from posttrain.scoring.batches import load_scorers
 from posttrain.support.files import published
 from posttrain.support.images import to_pil
 
@@ -22,30 +22,31 @@ if TYPE_CHECKING:
 
 
 class Judge:
-    """A stage's rewards behind one worker thread; a context manager.
+    """A stage's rewards and the one thread that computes them; a context manager.
 
-    Latents are decoded where they are submitted; the scoring goes on beside what the caller does next.
+    The caller's thread decodes the latents; the worker thread scores the images.
     """
 
     def __init__(self, model: FlowModel, rewards: Sequence[Reward], failures: Path) -> None:
         self.model, self.failures = model, failures
-        self.scorers = scorers_of(rewards, model.device)
+        self.scorers = load_scorers(rewards, model.device)
         self.weights = {r.label: r.weight if r.higher_is_better else -r.weight for r in rewards}
-        """Of the weighted sum to maximise: negative for a reward where lower is better."""
+        """Each reward's factor in the weighted sum to maximise; negative for a reward whose lower scores
+        are better."""
         self._failed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
 
     def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
-        """Score the images of ``latents`` (n, c, h, w) for the prompts in ``batch.metadata``.
+        """Decode ``latents`` (n, c, h, w), and score the images for the prompts in ``batch.metadata``.
 
-        The future's result raises RewardError, by the reward's name, where a score could not be computed;
-        the images and prompts are then in the folder ``failures``.
+        The future raises RewardError, with the reward's name, if a score cannot be computed. The images and
+        prompts are then in the folder ``failures``.
         """
         images = self.model.decode(latents).float().cpu()
         return self._worker.submit(self._scored, images, batch.metadata)
 
     def close(self) -> None:
-        """Drop what is not yet begun, and wait for the worker."""
+        """Drop the batches whose scoring has not begun, and wait for the worker."""
         self._worker.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Judge:
@@ -70,7 +71,8 @@ class Judge:
         return Verdict(rewards, details)
 
     def _keep(self, images: Tensor, rows: Sequence[Any]) -> None:
-        with published(self.failures) as part, (part / "prompts.jsonl").open("w") as file:
+        """Save the images and prompts of a failure, for a person to look at."""
+        with published(self.failures) as folder, (folder / "prompts.jsonl").open("w") as file:
             for i, (row, image) in enumerate(zip(rows, to_pil(images), strict=True)):
-                image.save(part / f"{i:04d}.png")
+                image.save(folder / f"{i:04d}.png")
                 file.write(json.dumps({"image": f"{i:04d}.png", **row}) + "\n")

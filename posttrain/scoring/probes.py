@@ -1,7 +1,7 @@
-"""Which images and prompts does a conformance file score? A few, drawn here, the same on every machine.
+"""Draws the images and prompts of a conformance file, the same on every machine.
 
-Only whole numbers and Pillow's built-in bitmap letters are used: an outline that was smoothed, or a font
-that was rendered, would differ between versions of Pillow.
+They are made of integers and Pillow's built-in bitmap letters only. Smoothed outlines and rendered fonts
+differ between versions of Pillow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Bytes = NDArray[np.uint8]
 
 COUNT = 12
 SIZES = ((64, 64), (128, 96), (224, 224), (192, 256))
-"""(width, height), of three images each: those of one size are scored together."""
+"""(width, height) in pixels, of three images each. Images of one size are scored in one batch."""
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 200, 30)}
 WORDS = ("STOP", "OPEN", "CAFE", "EXIT")
 SEED_STEP, MULTIPLIER, INCREMENT = 7919, 1664525, 1013904223
@@ -25,8 +25,9 @@ SEED_STEP, MULTIPLIER, INCREMENT = 7919, 1664525, 1013904223
 def probe(index: int) -> tuple[Image.Image, dict[str, Any]]:
     """Image ``index`` (0 to COUNT - 1), 8-bit RGB, and its prompt with GenEval's metadata.
 
-    In turn: coloured shapes, a word, a street sign with a word and noise around it. Every prompt has a word
-    in quotes and something to detect, so that every reward has something to judge; not all is there.
+    The images show, in turn, coloured shapes, a word, and a street sign with a word amid noise. Every prompt
+    asks for a quoted word and an object, so that every reward can judge it. Some images lack what was asked
+    for, so that scores differ.
     """
     group, kind = divmod(index, 3)
     width, height = SIZES[group]
@@ -38,9 +39,9 @@ def probe(index: int) -> tuple[Image.Image, dict[str, Any]]:
         pixels[_inside(shape, width, height, width // 3, height // 2, min(width, height) // 6)] = rgb
         other = COLORS["blue" if color != "blue" else "red"]
         pixels[_inside("square", width, height, 3 * width // 4, height // 3, min(width, height) // 9)] = other
-        words = f"a photo of {('a', 'two')[count - 1]} {color} {shape}{'s' * (count - 1)}"
+        scene = f"a photo of {('a', 'two')[count - 1]} {color} {shape}{'s' * (count - 1)}"
         include = {"class": shape, "count": count, "color": color}
-        return Image.fromarray(pixels), _row(f'{words} and the word "{word}"', include)
+        return Image.fromarray(pixels), _row(f'{scene} and the word "{word}"', include)
     if kind == 1:
         pixels[_letters(word, width, height)] = (20, 20, 20)
         return Image.fromarray(pixels), _row(f'a photo of a clock that says "{word}"', {"class": "clock"})
@@ -68,7 +69,10 @@ def _gradient(width: int, height: int, index: int) -> Bytes:
 
 
 def _noise(width: int, height: int, seed: int) -> Bytes:
-    """Three bytes a pixel of a linear congruential generator (Numerical Recipes), without any library's."""
+    """Three random bytes for each pixel, by the linear congruential generator of Numerical Recipes.
+
+    A library's generator could change between versions.
+    """
     values = np.arange(width * height * 3, dtype=np.uint32) + np.uint32(SEED_STEP * seed)
     for _ in range(3):
         values = values * np.uint32(MULTIPLIER) + np.uint32(INCREMENT)
@@ -86,7 +90,7 @@ def _inside(shape: str, width: int, height: int, x0: int, y0: int, radius: int) 
 
 
 def _letters(word: str, width: int, height: int) -> NDArray[np.bool_]:
-    """``word`` in the middle, as large as fits into two thirds of the width."""
+    """The mask (height, width) of ``word`` in the middle, scaled up to at most two thirds of the width."""
     font = ImageFont.load_default_imagefont()
     left, top, right, bottom = (int(v) for v in font.getbbox(word))
     small = Image.new("1", (right - left, bottom - top))

@@ -28,7 +28,8 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
     from rich.console import Console
 
     from posttrain.distributed.world import joined
-    from posttrain.evaluation.report.page import table, write_report
+    from posttrain.evaluation.report.page import write_report
+    from posttrain.evaluation.report.table import table
     from posttrain.support.device import resolve
 
     console = console or Console()

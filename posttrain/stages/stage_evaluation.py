@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posttrain.errors import PosttrainError
-from posttrain.evaluation.evaluate import evaluate
+from posttrain.evaluation.evaluate import Share, evaluate
 from posttrain.model import Sampler
 from posttrain.recipe.schema import BASE, Evaluation, Stage
 from posttrain.sampling.sampler import flow_sampler, sampler_of
@@ -32,8 +32,7 @@ def evaluate_stage(run: Run, evaluation: Evaluation, stage: Stage | None) -> Non
         name=name,
         weights=exported_weights(stage) if stage else BASE,
         console=run.console,
-        rank=world.rank,
-        world=world.size,
+        share=Share(world.rank, world.size),
     )
     world.barrier()
     if not (folder / "eval.json").is_file():

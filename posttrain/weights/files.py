@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 
 def header_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
-    """Name -> shape of the weights in ``folder``, from the headers of its safetensors files alone; None where
-    there are none. Raises ModelError for a file that is no safetensors file."""
+    """Read name -> shape of the weights in ``folder`` from the headers of its safetensors files.
+
+    Returns None if the folder has no such file. Raises ModelError for a file that is not a complete
+    safetensors file.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -33,41 +36,49 @@ def header_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
 
 
 def json_object(content: bytes, file: Path) -> dict[str, Any]:
-    """The JSON object in ``content``, which was read from ``file``. Raises ModelError where it is none."""
+    """Parse ``content``, the bytes of ``file``. Raises ModelError if it is not a JSON object."""
     try:
-        read = json.loads(content)
+        parsed = json.loads(content)
     except ValueError as error:
         raise ModelError(f"{str(file)!r} cannot be read: {error}") from error
-    if not isinstance(read, dict):
+    if not isinstance(parsed, dict):
         raise ModelError(f"{str(file)!r} cannot be read: it is no JSON object")
-    return read
+    return parsed
 
 
-def content_hash(folder: Path, names: Iterable[str]) -> str:
-    """The sha256 over the names and contents of all files of the components ``names`` of a pipeline."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        for file in sorted(p for p in (folder / name).rglob("*") if p.is_file()):
-            status = file.stat()
-            inside = _file_hash(file, status.st_size, status.st_mtime_ns)
-            digest.update(f"{file.relative_to(folder).as_posix()} {inside}\n".encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _file_hash(file: Path, size: int, mtime_ns: int) -> str:
-    """The file's sha256, computed once per process and state of the file: every stage loads the text
-    encoders, which have 10 GB."""
-    del size, mtime_ns
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def content_hash(folder: Path, names: Iterable[str]) -> str:
+    """The SHA-256 over the names and contents of all files of the components ``names`` in a pipeline's
+    ``folder``."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        for file in sorted(p for p in (folder / name).rglob("*") if p.is_file()):
+            status = file.stat()
+            file_hash = _sha256_once(file, status.st_size, status.st_mtime_ns)
+            digest.update(f"{file.relative_to(folder).as_posix()} {file_hash}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _sha256_once(file: Path, size: int, mtime_ns: int) -> str:
+    """The SHA-256 of ``file``, computed once per process while its size and time stay the same.
+
+    Every stage loads the text encoders, and hashing their 10 GB each time would take minutes.
+    """
+    del size, mtime_ns
+    return sha256(file)
+
+
 def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 over name, shape and float32 values of each tensor, by name."""
+    """The SHA-256 over name, shape and float32 values of each tensor, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().float().cpu().contiguous().numpy()
-        digest.update(values.data)  # a view: a large model's bytes are not copied
+        digest.update(values.data)  # a view, so that a large model is not copied
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Compares the names and shapes of weights that were read with those that a network has."""
+"""Compares the names and shapes of weights read from a file with those of a network."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHOWN = 3
-"""Differences that are named; the others are counted."""
+"""A message names this many differences and counts the others."""
 
 
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """How ``state`` does not fit a network whose weights are ``own``; None where names and shapes are equal.
+    """Say how ``state`` differs in names and shapes from ``own``, a network's weights; None if it fits.
 
-    All must fit: a layer that is left as it was made, at random, would still give images and scores.
+    Every weight must fit. A layer that keeps its random initial values would still give images and scores.
     """
     problems = [f"no {name}" for name in own if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in own]

@@ -1,4 +1,4 @@
-"""Runs Hugging Face's loaders quietly, and turns what they raise into one clear error."""
+"""Runs Hugging Face's loaders without their output, and turns what they raise into one ModelError."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posttrain.weights.pipeline_folder import local_folder
 
 @contextlib.contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Turn what a loading library raises for ``path`` into one ModelError that says what to do."""
+    """Turn any exception raised while ``path`` is loaded into a ModelError that says what to do."""
     from huggingface_hub import errors
 
     try:
@@ -32,18 +32,18 @@ def explained(path: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        hub = local_folder(path) is None and not Path(path).exists()
+        from_hub = local_folder(path) is None and not Path(path).exists()
         advice = (
             "; if the hub cannot be reached, or the model is gated (accept its licence, then "
             "`hf auth login`), give the path of a local folder"
         )
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot load {path!r}: {first}{advice if hub else ''}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot load {path!r}: {reason}{advice if from_hub else ''}") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' progress bars and advice: what matters is raised as an error."""
+    """Silence progress bars, advice and warnings of diffusers and transformers; errors still raise."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -54,7 +54,7 @@ def quiet() -> Iterator[None]:
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # diffusers renames torch_dtype to dtype; the old name is what all versions understand
+            # newer versions of diffusers prefer dtype, but only torch_dtype works in every version
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             yield
     finally:

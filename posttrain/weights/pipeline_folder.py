@@ -1,4 +1,4 @@
-"""Reads and writes the folders of diffusers pipelines: where one lies, its index, its configurations."""
+"""Finds the folder of a diffusers pipeline, and reads and writes its index and configurations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from posttrain.weights.files import header_shapes, json_object
 
 ASSETS = Path(str(files("posttrain"))) / "assets"
 SHIPPED = "posttrain/"
-"""The prefix of the names of models that come with the package."""
+"""Names of the models that come with the package begin with this."""
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder that ``path`` names on this machine (a hub name's cached snapshot included), if any."""
+    """The folder that ``path`` names on this machine, or None.
+
+    ``path`` is the name of a shipped model, a folder, or a hub name; for a hub name this is the snapshot in
+    the hub's cache.
+    """
     if path.startswith(SHIPPED):
         folder = ASSETS / path.removeprefix(SHIPPED)
         return folder if folder.is_dir() else None
@@ -36,15 +40,16 @@ def local_folder(path: str) -> Path | None:
 
 
 def missing(path: str, component: str, pipelines: Sequence[str]) -> str | None:
-    """Why ``path`` cannot be loaded as one of ``pipelines``, whose ``component`` is the denoiser; None where
-    nothing is wrong. Nothing is loaded and no network is used."""
+    """Say why ``path`` cannot be loaded as a pipeline of one of the classes ``pipelines``; None if it can.
+
+    ``component`` is the folder of its denoiser. Loads no weights and uses no network, so a hub name that is
+    not in the cache passes.
+    """
     folder = local_folder(path)
     if folder is None:
         if path.startswith(SHIPPED):
-            have = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
-            return (
-                f"model.path: no model {path!r} comes with posttrain; there are {[SHIPPED + n for n in have]}"
-            )
+            shipped = [SHIPPED + p.name for p in sorted(ASSETS.glob("*")) if p.is_dir()]
+            return f"model.path: no model {path!r} comes with posttrain; there are {shipped}"
         if _looks_local(path):
             return f"model.path: the folder {str(Path(path).expanduser().absolute())!r} does not exist"
         return None
@@ -52,21 +57,21 @@ def missing(path: str, component: str, pipelines: Sequence[str]) -> str | None:
         return f"model.path: {str(folder)!r} holds no model_index.json, so it is no diffusers pipeline folder"
     try:
         index = folder / "model_index.json"
-        kind = json_object(index.read_bytes(), index).get("_class_name")
-        for part in ("vae", component):
-            config(path, part)
+        pipeline = json_object(index.read_bytes(), index).get("_class_name")
+        for name in ("vae", component):
+            config(path, name)
         header_shapes(folder / component)
     except ModelError as error:
         return f"model.path: {error}"
-    if kind not in pipelines:
-        return f"model.path: {str(folder)!r} is a {kind}, not a {' or '.join(pipelines)}"
+    if pipeline not in pipelines:
+        return f"model.path: {str(folder)!r} is a {pipeline}, not a {' or '.join(pipelines)}"
     if not (folder / component).is_dir():
         return f"model.path: {str(folder)!r} has no folder {component!r}"
     return None
 
 
 def index_of(path: str) -> dict[str, Any] | None:
-    """A pipeline's ``model_index.json``, fetched where ``path`` is a hub name; None where there is none."""
+    """A pipeline's ``model_index.json``, downloaded if ``path`` is a hub name; None if there is none."""
     folder = local_folder(path)
     if folder is None and not _looks_local(path) and not path.startswith(SHIPPED):
         from huggingface_hub import hf_hub_download
@@ -79,7 +84,7 @@ def index_of(path: str) -> dict[str, Any] | None:
 
 
 def config(path: str, component: str, name: str = "config.json") -> dict[str, Any] | None:
-    """A component's ``config.json``, where it is on this machine."""
+    """A component's ``config.json``, or its file ``name``; None if it is not on this machine."""
     folder = local_folder(path)
     if folder is None or not (file := folder / component / name).is_file():
         return None
@@ -87,16 +92,16 @@ def config(path: str, component: str, name: str = "config.json") -> dict[str, An
 
 
 def components(folder: Path) -> set[str]:
-    """The components that a pipeline folder's index says it has."""
+    """The names of the components in the index of a pipeline's ``folder``."""
     index = json.loads((folder / "model_index.json").read_text())
     return {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
 
 
 def link_components(origin: Path, folder: Path, names: Iterable[str]) -> None:
-    """Put the components ``names`` of the pipeline at ``origin`` into ``folder`` as they are.
+    """Put the components ``names`` of the pipeline at ``origin`` into ``folder`` unchanged.
 
-    They are hard links where the file system allows it, so a stage does not cost the disk another copy of
-    the text encoders.
+    Their files become hard links if the file system allows it, else copies. So a stage takes no disk space
+    for another copy of the text encoders.
     """
     for file in sorted(p for name in names for p in (origin / name).rglob("*") if p.is_file()):
         target = folder / file.relative_to(origin)
@@ -108,16 +113,16 @@ def link_components(origin: Path, folder: Path, names: Iterable[str]) -> None:
 
 
 def write_index(origin: Path, folder: Path, used: Iterable[str]) -> None:
-    """Write ``model_index.json`` as at ``origin``, with the components that are not ``used`` marked so."""
-    index, kept = json.loads((origin / "model_index.json").read_text()), set(used)
+    """Copy ``model_index.json`` from ``origin``, with components outside ``used`` marked as absent."""
+    index, present = json.loads((origin / "model_index.json").read_text()), set(used)
     for name, value in index.items():
-        if isinstance(value, list) and name not in kept:
+        if isinstance(value, list) and name not in present:
             index[name] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _looks_local(path: str) -> bool:
-    # a name that the hub would refuse, such as "models/", is a folder that is not there
+    # the hub refuses such names, for example "models/", so a folder must be meant
     return not re.fullmatch(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", path, re.ASCII) or bool(
         re.search(r"--|\.\.|\.git$|.{97}", path)
     )

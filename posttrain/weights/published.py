@@ -1,4 +1,4 @@
-"""Where do a reward's published weights come from, and are they on this machine?"""
+"""Describes published weights, finds them on this machine, and fetches them from a model hub."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from pathlib import Path
 
 from posttrain.errors import RewardError
 from posttrain.support.paths import is_path
+from posttrain.weights.files import sha256
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Files of a model hub's repository; a reward's field names the repository, or a local copy."""
+    """Weight files in a repository of a model hub.
+
+    A field of a reward names the repository or a local copy; its value is called ``source`` below.
+    """
 
     files: tuple[str, ...]
-    """Names or patterns, relative to the repository; each must be there."""
+    """File names or patterns, relative to the repository; each must match a file."""
     size: int
-    """Bytes to download, about."""
+    """Approximate download size in bytes."""
     licence: str
 
     def local(self, source: str) -> Path | None:
-        """The folder, or the one file, that ``source`` names on this machine; None if it is not there.
+        """The folder that ``source`` names on this machine, or the file if :attr:`files` has only one.
 
-        ``source`` is a folder, a file where there is but one, or a repository that was fetched before.
+        ``source`` is a folder, a file (if one is needed), or a repository that was fetched before. None if
+        a file is missing.
         """
         given = Path(source).expanduser()
         if given.is_file() and len(self.files) == 1:
@@ -33,29 +38,29 @@ class Weights:
         return folder / self.files[0] if len(self.files) == 1 else folder
 
     def located(self, source: str) -> Path:
-        """As :meth:`local`, fetched from the hub where it is not there. Raises RewardError."""
-        if (found := self.local(source)) is not None:
-            return found
+        """As :meth:`local`, but fetch from the hub what is not on this machine. Raises RewardError."""
+        if (path := self.local(source)) is not None:
+            return path
         if is_path(source, hub=True):
             raise RewardError(f"{source!r} is no folder with {', '.join(self.files)}")
         return self.fetch(source)
 
     def fetch(self, repo: str) -> Path:
-        """As :meth:`located` of a repository, its files downloaded where need be and checked by their hash.
-        Raises RewardError."""
+        """Download the files of ``repo`` that are not on this machine, and check the hash of every file.
+
+        Returns the folder, or the file if :attr:`files` has only one. Raises RewardError.
+        """
         from posttrain.weights.hub import fetch
 
         folder = fetch(repo, self.files)
         return folder / self.files[0] if len(self.files) == 1 else folder
 
-    def hashes(self, found: Path) -> dict[str, str]:
-        """File -> SHA-256, of what :meth:`located` found."""
-        from posttrain.weights.hub import sha256
-
-        if found.is_file():
-            return {self.files[0]: sha256(found)}
-        files = (file for pattern in self.files for file in sorted(found.glob(pattern)))
-        return {file.relative_to(found).as_posix(): sha256(file) for file in files}
+    def hashes(self, path: Path) -> dict[str, str]:
+        """File name -> SHA-256 of each file at ``path``, which :meth:`located` returned."""
+        if path.is_file():
+            return {self.files[0]: sha256(path)}
+        files = (file for pattern in self.files for file in sorted(path.glob(pattern)))
+        return {file.relative_to(path).as_posix(): sha256(file) for file in files}
 
 
 def _cached(repo: str, files: tuple[str, ...]) -> Path | None:

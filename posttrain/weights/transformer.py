@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER = "default"
-"""The name of the adapter that a stage trains."""
+"""peft's name for the adapter that a stage trains."""
 LORA = "pytorch_lora_weights.safetensors"
-"""The name by which diffusers finds an adapter in a folder."""
+"""The file name under which diffusers looks for an adapter in a folder."""
 
 
 def save_component(
     module: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write ``module`` in diffusers' layout, its weights in ``dtype``; those that ``weights`` names have the
-    values given there."""
+    """Write ``module`` to ``folder`` in diffusers' layout, its weights in ``dtype``.
+
+    ``weights`` holds values, by parameter name, that replace the module's own.
+    """
     from huggingface_hub import save_torch_state_dict
 
     state = {
@@ -38,8 +40,10 @@ def save_component(
 
 
 def load_component(module: torch.nn.Module, source: Path) -> None:
-    """Load every weight of ``module`` from a pipeline or component folder. Raises ModelError where a
-    weight is missing, unexpected or of another shape."""
+    """Load every weight of ``module`` from ``source``, a pipeline's folder or a component's.
+
+    Raises ModelError if a weight is missing, unexpected or of another shape.
+    """
     from safetensors.torch import load_file
 
     folder = source / "transformer" if (source / "transformer").is_dir() else source
@@ -56,8 +60,10 @@ def load_component(module: torch.nn.Module, source: Path) -> None:
 
 
 def adapter_state(transformer: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of the trained adapter as diffusers names them, with the values that ``weights`` gives them
-    by parameter name."""
+    """The tensors of the trained adapter under diffusers' names, on the CPU.
+
+    ``weights`` holds their values by parameter name.
+    """
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(transformer, dict(weights), adapter_name=ADAPTER)
@@ -65,8 +71,10 @@ def adapter_state(transformer: Any, weights: Mapping[str, torch.Tensor]) -> dict
 
 
 def save_adapter(transformer: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write the trained adapter of a transformer that has diffusers' PeftAdapterMixin; ``weights`` are its
-    tensors by parameter name."""
+    """Write the trained adapter of ``transformer`` to ``folder``, for diffusers' ``load_lora_weights``.
+
+    The transformer has diffusers' PeftAdapterMixin. ``weights`` holds the adapter's values by parameter name.
+    """
     from safetensors.torch import save_file
 
     config = {f"transformer.{k}": v for k, v in transformer.peft_config[ADAPTER].to_dict().items()}
@@ -77,8 +85,11 @@ def save_adapter(transformer: Any, folder: Path, weights: Mapping[str, torch.Ten
 
 
 def load_adapter(transformer: Any, file: Path, *, merge: bool) -> None:
-    """Add the adapter in ``file`` to a transformer that has diffusers' PeftAdapterMixin: merged into the
-    weights, or kept beside them, active. Raises ModelError where it does not fit."""
+    """Add the adapter in ``file`` to ``transformer``, which has diffusers' PeftAdapterMixin.
+
+    It is merged into the weights, or stays an active adapter beside them. Raises ModelError if it does not
+    fit.
+    """
     with quiet(), explained(str(file)):
         name = next_adapter(transformer)
         transformer.load_lora_adapter(str(file.parent), adapter_name=name, weight_name=file.name)
@@ -88,5 +99,5 @@ def load_adapter(transformer: Any, file: Path, *, merge: bool) -> None:
 
 
 def next_adapter(transformer: Any) -> str:
-    """A name that no adapter of ``transformer`` has: they count up from ``before_0``."""
+    """A name that no adapter of ``transformer`` has yet: ``before_0``, ``before_1``, and so on."""
     return f"before_{len(getattr(transformer, 'peft_config', None) or {})}"

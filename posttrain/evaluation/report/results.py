@@ -1,4 +1,4 @@
-"""What came out of a run? Its folder, read into plain records for the table and the report."""
+"""Reads a run folder into plain records, for the table and the report."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from typing import Any
 
 from posttrain.engine.tracker import read_metrics
 from posttrain.evaluation.intervals import paired_difference
+from posttrain.support.wording import short
 
 
 @dataclass
 class StageResult:
-    """One row of the table; what is not there yet is empty."""
+    """The results of one stage, or of the base model. What a stage has not written yet is empty."""
 
     name: str
     algorithm: str | None
     parent: str | None
     account: dict[str, Any] = field(default_factory=dict)
-    """``stage.json``: steps, forward_equivalents, images_per_second, peak_memory_bytes, ..."""
+    """The content of ``stage.json``: steps, forward_equivalents, images_per_second, and so on."""
     card: dict[str, Any] = field(default_factory=dict)
-    """``evaluation/eval.json``."""
+    """The content of ``evaluation/eval.json``."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """``evaluation/records.jsonl``."""
+    """The rows of ``evaluation/records.jsonl``."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    """The rows of ``metrics.jsonl``."""
     images: dict[str, Path] = field(default_factory=dict)
-    """Prompt -> image of the evaluation's grid."""
+    """Prompt -> its image in the evaluation's grid."""
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Score -> its mean, low, high, count and direction."""
+        """Name of a score -> its mean, low, high, count and higher_is_better."""
         return self.card.get("scores", {})
 
 
 @dataclass
 class Results:
-    """Everything that a run folder says."""
+    """The results of a run. The first stage is the base model."""
 
     name: str
     stages: list[StageResult]
@@ -45,7 +47,7 @@ class Results:
 
     @property
     def score_names(self) -> list[str]:
-        """The scores in the order in which they were measured."""
+        """The names of the scores, in the order in which they were measured."""
         return list(dict.fromkeys(name for stage in self.stages for name in stage.scores))
 
 
@@ -61,7 +63,10 @@ def load_results(run: Path) -> Results:
 
 
 def difference(base: StageResult, other: StageResult, score: str) -> tuple[float, float, float] | None:
-    """Mean gain of ``other`` over ``base`` on the same samples, with its paired bootstrap interval."""
+    """The mean gain of ``other`` over ``base`` on the samples that both have, and its 95 % interval.
+
+    None if they share no sample with that score.
+    """
     before = {(r["prompt"], r["index"]): r["scores"] for r in base.samples}
     pairs = [
         (before[key][score], r["scores"][score], r["prompt"])
@@ -75,24 +80,42 @@ def difference(base: StageResult, other: StageResult, score: str) -> tuple[float
 
 
 def verdict(results: Results) -> str:
-    """One sentence: which stage is best on the first score, and whether that is more than chance."""
+    """A sentence that says which stage is best on the first score, and whether that is significant."""
     if not results.score_names:
         return "Nothing has been evaluated."
     score, base = results.score_names[0], results.stages[0]
-    measured = [s for s in results.stages if score in s.scores]
-    sign = 1 if measured[0].scores[score].get("higher_is_better", True) else -1
-    best = max(measured, key=lambda s: sign * s.scores[score]["mean"])
+    best = best_stage(results, score)
     mean = best.scores[score]["mean"]
     if best is base:
         return f"No stage beats the base model on {score} ({mean:.3f})."
     if (gain := difference(base, best, score)) is None:
         return f"{best.name} scores best on {score} ({mean:.3f})."
     change, low, high = gain
-    sure = "" if low > 0 or high < 0 else ", which is not significant"
+    remark = "" if low > 0 or high < 0 else ", which is not significant"
     return (
         f"{best.name} scores best on {score}: {mean:.3f}, {change:+.3f} against the base model "
-        f"(95 % interval {low:+.3f} to {high:+.3f}, paired over prompts){sure}."
+        f"(95 % interval {low:+.3f} to {high:+.3f}, paired over prompts){remark}."
     )
+
+
+def best_stage(results: Results, score: str) -> StageResult:
+    """The stage with the best mean of ``score``, which at least one stage must have."""
+    measured = [s for s in results.stages if score in s.scores]
+    sign = 1 if measured[0].scores[score].get("higher_is_better", True) else -1
+    return max(measured, key=lambda s: sign * s.scores[score]["mean"])
+
+
+def cost_texts(stage: StageResult) -> list[str]:
+    """What a stage cost: forward-equivalents, images per second, peak memory, steps, trained parameters."""
+    account = stage.account
+    rate = account.get("images_per_second")
+    return [
+        short(account.get("forward_equivalents")),
+        "–" if rate is None else f"{rate:.1f}",
+        short(account.get("peak_memory_bytes"), "B"),
+        short(account.get("steps")),
+        short(account.get("trainable_parameters")),
+    ]
 
 
 def _stage(folder: Path, row: dict[str, Any]) -> StageResult:

@@ -1,8 +1,8 @@
-"""How do images and scores travel between a run and a reward server, without a bit changed?
+"""Packs images and scores for the way between a run and a reward server, without changing a bit.
 
-A request is a safetensors file: the tensor ``images`` (n, 3, h, w) float32, and in its metadata ``prompts``
-and ``rows`` (what the prompt file says of each), JSON both. An answer is JSON: ``value`` and ``details``,
-numbers that give each float32 exactly. Nothing in either can run code.
+A request is a safetensors file. It has the tensor ``images`` (n, 3, h, w) float32, and in its metadata, as
+JSON, ``prompts`` and ``rows`` (each prompt's row of the prompt file). An answer is JSON with ``value`` and
+``details``, whose numbers have enough digits to give each float32 exactly. Neither format can hold code.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor
 
 from posttrain.reward import Scores
 
-HEADER = struct.Struct("<Q")
-"""The length of safetensors' header, which stands before it."""
+HEADER_LENGTH = struct.Struct("<Q")
+"""A safetensors file begins with the length of its header in bytes."""
 
 
 def packed(images: Tensor, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The body of a request."""
+    """Pack n images (n, 3, h, w), prompts and rows into the body of a request."""
     texts = {"prompts": json.dumps(list(prompts)), "rows": json.dumps([dict(row) for row in rows])}
     return save({"images": images.detach().cpu().float().contiguous()}, texts)
 
 
 def unpacked(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """Images, prompts and rows of a request. Raises ValueError, saying what is wrong with it."""
+    """The images, prompts and rows in the body of a request. Raises ValueError if it is malformed."""
     try:
         images = load(body)["images"]
-        (length,) = HEADER.unpack_from(body)
-        texts = json.loads(body[HEADER.size : HEADER.size + length])["__metadata__"]
+        (length,) = HEADER_LENGTH.unpack_from(body)
+        texts = json.loads(body[HEADER_LENGTH.size : HEADER_LENGTH.size + length])["__metadata__"]
         prompts, rows = json.loads(texts["prompts"]), json.loads(texts["rows"])
     except (SafetensorError, ValueError, KeyError, struct.error, RecursionError) as error:
         raise ValueError(
@@ -54,7 +54,7 @@ def unpacked(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
 
 
 def answer(scores: Scores) -> dict[str, Any]:
-    """``scores`` as JSON data."""
+    """The JSON object that answers a request."""
     return {
         "value": scores.value.float().tolist(),
         "details": {name: values.float().tolist() for name, values in scores.details.items()},
@@ -62,7 +62,7 @@ def answer(scores: Scores) -> dict[str, Any]:
 
 
 def scores_of(data: Any, count: int) -> Scores:
-    """The scores in an answer for ``count`` images. Raises ValueError where they are none."""
+    """The scores in ``data``, an answer for ``count`` images. Raises ValueError if it is malformed."""
     if not isinstance(data, dict) or not isinstance(data.get("value"), list):
         raise ValueError("no list 'value' of scores")
     details = data.get("details", {})
@@ -76,11 +76,11 @@ def scores_of(data: Any, count: int) -> Scores:
 
 def _tensor(name: str, values: Any, count: int) -> Tensor:
     if not isinstance(values, list) or len(values) != count:
-        found = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
-        raise ValueError(f"{name}: {found} for {count} images")
-    # bool is an int to Python; a verdict that arrives as one was not written by a reward server
-    if bad := next((v for v in values if not isinstance(v, (int, float)) or isinstance(v, bool)), None):
-        raise ValueError(f"{name}: {bad!r} is no number")
+        given = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
+        raise ValueError(f"{name}: {given} for {count} images")
+    # bool is refused although Python counts it as an int: no reward server sends it
+    if bad := [v for v in values if not isinstance(v, (int, float)) or isinstance(v, bool)]:
+        raise ValueError(f"{name}: {bad[0]!r} is no number")
     try:
         tensor = torch.tensor([float(v) for v in values], dtype=torch.float32)
     except OverflowError as error:

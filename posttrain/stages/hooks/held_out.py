@@ -15,7 +15,7 @@ from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import EMA
 from posttrain.errors import TrainingError
 from posttrain.sampling.sampler import FlowSampler
-from posttrain.scoring.batches import numbered, scored, scorers_of
+from posttrain.scoring.batches import draw_and_score, load_scorers, samples_of
 from posttrain.stages.hooks.checkpoints import Checkpoints
 from posttrain.stages.hooks.hook import Hook
 from posttrain.stages.stage_run import Training
@@ -73,18 +73,18 @@ class HeldOut(Hook):
         """The records of all held-out samples; each process draws and scores a share of them."""
         evaluation, world = self.evaluation, self.run.world
         rows = prompt_rows(evaluation.prompts, evaluation.rewards)[: self.monitor.prompts]
-        samples = numbered(rows, 1)
+        samples = samples_of(rows, 1)
         share = -(-len(samples) // world.size)
         # under sharding every process must make as many forwards, so the last ones repeat samples
         own_samples = (samples * world.size)[world.rank * share :][:share]
         with self.policy.using(EMA if EMA in self.policy.roles else None):
-            batches = scored(FlowSampler(self.policy), evaluation, own_samples, self._scorers)
+            batches = draw_and_score(FlowSampler(self.policy), evaluation, own_samples, self._scorers)
             own_records = [record for records, _ in batches for record in records]
         return list(chain.from_iterable(world.gather_objects(own_records)))[: len(samples)]
 
     @functools.cached_property
     def _scorers(self) -> dict[str, Scorer]:
-        return scorers_of(self.evaluation.rewards, self.policy.model.device)
+        return load_scorers(self.evaluation.rewards, self.policy.model.device)
 
     def _act(self, step: int) -> None:
         """Raise the alarms of this reading, or protect its checkpoint where a rollback may need it."""
