@@ -57,7 +57,7 @@ def run(
     Under torchrun, accelerate launch or srun it is one of the processes that these started.
     """
     del debug
-    from posttrain.distributed.launch import share
+    from posttrain.distributed.launch import run_in_processes
     from posttrain.recipe.file import check_or_raise, load_recipe
     from posttrain.stages.chain import check_processes
     from posttrain.stages.chain import run as run_recipe
@@ -69,7 +69,7 @@ def run(
     # what every process would say is said once
     check_or_raise(loaded)
     check_processes(loaded, nproc)
-    share(nproc)
+    run_in_processes(nproc)
 
 
 @app.command()

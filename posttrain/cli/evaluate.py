@@ -41,7 +41,8 @@ def evaluate_model(
     Given again, it goes on where it stopped.
     """
     del debug
-    from posttrain.distributed.launch import CHILD, place, share
+    from posttrain.distributed.environment import rank_and_world_size
+    from posttrain.distributed.launch import CHILD, run_in_processes
     from posttrain.errors import PosttrainError
     from posttrain.evaluation.evaluate import evaluate
     from posttrain.evaluation.report.page import card_table
@@ -56,11 +57,11 @@ def evaluate_model(
     parts = [p for p in Path(model).parts if p not in ("/", ".", "..", "final")]
     name = "-".join(["eval", *parts[-2:], *([suite] if suite else [])])
     target = output or Path("runs") / name
-    rank, world = place()
+    rank, world = rank_and_world_size()
     if processes > 1:
         if device.startswith("cuda:"):
             raise PosttrainError(f"--device {device} is one GPU, and each process has its own: give 'cuda'")
-        share(processes)
+        run_in_processes(processes)
     set_tf32(False)
     sampler, found = open_sampler(model, resolve(device), settings, base, weights)
     card = evaluate(
