@@ -9,7 +9,7 @@ from forked import posttrain, start
 from PIL import ExifTags, Image
 from rich.console import Console
 
-from posttrain.distributed.launch import place
+from posttrain.distributed.environment import rank_and_world_size
 from posttrain.errors import PosttrainError, RecipeError, RewardError
 from posttrain.evaluation.card import differing
 from posttrain.evaluation.compare import compare_table, load, worded, write_page
@@ -179,13 +179,16 @@ def test_processes_that_start_at_once_share_and_do_not_collide(prompts, tmp_path
         assert not (tmp_path / "e" / str(i) / "parts").exists()
 
 
-def test_what_is_in_the_environment_must_be_a_place(monkeypatch):
-    assert place() == (0, 1)
+def test_the_rank_in_the_environment_must_be_below_the_world_size(monkeypatch):
+    assert rank_and_world_size() == (0, 1)
     for rank, world in (("8", "8"), ("-1", "2"), ("a", "2")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", world)
-        with pytest.raises(PosttrainError, match=f"RANK={rank} of WORLD_SIZE={world}"):
-            place()
+        with pytest.raises(
+            PosttrainError,
+            match=f"RANK={rank} and WORLD_SIZE={world} in the environment: RANK must be from 0",
+        ):
+            rank_and_world_size()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])

@@ -17,7 +17,8 @@ from processes import run_jobs
 from runs import HEAD, stage
 from safetensors.torch import load_file
 
-from posttrain.distributed.launch import MPI, _free_port, _stop_if_failed, place, share
+from posttrain.distributed.environment import MPI, rank_and_world_size
+from posttrain.distributed.launch import _free_port, _stop_if_failed, run_in_processes
 from posttrain.engine import checkpoint
 from posttrain.engine.tracker import read_metrics
 from posttrain.errors import PosttrainError, RecipeError
@@ -327,7 +328,7 @@ def test_a_task_of_srun_knows_its_place(nowhere):
     for name, value in slurm.items():
         nowhere.setenv(f"SLURM_{name}", str(value))
     nowhere.setenv("SLURM_STEP_NODELIST", "node3,node4")
-    assert place() == (5, 8)
+    assert rank_and_world_size() == (5, 8)
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["1", "4", "node3", "21234"]
 
@@ -336,23 +337,23 @@ def test_a_task_of_srun_knows_its_place(nowhere):
 def test_a_process_of_mpirun_knows_its_place(nowhere, words):
     for name, value in zip(words, (5, 8, 1, 4), strict=True):
         nowhere.setenv(name, str(value))
-    assert place() == (5, 8)
+    assert rank_and_world_size() == (5, 8)
     assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "4")
 
 
 def test_one_process_where_accelerate_meant_two_is_refused(nowhere):
     nowhere.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert place() == (0, 1)  # accelerate launch --num_processes 1
+    assert rank_and_world_size() == (0, 1)  # accelerate launch --num_processes 1
     nowhere.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(PosttrainError, match="started this one alone"):
-        place()
+        rank_and_world_size()
 
 
 def test_processes_of_a_launcher_start_no_others(nowhere):
     nowhere.setenv("RANK", "1")
     nowhere.setenv("WORLD_SIZE", "2")
     with pytest.raises(PosttrainError, match="process 1 of 2 that a launcher started: leave"):
-        share(2)
+        run_in_processes(2)
 
 
 def test_of_processes_that_failed_the_killed_one_is_named():

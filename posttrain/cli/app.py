@@ -55,7 +55,7 @@ def run(
     The same command resumes an interrupted run. It also works under torchrun, accelerate launch and srun.
     """
     del debug
-    from posttrain.distributed.launch import share
+    from posttrain.distributed.launch import run_in_processes
     from posttrain.recipe.file import check_or_raise, load_recipe
     from posttrain.stages.chain import run as run_recipe
     from posttrain.stages.processes import check_processes
@@ -67,7 +67,7 @@ def run(
     # check once here, not once in every process
     check_or_raise(loaded)
     check_processes(loaded, nproc)
-    share(nproc)
+    run_in_processes(nproc)
 
 
 @app.command()

@@ -48,7 +48,8 @@ def evaluate_model(
     The same command resumes an interrupted evaluation.
     """
     del debug
-    from posttrain.distributed.launch import CHILD, place, share
+    from posttrain.distributed.environment import rank_and_world_size
+    from posttrain.distributed.launch import CHILD, run_in_processes
     from posttrain.errors import PosttrainError
     from posttrain.evaluation.evaluate import Share, evaluate
     from posttrain.evaluation.report.table import card_table
@@ -61,11 +62,11 @@ def evaluate_model(
     console = terminal()
     settings = evaluation_settings(suite, like, prompts, reward or (), overrides or ())
     target = output or Path("runs") / _default_name(model, suite)
-    own_share = Share(*place())
+    own_share = Share(*rank_and_world_size())
     if processes > 1:
         if device.startswith("cuda:"):
             raise PosttrainError(f"--device {device} is one GPU, but each process needs its own: give 'cuda'")
-        share(processes)
+        run_in_processes(processes)
     set_tf32(False)
     sampler, weights_used = open_sampler(model, resolve(device), settings, base, weights)
     card = evaluate(

@@ -1,1 +1,1 @@
-"""The processes of a run: how they are started, found, and how they exchange values."""
+"""The processes of a run: how they start, know their rank, and exchange values."""

@@ -89,8 +89,8 @@ class DeepSpeed(Parallel):
         """As in DeepSpeed 0.19.8, with trained weights in float32."""
         stage, fraction = self.stage, 1 / processes
         offloads = self._offloads("optimizer")
-        # the optimizer steps a flat copy of its shard. On the host, it also has a copy of the gradients;
-        # ZeRO-1 and 2 keep one of the weights to send back, and ZeRO-1 one in which gradients add up
+        # The optimizer steps a flat copy of its shard. On the host there is also a copy of the gradients; in
+        # ZeRO-1 and 2 one of the weights, to send back; and in ZeRO-1 one in which gradients add up.
         copies = Share({1: 4, 2: 3, 3: 2}[stage] * fraction, True) if offloads else Share(fraction)
         return Shares(
             weights=Share(fraction, self._offloads("param")) if stage == 3 else Share(),
