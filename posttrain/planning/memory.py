@@ -1,4 +1,4 @@
-"""Adds up the memory of one device, part by part, in the phase that needs most."""
+"""Adds up the memory of one device, part by part, in its largest phase."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def memory(
     memory, as a CPU, it holds everything itself.
     """
 
-    def on(host: bool, part: Part, size: float) -> float:
-        return size * part.of if (part.on_host and separate) == host else 0.0
+    def on(host: bool, share: Part, size: float) -> float:
+        return size * share.of if (share.on_host and separate) == host else 0.0
 
     def parts(phase: Phase, host: bool = False) -> dict[str, float]:
         weights = on(host, shares.weights, 4 * sizes.trained + sizes.frozen)
