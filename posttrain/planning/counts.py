@@ -1,4 +1,4 @@
-"""Counts the FLOPs and bytes of a model's parts for images of a size, each once."""
+"""Counts the FLOPs and bytes of a model's work on images of one size, and remembers them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Line:
 
 
 class Counts:
-    """The FLOPs and bytes of one model, in training and at rest."""
+    """The FLOPs and peak bytes of one model, each counted once."""
 
     def __init__(self, model: Model, *, cuda: bool) -> None:
         self.model, self.cuda = model, cuda

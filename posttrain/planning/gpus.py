@@ -113,5 +113,5 @@ def here() -> Device:
 
 
 def _plain(name: str) -> str:
-    words = re.sub(r"nvidia|geforce|amd|instinct|tensor core|sxm\d?|hbm\d?e?|gpu", "", name.lower())
-    return "".join(c for c in words if c.isalnum())
+    model = re.sub(r"nvidia|geforce|amd|instinct|tensor core|sxm\d?|hbm\d?e?|gpu", "", name.lower())
+    return "".join(c for c in model if c.isalnum())

@@ -116,8 +116,8 @@ def _time(all_needs: list[Needs], budget: Budget) -> Table:
         columns.append(Needs("together", all_needs[0].memory, rollout, training, disk))
     table = _table("time", [needs.name for needs in columns])
 
-    def share(part: Callable[[Needs], Work]) -> list[str]:
-        shares = [(budget.seconds(part(needs)), budget.seconds(needs.work)) for needs in columns]
+    def share(work_of: Callable[[Needs], Work]) -> list[str]:
+        shares = [(budget.seconds(work_of(needs)), budget.seconds(needs.work)) for needs in columns]
         return [f"{one / all_:.0%}" if all_ else NONE for one, all_ in shares]
 
     seconds = [budget.seconds(needs.work) for needs in columns]

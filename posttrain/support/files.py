@@ -31,9 +31,9 @@ def write(file: Path, content: str | bytes) -> None:
     Raises PosttrainError if it cannot be written; an existing file is then unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    with writing(file, len(data)), aside(file, shared=True) as part:
-        part.write_bytes(data)
-        publish(part, file)
+    with writing(file, len(data)), aside(file, shared=True) as unfinished:
+        unfinished.write_bytes(data)
+        publish(unfinished, file)
 
 
 @contextlib.contextmanager
@@ -43,10 +43,10 @@ def published(folder: Path, needs: int | None = None) -> Iterator[Path]:
     ``needs`` is the least number of bytes that it takes, for the error message. Raises PosttrainError if it
     cannot be written; an existing folder is then unchanged.
     """
-    with writing(folder, needs), aside(folder) as part:
-        part.mkdir()
-        yield part
-        publish(part, folder)
+    with writing(folder, needs), aside(folder) as unfinished:
+        unfinished.mkdir()
+        yield unfinished
+        publish(unfinished, folder)
 
 
 @contextlib.contextmanager
@@ -58,40 +58,40 @@ def aside(target: Path, *, shared: bool = False) -> Iterator[Path]:
     time, and the remains of a killed process are removed first.
     """
     own = f".{secrets.token_hex(4)}" if shared else ""
-    part = target.with_name(f".{target.name}{own}.part")
-    _remove(part)
+    unfinished = target.with_name(f".{target.name}{own}.part")
+    _remove(unfinished)
     target.parent.mkdir(parents=True, exist_ok=True)
     if (before := _before(target)).exists() and not target.exists():
         before.rename(target)  # a kill came between publish's two renames
     try:
-        yield part
+        yield unfinished
     finally:
-        _remove(part)
+        _remove(unfinished)
 
 
-def publish(part: Path, target: Path, *, replace: bool = True) -> None:
-    """Flush ``part``, a file or folder, to the disk and rename it to ``target``, which it replaces.
+def publish(unfinished: Path, target: Path, *, replace: bool = True) -> None:
+    """Flush ``unfinished``, a file or folder, to the disk and rename it to ``target``, which it replaces.
 
     Raises OSError, also if ``replace`` is False and ``target`` is a folder that is not empty.
     """
-    for file in part.rglob("*") if part.is_dir() else [part]:
+    for file in unfinished.rglob("*") if unfinished.is_dir() else [unfinished]:
         _flush(file)
-    if replace and part.is_dir() and target.is_dir():
+    if replace and unfinished.is_dir() and target.is_dir():
         # Python has no call that swaps two folders
         before = _before(target)
         _remove(before)
         target.rename(before)
         try:
-            part.rename(target)
+            unfinished.rename(target)
         except BaseException:
             if not target.exists():
                 before.rename(target)
             raise
         _remove(before)
-    elif part.is_dir():
-        part.rename(target)
+    elif unfinished.is_dir():
+        unfinished.rename(target)
     else:
-        part.replace(target)
+        unfinished.replace(target)
     _flush(target.parent)
 
 
