@@ -9,6 +9,7 @@ import pytest
 from forked import ROOT, posttrain
 from runs import EVALUATION, HEAD, recipe, run_quietly, stage
 
+
 def test_help_needs_no_torch():
     command = [sys.executable, "-m", "posttrain", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from forked import posttrain, start
 from PIL import ExifTags, Image
 from rich.console import Console
-from forked import posttrain, start
 
 from posttrain.distributed.launch import place
 from posttrain.errors import PosttrainError, RecipeError, RewardError

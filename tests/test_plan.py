@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import finished, posttrain
 from rich.console import Console
-from forked import posttrain
 
 from posttrain.algorithm import Algorithm
 from posttrain.engine.rehearsal import rehearse
@@ -534,19 +535,14 @@ MORE = [pytest.param(name, marks=pytest.mark.matrix) for name in ("sft_step", "n
 def test_every_benchmark_runs_and_its_figures_are_read_by_the_plan(tmp_path, name):
     extra = {"evaluation": ["--images", "2", "--steps", "2"], "soar_step": ["--points", "1"]}
     small = ["--steps", "2", "--group", "2"] if name.endswith("iteration") else extra.get(name, [])
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / f"{name}.py"),
-        "--batch",
-        "2",
-        "--rounds",
-        "1",
-        *small,
-    ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--output", "b.json"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
+    file = str(ROOT / "benchmarks" / f"{name}.py")
+
+    def program():
+        sys.argv = [file, "--batch", "2", "--rounds", "1", *small, "--output", "b.json"]
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        runpy.run_path(file, run_name="__main__")
+
+    done = finished(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "times as fast" in done.stdout
     assert json.loads((tmp_path / "b.json").read_text())["engine"]["mfu"] > 0
