@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import start
+from forked import posttrain, start
 from pipelines import pipeline_folder
 from processes import run_jobs
 from runs import HEAD, stage
@@ -146,6 +146,7 @@ def assert_in_parts(folder, sharded):
 def compare(tmp_path, algorithms, strategies, tunes, half=False):
     """Of each algorithm and tuning, one process against two of each strategy; with -s it prints how near."""
     overrides = ["model.dtype=bf16"] if half else []
+    overrides.append("stages.s.train.checkpoint_every=20")
     cases = {f"{a}-{'lora' if t == LORA else 'full'}": (a, t) for a in algorithms for t in tunes}
     ones = [job(a, t, tmp_path / f"one-{name}", overrides=overrides) for name, (a, t) in cases.items()]
     launch(ones, 1, tmp_path)
@@ -301,12 +302,15 @@ LAUNCHERS = {
 def test_one_command_starts_two_processes_that_share_a_run(tmp_path, launcher):
     file, run = tmp_path / "small.yaml", tmp_path / "run"
     file.write_text(text("sft", FULL).replace("steps: 20", "steps: 2"))
-    words = [*LAUNCHERS.get(launcher, ()), "posttrain", "run", str(file), "--output", str(run)]
-    words += ["--nproc", "2"] if launcher == "nproc" else []
-    command = [sys.executable, "-m", *(str(_free_port()) if w == "PORT" else w for w in words)]
-    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    words = ["run", str(file), "--output", str(run)]
+    if launcher == "nproc":
+        done = posttrain(*words, "--nproc", "2", cwd=tmp_path)
+    else:
+        launching = [str(_free_port()) if word == "PORT" else word for word in LAUNCHERS[launcher]]
+        command = [sys.executable, "-m", *launching, "posttrain", *words]
+        environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
     assert done.stdout.count("report:") == 1
     ran = json.loads((run / "s" / "stage.json").read_text())
     assert (ran["parallel"]["processes"], ran["samples"]) == (2, 10)  # batches of 8 and of 2
