@@ -119,7 +119,7 @@ def test_every_artifact_is_opened_again_as_it_was_evaluated(finished, name, tmp_
     moved = shutil.copytree(folder, tmp_path / "moved")
     model, kind = open_artifact(str(moved / name), CPU)
     assert kind == "ema"
-    assert model.max_sequence_length == 16
+    assert model.spec.max_sequence_length == 16
     rows = [
         json.loads(line) for line in (folder / name / "evaluation" / "records.jsonl").read_text().splitlines()
     ]
@@ -394,4 +394,4 @@ def test_the_shipped_model_says_how_it_was_made_and_is_small():
     for name, file in weights_.items():
         assert hashlib.sha256(file.read_bytes()).hexdigest() == provenance["sha256"][name]
     model, _ = open_artifact("posttrain/tiny-sd3", CPU)
-    assert model.max_sequence_length == 16
+    assert model.spec.max_sequence_length == 16
