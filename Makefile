@@ -8,7 +8,7 @@ quickstart: .venv/ready
 	$(BIN)/posttrain run quickstart
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 check: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
-"""The memory that a short run of a recipe's only stage really takes: run as a program, prints bytes.
+"""The memory that a short run of a recipe's only stage really takes.
 
+A program that reads a recipe's file from each line of its input, runs it in a copy of itself and prints bytes.
 The C library is told to give freed memory back, so the resident peak is what was held at a time.
 """
 
 import ctypes
 import gc
+import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
@@ -24,18 +26,30 @@ def resident():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def once(file, overrides, folder):
-    with open("/dev/null", "w") as null:
-        run(load_recipe(file, overrides), folder, Console(file=null))
+SMALL = ["stages.0.train.micro_batch=1"]
+
+
+def once(file, overrides=()):
+    with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as null:
+        run(load_recipe(file, overrides), Path(folder) / "run", Console(file=null))
+
+
+def measure(file):
+    once(file, SMALL)  # libraries and kernels are loaded here, and stay
+    before = resident()
+    reset_peak_memory(torch.device("cpu"))
+    once(file)
+    print(peak_memory(torch.device("cpu")) - before, flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    file, *overrides = sys.argv[1:]
-    small = [*overrides, "stages.0.train.micro_batch=1"]
-    with tempfile.TemporaryDirectory() as folder:
-        once(file, small, Path(folder) / "warm")  # libraries and kernels are loaded here, and stay
-        before = resident()
-        reset_peak_memory(torch.device("cpu"))
-        once(file, overrides, Path(folder) / "measured")
-        print(peak_memory(torch.device("cpu")) - before)
+    for number, line in enumerate(sys.stdin):
+        file = line.strip()
+        if not number:
+            once(file, SMALL)  # what is imported here need not be imported in each copy
+        copy = multiprocessing.get_context("fork").Process(target=measure, args=(file,))
+        copy.start()
+        copy.join()
+        if copy.exitcode:
+            print("failed", flush=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from pydantic import TypeAdapter, ValidationError
 
 from posttrain.data import AnyData, Images, PromptData, ShapesData, with_type
@@ -19,6 +19,7 @@ from posttrain.data.loader import ImageSource
 from posttrain.data.prompts import read_prompts
 from posttrain.data.rows import read_records
 from posttrain.errors import DataError
+from posttrain.support.quiet import exif_warnings_hidden
 
 LIMIT = 178_956_970
 
@@ -293,6 +294,20 @@ def test_what_cannot_be_shown_is_refused_by_name(tmp_path):
         with pytest.raises(DataError, match=reason) as caught:
             open_image(tmp_path / name, 1_000_000)
         assert str(tmp_path / name) in str(caught.value)
+
+
+def test_damaged_exif_data_is_no_news_and_other_warnings_are(tmp_path):
+    image = Image.fromarray(noise())
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "a description of some length"
+    image.save(tmp_path / "a.jpg", exif=exif.tobytes()[:-5])
+    with pytest.warns(UserWarning, match="Truncated File Read"), Image.open(tmp_path / "a.jpg") as opened:
+        opened.getexif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "a.jpg", LIMIT).size == image_size(tmp_path / "a.jpg", LIMIT) == (24, 16)
+        with exif_warnings_hidden(), pytest.raises(UserWarning, match="another"):
+            warnings.warn("another", UserWarning, stacklevel=1)
 
 
 def test_max_pixels_alone_decides_and_pillow_does_not_warn(tmp_path, monkeypatch):

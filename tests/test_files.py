@@ -1,15 +1,17 @@
 """A file or folder of a run is there whole or not at all, whatever stops its writing."""
 
 import contextlib
+import multiprocessing
+import os
 import resource
 import shutil
-import subprocess
-import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from forked import finished, start
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -22,7 +24,6 @@ from posttrain.support.paths import is_path
 from posttrain.support.wording import multiples_near
 from posttrain.weights.fitting import misfit
 
-ROOT = Path(__file__).resolve().parent.parent
 STOPS = [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()]
 
 
@@ -108,16 +109,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 def test_a_kill_leaves_the_old_folder_and_the_next_write_clears_up(tmp_path, moment):
     with published(tmp_path / "final") as part:
         (part / "a").write_text("old")
-    die = "os.kill(os.getpid(), 9)"
-    script = "import os, sys; from pathlib import Path; from posttrain.support.files import published\n"
-    if moment == "between the renames":
-        script += "rename, calls = Path.rename, []\n"
-        script += f"Path.rename = lambda *a: {die} if calls else (calls.append(a), rename(*a))\n"
-    script += "with published(Path(sys.argv[1])) as part:\n    (part / 'b').write_text('half')\n"
-    if moment == "while it is written":
-        script += f"    {die}\n"
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "final")], cwd=ROOT)
-    assert done.returncode == -9
+
+    def die():
+        os.kill(os.getpid(), 9)
+
+    def writing():
+        rename, calls = Path.rename, []
+        if moment == "between the renames":
+            Path.rename = lambda *a: die() if calls else (calls.append(a), rename(*a))
+        with published(tmp_path / "final") as part:
+            (part / "b").write_text("half")
+            if moment == "while it is written":
+                die()
+
+    assert finished(writing).returncode == -9
     assert "old" in tree(tmp_path).values()
     with pytest.raises(ZeroDivisionError), published(tmp_path / "final"):
         _ = 1 / 0
@@ -175,17 +180,21 @@ def test_safetensors_words_for_a_full_disk_are_known():
 
 
 def test_a_lock_is_held_against_others_and_goes_with_its_process(tmp_path):
-    script = (
-        "import sys, time; from pathlib import Path; from posttrain.support.files import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"held\n"
+    said, says = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def holding():
+        with locked(tmp_path / ".lock"):
+            says.send("held")
+            time.sleep(60)
+
+    child = start(holding)
+    try:
+        assert said.poll(30)
         with locked(tmp_path / ".lock", wait=False) as held:
             assert not held
+    finally:
         child.kill()
+        child.join()
     with locked(tmp_path / ".lock", wait=False) as held:
         assert held
     with locked(tmp_path / ".lock") as held:

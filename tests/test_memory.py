@@ -34,6 +34,14 @@ from posttrain.sampling.prompts import encode
 META = torch.device("meta")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A finished run of the plain recipe."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    run_quietly(recipe(stage("sft")), folder)
+    return folder
+
+
 class Small(ToyModel):
     """Has memory for so many rows with gradients."""
 
@@ -207,7 +215,7 @@ def test_what_is_halved_is_what_was_tried(caplog):
 
 
 @pytest.mark.parametrize("block", ["{strategy: ddp}", "{strategy: fsdp2}"])
-def test_a_backward_that_failed_under_a_strategy_with_hooks_ends_the_run(tmp_path, monkeypatch, block):
+def test_a_backward_that_failed_under_a_strategy_with_hooks_ends_the_run(tmp_path, plain, monkeypatch, block):
     """DDP and FSDP keep a failed backward's state: what they were to train after it would not be trained."""
 
     class Failing(torch.autograd.Function):
@@ -234,8 +242,7 @@ def test_a_backward_that_failed_under_a_strategy_with_hooks_ends_the_run(tmp_pat
         run_quietly(made, tmp_path / "run")
     assert remembered(tmp_path / "run") == 2
     run_quietly(made, tmp_path / "run")
-    run_quietly(recipe(stage("sft")), tmp_path / "plain")
-    one, other = (weights(tmp_path / name / "sft") for name in ("run", "plain"))
+    one, other = (weights(folder / "sft") for folder in (tmp_path / "run", plain))
     assert all((one[n] - other[n]).norm() <= 1e-5 * other[n].norm() for n in other)
 
 
@@ -442,14 +449,13 @@ def test_checkpointing_changes_no_gradient(tune, autocast):
     assert torch.equal(gradients["off"], gradients["full"])
 
 
-def test_an_optimizer_of_8_bits_trains_alike_and_goes_on_exactly(tmp_path):
+def test_an_optimizer_of_8_bits_trains_alike_and_goes_on_exactly(tmp_path, plain):
     eight = TRAIN.replace("{", "{optimizer: adamw8bit, ").replace(
         "checkpoint_every: 2", "checkpoint_every: 3"
     )
-    runs = {name: stage("sft", train=text) for name, text in [("eight", eight), ("whole", TRAIN)]}
-    for name, made in runs.items():
-        run_quietly(recipe(made), tmp_path / name)
-    trained, full = (weights(tmp_path / name / "sft") for name in ("eight", "whole"))
+    made = recipe(stage("sft", train=eight))
+    run_quietly(made, tmp_path / "eight")
+    trained, full = (weights(folder / "sft") for folder in (tmp_path / "eight", plain))
     start = dict(load().transformer.named_parameters())
     for name, tensor in full.items():
         moved = (tensor - start.get(name, tensor)).norm()
@@ -460,7 +466,7 @@ def test_an_optimizer_of_8_bits_trains_alike_and_goes_on_exactly(tmp_path):
     assert any(moments["state1"].dtype == torch.uint8 for moments in state.values())
     (folder / "stage.json").unlink()
     shutil.rmtree(states[-1])
-    run_quietly(recipe(runs["eight"]), tmp_path / "eight")
+    run_quietly(made, tmp_path / "eight")
     assert_equal_weights(weights(folder), trained)
 
 
@@ -527,7 +533,7 @@ def test_what_the_cache_does_instead_rests(tmp_path, monkeypatch):
     assert rested == ["CLIPTextModelWithProjection", "AutoencoderKL"]
 
 
-def test_where_encoders_lie_may_change_when_a_run_goes_on(tmp_path):
-    run_quietly(recipe(stage("sft")), tmp_path / "run")
+def test_where_encoders_lie_may_change_when_a_run_goes_on(tmp_path, plain):
+    shutil.copytree(plain, tmp_path / "run")
     printed = run_quietly(recipe(stage("sft"), overrides=["model.offload=true"]), tmp_path / "run")
     assert "sft: finished before, skipped" in printed

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import posttrain
+from forked import finished, posttrain
 from rich.console import Console
 
 from posttrain.algorithm import Algorithm
@@ -54,10 +55,20 @@ CASES = {
 }
 
 
+COUNTED = {}
+
+
+def counts_of(model, *, cuda):
+    """The counts of a model, one for all tests: they remember what they counted."""
+    return COUNTED.setdefault((model.model_dump_json(), cuda), Counts(model, cuda=cuda))
+
+
 @pytest.fixture(scope="module")
 def sd35m():
     """The counts of SD3.5 Medium at the 77 tokens of the published figures."""
-    return Counts(load_recipe("sd35m-soar", ["model.max_sequence_length=77"], checks=False).model, cuda=True)
+    return counts_of(
+        load_recipe("sd35m-soar", ["model.max_sequence_length=77"], checks=False).model, cuda=True
+    )
 
 
 def test_the_published_shape_has_the_published_number_of_weights(sd35m):
@@ -125,7 +136,7 @@ stages:
 
 
 def need(recipe, *, cuda=False, devices=1, limit=math.inf, counts=None):
-    counts = counts or Counts(recipe.model, cuda=cuda)
+    counts = counts or counts_of(recipe.model, cuda=cuda)
     return stage_needs(recipe, recipe.stages[0], counts, devices, limit)
 
 
@@ -142,26 +153,30 @@ MEASURED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def measuring():
+    """The running program of measured_memory.py."""
+    malloc = {"MMAP_THRESHOLD_": "65536", "TRIM_THRESHOLD_": "0", "ARENA_MAX": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **{f"MALLOC_{n}": v for n, v in malloc.items()}}
+    command = [sys.executable, str(Path(__file__).parent / "measured_memory.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as program:
+        yield program
+        program.stdin.close()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident peak is reset by Linux only")
 @pytest.mark.parametrize(("name", "tune", "train"), MEASURED)
-def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path, name, tune, train):
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path, measuring, name, tune, train):
     from posttrain.recipe.file import dump_recipe
 
     recipe = planned(name, tune, f"micro_batch: 32, {train}")
     estimate = need(recipe).memory.total
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "MALLOC_ARENA_MAX": "1",
-    }
-    command = [sys.executable, str(Path(__file__).parent / "measured_memory.py"), "r.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    measured = float(done.stdout.split()[-1])
+    measuring.stdin.write(f"{tmp_path / 'r.yaml'}\n")
+    measuring.stdin.flush()
+    measured = float(measuring.stdout.readline())
     figures = f"{estimate / 1e6:.0f} | {measured / 1e6:.0f} | {estimate / measured:.2f}"
     print(f"\n| {name} | {tune} {train} | {figures} |")
     assert estimate == pytest.approx(measured, rel=0.15)
@@ -288,7 +303,7 @@ def test_moments_in_8_bits_take_a_quarter_but_for_small_tensors():
 
 def test_micro_batch_auto_is_the_largest_power_of_two_that_fits():
     recipe = planned("sft", train="micro_batch: auto")
-    counts = Counts(recipe.model, cuda=False)
+    counts = counts_of(recipe.model, cuda=False)
     assert need(recipe, counts=counts).auto_micro_batch == 32
     assert need(recipe, counts=counts, devices=3).auto_micro_batch == 8  # 11 items on the first of 3
     chosen = need(recipe, counts=counts, limit=105e6)
@@ -328,7 +343,7 @@ def sd35m_soar():
     made = []
 
     def counts(recipe):
-        made.append(made[0] if made else Counts(recipe.model, cuda=True))
+        made.append(made[0] if made else counts_of(recipe.model, cuda=True))
         return made[0]
 
     return counts
@@ -345,7 +360,7 @@ def test_what_is_cached_is_encoded_once():
     def rollout(name, *settings):
         return need(overridden(planned(name), settings)).rollout
 
-    counts = Counts(planned("sft").model, cuda=False)
+    counts = counts_of(planned("sft").model, cuda=False)
     text, encode = (counts.flops(work, (64, 64)) for work in ("text", "encode"))
     often = "stages.only.train.steps=20"  # of 32 samples of 100 images
     plain = rollout("sft", often)
@@ -359,18 +374,18 @@ def test_what_is_cached_is_encoded_once():
 
 def test_the_caches_size_is_told_where_it_is_known(tmp_path):
     recipe = overridden(planned("sft"), ["cache={prompts: true, latents: mean_logvar, dtype: bf16}"])
-    counts = Counts(recipe.model, cuda=False)
+    counts = counts_of(recipe.model, cuda=False)
     prompt, image = (encoding_bytes(counts.outline(), encoder, 64) for encoder in ("prompts", "images"))
     assert prompt == 4 * ((16 + 16) * 96 + 96)  # CLIP's and T5's tokens, and the pooled embeddings
     assert image == 2 * 4 * 8 * 8 * 8  # mean and log-variance of 8 channels
     assert cache_bytes(recipe, counts) == 100 * prompt / 2 + 100 * image / 2
     unknown = load_recipe("sd35m-soar", ["cache.prompts=true"], checks=False)
-    assert cache_bytes(unknown, Counts(unknown.model, cuda=True)) is None
+    assert cache_bytes(unknown, counts_of(unknown.model, cuda=True)) is None
 
 
 def test_images_of_many_sizes_are_planned_for_the_largest(tmp_path, monkeypatch):
     recipe = load_recipe("sd35m-sft", ["stages.0.data.resolution=null"], checks=False)
-    counts = Counts(recipe.model, cuda=True)
+    counts = counts_of(recipe.model, cuda=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PosttrainError, match=r"data\.resolution: without it.*cannot be read here"):
         known(recipe.stages[0].data, counts, "sft")
@@ -382,13 +397,13 @@ def test_images_of_many_sizes_are_planned_for_the_largest(tmp_path, monkeypatch)
     data.write_text(
         "".join(json.dumps({"md5": n, "bw": w, "bh": h, "caption_en": c}) + "\n" for n, w, h, c in rows)
     )
-    found = known(recipe.stages[0].data, Counts(recipe.model, cuda=True), "sft")
+    found = known(recipe.stages[0].data, counts_of(recipe.model, cuda=True), "sft")
     assert (found.size, found.prompts, found.images) == ((512, 640), 2, 3)
 
 
 def test_remedies_make_it_fit_and_the_cheapest_comes_first():
     recipe = planned("sft")
-    counts = Counts(recipe.model, cuda=False)
+    counts = counts_of(recipe.model, cuda=False)
     found = stage_remedies(recipe, "only", counts, 1, 105e6)
     assert found[0].settings == ("stages.only.train.micro_batch=8",)
     assert found[0].price == "changes no result, a little slower"
@@ -399,7 +414,7 @@ def test_remedies_make_it_fit_and_the_cheapest_comes_first():
 
 def test_a_micro_batch_that_the_plan_chooses_is_not_lowered():
     recipe = planned("sft", train="micro_batch: auto")
-    for remedy in stage_remedies(recipe, "only", Counts(recipe.model, cuda=False), 1, 55e6):
+    for remedy in stage_remedies(recipe, "only", counts_of(recipe.model, cuda=False), 1, 55e6):
         assert not any("micro_batch" in setting for setting in remedy.settings)
 
 
@@ -439,7 +454,7 @@ def test_each_remedy_is_found_where_it_is_the_cheapest_of_its_price(
 def test_what_is_proposed_needs_less_by_itself():
     train = ["stages.only.train.sample_every=1", "stages.only.train.micro_batch=8"]
     recipe = overridden(planned("sft"), train)
-    counts = Counts(recipe.model, cuda=True)
+    counts = counts_of(recipe.model, cuda=True)
     whole = need(recipe, counts=counts, devices=4).memory.total
     changes = list(remedies._changes(recipe, recipe.stages[0], counts, 4))
     assert len(changes) == 11
@@ -461,7 +476,7 @@ def test_what_the_schema_refuses_is_no_remedy(sd35m_soar):
 
 def test_the_evaluation_has_remedies_too():
     recipe = load_recipe("sd35m-grpo-ocr", checks=False)
-    counts = Counts(recipe.model, cuda=True)
+    counts = counts_of(recipe.model, cuda=True)
     whole = evaluation_needs(recipe, recipe.evaluation, counts).memory.total
     first, *_ = evaluation_remedies(recipe, counts, whole - 1e9)
     assert first.settings[0].startswith("evaluation.batch_size=")
@@ -535,19 +550,14 @@ MORE = [pytest.param(name, marks=pytest.mark.matrix) for name in ("sft_step", "n
 def test_every_benchmark_runs_and_its_figures_are_read_by_the_plan(tmp_path, name):
     extra = {"evaluation": ["--images", "2", "--steps", "2"], "soar_step": ["--points", "1"]}
     small = ["--steps", "2", "--group", "2"] if name.endswith("iteration") else extra.get(name, [])
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / f"{name}.py"),
-        "--batch",
-        "2",
-        "--rounds",
-        "1",
-        *small,
-    ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--output", "b.json"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
+    file = str(ROOT / "benchmarks" / f"{name}.py")
+
+    def program():
+        sys.argv = [file, "--batch", "2", "--rounds", "1", *small, "--output", "b.json"]
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        runpy.run_path(file, run_name="__main__")
+
+    done = finished(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "times as fast" in done.stdout
     assert json.loads((tmp_path / "b.json").read_text())["engine"]["mfu"] > 0
@@ -584,7 +594,7 @@ def test_a_plan_is_as_wide_as_the_terminal():
 def test_every_shipped_recipe_has_a_size_and_a_shape():
     for name in shipped_recipes():
         recipe = load_recipe(name, checks=False)
-        counts = Counts(recipe.model, cuda=True)
+        counts = counts_of(recipe.model, cuda=True)
         assert counts.outline().transformer is not None
         assert all(known(stage.data, counts, stage.name).size[0] >= 64 for stage in recipe.stages)
 

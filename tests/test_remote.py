@@ -452,17 +452,8 @@ def test_a_run_learns_the_same_from_a_remote_reward_and_stops_when_it_is_gone(tm
 
 def test_the_command_serves_until_it_is_ended(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SECRET": "s"}
-    command = [
-        sys.executable,
-        "-m",
-        "posttrain",
-        "serve-reward",
-        "shapes",
-        "--port",
-        "0",
-        "--token-env",
-        "SECRET",
-    ]
+    command = [sys.executable, "-m", "posttrain", "serve-reward", "shapes"]
+    command += ["--port", "0", "--token-env", "SECRET"]
     images, prompts, rows = scenes(2)
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
         try:

@@ -1,5 +1,6 @@
 """Tests that a run does what its recipe says, resumes exactly, and writes artifacts that other tools load."""
 
+import functools
 import json
 import shutil
 
@@ -75,10 +76,10 @@ def test_sibling_stages_see_the_same_samples_and_draws(finished):
     assert made.depth(made.stages[2]) == 1
 
 
-def test_soar_without_auxiliary_points_trains_the_weights_of_sft_to_the_bit(tmp_path):
-    soar = "{type: soar, trajectory_length: 0}"
-    run_quietly(recipe(stage("sft"), stage("soar", soar, start_from="base")), tmp_path / "run")
-    assert_equal_weights(weights(tmp_path / "run" / "sft"), weights(tmp_path / "run" / "soar"))
+def test_soar_without_auxiliary_points_trains_the_weights_of_sft_to_the_bit(finished, tmp_path):
+    folder, _, _ = finished
+    run_quietly(recipe(stage("soar", "{type: soar, trajectory_length: 0}")), tmp_path / "run")
+    assert_equal_weights(weights(folder / "sft"), weights(tmp_path / "run" / "soar"))
 
 
 def test_every_sample_is_recorded_once_with_its_score(finished):
@@ -153,11 +154,30 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("tune", ["{type: full}", "{type: lora, rank: 2}"])
+def tuned(rank=None):
+    """A recipe of one stage: of a LoRA of that rank, or of the whole model."""
+    return recipe(stage("soar", SOAR, tune=f"{{type: lora, rank: {rank}}}" if rank else "{type: full}"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of each ``tuned`` recipe that was asked for."""
+
+    @functools.cache
+    def finished_run(rank):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        run_quietly(tuned(rank), folder)
+        return folder
+
+    return finished_run
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["full", "lora"])
 @pytest.mark.parametrize("dies_after", [1, 3, 5])
-def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkeypatch, dies_after, tune):
-    made = recipe(stage("soar", SOAR, tune=tune))
-    run_quietly(made, tmp_path / "whole")
+def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(
+    tmp_path, monkeypatch, whole, dies_after, rank
+):
+    made, folders = tuned(rank), (whole(rank), tmp_path / "killed")
 
     def dying(algorithm, policy, strategy, batches, settings, watch, start=0):
         after = watch.after_step
@@ -176,16 +196,13 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkey
             run_quietly(made, tmp_path / "killed")
     printed = run_quietly(made, tmp_path / "killed")
     assert ("going on after step" in printed) is (dies_after > 2)
-    a, b = (checkpoint.saved(tmp_path / name / "soar" / "checkpoints")[-1] for name in ("whole", "killed"))
+    a, b = (checkpoint.saved(folder / "soar" / "checkpoints")[-1] for folder in folders)
     first, second = (torch.load(c / "state.pt", weights_only=True) for c in (a, b))
     assert_equal_weights(first["trained"], second["trained"])
     assert_equal_weights(first["roles"]["ema"], second["roles"]["ema"])
     for one, other in zip(first["optimizer"].values(), second["optimizer"].values(), strict=True):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
-    losses = [
-        [row["loss"] for row in read_metrics(tmp_path / n / "soar" / "metrics.jsonl")]
-        for n in ("whole", "killed")
-    ]
+    losses = [[row["loss"] for row in read_metrics(folder / "soar" / "metrics.jsonl")] for folder in folders]
     assert losses[0] == losses[1]
     account = json.loads((tmp_path / "killed" / "soar" / "stage.json").read_text())
     assert account["samples"] == 20
@@ -199,12 +216,10 @@ def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_among_them(fini
     ]
 
 
-def test_the_exported_weights_are_the_moving_average(tmp_path):
-    run_quietly(recipe(stage("sft")), tmp_path / "run")
-    state = torch.load(
-        checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True
-    )
-    final = weights(tmp_path / "run" / "sft")
+def test_the_exported_weights_are_the_moving_average(finished):
+    folder, _, _ = finished
+    state = torch.load(checkpoint.saved(folder / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True)
+    final = weights(folder / "sft")
     assert_equal_weights({n: final[n] for n in state["roles"]["ema"]}, state["roles"]["ema"])
     assert not torch.equal(state["trained"]["proj_out.weight"], state["roles"]["ema"]["proj_out.weight"])
 
@@ -245,13 +260,12 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_checkpoint_before(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
-    made = recipe(stage("soar", SOAR, tune="{type: lora, rank: 2}"))
-    run_quietly(made, tmp_path / "run")
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path, whole):
+    shutil.copytree(whole(2), tmp_path / "run")
     (tmp_path / "run" / "soar" / "stage.json").unlink()
     (tmp_path / "run" / "recipe.yaml").unlink()
     with pytest.raises(PosttrainError, match="another LoRA rank"):
-        run_quietly(recipe(stage("soar", SOAR, tune="{type: lora, rank: 3}")), tmp_path / "run")
+        run_quietly(tuned(3), tmp_path / "run")
 
 
 def test_start_from_a_path_is_the_model_written_there(finished, tmp_path):
@@ -262,23 +276,25 @@ def test_start_from_a_path_is_the_model_written_there(finished, tmp_path):
     assert all(torch.allclose(start[n], end[n], atol=1e-6) for n in start)
 
 
-def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(tmp_path):
+def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(finished, tmp_path):
     bf16 = TRAIN.replace("{", "{precision: bf16, gradient_checkpointing: full, ")
-    run_quietly(recipe(stage("sft", train=bf16), stage("fp32", start_from="base")), tmp_path / "run")
+    run_quietly(recipe(stage("sft", train=bf16)), tmp_path / "run")
     state = torch.load(
         checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True
     )
     assert {t.dtype for t in state["trained"].values()} == {torch.float32}
     assert {s["exp_avg"].dtype for s in state["optimizer"].values()} == {torch.float32}
-    a, b = (read_metrics(tmp_path / "run" / n / "metrics.jsonl")[0]["loss"] for n in ("sft", "fp32"))
+    runs = (tmp_path / "run", finished[0])
+    a, b = (read_metrics(folder / "sft" / "metrics.jsonl")[0]["loss"] for folder in runs)
     assert a != b
     assert a == pytest.approx(b, rel=0.02)
 
 
-def test_gradient_checkpointing_changes_no_number(tmp_path):
+def test_gradient_checkpointing_changes_no_number(finished, tmp_path):
+    folder, _, _ = finished
     saving = TRAIN.replace("{", "{gradient_checkpointing: full, ")
-    run_quietly(recipe(stage("a", train=saving), stage("b", start_from="base")), tmp_path / "run")
-    assert_equal_weights(weights(tmp_path / "run" / "a"), weights(tmp_path / "run" / "b"))
+    run_quietly(recipe(stage("sft", train=saving)), tmp_path / "run")
+    assert_equal_weights(weights(tmp_path / "run" / "sft"), weights(folder / "sft"))
 
 
 def test_the_python_api_runs_the_same_recipe(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from forked import start
 from huggingface_hub import constants, file_download
 from servers import Hub, serving
 
@@ -85,13 +86,10 @@ def test_large_files_come_from_elsewhere_which_is_not_told_the_token(hub, monkey
 
 
 def test_processes_that_want_the_same_file_at_once_all_get_it(hub, tmp_path):
-    script = "import sys; from posttrain.weights.hub import fetch; print(fetch('some/model', sys.argv[2:], sys.argv[1]))"
-    command = [sys.executable, "-c", script, hub.url, *WANTED]
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-    children = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE) for _ in range(3)]
+    children = [start(fetch, "some/model", WANTED, hub.url) for _ in range(3)]
     for child in children:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors.decode()
+        child.join(120)
+        assert child.exitcode == 0
     assert (fetch("some/model", WANTED, hub.url) / "model.safetensors").read_bytes() == BIG
     assert leftovers(tmp_path) == []
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from posttrain.errors import DataError
+from posttrain.support.quiet import exif_warnings_hidden
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """The formats that are read. Pillow would run external programs for some others (EPS, WMF)."""
@@ -61,7 +62,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         if not path.stat().st_size:
             raise BadImage(path, "the file has zero bytes")
         Image.init()
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        formats = [name for name in FORMATS if name in Image.OPEN]
+        with exif_warnings_hidden(), Image.open(path, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height} pixels"
                 raise BadImage(path, f"{size} are more than max_pixels ({max_pixels})")
