@@ -87,8 +87,8 @@ def _describe_or_compare(folder: Path, recipe: Recipe, device: torch.device) -> 
 def _compare(file: Path, recipe: Recipe) -> None:
     """Raise RecipeError where the recipe in ``file`` differs in a field that changes results."""
     before = parse_recipe(file.read_text("utf-8"), str(file), checks=False)
-    fields = (r.model_dump(mode="json") for r in (before, recipe))
-    if changed := list(differences(*fields, NEUTRAL)):
+    old, new = before.model_dump(mode="json"), recipe.model_dump(mode="json")
+    if changed := list(differences(old, new, NEUTRAL)):
         raise RecipeError(
             f"{str(file.parent)!r} holds a run of another recipe; it differs in: {'; '.join(changed[:5])}. "
             "Give another --output or name, or remove the folder"
