@@ -1,6 +1,7 @@
 """Tests how a stage's hooks are called around its steps, and what time counts as training."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ class Noted(Hook):
 def watch_of(monkeypatch, account, *hooks):
     monkeypatch.setattr(watches, "hooks_of", lambda *arguments: list(hooks))
     stage = SimpleNamespace(train=SimpleNamespace(steps=6))
-    training = SimpleNamespace(account=account, run=SimpleNamespace(stage=stage))
-    return StageWatch(training, None, SimpleNamespace())
+    training: Any = SimpleNamespace(account=account, run=SimpleNamespace(stage=stage))
+    bar: Any = None
+    return StageWatch(training, None, bar)
 
 
 def test_hooks_are_called_in_order_at_each_moment(monkeypatch):
@@ -110,7 +112,8 @@ def test_a_micro_batch_is_remembered_once_it_is_smaller(tmp_path):
     recipe, world = SimpleNamespace(device="cpu", parallel=parallel), SimpleNamespace(size=1)
     policy = SimpleNamespace(micro_batch=8)
     run = SimpleNamespace(recipe=recipe, folder=tmp_path, world=world)
-    hook = SmallerMicroBatch(SimpleNamespace(run=run, policy=policy))
+    training: Any = SimpleNamespace(run=run, policy=policy)
+    hook = SmallerMicroBatch(training)
     file = tmp_path / "micro_batch.json"
     hook.after_step(1, 1, {})
     assert not file.exists()
