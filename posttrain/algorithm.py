@@ -172,8 +172,10 @@ class Verdict:
 class Judge(Protocol):
     """Scores samples with the stage's rewards."""
 
-    weights: Mapping[str, float]
-    """Reward -> its weight in the sum that is maximised; negative if lower scores are better."""
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Reward -> its weight in the sum that is maximised; negative if lower scores are better."""
+        ...
 
     def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
         """Score the images of ``latents`` (n, c, h, w) for the prompts in ``batch.metadata``.
