@@ -144,10 +144,10 @@ def assert_in_parts(folder, sharded):
         assert sum(here["held"][role] for here in found) >= (1 if sharded else 2) * count
 
 
-def compare(tmp_path, algorithms, strategies, tunes, half=False):
+def compare(tmp_path, algorithms, strategies, tunes, half=False, micro_batch=2):
     """Of each algorithm and tuning, one process against two of each strategy; with -s it prints how near."""
     overrides = ["model.dtype=bf16"] if half else []
-    overrides.append("stages.s.train.checkpoint_every=20")
+    overrides += [f"stages.s.train.micro_batch={micro_batch}", "stages.s.train.checkpoint_every=20"]
     cases = {f"{a}-{'lora' if t == LORA else 'full'}": (a, t) for a in algorithms for t in tunes}
     ones = [job(a, t, tmp_path / f"one-{name}", overrides=overrides) for name, (a, t) in cases.items()]
     launch(ones, 1, tmp_path)
@@ -173,7 +173,7 @@ def compare(tmp_path, algorithms, strategies, tunes, half=False):
 
 def test_two_processes_train_as_one(tmp_path):
     """DDP and ZeRO-2, SOAR and DiffusionNFT: the same draws, losses, weights, moments and cost."""
-    compare(tmp_path, ["soar", "nft"], ["ddp", "zero-2"], [FULL])
+    compare(tmp_path, ["soar", "nft"], ["ddp", "zero-2"], [FULL], micro_batch=4)
 
 
 @pytest.mark.matrix

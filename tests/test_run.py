@@ -307,13 +307,13 @@ def test_the_python_api_runs_the_same_recipe(tmp_path, monkeypatch):
     assert (folder / "sft" / "final" / "model_index.json").is_file()
 
 
-@pytest.mark.parametrize("evaluation", [EVALUATION, ""])
-def test_image_grids_are_drawn_before_during_and_after_training(tmp_path, evaluation):
-    every = TRAIN.replace("sample_every: null", "sample_every: 4")
+@pytest.mark.parametrize(("evaluation", "every", "steps"), [(EVALUATION, 4, [0, 4, 6]), ("", 6, [0, 6])])
+def test_image_grids_are_drawn_before_during_and_after_training(tmp_path, evaluation, every, steps):
+    every = TRAIN.replace("sample_every: null", f"sample_every: {every}")
     printed = recipe(stage("sft", train=every), evaluation=evaluation)
     run_quietly(printed, tmp_path / "run")
     names = sorted(p.name for p in (tmp_path / "run" / "sft" / "samples").iterdir())
-    assert names == ["step-00000000.png", "step-00000004.png", "step-00000006.png"]
+    assert names == [f"step-{step:08d}.png" for step in steps]
     account = json.loads((tmp_path / "run" / "sft" / "stage.json").read_text())
     assert account["forward_equivalents"] == 20 * 3  # samples are not training's bill
 
