@@ -6,7 +6,7 @@ a new algorithm is planned without any formula of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -135,7 +135,8 @@ class StandInJudge:
     """Scores that differ within a group, so that no sample is left out of training."""
 
     def __init__(self) -> None:
-        self.weights, self.asked = {"score": 1.0}, False
+        self.weights: Mapping[str, float] = {"score": 1.0}
+        self.asked = False
         self._scored = 0
 
     def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
