@@ -71,11 +71,11 @@ def finished(work, *arguments, seconds=300, **how):
 def posttrain(*arguments, cwd, code=0, **environment):
     """Run the command line in the folder ``cwd``; it must end with ``code``. Returns a CompletedProcess.
 
-    Where a process cannot be copied (no Linux, or CUDA in use) it is a new one.
+    Where a process cannot be copied (no Linux, or CUDA) it is a new one.
     """
     words = list(map(str, arguments))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **environment}
-    if sys.platform == "linux" and not torch.cuda.is_initialized():
+    if sys.platform == "linux" and not torch.cuda.is_available():
         done = finished(_main, *words, cwd=cwd, environment=environment)
     else:
         command = [sys.executable, "-m", "posttrain", *words]

@@ -26,7 +26,7 @@ def resident():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-SMALL = ["stages.0.train.micro_batch=1"]
+SMALL = [f"stages.0.train.{name}" for name in ("micro_batch=1", "batch_size=4", "steps=1")]
 
 
 def once(file, overrides=()):

@@ -29,7 +29,12 @@ from posttrain.policy.activations import checkpoint_blocks
 from posttrain.policy.out_of_memory import OutOfMemory, halve_until_it_fits, is_out_of_memory
 from posttrain.policy.tuning import Full, Lora
 from posttrain.recipe.file import parse_recipe
+<<<<<<< HEAD
 from posttrain.sampling.prompts import encode
+=======
+from posttrain.sampling.sampler import encode
+from posttrain.stages.micro_batch import remember, settled
+>>>>>>> c7
 
 META = torch.device("meta")
 
@@ -396,14 +401,14 @@ def test_a_damaged_memory_of_the_micro_batch_is_ignored(tmp_path, content):
     made = recipe(stage("sft"))
     folder = tmp_path / "s"
     folder.mkdir()
-    micro_batch.remember(made, folder, 1, 2)
-    assert micro_batch.settled(made, made.stages[0], folder, 1) == 2
-    assert micro_batch.settled(made, made.stages[0], folder, 2) == 4
+    remember(made, folder, 1, 2)
+    assert settled(made, made.stages[0], folder, 1) == 2
+    assert settled(made, made.stages[0], folder, 2) == 4
     whole = json.loads((folder / "micro_batch.json").read_text())
     if content.startswith('{"'):
         content = json.dumps({**whole, **json.loads(content)})
     (folder / "micro_batch.json").write_text(content)
-    assert micro_batch.settled(made, made.stages[0], folder, 1) == 4
+    assert settled(made, made.stages[0], folder, 1) == 4
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "Auto", "1.5", "'8'", "true"])
