@@ -29,12 +29,8 @@ from posttrain.policy.activations import checkpoint_blocks
 from posttrain.policy.out_of_memory import OutOfMemory, halve_until_it_fits, is_out_of_memory
 from posttrain.policy.tuning import Full, Lora
 from posttrain.recipe.file import parse_recipe
-<<<<<<< HEAD
 from posttrain.sampling.prompts import encode
-=======
-from posttrain.sampling.sampler import encode
 from posttrain.stages.micro_batch import remember, settled
->>>>>>> c7
 
 META = torch.device("meta")
 
