@@ -288,24 +288,30 @@ def test_compare_refuses_or_remarks_what_is_not_comparable(prompts, tmp_path):
         load([tmp_path / "a", tmp_path / "a"])
 
 
-def test_processes_of_the_command_line_share_an_evaluation(tmp_path):
-    (tmp_path / "p.txt").write_text("a circle\na square\na triangle\n")
-    small = ["--prompts", "p.txt", "--reward", "jpeg_compressibility"]
+def small_evaluation(folder):
+    """The arguments of an evaluation of three images, whose prompts are written into ``folder``."""
+    (folder / "p.txt").write_text("a circle\na square\na triangle\n")
+    arguments = ["eval", "posttrain/tiny-sd3", "--prompts", "p.txt", "--reward", "jpeg_compressibility"]
     for pair in ("resolution=64", "steps=1", "batch_size=1", "guidance=1"):
-        small += ["--set", pair]
-    posttrain("eval", "posttrain/tiny-sd3", *small, "--output", "one", cwd=tmp_path)
-    done = posttrain(
-        "eval", "posttrain/tiny-sd3", *small, "--output", "two", "--processes", "2", cwd=tmp_path
-    )
+        arguments += ["--set", pair]
+    return arguments
+
+
+def test_processes_of_the_command_line_share_an_evaluation(tmp_path):
+    small = small_evaluation(tmp_path)
+    posttrain(*small, "--output", "one", cwd=tmp_path)
+    done = posttrain(*small, "--output", "two", "--processes", "2", cwd=tmp_path)
     assert done.stdout.count("result card and images: two") == 1
-    assert (tmp_path / "one" / "records.jsonl").read_text() == (
-        tmp_path / "two" / "records.jsonl"
-    ).read_text()
+    one, two = ((tmp_path / name / "records.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
     compared = posttrain("compare", "one", "two", "--output", "c.html", cwd=tmp_path).stdout
     assert "+0.000 [+0.000, +0.000] not significant" in compared
-    failed = posttrain(
-        "eval", "posttrain/tiny-sd3", *small, "--set", "steps=2", "--output", "two", "--processes=2",
-        cwd=tmp_path, code=1,
-    )  # fmt: skip
+
+
+@pytest.mark.matrix  # what is refused, and what is said of a process that failed, are tested in one process
+def test_processes_of_the_command_line_that_fail_say_why(tmp_path):
+    small = small_evaluation(tmp_path)
+    posttrain(*small, "--output", "two", cwd=tmp_path)
+    failed = posttrain(*small, "--set", "steps=2", "--output", "two", "--processes=2", cwd=tmp_path, code=1)
     assert "of 2 failed" in failed.stderr
     assert "sampler.steps (was 1, now 2)" in failed.stderr
