@@ -135,8 +135,8 @@ def test_images_are_drawn_in_smaller_chunks_where_memory_does_not_suffice(monkey
     with pytest.raises(TrainingError):
         images(policy, guidance=1.0)
     # weights in parts cannot go on in the middle
-    policy, policy.layout = Policy(Small(), micro_batch=4), SimpleNamespace(in_parts=True, held=lambda p: p)
-    policy.layout.sharded, policy.model.room = True, 1
+    policy, policy.layout = Policy(Small(), micro_batch=4), SimpleNamespace(sharded=True, local=lambda p: p)
+    policy.model.room = 1
     with pytest.raises(memory.OutOfMemory):
         images(policy, guidance=1.0)
 

@@ -84,7 +84,7 @@ def merge_parts(folder: Path, batches: int) -> tuple[list[dict[str, Any]], dict[
     Overwrites what an earlier call left that was killed while it merged. The caller holds the lock.
     """
     records: list[dict[str, Any]] = []
-    total = {"forward_equivalents": 0, "seconds": 0}
+    total: dict[str, float] = {"forward_equivalents": 0, "seconds": 0}
     for batch in range(batches):
         source = part(folder, batch)
         records += [json.loads(line) for line in (source / RECORDS).read_text().splitlines()]
