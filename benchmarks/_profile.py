@@ -1,4 +1,4 @@
-"""Where does a step's time on the device go? Kernels by kind, and the dearest by name."""
+"""Splits a step's time on the device by kind of kernel, and names the dearest kernels."""
 
 from __future__ import annotations
 

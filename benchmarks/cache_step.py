@@ -1,4 +1,4 @@
-"""What does the cache save of an SFT and a SOAR step, and what does filling it cost?
+"""Measures what the cache saves of an SFT and a SOAR step, and what filling it costs.
 
     python benchmarks/cache_step.py [--batch 32] [--rounds 7]
 

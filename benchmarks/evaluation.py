@@ -1,4 +1,4 @@
-"""What does evaluating images of prompts cost, beside the straightforward way?
+"""Measures the cost of evaluating images of prompts, beside the straightforward way.
 
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --device cuda --model sd35m --batch 16 --steps 40

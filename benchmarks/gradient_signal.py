@@ -1,4 +1,4 @@
-"""Do the gradients of independent batches agree? The signal that a recipe's stage starts with, and its price.
+"""Measures how far the gradients of independent batches agree: the signal a stage starts with, and its price.
 
 python benchmarks/gradient_signal.py shapes-grpo [16 batches] [stages.grpo.algorithm.noise_level=1.0 ...]
 

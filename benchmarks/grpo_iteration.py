@@ -1,4 +1,4 @@
-"""What does an iteration of Flow-GRPO cost, beside the straightforward one?
+"""Measures the cost of an iteration of Flow-GRPO, beside the straightforward one.
 
     python benchmarks/grpo_iteration.py
     python benchmarks/grpo_iteration.py --device cuda --model sd35m --batch 48 --group 24 --micro-batch 8

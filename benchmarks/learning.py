@@ -1,4 +1,4 @@
-"""Did the learning runs learn? A Markdown table of finished runs, and a picture of their reward.
+"""Makes a Markdown table of finished learning runs, and a picture of their reward.
 
 for s in 0 1 2; do posttrain run shapes-nft --set seed=$s --output runs/shapes-nft-$s; done
 python benchmarks/learning.py docs/learning.svg runs/shapes-nft-*

@@ -1,4 +1,4 @@
-"""What does an iteration of DiffusionNFT cost, beside the straightforward one?
+"""Measures the cost of an iteration of DiffusionNFT, beside the straightforward one.
 
     python benchmarks/nft_iteration.py
     python benchmarks/nft_iteration.py --device cuda --model sd35m --batch 48 --group 24 --micro-batch 8

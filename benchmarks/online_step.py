@@ -1,4 +1,4 @@
-"""What does an iteration of Flow-GRPO or DiffusionNFT cost? Forwards and bytes, counted on the shipped model.
+"""Counts forwards and bytes of an iteration of Flow-GRPO or DiffusionNFT, on the shipped model.
 
 python benchmarks/online_step.py
 """

@@ -1,4 +1,4 @@
-"""How many requests and images a second does ``posttrain serve-reward`` answer, with 1, 4 and 16 clients?
+"""Measures the requests and images a second that ``posttrain serve-reward`` answers, with up to 16 clients.
 
 python benchmarks/serve_reward.py [REWARD] [SIDE] [IMAGES A REQUEST]
 """

@@ -1,4 +1,4 @@
-"""What does a step of supervised fine-tuning cost, beside a loop as one writes it by hand?
+"""Measures the cost of a step of supervised fine-tuning, beside a loop as one writes it by hand.
 
     python benchmarks/sft_step.py
     python benchmarks/sft_step.py --device cuda --model sd35m --batch 8 --micro-batch 4

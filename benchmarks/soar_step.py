@@ -1,4 +1,4 @@
-"""What does a SOAR step cost, beside the straightforward one?
+"""Measures the cost of a SOAR step, beside the straightforward one.
 
     python benchmarks/soar_step.py
     python benchmarks/soar_step.py --device cuda --model sd35m --checkpoint-straightforward 1

@@ -1,4 +1,4 @@
-"""What does a stage train: which layers get an adapter, drawn how, and what is frozen?"""
+"""Which weights a stage trains: the layers that get an adapter, how it is drawn, and what is frozen."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Is every part of a training state in its checkpoint, and which checkpoints stay?"""
+"""Every part of a training state is in its checkpoint, and the right checkpoints stay."""
 
 import os
 

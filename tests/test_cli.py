@@ -1,4 +1,4 @@
-"""Does the command line do what it says, quickly, and fail in one clear line?"""
+"""The command line does what it says, quickly, and fails in one clear line."""
 
 import json
 import os

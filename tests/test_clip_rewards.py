@@ -1,4 +1,4 @@
-"""Do CLIPScore, HPSv2 and the aesthetic score follow the published preprocessing, weights and formulas?"""
+"""CLIPScore, HPSv2 and the aesthetic score follow the published preprocessing, weights and formulas."""
 
 import math
 from itertools import pairwise

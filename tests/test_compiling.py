@@ -1,4 +1,4 @@
-"""Do compiled blocks compute the same, and does a run go on where they cannot be compiled?
+"""Compiled blocks compute the same, and a run goes on where blocks cannot be compiled.
 
 The backend aot_eager traces and splits forward and backward as the default one does, and generates no code.
 """

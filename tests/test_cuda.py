@@ -1,4 +1,4 @@
-"""On a CUDA device: does every kind of stage train, go on to the same bits, and make do with the memory there is?"""
+"""On a CUDA device every kind of stage trains, resumes to the same bits, and lives with the memory there is."""
 
 import functools
 

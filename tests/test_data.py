@@ -40,7 +40,7 @@ def write_rows(folder, rows, name="train.jsonl"):
 
 
 def folder_of(folder, count=12, **changes):
-    """``count`` PNGs named .jpg in two buckets, in the seed's format."""
+    """``count`` PNGs named .jpg in two buckets, in HY-SOAR's format."""
     rows = []
     for i in range(count):
         width, height = ((16, 16), (32, 16))[i % 3 == 2]

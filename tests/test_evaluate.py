@@ -1,4 +1,4 @@
-"""Is an evaluation complete and the same, whatever kills it and however many share it?"""
+"""An evaluation is complete and the same, whatever kills it and however many processes share it."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Are the flow's formulas right where the answer is known?"""
+"""The flow's formulas are right where the answer is known."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Does GenEval find what a detector's masks say, cut it out, and judge it by the published rules?"""
+"""GenEval reads a detector's masks, cuts objects out, and judges them by the published rules."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Do GenEval's rules give the recorded verdicts, and do they hold in general?"""
+"""GenEval's rules give the recorded verdicts, and hold in general."""
 
 import json
 

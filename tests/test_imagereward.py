@@ -1,4 +1,4 @@
-"""Is ImageReward read from its published checkpoint, and its score the published formula?"""
+"""ImageReward is read from its published checkpoint, and its score is the published formula."""
 
 import math
 import string

@@ -1,4 +1,4 @@
-"""Where memory does not suffice, or is to be saved: does the run go on, and is the training the same?"""
+"""A run goes on when memory does not suffice, and settings that save memory do not change the training."""
 
 import json
 import logging

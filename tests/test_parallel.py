@@ -1,4 +1,4 @@
-"""Is training the same under every strategy, on one process and on two, and do checkpoints move between them?"""
+"""Training is the same under every strategy, on one process and on two, and checkpoints move between them."""
 
 import io
 import json

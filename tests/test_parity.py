@@ -1,4 +1,4 @@
-"""Do the formulas reproduce the published implementations' recorded numbers?"""
+"""The formulas of SFT and SOAR reproduce the published implementations' recorded numbers."""
 
 import pytest
 import torch

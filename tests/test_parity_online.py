@@ -1,4 +1,4 @@
-"""Do Flow-GRPO's and DiffusionNFT's formulas reproduce the published implementations' recorded numbers?"""
+"""Flow-GRPO's and DiffusionNFT's formulas reproduce the published implementations' recorded numbers."""
 
 import ast
 

@@ -1,4 +1,4 @@
-"""Does the plan know what a recipe needs, and what to change where it does not fit?"""
+"""The plan knows what a recipe needs, and what to change where it does not fit."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Under autocast, are weights lowered once for many forwards, and never once too seldom?"""
+"""Under autocast weights are lowered once for many forwards, and again whenever they changed."""
 
 import contextlib
 

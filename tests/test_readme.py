@@ -1,4 +1,4 @@
-"""Does what the README shows work as it is written?"""
+"""What the README shows works as it is written."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Does a reward behind HTTP give the scores that it gives in this process, or one clear error?"""
+"""A reward behind HTTP gives the scores that it gives in this process, or one clear error."""
 
 import json
 import os

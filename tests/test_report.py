@@ -1,4 +1,4 @@
-"""Does the report say what the records say, alone and offline?"""
+"""The report says what the records say, alone and offline."""
 
 import itertools
 import json

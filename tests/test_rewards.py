@@ -1,4 +1,4 @@
-"""Do the rewards give the published scores, and say what they cannot score?"""
+"""The rewards give the published scores, and say what they cannot score."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Are images on disk scored as in a run, with their own prompts, and do the shipped scores reproduce?"""
+"""Images on disk are scored as in a run, with their own prompts, and the shipped scores reproduce."""
 
 import copy
 import json

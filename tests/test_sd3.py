@@ -1,4 +1,4 @@
-"""Does the SD3 model agree with diffusers' own pipeline, and do its artifacts load there?"""
+"""The SD3 model agrees with diffusers' own pipeline, and its artifacts load there."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Does the Shapes world draw what its prompts say, keep its files' format, and judge them rightly?"""
+"""Shapes images show what their prompts say, their files keep the format, and the detector judges them rightly."""
 
 import hashlib
 import io

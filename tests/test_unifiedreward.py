@@ -1,4 +1,4 @@
-"""Is a judge behind a chat server asked rightly, and is its reply read as a score only where it is one?"""
+"""A judge behind a chat server is asked rightly, and only a reply that is a score is read as one."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Are weights fetched whole, resumed where they were cut off, and refused where they are damaged?"""
+"""Weights are fetched whole, resumed where they were cut off, and refused where they are damaged."""
 
 import os
 import subprocess
