@@ -6,6 +6,7 @@ does after the checkpoint of step ``stop``. Beside a stage's checkpoints each pr
 
 import json
 import os
+import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -77,3 +78,7 @@ def run_jobs(jobs):
                 # the others wait for this one: it must not wait for them at its end
                 traceback.print_exc()
                 os._exit(1)
+
+
+if __name__ == "__main__":
+    run_jobs(json.loads(Path(sys.argv[1]).read_text()))

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import posttrain, start
+from forked import posttrain
 from pipelines import pipeline_folder
-from processes import run_jobs
 from runs import HEAD, stage
 from safetensors.torch import load_file
 
@@ -70,23 +69,32 @@ def text(algorithm, tune):
 
 
 def launch(jobs, processes, folder):
-    """Run ``jobs`` in that many processes."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    """Run ``jobs`` in that many processes. They are new ones: DeepSpeed hangs in a copy of a process."""
+    file = folder / f"jobs-{processes}-{len(list(folder.iterdir()))}.json"
+    file.write_text(json.dumps(jobs))
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+    }
     said = (folder / "said.txt").open("w+")
+    command = [sys.executable, str(Path(__file__).parent / "processes.py"), str(file)]
     running = [
-        start(
-            run_jobs, jobs, out=said, err=said,
-            environment={**os.environ, **address, "RANK": str(r), "LOCAL_RANK": str(r)},
+        subprocess.Popen(
+            command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=said, stderr=said
         )
         for r in range(processes)
-    ]  # fmt: skip
-    while any(p.is_alive() for p in running):
-        time.sleep(0.05)
-        if any(p.exitcode not in (None, 0) for p in running):
+    ]
+    while any(p.poll() is None for p in running):
+        time.sleep(0.1)
+        if any(p.poll() not in (None, 0) for p in running):
             for p in running:
                 p.kill()
     said.seek(0)
-    assert [p.exitcode for p in running] == [0] * processes, said.read()[-8000:]
+    assert [p.wait() for p in running] == [0] * processes, said.read()[-8000:]
 
 
 def job(algorithm, tune, folder, strategy=None, stop=None, overrides=()):
