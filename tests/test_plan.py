@@ -55,6 +55,9 @@ CASES = {
 }
 
 
+# in one worker, which counts each model once
+pytestmark = pytest.mark.xdist_group("tests/test_plan.py")
+
 COUNTED = {}
 
 
