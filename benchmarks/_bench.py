@@ -29,7 +29,8 @@ from posttrain.models._outline import configs_at
 from posttrain.models._published import PUBLISHED
 from posttrain.models.sd3 import SD3
 from posttrain.planning.counts import META
-from posttrain.planning.footprint import Held, flops
+from posttrain.planning.footprint import flops
+from posttrain.planning.held import Held
 from posttrain.planning.throughput import matrix_flops
 from posttrain.policy import Policy
 from posttrain.policy.activations import Checkpointing, checkpoint_blocks
@@ -167,7 +168,7 @@ def forward_flops(it: Bench) -> int:
         condition = model.encode_prompts(["a"])
     side = it.options.resolution
     latents = torch.empty(1, *model.latent_shape(side, side), device=META)
-    return flops(lambda: model.velocity(latents, torch.empty(1, device=META), condition))
+    return flops(lambda: model.velocity(latents, torch.empty(1, device=META), condition), model.transformer)
 
 
 def compare(
@@ -258,7 +259,7 @@ def peak(it: Bench, step: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated(it.device) - before
     with Held() as held:
         step()
-    return held.peak
+    return held.peak()
 
 
 def _name(it: Bench) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -11,31 +10,23 @@ from torch import Tensor
 
 from posttrain.condition import Condition
 from posttrain.errors import PosttrainError
-from posttrain.planning.footprint import flops, peak_bytes
+from posttrain.planning.footprint import flops, held_by
 from posttrain.policy.activations import checkpoint_blocks
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from posttrain.model import DtypeName, FlowModel, Model
+    from posttrain.planning.held import Held
     from posttrain.policy.activations import Checkpointing
     from posttrain.policy.tuning import Tune
 
-Work = Literal["training", "forward", "decode", "encode", "text"]
+Work = Literal["forward", "decode", "encode", "text"]
 META = torch.device("meta")
 Size = tuple[int, int]
 """(height, width) of images in pixels."""
+PRIMES = (1009, 1013, 1019, 1021)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Line:
-    """Peak bytes as a linear function of the number of rows."""
-
-    fixed: float
-    each: float
-
-    def at(self, rows: int) -> float:
-        """The bytes for so many rows; 0 for none."""
-        return self.fixed + self.each * rows if rows else 0.0
 
 
 class Counts:
@@ -71,45 +62,60 @@ class Counts:
 
     def flops(self, work: Work, size: Size) -> int:
         """FLOPs of ``work`` on one row: the latents or pixels of one image, or one prompt."""
-        return self.once(("flops", work, size), lambda: flops(self._call(self.outline(), work, size, 1)))
+
+        def counted() -> int:
+            outline = self.outline()
+            return flops(self._call(outline, work, size, 1), outline.transformer)
+
+        return self.once(("flops", work, size), counted)
 
     def memory(
         self,
-        work: Work,
+        work: Literal["training", "forward"],
         size: Size,
         tune: Tune | None = None,
         autocast: torch.dtype | None = None,
         checkpointing: Checkpointing = "off",
-    ) -> Line:
-        """Peak bytes of ``work`` on images of ``size``, without the weights and their gradients."""
+    ) -> Held:
+        """What ``work`` on any number of images of ``size`` holds, without the weights and their
+        gradients."""
         mode = checkpointing if work == "training" else "off"
 
-        def counted() -> Line:
+        def counted() -> Held:
             outline, training = self.outline(tune), work == "training"
             checkpoint_blocks(outline.transformer, mode)
             for parameter in outline.transformer.parameters():
                 if parameter.requires_grad and training:
                     parameter.grad = torch.empty_like(parameter)
-            precision = autocast if work in ("training", "forward") else None
-            one, two = (
-                peak_bytes(
-                    self._call(outline, work, size, rows),
-                    backward=training,
-                    autocast=precision,
-                    wide=self.cuda,
-                )
-                for rows in (1, 2)
+            rows = _prime(outline.transformer)
+            held = held_by(
+                self._call(outline, work, size, rows),
+                outline.transformer,
+                rows=rows,
+                backward=training,
+                autocast=autocast,
+                wide=self.cuda,
             )
             checkpoint_blocks(outline.transformer, "off")
-            return Line(2 * one - two, two - one)
+            return held
 
         key = (work, size, tune and tune.model_dump_json(), autocast, mode)
         return self.once(key, counted)
 
     def autoencoder(self, work: Literal["encode", "decode"], size: Size, images: int) -> int:
         """Peak bytes of encoding or decoding a batch of ``images``; the model may split the batch."""
-        call = self._call(self.outline(), work, size, images)
-        return self.once((work, size, images), lambda: peak_bytes(call))
+        outline = self.outline()
+        call = self._call(outline, work, size, images)
+        return self.once((work, size, images), lambda: held_by(call, outline.transformer).peak())
+
+    def text(self, prompts: int) -> int:
+        """Peak bytes of encoding ``prompts``, if the model encodes a few at a time, keeps their conditions,
+        and joins them at the end."""
+        outline = self.outline()
+        call = self._call(outline, "text", (0, 0), 1)
+        one = self.once(("text",), lambda: held_by(call, outline.transformer).peak())
+        kept = prompts * sum(tensor.nbytes for tensor in self.condition(1).values())
+        return max(one + kept, 2 * kept)
 
     def condition(self, rows: int) -> Condition:
         """The condition of ``rows`` prompts, on the meta device."""
@@ -117,7 +123,9 @@ class Counts:
             encoded = self.once(("condition",), lambda: self.outline().encode_prompts(["a"]))
         return {name: tensor.detach().expand(rows, *tensor.shape[1:]) for name, tensor in encoded.items()}
 
-    def _call(self, outline: FlowModel, work: Work, size: Size, rows: int) -> Callable[[], Tensor]:
+    def _call(
+        self, outline: FlowModel, work: Work | Literal["training"], size: Size, rows: int
+    ) -> Callable[[], Tensor]:
         latents = torch.empty(rows, *outline.latent_shape(*size), device=META)
         if work == "decode":
             return lambda: outline.decode(latents)
@@ -129,3 +137,9 @@ class Counts:
         sigma, table = torch.empty(rows, device=META), self.condition(rows)
         # each forward gathers its prompts' rows from the batch's table, which copies them
         return lambda: outline.velocity(latents, sigma, {k: v.clone() for k, v in table.items()})
+
+
+def _prime(module: nn.Module) -> int:
+    """A number of rows that is a prime and no factor of any weight's size, as Held wants it."""
+    sizes = {tensor.numel() for tensor in (*module.parameters(), *module.buffers())}
+    return next(prime for prime in PRIMES if all(size % prime for size in sizes))

@@ -102,13 +102,11 @@ def _evaluation_phases(
     rows = min(MOST_ROWS, images) * branches_of(evaluation)
     prompts = PROMPT_ENCODE_BATCH if recipe.cache.prompts else images + 1
     return {
-        "sampling": Phase(forward.at(rows), encoders=on_device(recipe, counts, cached)),
+        "sampling": Phase(forward.peak(rows), encoders=on_device(recipe, counts, cached)),
         "decoding": Phase(
             counts.autoencoder("decode", size, images), encoders=on_device(recipe, counts, cached, "images")
         ),
-        "text": Phase(
-            counts.memory("text", size).at(prompts), encoders=on_device(recipe, counts, {}, "prompts")
-        ),
+        "text": Phase(counts.text(prompts), encoders=on_device(recipe, counts, {}, "prompts")),
     }
 
 

@@ -45,15 +45,15 @@ class StagePlan:
         yield from self._image_grids()
 
     def _encoding(self) -> Iterator[tuple[str, Phase]]:
-        text, images = self.counts.memory("text", self.size), self._on_device("images")
+        text, images = self.counts.text, self._on_device("images")
         if self.cached["prompts"]:
             distinct = self.data.prompts
             at_once = PROMPT_ENCODE_BATCH if distinct is None else min(PROMPT_ENCODE_BATCH, distinct + 1)
             # the cache is filled before any encoder has left the device
             encoders = on_device(self.recipe, self.counts, {}, "prompts")
-            yield "fill prompts", Phase(text.at(at_once), encoders=encoders)
+            yield "fill prompts", Phase(text(at_once), encoders=encoders)
         else:
-            yield "text", Phase(text.at(self.prompts), encoders=self._on_device("prompts"))
+            yield "text", Phase(text(self.prompts), encoders=self._on_device("prompts"))
         if self.cached["images"]:
             activations = self.counts.autoencoder("encode", self.size, IMAGE_ENCODE_BATCH)
             yield "fill latents", Phase(activations, encoders=images)
@@ -65,7 +65,7 @@ class StagePlan:
         rows = min(self.micro_batch, self.batch)
         if self.calls.rollout:
             forward = self.counts.memory("forward", self.size, self.stage.tune, self.dtype)
-            activations = forward.at(rows * self.calls.rows_without)
+            activations = forward.peak(rows * self.calls.rows_without)
             yield "rollout", Phase(activations, self.held, encoders=self._on_device(), forward=True)
         if self.calls.decoded:
             decoding = self.counts.autoencoder("decode", self.size, rows) + self.casts
@@ -75,7 +75,7 @@ class StagePlan:
         checkpointing, idle = self.stage.train.gradient_checkpointing, self._on_device()
         backward = self.counts.memory("training", self.size, self.stage.tune, self.dtype, checkpointing)
         in_step = items_in_step(self.stage, self.counts, self.devices)
-        activations = backward.at(min(self.micro_batch, in_step) * self.calls.rows_with)
+        activations = backward.peak(min(self.micro_batch, in_step) * self.calls.rows_with)
         # the last block that is computed again has the gradients of all other blocks beside it
         gradients = in_step > self.micro_batch or checkpointing == "full"
         yield "training", Phase(activations, self.held, gradients, idle, forward=True, backward=True)
@@ -93,7 +93,7 @@ class StagePlan:
         size = self.size if evaluation is None else square(evaluation)
         branches = 2 if evaluation is None else branches_of(evaluation)
         forward = self.counts.memory("forward", size, self.stage.tune, self.dtype)
-        activations = forward.at(min(self.micro_batch, max(images)) * branches)
+        activations = forward.peak(min(self.micro_batch, max(images)) * branches)
         yield "image grids", Phase(activations, encoders=self._on_device(), forward=True)
         decoding = self.counts.autoencoder("decode", size, max(images))
         yield "grids' decoding", Phase(decoding, encoders=self._on_device("images"))

@@ -1,0 +1,124 @@
+"""``posttrain plan`` prints what a recipe needs, and reads what benchmarks measured."""
+
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from forked import finished, posttrain
+from rich.console import Console
+
+from posttrain.errors import PosttrainError
+from posttrain.planning.gpus import custom, gpu
+from posttrain.planning.tables import Budget, resources
+from posttrain.recipe.file import load_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_gpus_are_known_by_the_names_people_write():
+    assert gpu("NVIDIA H100 80GB HBM3").flops == 989e12
+    assert gpu("rtx 4090").memory_bytes == 24e9
+    with pytest.raises(PosttrainError, match="one of 'A100 80GB', 'A100 40GB'"):
+        gpu("a100")
+    with pytest.raises(PosttrainError, match=r"did you mean 'H200 141GB'.*--memory 48GB --tflops 362"):
+        gpu("H200 14GB")
+    assert [custom(text, 1).memory_bytes for text in ("60MB", "48", "44.5 GiB")] == [60e6, 48e9, 44.5 * 2**30]
+    with pytest.raises(PosttrainError, match="no size"):
+        custom("lots", 100)
+
+
+def test_time_is_work_over_what_the_devices_sustain():
+    from posttrain.planning.work import Work
+
+    budget = Budget(gpu("h100"), 8, 0.5, "given", tf32=True)
+    assert budget.seconds(Work(low=989e12)) == pytest.approx(1 / 8 / 0.5)
+    assert budget.seconds(Work(full=989e12)) == pytest.approx(2 / 8 / 0.5)
+
+
+def test_the_command_plans_a_shipped_recipe_without_weights_or_data(tmp_path):
+    out = posttrain("plan", "sd35m-soar", "--gpu", "H100 80GB", "--gpus", "8", cwd=tmp_path).stdout
+    assert "8 x H100 80GB" in out
+    assert "does not fit" not in out
+    for word in ("weights", "gradients", "optimizer", "roles", "activations", "caches", "GPU-hours", "disk"):
+        assert word in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_command_says_what_does_not_fit_and_what_would(tmp_path):
+    out = posttrain("plan", "sd35m-soar", "--memory", "48GB", "--tflops", "362", cwd=tmp_path).stdout
+    assert "soar does not fit" in out
+    assert "It would with one of:" in out
+    assert "    --set cache.prompts=true\n" in out
+    assert "    --set stages.soar.train.optimizer=adamw8bit\n" in out
+    assert "text encoders and VAE travel for each batch" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpu", "H1000"), "did you mean"),
+        (("--memory", "48GB"), "--tflops"),
+        (("--gpu", "h100", "--mfu", "0.5", "--measured", "x.json"), "give one of them"),
+        (("--gpu", "h100", "--measured", "none.json"), "no result of a benchmark"),
+        (
+            ("--gpu", "h100", "--gpus", "2", "--set", "parallel.strategy=single"),
+            "single is one process, not 2",
+        ),
+        (("--gpu", "h100", "--set", "parallel.strategy=magic"), "magic"),
+    ],
+)
+def test_mistakes_are_one_clear_error(tmp_path, arguments, words):
+    done = posttrain("plan", "quickstart", *arguments, cwd=tmp_path, code=1)
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+
+
+MORE = [pytest.param(name, marks=pytest.mark.matrix) for name in ("sft_step", "nft_iteration", "evaluation")]
+
+
+@pytest.mark.parametrize("name", ["soar_step", "grpo_iteration", *MORE])
+def test_every_benchmark_runs_and_its_figures_are_read_by_the_plan(tmp_path, name):
+    extra = {"evaluation": ["--images", "2", "--steps", "2"], "soar_step": ["--points", "1"]}
+    small = ["--steps", "2", "--group", "2"] if name.endswith("iteration") else extra.get(name, [])
+    file = str(ROOT / "benchmarks" / f"{name}.py")
+
+    def program():
+        sys.argv = [file, "--batch", "2", "--rounds", "1", *small, "--output", "b.json"]
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        runpy.run_path(file, run_name="__main__")
+
+    done = finished(program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "times as fast" in done.stdout
+    assert json.loads((tmp_path / "b.json").read_text())["engine"]["mfu"] > 0
+
+
+def test_a_measured_mfu_is_used(tmp_path):
+    (tmp_path / "b.json").write_text('{"engine": {"mfu": 0.5}}')
+    out = posttrain("plan", "quickstart", "--gpu", "h100", "--measured", "b.json", cwd=tmp_path).stdout
+    assert "MFU of 50%" in out
+    assert "measured, b.json" in out
+
+
+def test_a_plan_is_as_wide_as_the_terminal():
+    recipe = load_recipe(
+        "quickstart-rl", ["stages.0.train.micro_batch=auto", "cache.prompts=true"], checks=False
+    )
+    plan = resources(recipe, Budget(custom("60MB", 1), 8, 0.4, "assumed", tf32=True), cuda=True)
+    for width in (80, 120):
+        console = Console(width=width, file=io.StringIO(), color_system=None)
+        with console.capture() as shown:
+            console.print(plan)
+        text = shown.get()
+        for words in (
+            "micro_batch auto is planned as",
+            "cache: its size is at most",
+            "It would with",
+            "host",
+        ):
+            assert words in text
+        assert "…" not in text
+        assert all(len(line) <= width for line in text.splitlines())
