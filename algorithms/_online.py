@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Items, Tools, Verdict
-from posttrain.distributed.world import World
+from posttrain.distributed.world import ALONE, World
 from posttrain.flow.advantages import Mixing, has_spread, mean_group_std, mixed_advantages, weighted
+from posttrain.policy import Policy
 
 
 class Online(Algorithm, ABC):
@@ -58,6 +59,27 @@ class Online(Algorithm, ABC):
     def kept(self, advantage: Tensor) -> Tensor:
         """(n,) bool: the samples that are trained, by their clamped advantages (n,)."""
 
+    def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:
+        """Velocities (n, c, h, w) of roles at the items, by the name of the field that the loss reads.
+
+        Training does not change them, so they are computed once for each batch."""
+        del items, policy
+        return {}
+
+    def with_frozen_velocities(self, items: Items, policy: Policy, world: World = ALONE) -> Items:
+        """``items`` with the fields of :meth:`frozen_velocities`; items that no process needs have 0 there.
+
+        Every process computes as many items as the one that trains most, since sharded weights are gathered
+        by all at the same time."""
+        trained = items.weight > 0
+        first = torch.argsort(trained, descending=True, stable=True)[: int(world.max(int(trained.sum())))]
+        if not len(first):
+            return items
+        fields = dict(items.fields)
+        for name, velocity in self.frozen_velocities(items.take(first), policy).items():
+            fields[name] = velocity.new_zeros(len(items), *velocity.shape[1:]).index_copy(0, first, velocity)
+        return replace(items, fields=fields)
+
     def collect(self, batch: Batch, tools: Tools) -> Items:
         assert tools.judge is not None, "needs = 'rewards'"
         assert batch.group is not None, "needs = 'rewards'"
@@ -70,6 +92,7 @@ class Online(Algorithm, ABC):
         clamped = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()
         trained = self.kept(clamped).float()
         items = _items(batch, fields, tools.world.local(clamped), tools.world.local(trained))
+        items = self.with_frozen_velocities(items, tools.policy, tools.world)
         metrics = _reward_metrics(verdict, weights, group)
         metrics |= {
             "samples_trained": trained.mean(),

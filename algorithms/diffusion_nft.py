@@ -21,7 +21,8 @@ AdvMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 class DiffusionNFT(Online):
     """Move the velocity towards the old policy's good samples and away from its bad ones.
 
-    Items: latents, x0 (n, c, h, w); sigma, advantage, prompt_index, sample_index (n,).
+    Items: latents, x0, old_velocity and, with a ``kl_weight``, reference_velocity (n, c, h, w); sigma,
+    advantage, prompt_index, sample_index (n,).
     """
 
     type: Literal["diffusion_nft"] = "diffusion_nft"
@@ -69,15 +70,21 @@ class DiffusionNFT(Online):
     def kept(self, advantage: Tensor) -> Tensor:
         return torch.ones_like(advantage, dtype=torch.bool)
 
-    def loss(self, items: Items, policy: Policy) -> Losses:
-        at = (items.latents, items.sigma, items.condition)
-        with policy.using("old"):
-            v_old = policy.velocity(*at)
-        reference = None
+    def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:
+        def velocity_of(role: str) -> Tensor:
+            with policy.using(role):
+                return policy.guided_velocity(
+                    items.latents, items.sigma, items.prompt_index, items.conditions, 1.0
+                )
+
+        velocities = {"old_velocity": velocity_of("old")}
         if self.kl_weight:
-            with policy.using("reference"):
-                reference = policy.velocity(*at)
-        v = policy.velocity(*at)
+            velocities["reference_velocity"] = velocity_of("reference")
+        return velocities
+
+    def loss(self, items: Items, policy: Policy) -> Losses:
+        v = policy.velocity(items.latents, items.sigma, items.condition)
+        v_old = items.old_velocity
         r = optimality(items.advantage, self.adv_mode, self.adv_clip_max)
         positive, negative = implicit_losses(v, v_old, items.latents, items.x0, items.sigma, self.beta)
         policy_loss = self.adv_clip_max / self.beta * (r * positive + (1 - r) * negative)
@@ -88,9 +95,9 @@ class DiffusionNFT(Online):
             "optimality": r,
             "old_distance": (v - v_old).square().flatten(1).mean(1),
         }
-        if reference is None:
+        if not self.kl_weight:
             return Losses(policy_loss, metrics)
-        kl = (v - reference).square().flatten(1).mean(1)
+        kl = (v - items.reference_velocity).square().flatten(1).mean(1)
         return Losses(policy_loss + self.kl_weight * kl, {**metrics, "kl": kl})
 
     def after_batch(self, policy: Policy, step: int) -> None:

@@ -24,7 +24,8 @@ class FlowGRPO(Online):
     """Clipped policy gradient; the actions are the steps of a stochastic sampler.
 
     Items, one for each trained step of each sample: latents, next_latents (n, c, h, w); sigma, sigma_next,
-    sigma_max, log_prob, advantage, prompt_index, sample_index (n,); with ``grpo_guard`` mean (n, c, h, w).
+    sigma_max, log_prob, advantage, prompt_index, sample_index (n,); with ``grpo_guard`` mean (n, c, h, w);
+    with a ``beta`` reference_velocity (n, c, h, w).
     """
 
     type: Literal["flow_grpo"] = "flow_grpo"
@@ -154,11 +155,13 @@ class FlowGRPO(Online):
     def kept(self, advantage: Tensor) -> Tensor:
         return advantage != 0 if self.drop_zero_advantage else torch.ones_like(advantage, dtype=torch.bool)
 
+    def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:
+        if not self.beta:
+            return {}
+        with policy.using("reference"):
+            return {"reference_velocity": self._velocity(items, policy)}
+
     def loss(self, items: Items, policy: Policy) -> Losses:
-        reference = None
-        if self.beta:
-            with policy.using("reference"):
-                reference = self._velocity(items, policy)
         v = self._velocity(items, policy)
         at_step = (items.sigma, items.sigma_next, items.sigma_max)
         mean, std = self._step(items.latents, v, *at_step)
@@ -175,8 +178,9 @@ class FlowGRPO(Online):
             "ratio_deviation": (ratio - 1).abs(),
             "clip_fraction": ((ratio - 1).abs() > self.clip_range).float(),
         }
-        if reference is None:
+        if not self.beta:
             return Losses(policy_loss, metrics)
+        reference = items.reference_velocity
         if self.kl_type == "velocity_mse":
             kl = (v - reference).square().flatten(1).mean(1)
         else:

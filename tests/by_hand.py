@@ -104,3 +104,8 @@ class Given(Draws):
 
     def uniform(self, purpose, shape=()):
         return self.values[purpose] if purpose in self.values else super().uniform(purpose, shape)
+
+
+def loss_of(algorithm, items, policy):
+    """The losses of items that were collected without the velocities of roles."""
+    return algorithm.loss(algorithm.with_frozen_velocities(items, policy), policy)

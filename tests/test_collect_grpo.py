@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from by_hand import SHAPE, conditions, gaussian, linear_policy, near, per_item, step, velocity, wide
+from by_hand import SHAPE, conditions, gaussian, linear_policy, loss_of, near, per_item, step, velocity, wide
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
@@ -161,7 +161,7 @@ def test_the_loss(kind, guard, kl_type):
     algorithm = grpo(sde_type=kind, grpo_guard=guard, clip_range=0.02, **beta)
     items = items_of(algorithm)
     policy = linear_policy(0.7, reference=-0.4)
-    losses = algorithm.loss(items, policy)
+    losses = loss_of(algorithm, items, policy)
     policy_loss, ratio, kl = expected_loss(algorithm, items, 0.7, -0.4)
     clipped = ((ratio - 1).abs() > 0.02).double()
     assert 0 < clipped.mean() < 1
@@ -182,7 +182,7 @@ def test_the_gradient_follows_the_policy_and_not_its_reference():
     algorithm, gradients = grpo(clip_range=10.0, beta=0.3), []
     items = items_of(algorithm)
     policy = linear_policy(0.55, reference=-0.4)
-    algorithm.loss(items, policy).per_item.sum().backward()
+    loss_of(algorithm, items, policy).per_item.sum().backward()
     for w in (0.55 - 1e-4, 0.55 + 1e-4):
         loss, _, kl = expected_loss(algorithm, items, w, -0.4)
         gradients.append((loss + 0.3 * kl).sum())
@@ -193,7 +193,7 @@ def test_the_gradient_follows_the_policy_and_not_its_reference():
 def test_the_same_policy_has_ratio_1():
     for kind in ("flow_sde", "cps", "dance"):
         algorithm = grpo(sde_type=kind, clip_range=1e-2)
-        losses = algorithm.loss(items_of(algorithm), linear_policy(0.5, reference=0.5))
+        losses = loss_of(algorithm, items_of(algorithm), linear_policy(0.5, reference=0.5))
         near(losses.metrics["ratio"], torch.ones(16))
         near(losses.metrics["kl"], torch.zeros(16))
         algorithm.check_on_policy(losses)

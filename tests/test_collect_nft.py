@@ -1,10 +1,11 @@
 """DiffusionNFT's rollout, loss and old policy on a linear velocity, worked out in float64."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from by_hand import SHAPE, conditions, linear_policy, near, per_item, velocity, wide
+from by_hand import SHAPE, conditions, linear_policy, loss_of, near, per_item, velocity, wide
 
 from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, old_decay, optimality
@@ -95,7 +96,7 @@ def expected(w, w_old, beta):
 def test_the_loss(kl_weight, beta):
     algorithm = nft(kl_weight=kl_weight, beta=beta)
     policy = linear_policy(0.6, old=0.4, reference=-0.2)
-    losses = algorithm.loss(items(), policy)
+    losses = loss_of(algorithm, items(), policy)
     r, positive, negative, moved = expected(0.6, 0.4, beta)
     policy_loss = 5 / beta * (r * positive + (1 - r) * negative)
     i = items()
@@ -118,9 +119,53 @@ def test_the_loss(kl_weight, beta):
     assert policy.forward_equivalents == N * (3 + 1 + bool(kl_weight))
 
 
+class Counted:
+    """How often the roles' weights came in."""
+
+    def __init__(self, policy, monkeypatch):
+        self.uses, using = [], policy.using
+        monkeypatch.setattr(policy, "using", lambda name: self.uses.append(name) or using(name))
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.7])
+def test_what_training_does_not_change_is_computed_once(monkeypatch, kl_weight):
+    algorithm = nft(kl_weight=kl_weight)
+    policy = linear_policy(0.6, micro_batch=2, old=0.4, reference=-0.2)
+    some = replace(items(), weight=torch.tensor([1.0, 0.0, 2.0]))
+    counted = Counted(policy, monkeypatch)
+    with torch.no_grad():
+        found = algorithm.with_frozen_velocities(some, policy)
+    roles = {"old": 0.4} | ({"reference": -0.2} if kl_weight else {})
+    assert counted.uses == list(roles)
+    assert policy.forward_equivalents == 2 * len(roles)
+    for role, w in roles.items():
+        expected = velocity(w, some.latents, some.sigma, some.prompt_index)
+        expected[1] = 0  # of weight 0: never trained
+        near(found.fields[f"{role}_velocity"], expected)
+    assert ("reference_velocity" in found.fields) == bool(kl_weight)
+    algorithm.loss(found.take(slice(0, 1)), policy)
+    assert counted.uses == list(roles)
+
+
+def test_every_process_computes_as_many_items_as_the_one_that_trains_most():
+    class Two:
+        def max(self, value):
+            return max(value, most)
+
+    algorithm, policy = nft(kl_weight=0.0), linear_policy(0.6, old=0.4)
+    some = replace(items(), weight=torch.tensor([0.0, 1.0, 0.0]))
+    for most in (2, 0, 3):
+        policy.forward_equivalents = 0
+        found = algorithm.with_frozen_velocities(some, policy, Two())
+        assert policy.forward_equivalents == max(most, 1)
+        near(found.old_velocity[1], velocity(0.4, some.latents, some.sigma, some.prompt_index)[1])
+    none, most = replace(some, weight=torch.zeros(N)), 0
+    assert algorithm.with_frozen_velocities(none, policy, Two()) is none
+
+
 def test_the_gradient_flows_through_the_trained_velocity_and_not_through_the_scale():
     policy, (grad_at, h) = linear_policy(0.6, old=0.4, reference=-0.2), (0.6, 1e-4)
-    nft(kl_weight=0.0, beta=0.5).loss(items(), policy).per_item.sum().backward()
+    loss_of(nft(kl_weight=0.0, beta=0.5), items(), policy).per_item.sum().backward()
     i = items()
 
     def loss(w, frozen):
@@ -159,8 +204,8 @@ def test_optimality(clip):
 
 
 def test_the_loss_takes_the_mode_and_the_clip_from_the_recipe():
-    losses = nft(adv_mode="binary", adv_clip_max=2.0).loss(
-        items(), linear_policy(0.6, old=0.4, reference=0.0)
+    losses = loss_of(
+        nft(adv_mode="binary", adv_clip_max=2.0), items(), linear_policy(0.6, old=0.4, reference=0.0)
     )
     r, positive, negative, _ = expected(0.6, 0.4, 0.1)
     r = torch.tensor([0.75, 0.25, 0.75], dtype=torch.float64)

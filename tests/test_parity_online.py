@@ -99,7 +99,8 @@ def test_parity_flow_grpo_step(v):
         x = v[f"step.{i}.next"]
     for i in sorted({int(k.split(".")[1]) for k in v.tensors if k.startswith("loss.")}):
         policy.model.transformer.zero_grad()
-        losses = grpo.loss(Items(torch.ones(n), stored[i], conditions), policy)
+        items = Items(torch.ones(n), stored[i], conditions)
+        losses = grpo.loss(grpo.with_frozen_velocities(items, policy), policy)
         losses.per_item.mean().backward()
         assert_close(losses.metrics["ratio"], v[f"loss.{i}.ratio"], 1e-5)
         assert_close(losses.metrics["policy_loss"].mean(), v[f"loss.{i}.policy"], 1e-4)
@@ -129,7 +130,7 @@ def test_parity_diffusion_nft_step(v):
         {**fields, "prompt_index": torch.arange(1, n + 1), "sample_index": torch.arange(n)},
         conditions,
     )
-    losses = nft.loss(items, policy)
+    losses = nft.loss(nft.with_frozen_velocities(items, policy), policy)
     losses.per_item.mean().backward()
     assert_close(losses.metrics["positive_loss"], v["positive_loss"], 1e-4)
     assert_close(losses.metrics["negative_loss"], v["negative_loss"], 1e-4)
