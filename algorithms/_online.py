@@ -71,7 +71,7 @@ class Online(Algorithm, ABC):
 
         Every process computes as many items as the one that trains most, since sharded weights are gathered
         by all at the same time."""
-        trained = items.weight > 0
+        trained = (items.weight > 0).to(torch.int8)
         first = torch.argsort(trained, descending=True, stable=True)[: int(world.max(int(trained.sum())))]
         if not len(first):
             return items

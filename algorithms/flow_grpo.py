@@ -127,10 +127,11 @@ class FlowGRPO(Online):
         x, rows = initial.normal("initial", shape), []
         for i, (s, s_next) in enumerate(pairwise(sigmas)):
             sigma, sigma_next, sigma_max = (torch.full_like(x[:, 0, 0, 0], c) for c in (s, s_next, sigmas[1]))
+            trained = first <= i < end
             v = tools.policy.guided_velocity(
-                x, sigma, batch.prompt_index, batch.conditions, self.guidance_scale
+                x, sigma, batch.prompt_index, batch.conditions, self.guidance_scale, repeated=trained
             )
-            if not first <= i < end:
+            if not trained:
                 x = x + expand(sigma_next - sigma, x) * v
                 continue
             row = {"latents": x, "sigma": sigma, "sigma_next": sigma_next, "sigma_max": sigma_max}

@@ -5,7 +5,7 @@ The backend aot_eager traces and splits forward and backward as the default one 
 
 import pytest
 import torch
-from runs import TRAIN, recipe, run_quietly, stage
+from runs import HEAD, TRAIN, recipe, run_quietly, stage
 from test_run import assert_equal_weights, weights
 
 from posttrain.engine import compiling
@@ -51,6 +51,46 @@ def test_compiled_blocks_train_alike(tmp_path, monkeypatch, case):
     assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
     a, b = (weights(tmp_path / "run" / name) for name in ("compiled", "plain"))
     assert all((a[n] - b[n]).norm() <= 1e-4 * b[n].norm() for n in b)
+
+
+def two_programs(graph, inputs):
+    """A backend whose programs without gradients give other numbers than those with gradients."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def other(graph, _):
+        def run(*args):
+            return [1.01 * x if x.is_floating_point() else x for x in graph(*args)]
+
+        return make_boxed_func(run)
+
+    def same(graph, _):
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=same, bw_compiler=same, inference_compiler=other)
+    return backend(graph, inputs)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_ratio_is_1_though_a_forward_without_gradients_is_another_program(
+    tmp_path, monkeypatch, precision, strategy
+):
+    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": two_programs})
+    algorithm = "{type: flow_grpo, group_size: 2, num_steps: 4, guidance_scale: 2.0}"
+    one = stage(
+        "grpo",
+        algorithm,
+        train=COMPILED.replace("{", f"{{precision: {precision}, "),
+        start_from="base",
+        rewards="['brightness:score']",
+    ).replace("{type: shapes, images: 10, seed: 1}", PROMPTS)
+    head = HEAD.replace("device: cpu", f"device: cpu\nparallel: {{strategy: {strategy}}}")
+    run_quietly(recipe(one, head=head), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "grpo" / "metrics.jsonl")
+    # one optimizer step for each batch, so the ratio is that of the weights that collected it
+    assert len(rows) > 1
+    assert max(row["ratio_deviation"] for row in rows) <= 1e-6
 
 
 def test_where_blocks_cannot_be_compiled_they_run_as_they_are_and_a_line_says_so(tmp_path, monkeypatch):

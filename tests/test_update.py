@@ -35,6 +35,20 @@ def test_a_step_goes_down_by_the_weighted_mean_however_items_are_split(micro_bat
     assert [len(xs) for xs, _ in noted("loss")] == {1: [1, 1, 1], 2: [2, 1], 3: [3], 64: [3]}[micro_batch]
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "seen"), [(1, [[2], [4], [0.5]]), (2, [[2, 4], [0.5, 9]]), (4, [[2, 4, 0.5, 9]]), (5, [[2, 4, 0.5, 9, 7]])]
+)  # fmt: skip
+def test_compiled_blocks_see_micro_batches_of_one_size_while_there_are_items(micro_batch, seen):
+    NOTES.clear()
+    policy = line_policy(micro_batch=micro_batch)
+    policy.compiled = True
+    items = items_of([2, 9, 7, 4, 0.5], weight=[1, 0, 0, 3, 4])
+    metrics = update(Pull(), policy, items, descending(policy), FREE, 1)
+    assert policy.trained["a"].item() == pytest.approx(1 - 2)
+    assert metrics["loss"].item() == pytest.approx(2 - 1)
+    assert [xs for xs, _ in noted("loss")] == seen
+
+
 def test_the_gradient_is_clipped_to_the_norm_that_is_told_before_it():
     metrics, a = step(items_of([3, 5]), settings=Train(steps=4, max_grad_norm=0.5))
     assert a == pytest.approx(1 - 0.5, abs=1e-5)

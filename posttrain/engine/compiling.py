@@ -43,6 +43,7 @@ def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample) -> str | 
     if not failures:
         # a later size that cannot be compiled then runs uncompiled, with a warning from dynamo
         config.suppress_errors = True
+        policy.compiled = True
         return None
     for block in compiled:
         block._compiled_call_impl = None

@@ -119,7 +119,7 @@ def update(
     total = world.sum(items.weight.sum())
     if not total:
         return {"skipped_steps": items.weight.new_ones(())}
-    micro_batches = _micro_batches(items, policy.micro_batch, check, world)
+    micro_batches = _micro_batches(items, policy, check, world)
     sums: dict[str, Tensor] = {}
     with policy.casts_kept():
         for i, micro_batch in enumerate(micro_batches):
@@ -143,19 +143,29 @@ def update(
     return {**means, "grad_norm": torch.tensor(norm)}
 
 
-def _micro_batches(items: Items, size: int, check: OnPolicy | None, world: World) -> list[Items]:
-    """The items of positive weight in micro-batches of at most ``size``, equally many on every process.
+def _micro_batches(items: Items, policy: Policy, check: OnPolicy | None, world: World) -> list[Items]:
+    """The items of positive weight in micro-batches of at most ``policy.micro_batch``, equally many on every
+    process.
 
     The first has ``check.rows`` rows if that many are allowed and available. A process with fewer
     micro-batches than another repeats its first item with weight 0.
     """
+    size = policy.micro_batch
     first = check.rows if check is not None and check.rows <= size else size
-    counting = items.take(items.weight > 0)
+    counting = _counting(items, size if policy.compiled else 1)
     micro_batches = [counting.take(slice(0, first))] if len(counting) else []
     micro_batches += counting.take(slice(first, None)).split(size)
     one = items.take(slice(0, 1))
     filler = replace(one, weight=torch.zeros_like(one.weight))
     return micro_batches + [filler] * (world.max(len(micro_batches)) - len(micro_batches))
+
+
+def _counting(items: Items, multiple: int) -> Items:
+    """The items of positive weight in their order, and as many others as make their number a multiple of
+    ``multiple``, if there are as many. Compiled blocks then see few sizes, each of which takes a minute."""
+    counts = (items.weight > 0).to(torch.int8)
+    number = -(-int(counts.sum()) // multiple) * multiple
+    return items.take(torch.argsort(counts, descending=True, stable=True)[:number])
 
 
 def _over_all_processes(sums: dict[str, Tensor], world: World) -> dict[str, Tensor]:

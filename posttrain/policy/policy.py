@@ -38,6 +38,9 @@ class Policy:
         """Cost of this process so far, in forwards of one sample; a forward-backward counts 3."""
         self.largest_forward = 0
         """Rows in the largest forward since this was last set to 0."""
+        self.compiled = False
+        """Whether blocks are compiled. Then a forward that records gradients and one that does not are two
+        programs, which round differently."""
         self._cast_with_gradients = False
         self.find_parameters()
 
@@ -46,20 +49,29 @@ class Policy:
         self.parameters = dict(self.model.transformer.named_parameters())
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
 
-    def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, condition: Condition, *, repeated: bool = False
+    ) -> Tensor:
         """The (n, c, h, w) float32 velocity at float32 ``latents`` (n, c, h, w) and ``sigma`` (n,) in [0, 1].
 
-        It is that of the trained weights, or inside :meth:`using` that of a role.
+        It is that of the trained weights, or inside :meth:`using` that of a role. If it is computed without
+        gradients and ``repeated`` with gradients, as in the loss, on as many rows, both are equal to the bit.
         """
-        self.forward_equivalents += len(latents) * (3 if torch.is_grad_enabled() else 1)
+        gradients = torch.is_grad_enabled()
+        self.forward_equivalents += len(latents) * (3 if gradients else 1)
         self.largest_forward = max(self.largest_forward, len(latents))
-        if self._cast_with_gradients is not torch.is_grad_enabled():
+        recorded = gradients or (repeated and self.compiled)
+        if self._cast_with_gradients is not recorded:
             # low-precision copies made without gradients would cut this forward off from its weights
             torch.clear_autocast_cache()
-            self._cast_with_gradients = torch.is_grad_enabled()
+            self._cast_with_gradients = recorded
         enabled = self.autocast is not None
-        with torch.autocast(latents.device.type, dtype=self.autocast, enabled=enabled):
-            return self.model.velocity(latents, sigma, condition)
+        with (
+            torch.set_grad_enabled(recorded),
+            torch.autocast(latents.device.type, dtype=self.autocast, enabled=enabled),
+        ):
+            velocity = self.model.velocity(latents, sigma, condition)
+        return velocity if gradients else velocity.detach()
 
     @contextlib.contextmanager
     def casts_kept(self) -> Iterator[None]:
@@ -80,14 +92,22 @@ class Policy:
                 torch.clear_autocast_cache()
 
     def guided_velocity(
-        self, latents: Tensor, sigma: Tensor, prompt: Tensor, conditions: Conditions, scale: float
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        prompt: Tensor,
+        conditions: Conditions,
+        scale: float,
+        *,
+        repeated: bool = False,
     ) -> Tensor:
         """The (n, c, h, w) velocity under classifier-free guidance of ``scale``.
 
         ``prompt`` (n,) has each sample's row in ``conditions``. A ``scale`` of 1 gives the conditional
         velocity and costs one forward per row; any other costs two. Without gradients the forwards have at
         most ``micro_batch`` rows per branch. Both branches share a forward, so the loss, in micro-batches of
-        the same size, recomputes the rollout's velocity with the same rounding.
+        the same size, computes a ``repeated`` velocity of the rollout with the same rounding (see
+        :meth:`velocity`).
         """
         size = len(latents) if torch.is_grad_enabled() else self.micro_batch
         velocities = []
@@ -95,10 +115,11 @@ class Policy:
             x, s, rows = (a[i : i + size] for a in (latents, sigma, prompt))
             condition = conditions.rows(rows)
             if scale == 1:
-                velocities.append(self.velocity(x, s, condition))
+                velocities.append(self.velocity(x, s, condition, repeated=repeated))
                 continue
             both = concatenated(conditions.empty(len(x)), condition)
-            v_uncond, v_cond = self.velocity(torch.cat([x, x]), torch.cat([s, s]), both).chunk(2)
+            x, s = torch.cat([x, x]), torch.cat([s, s])
+            v_uncond, v_cond = self.velocity(x, s, both, repeated=repeated).chunk(2)
             velocities.append(guided(v_cond, v_uncond, scale))
         return torch.cat(velocities)
 
