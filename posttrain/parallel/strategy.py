@@ -121,6 +121,8 @@ class TorchStrategy(Strategy):
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.policy.masters is not None:
+            self.policy.masters.drop_gradients()
 
     def step(self, max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), max_norm)
@@ -128,6 +130,7 @@ class TorchStrategy(Strategy):
         value = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # type: ignore[operator]
         if math.isfinite(value):
             self.optimizer.step()
+            self.policy.weights_changed()
         self.zero_grad()
         return value
 

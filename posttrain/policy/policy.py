@@ -16,6 +16,7 @@ from posttrain.condition import Condition, Conditions, concatenated
 from posttrain.flow.rectified import guided
 from posttrain.model import FlowModel
 from posttrain.policy.layout import Layout
+from posttrain.policy.masters import Masters
 
 
 class Policy:
@@ -38,6 +39,8 @@ class Policy:
         """Cost of this process so far, in forwards of one sample; a forward-backward counts 3."""
         self.largest_forward = 0
         """Rows in the largest forward since this was last set to 0."""
+        self.masters: Masters | None = None
+        """The float32 weights, if the transformer computes with copies in lower precision."""
         self.compiled = False
         """Whether blocks are compiled. Then a forward that records gradients and one that does not are two
         programs, which round differently."""
@@ -48,6 +51,22 @@ class Policy:
         """Find the model's parameters. To be called again after they were replaced, e.g. by sharded ones."""
         self.parameters = dict(self.model.transformer.named_parameters())
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
+
+    def lower(self, dtype: torch.dtype) -> None:
+        """Let the transformer compute with weights in ``dtype``, without autocast, from now on. ``trained``
+        then has float32 masters. To be called before the policy has roles."""
+        self.masters = Masters(self.trained, dtype)
+        for parameter in self.model.transformer.parameters():
+            if parameter.is_floating_point() and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        self.trained = self.masters.weights
+        self.parameters |= self.trained
+        self.autocast = None
+
+    def weights_changed(self) -> None:
+        """To be called after trained weights were written to."""
+        if self.masters is not None:
+            self.masters.lower()
 
     def velocity(
         self, latents: Tensor, sigma: Tensor, condition: Condition, *, repeated: bool = False
@@ -170,6 +189,8 @@ class Policy:
             parameter = self.parameters[key]
             held = self.layout.local(parameter) if name is None else self.roles[name][key]
             held.copy_(self.layout.shard(parameter, tensor))
+        if name is None:
+            self.weights_changed()
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -179,24 +200,32 @@ class Policy:
             if name is None or not self.roles[name]:
                 yield
                 return
-            local = [self.layout.local(self.parameters[key]) for key in self.roles[name]]
+            if self.masters is None:
+                copied, swapped = {}, self.roles[name]
+            else:
+                copied = {key: value for key, value in self.roles[name].items() if key in self.trained}
+                swapped = {key: value for key, value in self.roles[name].items() if key not in self.trained}
             # allocated before the swap and kept for the swap back, so that neither fails half-way
-            size, device = max(tensor.nbytes for tensor in local), local[0].device
-            room = torch.empty(size, dtype=torch.uint8, device=device)
-            self._swap(name, room)
+            size = max((self.layout.local(self.parameters[key]).nbytes for key in swapped), default=0)
+            room = torch.empty(size, dtype=torch.uint8, device=self.model.device)
+            self._swap(swapped, room)
+            if self.masters is not None:
+                self.masters.put_in(copied)
             try:
                 yield
             finally:
-                self._swap(name, room)
+                self._swap(swapped, room)
+                if self.masters is not None:
+                    self.masters.lower(copied)
 
-    def _swap(self, name: str, room: Tensor) -> None:
-        """Exchange the values of a role and of the weights, one weight at a time through ``room``."""
+    def _swap(self, role: dict[str, Tensor], room: Tensor) -> None:
+        """Exchange values of a ``role`` and of the weights, one weight at a time through ``room``."""
         self.layout.synchronize()
         # values are exchanged, not tensors, because sharded and compiled forwards keep their addresses
-        for key, role in self.roles[name].items():
+        for key, value in role.items():
             held = self.layout.local(self.parameters[key])
             buffer = room[: held.nbytes].view(held.dtype).view(held.shape).copy_(held)
-            held.copy_(role)
-            role.copy_(buffer)
+            held.copy_(value)
+            value.copy_(buffer)
         self.layout.mark_written()
         torch.clear_autocast_cache()
