@@ -152,9 +152,10 @@ def assert_in_parts(folder, sharded):
         assert sum(here["held"][role] for here in found) >= (1 if sharded else 2) * count
 
 
-def compare(tmp_path, algorithms, strategies, tunes, half=False, micro_batch=2):
+def compare(tmp_path, algorithms, strategies, tunes, half=False, micro_batch=2, bf16=False):
     """Of each algorithm and tuning, one process against two of each strategy; with -s it prints how near."""
     overrides = ["model.dtype=bf16"] if half else []
+    overrides += ["stages.s.train.precision=bf16"] if bf16 else []
     overrides += [f"stages.s.train.micro_batch={micro_batch}", "stages.s.train.checkpoint_every=20"]
     cases = {f"{a}-{'lora' if t == LORA else 'full'}": (a, t) for a in algorithms for t in tunes}
     ones = [job(a, t, tmp_path / f"one-{name}", overrides=overrides) for name, (a, t) in cases.items()]
@@ -170,7 +171,7 @@ def compare(tmp_path, algorithms, strategies, tunes, half=False, micro_batch=2):
         for name, (a, _) in cases.items():
             one, two = (tmp_path / f"{kind}-{name}" for kind in ("one", s))
             print(f"{s} {name}: {distance(state(one)['trained'], state(two)['trained']):.1e}")
-            if half:
+            if half or bf16:
                 assert_alike(one, two, HALF[a])
             else:
                 assert_same_training(one, two, TOLERANCE[a])
@@ -182,6 +183,13 @@ def compare(tmp_path, algorithms, strategies, tunes, half=False, micro_batch=2):
 def test_two_processes_train_as_one(tmp_path):
     """DDP and ZeRO-2, SOAR and DiffusionNFT: the same draws, losses, weights, moments and cost."""
     compare(tmp_path, ["soar", "nft"], ["ddp", "zero-2"], [FULL], micro_batch=4)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(s, marks=pytest.mark.matrix) for s in STRATEGIES if s != "ddp")]
+)
+def test_two_processes_train_in_bf16_as_one(tmp_path, strategy):
+    compare(tmp_path, ["soar", "nft"], [strategy], [LORA], bf16=True)
 
 
 @pytest.mark.matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,25 +38,45 @@ class DDP(Parallel):
 
 
 class Replicated(TorchStrategy):
-    """The strategy of :class:`DDP`."""
+    """The strategy of :class:`DDP`.
+
+    In float32, torch's wrapper sends gradients during the last backward of a step. In bf16 the float32
+    gradients beside the masters are added up after it.
+    """
 
     def __init__(self, policy: Policy, settings: Train, world: World) -> None:
+        policy.lower()
         super().__init__(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
-        device = policy.model.device
-        with warnings.catch_warnings():
-            # some versions of torch do not know the name that replaces broadcast_buffers
-            warnings.simplefilter("ignore", FutureWarning)
-            self.wrapped = DistributedDataParallel(
-                policy.model.transformer,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        policy.model.module = self.wrapped
+        self.wrapped = None if policy.masters is not None else _wrapped(policy)
+        if self.wrapped is not None:
+            policy.model.module = self.wrapped
 
     def begin_micro_batch(self, *, last: bool) -> None:
-        self.wrapped.require_backward_grad_sync = last
+        if self.wrapped is not None:
+            self.wrapped.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:
-        # DDP averages the gradients of the processes, but the losses are parts of a sum
-        (loss * self.world.size).backward()
+        # the wrapper averages the gradients of the processes, but the losses are parts of a sum
+        super().backward(loss if self.wrapped is None else loss * self.world.size)
+
+    def step(self, max_norm: float) -> float:
+        if (masters := self.policy.masters) is not None:
+            for gradients in masters.gradients():
+                total = self.world.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+                parts = total.split([gradient.numel() for gradient in gradients])
+                for gradient, part in zip(gradients, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+        return super().step(max_norm)
+
+
+def _wrapped(policy: Policy) -> DistributedDataParallel:
+    device = policy.model.device
+    with warnings.catch_warnings():
+        # some versions of torch do not know the name that replaces broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            policy.model.transformer,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
-
 from posttrain.distributed.world import World
 from posttrain.optim.optimizers import optimizer_of
 from posttrain.parallel.strategy import Parallel, Strategy, TorchStrategy
@@ -25,8 +23,7 @@ class Single(Parallel):
         return f"single is one process, not {processes}" if processes > 1 else None
 
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
-        if policy.autocast is not None:
-            policy.lower(policy.autocast)
+        policy.lower()
         return Alone(policy, world, Layout(), optimizer_of(settings, policy.trained.values()))
 
 
@@ -34,8 +31,3 @@ class Alone(TorchStrategy):
     """The strategy of :class:`Single`."""
 
     repeatable: ClassVar = True
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        if self.policy.masters is not None:
-            self.policy.masters.add_gradients()

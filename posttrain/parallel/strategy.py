@@ -119,6 +119,11 @@ class TorchStrategy(Strategy):
         super().__init__(policy, world)
         self.layout, self.optimizer = layout, optimizer
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        if self.policy.masters is not None:
+            self.policy.masters.add_gradients()
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         if self.policy.masters is not None:

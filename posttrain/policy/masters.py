@@ -55,6 +55,12 @@ class Masters:
             for name in names:
                 self.copies[name].grad = None
 
+    def gradients(self) -> Iterator[list[Tensor]]:
+        """The masters' gradients in groups of limited size. A weight that has none is left out."""
+        for names in _groups(self.copies):
+            if found := [g for name in names if (g := self.weights[name].grad) is not None]:
+                yield found
+
     def drop_gradients(self) -> None:
         """Remove what a failed backward left in the module."""
         for copy in self.copies.values():

@@ -52,9 +52,12 @@ class Policy:
         self.parameters = dict(self.model.transformer.named_parameters())
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
 
-    def lower(self, dtype: torch.dtype) -> None:
-        """Let the transformer compute with weights in ``dtype``, without autocast, from now on. ``trained``
-        then has float32 masters. To be called before the policy has roles."""
+    def lower(self) -> None:
+        """Let the transformer compute with weights in low precision instead of autocast, if that is on.
+
+        Then ``trained`` has float32 masters. To be called before the policy has roles and an optimizer."""
+        if (dtype := self.autocast) is None:
+            return
         self.masters = Masters(self.trained, dtype)
         for parameter in self.model.transformer.parameters():
             if parameter.is_floating_point() and not parameter.requires_grad:
