@@ -1,4 +1,4 @@
-"""Trains the shipped Shapes model in float32 and in bf16 on the same samples, and prints the losses side by side.
+"""Trains the shipped Shapes model in float32 and in bf16 on the same samples, and prints the losses.
 
     python benchmarks/bf16_loss.py
     python benchmarks/bf16_loss.py --steps 200 --batch 16 --tune lora

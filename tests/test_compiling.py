@@ -5,13 +5,21 @@ The backend aot_eager traces and splits forward and backward as the default one 
 
 import pytest
 import torch
+from pipelines import load
 from runs import HEAD, TRAIN, recipe, run_quietly, stage
 from test_run import assert_equal_weights, weights
 
-from posttrain.engine import compiling
+from posttrain.distributed.world import ALONE
+from posttrain.engine import compiling, modes
+from posttrain.engine.modes import Mode
 from posttrain.engine.tracker import read_metrics
 from posttrain.errors import RecipeError
+from posttrain.optim.settings import Train
+from posttrain.parallel.single import Single
+from posttrain.policy import Policy
 from posttrain.policy.blocks import blocks
+from posttrain.policy.tuning import Full
+from posttrain.sampling.prompts import encode
 
 COMPILED = TRAIN.replace("{", "{compile: true, ")
 PROMPTS = "{prompts: {type: shapes, count: 12}, resolution: 16}"
@@ -105,9 +113,41 @@ def test_where_blocks_cannot_be_compiled_they_run_as_they_are_and_a_line_says_so
     assert_equal_weights(*(weights(tmp_path / "run" / name) for name in ("compiled", "plain")))
 
 
-def test_selective_checkpointing_is_not_compiled():
-    with pytest.raises(RecipeError, match=r"gradient_checkpointing.*selective does not work with compile"):
-        recipe(stage("sft", train=COMPILED.replace("{", "{gradient_checkpointing: selective, ")))
+def kept_bytes(checkpointing, monkeypatch):
+    """The bytes that the blocks keep for the backward, and the gradients."""
+    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": "aot_eager"})
+    torch.compiler.reset()
+    model = load()
+    Full().apply(model.transformer, 0)
+    policy = Policy(model)
+    strategy = Single().prepare(policy, Train(steps=1), ALONE)
+    conditions, rows = encode(model, ["a red circle"] * 2)
+    latents, sigma = torch.ones(2, *model.latent_shape(16, 16)), torch.tensor([0.2, 0.9])
+    assert modes.enter(Mode(True, checkpointing), policy, strategy, (latents[0], conditions)) is None
+    assert policy.compiled
+    sizes = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = policy.velocity(latents, sigma, conditions.rows(rows)).square().mean()
+    strategy.backward(loss)
+    return sum(sizes.values()), [p.grad for p in policy.trained.values() if p.grad is not None]
+
+
+def test_compiled_blocks_keep_the_share_that_they_are_given(monkeypatch):
+    whole, gradients = kept_bytes("off", monkeypatch)
+    before = whole
+    for checkpointing in (0.8, "selective", 0.2):
+        kept, same = kept_bytes(checkpointing, monkeypatch)
+        assert kept < before
+        before = kept
+        for a, b in zip(gradients, same, strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm().clamp(min=1e-8)
+    assert before < 0.6 * whole
 
 
 def test_zero_3_is_not_compiled():

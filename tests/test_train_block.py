@@ -114,12 +114,24 @@ def test_a_warm_up_is_shorter_than_the_stage():
         Train(steps=3, warmup_steps=3)
 
 
-def test_compiled_blocks_keep_nothing_inside():
-    for mode in ("off", "full"):
-        Train(steps=1, compile=True, gradient_checkpointing=mode)
-    Train(steps=1, compile=False, gradient_checkpointing="selective")
-    with pytest.raises(ValidationError, match="selective does not work with compile") as caught:
-        Train(steps=1, compile=True, gradient_checkpointing="selective")
+@pytest.mark.parametrize("value", [0.3, 0.999, "off", "selective", "full", "auto"])
+def test_what_the_backward_may_recompute(value):
+    for compiled in (True, "auto"):
+        train = Train(steps=1, compile=compiled, gradient_checkpointing=value)
+        assert (train.compile, train.gradient_checkpointing) == (compiled, value)
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, -0.5, True, "half", "0.5", None])
+def test_a_share_of_activations_is_between_0_and_1(value):
+    with pytest.raises(ValidationError, match="off, selective, full, auto, or the share of activations"):
+        Train(steps=1, compile=True, gradient_checkpointing=value)
+    with pytest.raises(ValidationError, match="is not allowed: true, false or auto"):
+        Train(steps=1, compile=value) if value is not True else Train(steps=1, compile=1)
+
+
+def test_only_the_compiler_keeps_a_share():
+    with pytest.raises(ValidationError, match=r"0\.3 needs compile: true or auto") as caught:
+        Train(steps=1, gradient_checkpointing=0.3)
     assert caught.value.errors()[0]["ctx"]["path"] == ("gradient_checkpointing",)
 
 

@@ -23,8 +23,11 @@ OPTIONS: dict[str, Any] = {"dynamic": False}
 """Options of torch.compile. Kernels for fixed sizes are faster, and buckets keep the sizes few."""
 
 
-def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample) -> str | None:
+def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample, kept: float = 1.0) -> str | None:
     """Compile each block separately (regional compilation), so that equal blocks share their code.
+
+    ``kept`` is the share of activations, 0 to 1, that the compiler keeps for the backward, those that are
+    dear to compute again.
 
     The compilation happens in a forward and backward of the ``sample``. Returns None, or the reason why the
     blocks of all processes stay uncompiled: the failure of the first process that had one. Raises
@@ -32,7 +35,9 @@ def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample) -> str | 
     which cannot continue after a failure.
     """
     from torch._dynamo import config
+    from torch._functorch import config as partitioner
 
+    partitioner.activation_memory_budget = kept
     compiled = blocks(policy.model.transformer)
     # the older name of recompile_limit, which every version of torch accepts
     config.cache_size_limit = max(config.cache_size_limit, VARIANTS)
@@ -45,10 +50,16 @@ def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample) -> str | 
         config.suppress_errors = True
         policy.compiled = True
         return None
-    for block in compiled:
-        block._compiled_call_impl = None
-    torch.compiler.reset()
+    use_uncompiled(policy)
     return failures[0]
+
+
+def use_uncompiled(policy: Policy) -> None:
+    """Let the blocks run as they are, and forget their code."""
+    for block in blocks(policy.model.transformer):
+        block._compiled_call_impl = None
+    policy.compiled = False
+    torch.compiler.reset()
 
 
 def _failure_of_a_trial(policy: Policy, strategy: Strategy, sample: Sample) -> str | None:

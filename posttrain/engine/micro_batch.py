@@ -11,6 +11,7 @@ import torch
 from posttrain.algorithm import Algorithm
 from posttrain.engine import trial
 from posttrain.engine.rehearsal import rehearse
+from posttrain.errors import TrainingError
 from posttrain.policy.out_of_memory import OutOfMemory, is_out_of_memory, too_little
 from posttrain.support.device import available_memory, free_memory, reset_peak_memory
 from posttrain.support.wording import short
@@ -38,21 +39,28 @@ class Trial:
 
 
 def largest_micro_batch(
-    algorithm: Algorithm, settings: Train, policy: Policy, strategy: Strategy, sample: trial.Sample
+    algorithm: Algorithm,
+    settings: Train,
+    policy: Policy,
+    strategy: Strategy,
+    sample: trial.Sample,
+    first: int = 1,
 ) -> tuple[int, list[Trial]]:
-    """Find the largest micro-batch (a power of two) that fits and still raises throughput; also return the
-    trials.
+    """Find the largest micro-batch that fits and still raises throughput; also return the trials.
 
+    The sizes are ``first``, its double and so on; a ``first`` that does not fit is halved until it does.
     Each trial is a forward and backward on rows of the ``sample``, and trains nothing. All processes try the
     same sizes. Raises TrainingError if one item does not fit, and OutOfMemory if more did not and the
     strategy cannot continue after that.
     """
-    calls = rehearse(algorithm)
-    items_per_step = int(settings.batch_size * calls.items) // settings.steps_per_batch
-    limit = max(items_per_step // strategy.world.size, 1)
-    items, trials = 1, []
+    calls, limit = rehearse(algorithm), items_in_step(algorithm, settings, strategy)
+    items, trials = min(first, limit), []
     while not trials or (items <= limit and _all_have_room(strategy, policy, trials)):
         result = _tried(items, calls.rows_with, policy, strategy, sample, trials)
+        if result is None and not trials:
+            items //= 2
+            limit = items
+            continue
         if result is None or (trials and result.items_per_second < GAIN * trials[-1].items_per_second):
             break
         trials.append(result)
@@ -63,13 +71,34 @@ def largest_micro_batch(
     return trials[-1].items, trials
 
 
+def items_in_step(algorithm: Algorithm, settings: Train, strategy: Strategy) -> int:
+    """The items of one optimizer step on one process, at least 1."""
+    items = int(settings.batch_size * rehearse(algorithm).items) // settings.steps_per_batch
+    return max(items // strategy.world.size, 1)
+
+
+def one_trial(
+    algorithm: Algorithm, items: int, policy: Policy, strategy: Strategy, sample: trial.Sample
+) -> Trial:
+    """The trial of a micro-batch of so many ``items``. Raises TrainingError if they do not fit, and
+    OutOfMemory if the strategy cannot continue after that."""
+    result = _tried(items, rehearse(algorithm).rows_with, policy, strategy, sample, [])
+    if result is None:
+        raise TrainingError(f"out of memory with {items} items at a time")
+    return result
+
+
 def described(trials: list[Trial], device: torch.device) -> str:
     """The chosen micro-batch and the trials, in a line."""
-    chosen = trials[-1]
+    return f"micro_batch auto is {trials[-1].items} ({sizes_tried(trials, device)})"
+
+
+def sizes_tried(trials: list[Trial], device: torch.device) -> str:
+    """The sizes that were tried, each with its throughput in items, and the memory of the last."""
     tried = ", ".join(f"{t.items}: {t.items_per_second:.3g}/s" for t in trials)
     # on other devices the allocator reuses memory of earlier work, so the number would be too small
-    memory = f"; {short(chosen.bytes, 'B')} more memory than at rest" if device.type == "cuda" else ""
-    return f"micro_batch auto is {chosen.items} ({tried}{memory})"
+    memory = f"; {short(trials[-1].bytes, 'B')} more memory than at rest" if device.type == "cuda" else ""
+    return f"{tried}{memory}"
 
 
 def _tried(
@@ -83,11 +112,11 @@ def _tried(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if not trials:
+        if not trials and items == 1:
             raise too_little("with one item at a time", error) from error
         # other processes are still waiting for this one, or weights are left gathered
         if world.size > 1 or not strategy.repeatable:
-            raise OutOfMemory(error, items, trials[-1].items) from error
+            raise OutOfMemory(error, items, trials[-1].items if trials else items // 2) from error
         return None
     seconds, memory = (max(values) for values in zip(*world.gather_objects(measured), strict=True))
     return Trial(items, items / seconds, memory)

@@ -10,6 +10,7 @@ from posttrain.policy.activations import Checkpointing
 from posttrain.registry import Spec, at
 from posttrain.support.wording import multiples_near
 
+Auto = Literal["auto"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 
@@ -17,6 +18,21 @@ def _count_or_auto(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 1):
         return value
     raise ValueError(f"{value!r} is not allowed: a whole number of 1 or more, or auto")
+
+
+def _checkpointing(value: Any) -> Any:
+    if value in ("off", "selective", "full", "auto") or (type(value) is float and 0 < value < 1):
+        return value
+    raise ValueError(
+        f"{value!r} is not allowed: off, selective, full, auto, or the share of activations that compiled "
+        "blocks keep, a number between 0 and 1"
+    )
+
+
+def _yes_or_auto(value: Any) -> Any:
+    if value == "auto" or type(value) is bool:
+        return value
+    raise ValueError(f"{value!r} is not allowed: true, false or auto")
 
 
 class Train(Spec):
@@ -29,7 +45,7 @@ class Train(Spec):
     the samples of one rollout."""
     steps_per_batch: int = Field(1, ge=1)
     """Optimizer steps on one batch. Each trains on an equal part of it."""
-    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
+    micro_batch: Annotated[int | Auto, BeforeValidator(_count_or_auto)] = 8
     """Items in one forward-backward, and samples in one forward of a rollout. It bounds memory, and changes
     results by rounding only. Items are samples; for SOAR also auxiliary points; for online algorithms trained
     steps. ``auto`` finds once how many fit on the device. If memory runs out, the run continues with half as
@@ -49,13 +65,20 @@ class Train(Spec):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of the EMA, the moving average of weights that is evaluated and exported. None by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the transformer's forward. bf16 is autocast; trained weights and moments stay float32."""
-    gradient_checkpointing: Checkpointing = "off"
+    """Precision of the transformer's forward. With bf16, trained weights and moments stay
+    float32, and the forward has bf16 copies of the weights (``single``, ``ddp``) or autocast."""
+    gradient_checkpointing: Annotated[Checkpointing | Literal["auto"], BeforeValidator(_checkpointing)] = (
+        "off"
+    )
     """What the backward recomputes to save memory: nothing (``off``), all but matrix products and attention
-    (``selective``), or whole blocks (``full``), which costs one more forward. Results do not change."""
-    compile: bool = False
+    (``selective``), or whole blocks (``full``), which costs one more forward. A number between 0 and 1 needs
+    ``compile``: the compiler keeps that share of the activations, those that are dear to compute; compiled,
+    ``selective`` is 0.5. Results do not change but for the compiler's rounding. ``auto`` takes what is
+    fastest on CUDA, found once by trying, and ``off`` elsewhere."""
+    compile: Annotated[bool | Auto, BeforeValidator(_yes_or_auto)] = False
     """Compile the transformer's blocks (torch.compile). It pays on CUDA in long runs, because each size of
-    image and of micro-batch is compiled once, in about a minute. Results change by rounding only."""
+    image and of micro-batch is compiled once, in about a minute. Results change by rounding only. ``auto``
+    compiles on CUDA if the stage would take ten minutes or more and compiled blocks are faster."""
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
@@ -71,9 +94,10 @@ class Train(Spec):
         return self
 
     @model_validator(mode="after")
-    def _selective_is_not_compiled(self) -> Self:
-        if self.compile and self.gradient_checkpointing == "selective":
-            message = "selective does not work with compile, which makes a block one piece; use full or off"
+    def _a_share_is_compiled(self) -> Self:
+        if isinstance(self.gradient_checkpointing, float) and self.compile is False:
+            share = f"{self.gradient_checkpointing:g}"
+            message = f"{share} needs compile: true or auto; without it take off, selective or full"
             raise at(("gradient_checkpointing",), message)
         return self
 

@@ -103,7 +103,7 @@ class DeepSpeed(Parallel):
         )
 
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
-        selective = settings.gradient_checkpointing == "selective"
+        selective = settings.gradient_checkpointing not in ("off", "full")
         configuration = self.settings(settings.max_grad_norm, selective=selective)
         return Zero(policy, settings, world, configuration, offloads=self.offload)
 

@@ -63,6 +63,8 @@ class Strategy(ABC):
     repeatable: ClassVar[bool] = False
     """Whether a step can be repeated after its forward or backward failed: the failure leaves nothing behind
     but gradients, which :meth:`zero_grad` removes."""
+    compiles: bool = True
+    """Whether blocks can be compiled once for all layers."""
     layout: Layout
     optimizer: torch.optim.Optimizer
     """Its ``param_groups`` hold the learning rate."""

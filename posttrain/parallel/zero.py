@@ -71,6 +71,7 @@ class Zero(Strategy):
         self.stage = self.engine.zero_optimization_stage()
         self._check(configuration["zero_optimization"]["stage"], offloads)
         self.layout = Partitioned(self.engine, world) if self.stage == 3 else Layout()
+        self.compiles = self.stage != 3
         policy.model.module = self.engine
 
     def _check(self, stage: int, offloads: bool) -> None:

@@ -72,7 +72,8 @@ class StagePlan:
             yield "decoding", Phase(decoding, self.held, encoders=self._on_device("images"))
 
     def _training(self) -> Iterator[tuple[str, Phase]]:
-        checkpointing, idle = self.stage.train.gradient_checkpointing, self._on_device()
+        given, idle = self.stage.train.gradient_checkpointing, self._on_device()
+        checkpointing = "off" if given == "auto" else given
         backward = self.counts.memory("training", self.size, self.stage.tune, self.dtype, checkpointing)
         in_step = items_in_step(self.stage, self.counts, self.devices)
         activations = backward.peak(min(self.micro_batch, in_step) * self.calls.rows_with)

@@ -11,7 +11,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 if TYPE_CHECKING:
     from torch import nn
 
-Checkpointing = Literal["off", "selective", "full"]
+Checkpointing = Literal["off", "selective", "full"] | float
+"""What the backward recomputes. A number is the share of activations, more than 0 and less than 1, that
+compiled blocks keep."""
+SELECTIVE = 0.5
+"""The share that compiled blocks keep under ``selective``."""
 
 _aten: Any = torch.ops.aten
 _KEPT = {
@@ -32,12 +36,13 @@ def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
 
     ``full`` keeps a block's inputs only and costs one more forward (Chen et al. 2016, arXiv:1604.06174).
     ``selective`` also keeps the results of matrix products and attention, and recomputes normalisation,
-    activation functions and modulation. ``off`` keeps everything. Results are bitwise the same.
+    activation functions and modulation. ``off`` keeps everything. Results are bitwise the same. A number acts
+    as ``selective``, for blocks that are not compiled.
     """
     if mode == "off":
         transformer.disable_gradient_checkpointing()
         return
-    options: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}
+    options: dict[str, Any] = {"context_fn": _contexts} if mode != "full" else {}
 
     def recomputed(block: nn.Module, *inputs: Any) -> Any:
         # blocks draw no random numbers, so no generator state must be restored

@@ -127,7 +127,11 @@ class Recipe(Spec):
                     "'parallel: {strategy: ddp}'"
                 )
                 raise at(("stages", i, "train", "optimizer"), message)
-            if stage.train.compile and isinstance(self.parallel, DeepSpeed) and self.parallel.stage == 3:
+            if (
+                stage.train.compile is True
+                and isinstance(self.parallel, DeepSpeed)
+                and self.parallel.stage == 3
+            ):
                 message = (
                     "ZeRO-3 gathers and releases each block's weights, so every block would be compiled by "
                     "itself: remove it, or take 'parallel: {strategy: fsdp2}'"

@@ -1,15 +1,18 @@
-"""Remembers a stage's micro-batch in its folder, so that a resumed run begins with it."""
+"""Remembers in a stage's folder what was found by trying, so that a resumed run begins with it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from posttrain.engine import modes
 from posttrain.engine.micro_batch import Trial
+from posttrain.engine.modes import Found, Mode
 from posttrain.recipe.schema import Recipe, Stage
 from posttrain.support.device import resolve
 from posttrain.support.files import write
@@ -28,30 +31,75 @@ def settled(recipe: Recipe, stage: Stage, folder: Path, processes: int) -> int |
     return None if given == "auto" else given
 
 
+def settled_mode(recipe: Recipe, stage: Stage, folder: Path, processes: int) -> Mode | None:
+    """The mode that ``stage`` computes in; None where it must be found by trying first."""
+    if (decided := modes.settled(stage.train, resolve(recipe.device))) is not None:
+        return decided
+    found = _read(recipe, folder, processes).get("modes")
+    try:
+        best = found[0]  # type: ignore[index]
+        known = best["given"] == _given(stage)
+        return Mode(bool(best["compiled"]), best["checkpointing"]) if known else None
+    except (TypeError, LookupError):
+        return None  # nothing was found, or the file is damaged
+
+
 def remember(
     recipe: Recipe, folder: Path, processes: int, micro_batch: int, trials: list[Trial] | None = None
 ) -> None:
     """Write ``micro_batch``, and the ``trials`` that found it, to a stage's ``folder``.
 
-    It holds for as many processes under the same strategy, on the same kind of device.
+    It holds for as many processes under the same strategy, on the same kind of device. Modes that were found
+    stay.
     """
     content = {**_circumstances(recipe, processes), "micro_batch": micro_batch}
     if trials:
         content["trials"] = [asdict(trial) for trial in trials]
+    if found := _read(recipe, folder, processes).get("modes"):
+        content["modes"] = found
+    write(folder / FILE, json.dumps(content, indent=2))
+
+
+def remember_modes(
+    recipe: Recipe, stage: Stage, folder: Path, processes: int, found: Sequence[Found]
+) -> None:
+    """Write the modes that were tried, the fastest first, and its micro-batch, to a stage's ``folder``."""
+    tried = [
+        {
+            "compiled": one.mode.compiled,
+            "checkpointing": one.mode.checkpointing,
+            "given": _given(stage),
+            "micro_batch": one.micro_batch,
+            "trials": [asdict(trial) for trial in one.trials],
+        }
+        for one in found
+    ]
+    content = {**_circumstances(recipe, processes), "micro_batch": found[0].micro_batch, "modes": tried}
     write(folder / FILE, json.dumps(content, indent=2))
 
 
 def _remembered(recipe: Recipe, folder: Path, processes: int) -> int | None:
     """The micro-batch in ``folder``; None where there is none, or it was found in other circumstances."""
+    number = _read(recipe, folder, processes).get("micro_batch")
+    return number if type(number) is int and number >= 1 else None  # a bool is no number here
+
+
+def _read(recipe: Recipe, folder: Path, processes: int) -> dict[str, Any]:
+    """The content of the file in ``folder``; empty where there is none, or for other circumstances."""
     try:
         content = json.loads((folder / FILE).read_text())
     except (OSError, ValueError):
-        return None
+        return {}
     now = _circumstances(recipe, processes)
     if not isinstance(content, dict) or {name: content.get(name) for name in now} != now:
-        return None
-    number = content.get("micro_batch")
-    return number if type(number) is int and number >= 1 else None  # a bool is no number here
+        return {}
+    return content
+
+
+def _given(stage: Stage) -> list[Any]:
+    """What the recipe says of the mode."""
+    train = stage.train
+    return [train.compile, train.gradient_checkpointing, train.micro_batch]
 
 
 def _circumstances(recipe: Recipe, processes: int) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from posttrain.data.batches import BatchSource, batch_source_of
 from posttrain.engine import checkpoint
 from posttrain.engine.trainer import EMA, REFERENCE
 from posttrain.parallel.strategy import Strategy
-from posttrain.policy.activations import checkpoint_blocks
 from posttrain.policy.policy import Policy
 from posttrain.stages.account import Account
 from posttrain.stages.caches import fill_for_stage
-from posttrain.stages.micro_batch import settled
+from posttrain.stages.micro_batch import settled, settled_mode
 from posttrain.stages.stage_run import StageRun, Training
 from posttrain.support.device import reset_peak_memory
 
@@ -28,12 +27,13 @@ def prepare(run: StageRun, reference: dict[str, Tensor] | None) -> Training:
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     micro_batch = run.world.broadcast(settled(run.recipe, run.stage, run.folder, run.world.size))
+    mode = run.world.broadcast(settled_mode(run.recipe, run.stage, run.folder, run.world.size))
     policy, strategy = _prepare_policy(run, 1 if micro_batch is None else micro_batch, reference)
     reset_peak_memory(run.model.device)
     start, account = _restore(run, policy, strategy)
     feed = _open_feed(run)
     fill_for_stage(run.recipe, run.stage, run.model, feed, run.console, run.world)
-    return Training(run, policy, strategy, feed, account, start, search_micro_batch=micro_batch is None)
+    return Training(run, policy, strategy, feed, account, start, mode, search_micro_batch=micro_batch is None)
 
 
 def _prepare_policy(
@@ -42,7 +42,6 @@ def _prepare_policy(
     """The policy with its roles, under the recipe's strategy. Empties ``reference``."""
     stage, settings, transformer = run.stage, run.stage.train, run.model.transformer
     stage.tune.apply(transformer, run.recipe.seed)
-    checkpoint_blocks(transformer, settings.gradient_checkpointing)
     policy = Policy(run.model, autocast=AUTOCAST[settings.precision], micro_batch=micro_batch)
     trained_reference = policy.beside_adapters(reference) if reference is not None else None
     strategy = run.recipe.parallel.prepare(policy, settings, run.world)

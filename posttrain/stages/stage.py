@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from posttrain.algorithm import Batch, Tools
-from posttrain.engine.compiling import compile_blocks
 from posttrain.engine.micro_batch import described, largest_micro_batch
+from posttrain.engine.modes import enter, fastest, in_words
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import train
 from posttrain.engine.trial import Sample, blank
 from posttrain.errors import TrainingError
 from posttrain.policy.out_of_memory import OutOfMemory
 from posttrain.scoring.judge import Judge
-from posttrain.stages.micro_batch import remember
+from posttrain.stages.micro_batch import remember, remember_modes
 from posttrain.stages.prepare import prepare
 from posttrain.stages.publish import publish
 from posttrain.stages.stage_run import StageRun, Training
@@ -53,8 +53,7 @@ def _train(training: Training) -> None:
         Judge(run.model, stage.rewards, failures) as judge,
     ):
         try:
-            if settings.compile or training.search_micro_batch:
-                _try_out(training)
+            _choose_mode(training)
             watch, batches = StageWatch(training, tracker, bar), _batches(training, judge)
             train(stage.algorithm, training.policy, training.strategy, batches, settings, watch, start)
             watch.finish()
@@ -66,20 +65,33 @@ def _train(training: Training) -> None:
             ) from error
 
 
-def _try_out(training: Training) -> None:
-    """Compile the blocks and find the micro-batch, where the recipe asks for it, on an empty sample."""
-    sample = blank(training.run.model, training.feed)
-    if training.run.stage.train.compile:
-        _compile(training, sample)
-    if training.search_micro_batch:
+def _choose_mode(training: Training) -> None:
+    """Let the blocks compute in the stage's mode; find it and the micro-batch where the recipe says ``auto``.
+
+    Trying needs an empty sample.
+    """
+    mode, run = training.mode, training.run
+    needs_sample = mode is None or mode.compiled or training.search_micro_batch
+    sample = blank(run.model, training.feed) if needs_sample else None
+    if mode is None and sample is not None:
+        _find_mode(training, sample)
+        return
+    assert mode is not None, "else there is a sample"
+    if (reason := enter(mode, training.policy, training.strategy, sample)) is not None:
+        run.warn(f"{run.stage.name}: compile: the blocks run as they are ({reason})")
+    if training.search_micro_batch and sample is not None:
         _find_micro_batch(training, sample)
 
 
-def _compile(training: Training, sample: Sample) -> None:
-    """Compile the transformer's blocks, or say why they run uncompiled."""
-    run = training.run
-    if (reason := compile_blocks(training.policy, training.strategy, sample)) is not None:
-        run.warn(f"{run.stage.name}: compile: the blocks run as they are ({reason})")
+def _find_mode(training: Training, sample: Sample) -> None:
+    """Find the mode and the micro-batch by trying, and remember them for when the run is resumed."""
+    run, stage, policy = training.run, training.run.stage, training.policy
+    steps = stage.train.steps - training.start
+    found = fastest(stage.algorithm, stage.train, policy, training.strategy, sample, steps)
+    policy.micro_batch = found[0].micro_batch
+    run.note(f"{stage.name}: {in_words(found, run.model.device)}")
+    if run.world.is_main:
+        remember_modes(run.recipe, stage, run.folder, run.world.size, found)
 
 
 def _find_micro_batch(training: Training, sample: Sample) -> None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from posttrain.data.batches import BatchSource
 from posttrain.distributed.world import ALONE, World
+from posttrain.engine.modes import Mode
 from posttrain.model import FlowModel
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.policy import Policy
@@ -62,5 +63,7 @@ class Training:
     account: Account
     start: int
     """Optimizer steps that the checkpoint holds, from which training goes on; 0 without one."""
+    mode: Mode | None
+    """How forwards and backwards are computed; None where that is still to be found by trying."""
     search_micro_batch: bool
     """Whether ``policy.micro_batch`` is still to be found by trying."""
