@@ -236,6 +236,13 @@ def test_a_process_that_trains_fewer_items_than_another_computes_its_first_other
     assert found.old_velocity[:, 0, 0, 1].tolist() == [10 * v * (v in asked) for v in range(1, 6)]
 
 
+def test_however_many_they_are_items_are_computed_in_their_order():
+    ASKED.clear()
+    weight = [float(i % 3 == 0) for i in range(40)]  # torch's other sort keeps the order of up to 16
+    Frozen().with_frozen_velocities(valued(*weight), linear_policy())
+    assert ASKED[0][0] == list(range(1, 41, 3))
+
+
 def test_where_no_process_trains_an_item_no_velocity_is_computed():
     ASKED.clear()
     items = valued(0.0, 0.0)
