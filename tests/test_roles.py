@@ -200,6 +200,14 @@ def test_a_compiled_velocity_that_the_loss_repeats_comes_from_the_losss_program(
     assert policy.forward_equivalents == rows * (3 if gradients else 1)
 
 
+def test_a_policy_is_not_compiled_until_it_is_said():
+    policy = line_policy(2)
+    assert policy.compiled is False
+    with torch.no_grad():
+        policy.velocity(torch.ones(1, 1, 1, 1), torch.zeros(1), {"c": torch.zeros(1)}, repeated=True)
+    assert policy.model.seen == [(1, False, None)]
+
+
 def test_a_velocity_is_not_repeated_unless_it_is_said():
     policy = line_policy(2)
     policy.compiled = True
