@@ -203,11 +203,25 @@ def test_a_checkpoint_that_cannot_be_read_says_which(tmp_path):
     assert found.value.__cause__ is not None
 
 
-def test_a_state_is_read_onto_the_device_and_not_into_memory(tmp_path):
+def test_room_is_asked_for_the_bytes_of_all_tensors_and_nothing_else(tmp_path, monkeypatch):
+    policy, asked, published = Policy(Line()), [], checkpoint.published
+    policy.add_role("ema")
+    strategy = descending(policy)
+    monkeypatch.setattr(
+        checkpoint, "published", lambda to, size: (asked.append(size), published(to, size))[1]
+    )
+    checkpoint.save(tmp_path, 1, policy, strategy, {"n": 1, "text": "x", "rewards": [0.5]}, keep=1)
+    # one float32 that is trained, and its role; this optimizer has no moments
+    assert asked == [4 + 4]
+
+
+def test_a_state_is_read_onto_the_device_and_not_into_memory(tmp_path, monkeypatch):
     policy, strategy = started()
     target = checkpoint.save(tmp_path, 1, policy, strategy, {}, keep=1)
     kept = checkpoint.read(target, torch.device("meta"))
     assert {t.device.type for t in kept["trained"].values()} == {"meta"}
-    torch.save({"code": os.path.join}, target / "state.pt")  # no code is run that a file brings
+    # no code is run that a file brings, even where the environment would let torch run it
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"code": os.path.join}, target / "state.pt")
     with pytest.raises(PosttrainError, match="cannot read"):
         checkpoint.read(target, torch.device("cpu"))

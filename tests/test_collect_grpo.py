@@ -92,6 +92,28 @@ def test_a_window_is_drawn_for_each_iteration_from_the_range():
     near(rollout(one)[1]["sigma"], torch.full((N, 1), 0.5))
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_velocities_of_the_trained_steps_alone_are_those_that_the_loss_repeats(guidance):
+    algorithm = grpo(sde_window_range=[2, 4], sde_window_size=2, guidance_scale=guidance)
+    policy, told = linear_policy(0.5, reference=9.0), []
+    velocity_of = policy.velocity
+
+    def telling(*given, repeated=False):
+        told.append(repeated)
+        return velocity_of(*given, repeated=repeated)
+
+    policy.velocity = telling
+    with torch.no_grad():
+        _, fields = algorithm.rollout(batch(), Tools(policy, Draws((0,), range(N)), grid))
+    assert told == [False, False, True, True, False]
+    told.clear()
+    flat = {name: value.flatten(0, 1) for name, value in fields.items()}
+    flat |= {"sample_index": torch.arange(2 * N), "advantage": torch.ones(2 * N)}
+    items = algorithm.with_frozen_velocities(Items(torch.ones(2 * N), flat, conditions()), policy)
+    algorithm.loss(items, policy)
+    assert told == [False, False], "neither the reference's, which the loss reads, nor the loss's own"
+
+
 def test_samples_of_a_group_may_start_from_the_same_noise():
     _, own, draws, _ = rollout(grpo())
     _, same, _, _ = rollout(grpo(init_same_noise=True))

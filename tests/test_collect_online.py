@@ -7,7 +7,7 @@ import pytest
 import torch
 from by_hand import SHAPE, conditions, linear_policy, near
 
-from posttrain.algorithm import Batch, Losses, Tools
+from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.algorithms._online import Online
 from posttrain.distributed.world import World
 from posttrain.scoring.judge import Verdict
@@ -161,6 +161,9 @@ def test_advantages_are_relative_to_the_groups_of_all_processes(rank):
             other = rows + 100
             return torch.cat([rows, other] if self.rank == 0 else [other, rows])
 
+        def max(self, value):
+            return value
+
     asked = []
     items, _ = collected(world=Two(rank, 2), count=3, micro_batch=2)
     assert len(asked) == 4  # quality, price, the detail and the group
@@ -174,6 +177,105 @@ def test_advantages_are_relative_to_the_groups_of_all_processes(rank):
     assert len(items.metrics["advantages"]) == 6
     near(items.metrics["reward/quality"], quality.mean())
     near(items.metrics["reward/quality/sharp"], (torch.tensor(mine) * 10).mean() + 50)
+
+
+class Frozen(Written):
+    """The velocity of a role at an item is ten times the item's value; notes the values it was asked for."""
+
+    def frozen_velocities(self, items, policy):
+        ASKED.append((items.value.tolist(), policy))
+        return {"old_velocity": (10 * items.value).double().view(-1, 1, 1, 1).expand(-1, *SHAPE)}
+
+
+ASKED = []
+"""What :class:`Frozen` was asked, in order; to be cleared by each test."""
+
+
+class Most:
+    """Processes of which one trains at least ``items`` items."""
+
+    def __init__(self, items):
+        self.items, self.told = items, []
+
+    def max(self, value):
+        self.told.append(value)
+        return max(value, self.items)
+
+
+def valued(*weight):
+    """Items of the values 1, 2, ... and these weights."""
+    fields = {"value": torch.arange(1.0, len(weight) + 1)}
+    fields |= {name: torch.arange(len(weight)) for name in ("prompt_index", "sample_index")}
+    return Items(torch.tensor(weight), fields, conditions())
+
+
+def test_frozen_velocities_are_computed_at_the_items_that_are_trained_and_are_0_elsewhere():
+    ASKED.clear()
+    items, policy = valued(0.0, 0.5, 0.0, 2.0, 1.0), linear_policy()
+    found = Frozen().with_frozen_velocities(items, policy)
+    (asked,) = ASKED
+    assert asked == ([2, 4, 5], policy)
+    assert found.old_velocity.shape == (5, *SHAPE)
+    assert found.old_velocity.dtype == torch.float64
+    assert found.old_velocity[:, 0, 0].tolist() == [[10 * v] * 2 for v in (0, 2, 0, 4, 5)]
+    assert sorted(found.fields) == ["old_velocity", "prompt_index", "sample_index", "value"]
+    assert all(found.fields[name] is values for name, values in items.fields.items())
+    assert (found.weight is items.weight, found.conditions is items.conditions) == (True, True)
+    assert "old_velocity" not in items.fields
+
+
+@pytest.mark.parametrize(
+    ("most", "asked"), [(0, [3, 4]), (2, [3, 4]), (3, [3, 4, 1]), (4, [3, 4, 1, 2]), (9, [3, 4, 1, 2, 5])]
+)
+def test_a_process_that_trains_fewer_items_than_another_computes_its_first_others_too(most, asked):
+    ASKED.clear()
+    world = Most(most)
+    found = Frozen().with_frozen_velocities(valued(0.0, 0.0, 1.0, 1.0, 0.0), linear_policy(), world)
+    assert world.told == [2]
+    assert [values for values, _ in ASKED] == [asked]
+    assert found.old_velocity[:, 0, 0, 1].tolist() == [10 * v * (v in asked) for v in range(1, 6)]
+
+
+def test_however_many_they_are_items_are_computed_in_their_order():
+    ASKED.clear()
+    weight = [float(i % 3 == 0) for i in range(40)]  # torch's other sort keeps the order of up to 16
+    Frozen().with_frozen_velocities(valued(*weight), linear_policy())
+    assert ASKED[0][0] == list(range(1, 41, 3))
+
+
+def test_where_no_process_trains_an_item_no_velocity_is_computed():
+    ASKED.clear()
+    items = valued(0.0, 0.0)
+    assert Frozen().with_frozen_velocities(items, linear_policy(), Most(0)) is items
+    assert ASKED == []
+    found = Frozen().with_frozen_velocities(items, linear_policy(), Most(1))
+    assert [values for values, _ in ASKED] == [[1]], "another process does"
+    assert found.old_velocity[:, 0, 0, 0].tolist() == [10, 0]
+
+
+def test_an_algorithm_without_frozen_velocities_has_the_fields_of_its_rollout_alone():
+    assert Written().frozen_velocities(valued(1.0), linear_policy()) == {}
+    items, _ = collected()
+    assert sorted(items.fields) == ["advantage", "prompt_index", "sample_index", "value"]
+
+
+def test_what_is_collected_has_the_frozen_velocities_and_its_bytes_count_them():
+    ASKED.clear()
+
+    @dataclass(frozen=True)
+    class One(World):
+        def max(self, value):
+            return value + 1
+
+    policy, judge = linear_policy(), Scored()
+    tools = Tools(policy, Draws((0,), range(10, 16)), judge=judge, world=One())
+    items = Frozen(group_size=3, global_std=False).collect(batch(), tools)
+    assert items.weight.tolist() == [0, 0, *[1] * 10]
+    (asked,) = ASKED
+    assert asked == ([*range(2, 12), 0], policy), "another process trains one item more"
+    assert items.old_velocity[:, 0, 0, 0].tolist() == [0, 0, *range(20, 120, 10)]
+    # an item has two numbers of float64 beside its weight, value and advantage of float32 and two of int64
+    assert items.metrics["item_bytes"].item() == 12 * (2 * 8 + 3 * 4 + 2 * 8)
 
 
 def test_a_reward_that_fails_stops_the_rollout():

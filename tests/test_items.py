@@ -1,10 +1,12 @@
 """Batches, items and conditions: what is taken, split, joined and counted, on numbers that differ everywhere."""
 
+import re
+
 import pytest
 import torch
 from lines import Pull, items_of, line_policy, of
 
-from posttrain.algorithm import Batch, Items, Losses, Tools
+from posttrain.algorithm import Batch, Items, Losses, Tools, Verdict
 from posttrain.condition import EMPTY_PROMPT, Conditions, concatenated
 from posttrain.distributed.world import ALONE, World
 from posttrain.support.randomness import Draws
@@ -70,6 +72,38 @@ def test_items_are_read_by_name_and_name_what_they_have():
         AttributeError, match=r"no field 'latents'; these items have \['prompt_index', 'sample_index', 'x'\]"
     ):
         items.latents  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("given", "lack"),
+    [
+        (["x"], "'prompt_index' and 'sample_index'; they have ['x']"),
+        (["x", "prompt_index"], "'sample_index'; they have ['prompt_index', 'x']"),
+        (["sample_index"], "'prompt_index'; they have ['sample_index']"),
+    ],
+)
+def test_items_without_a_required_field_are_refused_with_its_name(given, lack):
+    with pytest.raises(ValueError, match=f"^items lack {re.escape(lack)}$"):
+        Items(torch.ones(2), {name: torch.zeros(2, dtype=torch.int64) for name in given}, TABLE)
+
+
+@pytest.mark.parametrize(("weight", "x"), [(2, 3), (3, 2)])
+def test_items_of_which_one_part_has_another_length_are_refused_with_all_lengths(weight, x):
+    rows = torch.zeros(3, dtype=torch.int64)
+    listed = f"weight {weight}, prompt_index 3, sample_index 3, x {x}"
+    with pytest.raises(ValueError, match=f"must have the same length; they have {listed}$"):
+        Items(torch.ones(weight), {"prompt_index": rows, "sample_index": rows, "x": torch.zeros(x, 5)}, TABLE)
+
+
+def test_scores_are_joined_in_order_and_rewards_stay_apart_from_details():
+    first = Verdict(
+        {"a": torch.tensor([1.0, 2]), "b": torch.tensor([3.0, 4])}, {"a/d": torch.tensor([5.0, 6])}
+    )
+    second = Verdict({"a": torch.tensor([7.0]), "b": torch.tensor([8.0])}, {"a/d": torch.tensor([9.0])})
+    whole = Verdict.cat([first, second])
+    assert listed(whole.rewards) == {"a": [1, 2, 7], "b": [3, 4, 8]}
+    assert listed(whole.details) == {"a/d": [5, 6, 9]}
+    assert listed(Verdict.cat([first]).rewards) == {"a": [1, 2], "b": [3, 4]}
 
 
 def test_items_are_taken_split_and_joined_in_order():

@@ -42,3 +42,17 @@ def test_what_was_lowered_is_forgotten_where_the_kind_of_gradient_or_the_weights
     with policy.using("old"):
         assert len(cleared) == 1
     assert len(cleared) == 2
+
+
+def test_what_was_lowered_for_a_repeated_velocity_is_kept_for_the_loss_of_compiled_blocks(monkeypatch):
+    cleared = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
+    policy = line_policy()
+    policy.compiled = True
+    counts = []
+    for gradients, repeated in ((False, True), (True, False), (False, True), (False, False), (False, True)):
+        with torch.set_grad_enabled(gradients):
+            policy.velocity(torch.ones(1, 1), torch.zeros(1), {"c": torch.zeros(1)}, repeated=repeated)
+        counts.append(len(cleared))
+        cleared.clear()
+    assert counts == [2, 1, 1, 2, 2], "autocast itself forgets once a forward"

@@ -169,6 +169,54 @@ def test_a_forward_costs_one_a_row_and_three_with_gradients():
     assert (policy.forward_equivalents, policy.largest_forward) == (18, 5)
 
 
+@pytest.mark.parametrize("scale", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("gradients", "repeated", "compiled", "recorded"),
+    [
+        (False, False, True, False),
+        (False, True, False, False),
+        (False, True, True, True),
+        (True, False, False, True),
+        (True, True, True, True),
+    ],
+)
+def test_a_compiled_velocity_that_the_loss_repeats_comes_from_the_losss_program(
+    gradients, repeated, compiled, recorded, scale
+):
+    policy = line_policy(2, micro_batch=2)
+    policy.compiled = compiled
+    latents, prompt = torch.ones(2, 1, 1, 1), torch.tensor([1, 2])
+    with torch.set_grad_enabled(gradients):
+        if scale is None:
+            found = policy.velocity(latents, torch.zeros(2), CONDITIONS.rows(prompt), repeated=repeated)
+        else:
+            found = policy.guided_velocity(
+                latents, torch.zeros(2), prompt, CONDITIONS, scale, repeated=repeated
+            )
+        assert torch.is_grad_enabled() is gradients
+    rows = 4 if scale == 3 else 2
+    assert policy.model.seen == [(rows, recorded, None)]
+    assert found.requires_grad is gradients, "what is not trained through keeps nothing for a backward"
+    assert policy.forward_equivalents == rows * (3 if gradients else 1)
+
+
+def test_a_policy_is_not_compiled_until_it_is_said():
+    policy = line_policy(2)
+    assert policy.compiled is False
+    with torch.no_grad():
+        policy.velocity(torch.ones(1, 1, 1, 1), torch.zeros(1), {"c": torch.zeros(1)}, repeated=True)
+    assert policy.model.seen == [(1, False, None)]
+
+
+def test_a_velocity_is_not_repeated_unless_it_is_said():
+    policy = line_policy(2)
+    policy.compiled = True
+    with torch.no_grad():
+        for scale in (None, 1, 3):
+            forward(policy, 2, scale)
+    assert [recorded for _, recorded, _ in policy.model.seen] == [False] * 3
+
+
 # velocity = 2 x + c - sigma with c = 10, 20, 10, ... of the prompts and -1 of the empty one
 CONDITIONAL = [2 * (i + 1) + (10, 20)[i % 2] - i / 8 for i in range(5)]
 UNCONDITIONAL = [2 * (i + 1) - 1 - i / 8 for i in range(5)]

@@ -2,6 +2,7 @@
 
 import hashlib
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from posttrain.policy import Policy
 from posttrain.policy import out_of_memory as memory
 from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
 from posttrain.sampling.prompts import encode
-from posttrain.sampling.sampler import FlowSampler, flow_sampler
+from posttrain.sampling.sampler import FlowSampler, flow_sampler, sampler_of
 from posttrain.support.randomness import generator
 from posttrain.weights.files import hash_of
 
@@ -186,6 +187,54 @@ def test_a_models_sampler_has_the_precision_asked_for(precision, autocast):
     assert sampler.policy.autocast is autocast
     assert (sampler.source, sampler.settings) == ("here", {"type": "linear"})
     assert model.transformer.w.requires_grad == (precision == "bf16")
+
+
+class Block:
+    """A model block that records how it is asked for a sampler and for the weights."""
+
+    type = "linear"
+
+    def __init__(self, own=None, **fields):
+        self.own, self.fields, self.asked = own, fields, []
+
+    def sampler(self, device, settings):
+        self.asked.append(("sampler", device, settings))
+        return self.own
+
+    def load(self, device, transformer_dtype):
+        self.asked.append(("load", device, transformer_dtype))
+        self.loaded = Encoding()
+        return self.loaded
+
+    def model_dump(self, mode="python"):
+        return {name: str(value) if mode == "json" else value for name, value in self.fields.items()}
+
+    def described(self):
+        return {"type": self.type}
+
+
+def test_a_model_with_its_own_sampler_is_not_loaded():
+    own, cpu, asked = object(), torch.device("cpu"), settings()
+    spec = Block(own)
+    assert sampler_of(spec, cpu, asked) is own
+    assert spec.asked == [("sampler", cpu, asked)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"), [({"path": Path("weights/here")}, "weights/here"), ({}, "linear")]
+)
+def test_a_model_without_its_own_sampler_is_loaded_in_fp32_and_named_by_its_path_or_else_its_type(
+    fields, source
+):
+    cpu, asked = torch.device("cpu"), settings(precision="bf16")
+    spec = Block(**fields)
+    sampler = sampler_of(spec, cpu, asked)
+    assert spec.asked == [("sampler", cpu, asked), ("load", cpu, "fp32")]
+    assert sampler.policy.model is spec.loaded
+    assert sampler.policy.autocast is torch.bfloat16
+    assert sampler.source == source
+    assert isinstance(sampler.source, str)
+    assert sampler.settings == {"type": "linear"}
 
 
 def test_the_hash_is_over_names_shapes_and_float32_values_in_the_order_of_names():

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from posttrain.evaluation.intervals import paired_difference
-from posttrain.evaluation.report.results import Results, StageResult, difference, load_results, verdict
+from posttrain.evaluation.report.results import (
+    Results,
+    StageResult,
+    cost_texts,
+    difference,
+    load_results,
+    verdict,
+)
 from posttrain.support.wording import duration, short
 
 
@@ -143,6 +150,16 @@ def test_a_figure_has_three_digits_and_a_prefix(value, unit, text):
 )  # fmt: skip
 def test_a_duration_is_in_the_unit_a_person_would_use(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_cost_of_a_stage_is_told_in_five_figures_and_a_dash_is_what_was_not_measured():
+    account = {
+        "forward_equivalents": 1200, "images_per_second": 2.345, "peak_memory_bytes": 5e9, "steps": 30,
+        "trainable_parameters": 7e6,
+    }  # fmt: skip
+    assert cost_texts(StageResult("a", None, None, account)) == ["1.2k", "2.3", "5 GB", "30", "7M"]
+    assert cost_texts(StageResult("a", None, None, {"images_per_second": 0.0})) == ["–", "0.0", "–", "–", "–"]
+    assert cost_texts(StageResult("a", None, None)) == ["–"] * 5
 
 
 def test_a_run_folder_is_read_whole(tmp_path):

@@ -49,6 +49,17 @@ def test_compiled_blocks_see_micro_batches_of_one_size_while_there_are_items(mic
     assert [xs for xs, _ in noted("loss")] == seen
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_however_many_they_are_items_are_trained_in_their_order(compiled):
+    NOTES.clear()
+    policy = line_policy(micro_batch=16)
+    policy.compiled = compiled
+    weight = [float(i % 3 == 0) for i in range(40)]  # torch's other sort keeps the order of up to 16
+    update(Pull(), policy, items_of(range(40), weight), descending(policy), FREE, 1)
+    (seen,) = [xs for xs, _ in noted("loss")]
+    assert seen == list(range(0, 40, 3)) + [1, 2] * compiled
+
+
 def test_the_gradient_is_clipped_to_the_norm_that_is_told_before_it():
     metrics, a = step(items_of([3, 5]), settings=Train(steps=4, max_grad_norm=0.5))
     assert a == pytest.approx(1 - 0.5, abs=1e-5)
