@@ -218,8 +218,8 @@ def compare(
     print(f"the engine is {ratio:.2f} times as fast (median of {it.options.rounds} pairs)")
     print(f"the engine's time: {_shares(it, steps['engine'])}")
     if it.options.output is not None:
-        described = {"device": _name(it), "matrix_flops": rate, "ratio": ratio, "seconds": it.seconds}
-        it.options.output.write_text(json.dumps({**found, **described}, indent=2, default=str))
+        about = {"device": _name(it), "matrix_flops": rate, "ratio": ratio, "seconds": it.seconds}
+        it.options.output.write_text(json.dumps({**found, **about}, indent=2, default=str))
 
 
 def as_set(it: Bench, step: Callable[[], object], *, compiling: bool = True) -> Callable[[], None]:

@@ -55,11 +55,11 @@ def batches(model: Any, cache: str, batch: int, work: Path) -> Iterator[tuple[in
     """The batches of a stage with that cache, which is filled; the time is printed."""
     made = parse_recipe(RECIPE % (IMAGES, batch), "cache_step.yaml", [f"cache={cache}"])
     made = made.model_copy(update={"cache": made.cache.model_copy(update={"path": work / "cache"})})
-    feed = batch_source_of(made.stages[0].data, model, work, made.stages[0].train.batch_size)
+    source = batch_source_of(made.stages[0].data, model, work, made.stages[0].train.batch_size)
     start = time.process_time()
-    fill_for_stage(made, made.stages[0], model, feed, Console(quiet=True))
+    fill_for_stage(made, made.stages[0], model, source, Console(quiet=True))
     print(f"filling, {cache}: {time.process_time() - start:.2f} s")
-    yield from feed.batches((0, 0), 0)
+    yield from source.batches((0, 0), 0)
 
 
 def main() -> int:
@@ -77,7 +77,7 @@ def main() -> int:
         parameter.requires_grad_(True)
     policy, settings = Policy(model, micro_batch=64), Train(steps=1)
     strategy = Single().prepare(policy, settings, ALONE)
-    feeds = {name: batches(loaded[name], cache, options.batch, work) for name, cache in CACHES.items()}
+    sources = {name: batches(loaded[name], cache, options.batch, work) for name, cache in CACHES.items()}
     algorithms: dict[str, Algorithm] = {
         "sft": SFT(),
         "soar": SOAR(trajectory_length=3, num_sampling_steps=20),
@@ -91,7 +91,7 @@ def main() -> int:
         return result
 
     for round_ in range(options.rounds + 1):
-        drawn = {name: timed(name, lambda name=name: next(feeds[name])) for name in CACHES}
+        drawn = {name: timed(name, lambda name=name: next(sources[name])) for name in CACHES}
         (_, batch, draws), *others = drawn.values()
         for _, other, _ in others:
             same = torch.equal(batch.latents, other.latents) and all(

@@ -76,7 +76,7 @@ class Reward(Named, ABC):
                 return f"{name}: no {' and '.join(weights.files)} at {source!r}"
         return None
 
-    def unusable(self, row: Mapping[str, Any]) -> str | None:
+    def prompt_problem(self, row: Mapping[str, Any]) -> str | None:
         """Say why the prompt in ``row``, with its metadata, cannot be scored; None if it can."""
         del row
         return None

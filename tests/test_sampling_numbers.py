@@ -180,7 +180,7 @@ def test_a_sampler_follows_its_settings_and_counts_its_own_cost():
 def test_a_models_sampler_has_the_precision_asked_for(precision, autocast):
     model = Encoding()
     model.transformer.requires_grad_(False)
-    spec = SimpleNamespace(described=lambda: {"type": "linear"})
+    spec = SimpleNamespace(card_settings=lambda: {"type": "linear"})
     sampler = flow_sampler(model, spec, settings(precision=precision), "here")
     assert sampler.policy.model is model
     assert sampler.policy.autocast is autocast

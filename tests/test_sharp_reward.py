@@ -46,7 +46,7 @@ def test_the_facts_of_a_reward_that_says_nothing_of_them():
     assert (Reward.requires, dict(Reward.weights), Reward.unmeasured) == ((), {}, {"weight"})
     assert Plain().weight == 1.0
     assert Plain().label == "sharp_plain"
-    assert Plain().unusable({"prompt": "p"}) is None
+    assert Plain().prompt_problem({"prompt": "p"}) is None
     for weight in (0.0, -1.0):
         with pytest.raises(ValueError, match="greater than 0"):
             Plain(weight=weight)

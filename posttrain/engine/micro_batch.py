@@ -63,7 +63,7 @@ def largest_micro_batch(
     return trials[-1].items, trials
 
 
-def described(trials: list[Trial], device: torch.device) -> str:
+def trials_in_words(trials: list[Trial], device: torch.device) -> str:
     """The chosen micro-batch and the trials, in a line."""
     chosen = trials[-1]
     tried = ", ".join(f"{t.items}: {t.items_per_second:.3g}/s" for t in trials)

@@ -63,7 +63,7 @@ def resources(recipe: Recipe, budget: Budget, *, cuda: bool) -> RenderableType:
     if recipe.evaluation is not None:
         all_needs.append(evaluation_needs(recipe, recipe.evaluation, counts))
     many = f"{budget.devices} x " if budget.devices > 1 else ""
-    how = recipe.parallel.described(budget.devices)
+    how = recipe.parallel.label(budget.devices)
     how = "" if how == "single" else f", {how}"
     lines: list[RenderableType] = [
         Text(f"{recipe.name} on {many}{budget.device.name}{how}", style="bold"),

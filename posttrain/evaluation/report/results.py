@@ -53,10 +53,10 @@ class Results:
 
 def load_results(run: Path) -> Results:
     """Read a run folder, finished or not."""
-    described = _json(run / "run.json")
+    description = _json(run / "run.json")
     return Results(
-        described.get("name", run.name),
-        [_stage(run / row["name"], row) for row in described.get("stages", [])],
+        description.get("name", run.name),
+        [_stage(run / row["name"], row) for row in description.get("stages", [])],
         (run / "recipe.yaml").read_text("utf-8") if (run / "recipe.yaml").is_file() else "",
         _json(run / "environment.json"),
     )
