@@ -57,6 +57,7 @@ class Lora(Tune):
 
     type: Literal["lora"] = "lora"
     rank: int = Field(32, ge=1)
+    """Rank of an adapter's two matrices, A (rank, in) and B (out, rank). Memory grows in proportion."""
     alpha: float = Field(64.0, gt=0)
     """The adapter's output is scaled by alpha / rank."""
     init: Literal["gaussian", "default"] = "gaussian"
