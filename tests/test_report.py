@@ -16,8 +16,9 @@ from posttrain.engine.tracker import Tracker, read_metrics
 from posttrain.evaluation.intervals import bootstrap_interval, paired_difference
 from posttrain.evaluation.report.curves import chart, smoothed, ticks
 from posttrain.evaluation.report.page import write_report
-from posttrain.evaluation.report.results import load_results, verdict
+from posttrain.evaluation.report.results import load_results
 from posttrain.evaluation.report.table import table
+from posttrain.evaluation.report.verdict import verdict
 from posttrain.support.images import grid, to_pil
 from posttrain.support.wording import duration, short
 

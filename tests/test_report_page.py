@@ -11,8 +11,9 @@ from rich.console import Console
 
 from posttrain.evaluation.intervals import bootstrap_interval
 from posttrain.evaluation.report.page import write_report
-from posttrain.evaluation.report.results import load_results, verdict
+from posttrain.evaluation.report.results import load_results
 from posttrain.evaluation.report.table import table
+from posttrain.evaluation.report.verdict import verdict
 from posttrain.support.wording import short
 
 EVIL = '<script>alert("x")</script> & two'

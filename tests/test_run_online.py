@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from runs import EVALUATION, recipe, run_quietly, stage
+from runs import EVALUATION, cut_off_after, recipe, run_quietly, stage
 
 from posttrain.engine import checkpoint
 from posttrain.engine.monitor import collapsed, hacking
@@ -109,17 +109,7 @@ def test_a_stacked_adapter_starts_from_the_very_model_that_a_merged_one_does(tmp
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path, algorithm, monkeypatch):
     made = recipe(online("rl", algorithm, TRAIN.replace("steps: 4,", "steps: 6,")), evaluation=EVALUATION)
     run_quietly(made, tmp_path / "whole")
-    from posttrain.stages.watch import StageWatch
-
-    def cut(self, step, samples, metrics, original=StageWatch.after_step):
-        original(self, step, samples, metrics)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageWatch, "after_step", cut)
-        with pytest.raises(KeyboardInterrupt):
-            run_quietly(made, tmp_path / "cut")
+    cut_off_after(5, made, tmp_path / "cut", monkeypatch)
     run_quietly(made, tmp_path / "cut")
     states = [
         torch.load(checkpoint.saved(tmp_path / n / "rl" / "checkpoints")[-1] / "state.pt", weights_only=True)

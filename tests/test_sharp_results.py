@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.evaluation.intervals import paired_difference
-from posttrain.evaluation.report.results import Results, StageResult, difference, load_results, verdict
+from posttrain.evaluation.report.results import Results, StageResult, load_results
+from posttrain.evaluation.report.verdict import difference, verdict
 from posttrain.support.wording import duration, short
 
 
