@@ -152,7 +152,10 @@ class FlowModel(ABC):
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """The shape (c, h, w) of the latents of an image of ``height`` x ``width`` pixels."""
+        """The shape (c, h, w) of the latents of an image of ``height`` x ``width`` pixels.
+
+        May raise ModelError if the model cannot make an image of that size.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

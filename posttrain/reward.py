@@ -69,7 +69,7 @@ class Reward(Named, ABC):
         missing = [package for package in self.requires if importlib.util.find_spec(package) is None]
         if missing:
             names = ", ".join(map(repr, missing))
-            return f"{self.type} needs the package(s) {names}: pip install 'posttrain[rewards]'"
+            return f"{self.type} needs {names}, which this install lacks: pip install 'posttrain[rewards]'"
         for name, weights in self.weights.items():
             source = getattr(self, name)
             if is_path(source, hub=True) and weights.local(source) is None:

@@ -49,7 +49,7 @@ def first_kl(folder, name):
 
 
 @pytest.mark.parametrize("before", ["merge", "stack"])
-def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, before):
+def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, before, recwarn):
     """After soar (LoRA) then grpo (LoRA), the KL at step 0 is exactly 0 to soar, and not to base."""
     lora = f"{{type: lora, rank: 2, alpha: 4, before: {before}}}"
     made = recipe(
@@ -67,6 +67,7 @@ def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, be
     full = first_kl(tmp_path / "run", "full-to-base")
     assert full == pytest.approx(first_kl(tmp_path / "run", "to-base"), rel=1e-2)
     assert first_kl(tmp_path / "run", "nft-to-base") > 0
+    assert not any("peft_config" in str(w.message) for w in recwarn), "peft advises against stacking"
 
 
 def test_a_lora_named_by_its_folder_brings_its_parents(tmp_path):

@@ -138,7 +138,7 @@ def test_a_figure_has_three_digits_and_a_prefix(value, unit, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (None, "–"), (0.4, "0 s"), (99.4, "99 s"), (99.9, "2 min"), (100, "2 min"), (89 * 60, "89 min"),
+        (None, "–"), (0, "0 s"), (0.4, "< 1 s"), (1, "1 s"), (99.4, "99 s"), (99.9, "2 min"), (100, "2 min"), (89 * 60, "89 min"),
         (5969, "99 min"), (6000, "1 h 40 min"), (7260, "2 h 01 min"), (151, "3 min"),
     ],
 )  # fmt: skip

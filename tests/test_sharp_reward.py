@@ -63,7 +63,7 @@ def test_scores_are_named_with_their_details():
 
 def test_packages_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(Plain, "requires", ("no_such_one", "torch", "nor_this"))
-    words = "sharp_plain needs the package(s) 'no_such_one', 'nor_this': pip install 'posttrain[rewards]'"
+    words = "sharp_plain needs 'no_such_one', 'nor_this', which this install lacks: pip install 'posttrain[rewards]'"
     assert Plain().problem() == words
 
 

@@ -114,7 +114,7 @@ def _time(all_needs: list[Needs], budget: Budget) -> Table:
         training = sum((needs.training for needs in all_needs), Work())
         disk = sum(needs.disk for needs in all_needs)
         columns.append(Needs("together", all_needs[0].memory, rollout, training, disk))
-    table = _table("time", [needs.name for needs in columns])
+    table = _table("cost", [needs.name for needs in columns])
 
     def share(work_of: Callable[[Needs], Work]) -> list[str]:
         shares = [(budget.seconds(work_of(needs)), budget.seconds(needs.work)) for needs in columns]
