@@ -2,6 +2,7 @@
 
 import hashlib
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from posttrain.policy import Policy
 from posttrain.policy import out_of_memory as memory
 from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
 from posttrain.sampling.prompts import encode
-from posttrain.sampling.sampler import FlowSampler, flow_sampler
+from posttrain.sampling.sampler import FlowSampler, flow_sampler, sampler_of
 from posttrain.support.randomness import generator
 from posttrain.weights.files import hash_of
 
@@ -193,3 +194,40 @@ def test_the_hash_is_over_names_shapes_and_float32_values_in_the_order_of_names(
     digest = hashlib.sha256(b"a (1, 2)\n\x00\x00\x80?\x00\x00\x00\xc0b (1,)\n\x00\x00\x00?").hexdigest()
     assert hash_of({"b": b, "a": a}) == hash_of({"a": a, "b": b}) == digest
     assert hash_of({"a": a.T, "b": b}) != digest
+
+
+class Named:
+    """A model block that notes what it is asked for; with ``own`` it samples by itself."""
+
+    type = "linear"
+
+    def __init__(self, own=None, **fields):
+        self.own, self.fields, self.asked = own, fields, []
+
+    def sampler(self, device, settings):
+        self.asked.append((device, settings))
+        return self.own
+
+    def load(self, device, transformer_dtype):
+        self.asked.append((device, transformer_dtype))
+        return Encoding()
+
+    def model_dump(self, mode="python"):
+        return {name: value if mode == "json" else Path(value) for name, value in self.fields.items()}
+
+    def card_settings(self):
+        return {"type": "linear"}
+
+
+def test_the_sampler_of_a_block_is_its_own_or_that_of_the_loaded_model():
+    device, wanted, own = torch.device("cpu"), settings(precision="bf16"), object()
+    spec = Named(own, path="here")
+    assert sampler_of(spec, device, wanted) is own
+    assert spec.asked == [(device, wanted)]
+    spec = Named(path="here")
+    sampler = sampler_of(spec, device, wanted)
+    assert spec.asked == [(device, wanted), (device, "fp32")]
+    assert (sampler.source, sampler.settings) == ("here", {"type": "linear"})
+    assert isinstance(sampler.policy.model, Encoding)
+    assert sampler.policy.autocast is torch.bfloat16
+    assert sampler_of(Named(), device, wanted).source == "linear"

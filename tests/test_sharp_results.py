@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.evaluation.intervals import paired_difference
-from posttrain.evaluation.report.results import Results, StageResult, load_results
+from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
 from posttrain.evaluation.report.verdict import difference, verdict
 from posttrain.support.wording import duration, short
 
@@ -175,3 +175,12 @@ def test_a_run_folder_is_read_whole(tmp_path):
 
 def test_a_folder_without_a_run_is_empty_and_named_by_itself(tmp_path: Path):
     assert load_results(tmp_path / "mine") == Results("mine", [], "", {})
+
+
+def test_what_a_stage_cost_has_a_dash_for_what_is_unknown():
+    account = {
+        "forward_equivalents": 1200, "images_per_second": 2.25, "peak_memory_bytes": 3e9,
+        "steps": 40, "trainable_parameters": 5e6,
+    }  # fmt: skip
+    assert cost_texts(StageResult("a", None, None, account)) == ["1.2k", "2.2", "3 GB", "40", "5M"]
+    assert cost_texts(StageResult("a", None, None)) == ["–"] * 5
