@@ -34,7 +34,8 @@ class FlowMatching(Algorithm, ABC):
     """The mean of logit(t) under ``logit_normal``. t = 1 is noise, so a greater mean is noisier; in
     diffusers' DreamBooth scripts t = 0 is noise and the mean has the opposite sign."""
     logit_std: float = Field(1.0, gt=0)
-    """The standard deviation of logit(t) under ``logit_normal``."""
+    """The standard deviation of logit(t) under ``logit_normal``, greater than 0. A greater one draws more
+    times near 0 and 1."""
     mode_scale: float = 1.29
     """The scale s of the ``mode`` density (arXiv:2403.03206, section 3.1)."""
     cond_dropout: float = Field(0.0, ge=0, le=1)

@@ -56,7 +56,7 @@ class Online(Algorithm, ABC):
         """Clean latents (n, c, h, w) of new samples, and the items' fields, (n, items per sample, ...)."""
 
     @abstractmethod
-    def kept(self, advantage: Tensor) -> Tensor:
+    def trained_mask(self, advantage: Tensor) -> Tensor:
         """(n,) bool: the samples that are trained, by their clamped advantages (n,)."""
 
     def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ class Online(Algorithm, ABC):
             verdict.rewards, weights, group, global_std=self.global_std, mixing=self.reward_mixing
         )
         clamped = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()
-        trained = self.kept(clamped).float()
+        trained = self.trained_mask(clamped).float()
         items = _items(batch, fields, tools.world.local(clamped), tools.world.local(trained))
         items = self.with_frozen_velocities(items, tools.policy, tools.world)
         metrics = _reward_metrics(verdict, weights, group)

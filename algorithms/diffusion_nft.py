@@ -67,7 +67,7 @@ class DiffusionNFT(Online):
         prompt = batch.prompt_index[:, None].expand(-1, count)
         return x0, {"latents": latents, "x0": clean, "sigma": sigma, "prompt_index": prompt}
 
-    def kept(self, advantage: Tensor) -> Tensor:
+    def trained_mask(self, advantage: Tensor) -> Tensor:
         return torch.ones_like(advantage, dtype=torch.bool)
 
     def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from posttrain.algorithms._online import Online
 from posttrain.errors import TrainingError
 from posttrain.flow import expand, log_prob, stochastic_step
 from posttrain.policy import Policy
-from posttrain.registry import at
+from posttrain.registry import field_error
 
 SDE = Literal["flow_sde", "cps", "dance"]
 KL = Literal["without_dt", "with_dt", "velocity_mse"]
@@ -74,9 +74,9 @@ class FlowGRPO(Online):
         share = f"{self.timestep_fraction:g} of {self.num_steps} steps"
         if self.trained_steps > self.num_steps - 1 and not self.sde_window_size:
             words = f"{share} includes the last one, to sigma = 0, which cannot be trained: use less than 1"
-            raise at(("timestep_fraction",), words)
+            raise field_error(("timestep_fraction",), words)
         if self.trained_steps < 1:
-            raise at(("timestep_fraction",), f"{share} trains none: use at least 1/{self.num_steps}")
+            raise field_error(("timestep_fraction",), f"{share} trains none: use at least 1/{self.num_steps}")
         return self
 
     @model_validator(mode="after")
@@ -86,26 +86,26 @@ class FlowGRPO(Online):
         first, end = self.window_range
         if self.sde_window_size > end - first:
             words = f"a window of {self.sde_window_size} steps does not fit into the {end - first} steps "
-            raise at(("sde_window_size",), f"{words}[{first}, {end})")
+            raise field_error(("sde_window_size",), f"{words}[{first}, {end})")
         return self
 
     def _check_window_range(self, first: int, end: int) -> None:
         last = self.num_steps - 1
         if not self.sde_window_size:
-            raise at(("sde_window_range",), "has no effect without an sde_window_size")
+            raise field_error(("sde_window_range",), "has no effect without an sde_window_size")
         if not 0 <= first < end:
-            raise at(("sde_window_range",), f"[{first}, {end}] must rise, from 0 or more")
+            raise field_error(("sde_window_range",), f"[{first}, {end}] must rise, from 0 or more")
         if end > last:
             words = f"its end {end} is beyond {last}: of {self.num_steps} steps the last is never trained"
-            raise at(("sde_window_range",), words)
+            raise field_error(("sde_window_range",), words)
         if self.timestep_fraction != type(self).model_fields["timestep_fraction"].default:
             words = "has no effect beside an sde_window_range: remove one of them"
-            raise at(("timestep_fraction",), words)
+            raise field_error(("timestep_fraction",), words)
 
     @model_validator(mode="after")
     def _kl_is_used(self) -> Self:
         if not self.beta and self.kl_type != type(self).model_fields["kl_type"].default:
-            raise at(("kl_type",), "has no effect where beta, the KL's weight, is 0")
+            raise field_error(("kl_type",), "has no effect where beta, the KL's weight, is 0")
         return self
 
     @property
@@ -153,7 +153,7 @@ class FlowGRPO(Online):
         first = tools.draws.integer("sde_window", first, end - self.sde_window_size)
         return first, first + self.sde_window_size
 
-    def kept(self, advantage: Tensor) -> Tensor:
+    def trained_mask(self, advantage: Tensor) -> Tensor:
         return advantage != 0 if self.drop_zero_advantage else torch.ones_like(advantage, dtype=torch.bool)
 
     def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:

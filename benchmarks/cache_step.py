@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import functools
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,55 @@ def batches(model: Any, cache: str, batch: int, work: Path) -> Iterator[tuple[in
     """The batches of a stage with that cache, which is filled; the time is printed."""
     made = parse_recipe(RECIPE % (IMAGES, batch), "cache_step.yaml", [f"cache={cache}"])
     made = made.model_copy(update={"cache": made.cache.model_copy(update={"path": work / "cache"})})
-    feed = batch_source_of(made.stages[0].data, model, work, made.stages[0].train.batch_size)
+    source = batch_source_of(made.stages[0].data, model, work, made.stages[0].train.batch_size)
     start = time.process_time()
-    fill_for_stage(made, made.stages[0], model, feed, Console(quiet=True))
+    fill_for_stage(made, made.stages[0], model, source, Console(quiet=True))
     print(f"filling, {cache}: {time.process_time() - start:.2f} s")
-    yield from feed.batches((0, 0), 0)
+    yield from source.batches((0, 0), 0)
+
+
+class Clock:
+    """Measures calls by name, in seconds of this process's CPU time."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = call()
+        self.times.setdefault(name, []).append(time.process_time() - start)
+        return result
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.times.items()}
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    """Whether two batches have the same latents and conditions, to the bit."""
+    return torch.equal(one.latents, other.latents) and all(
+        torch.equal(tensor, other.conditions.table[key]) for key, tensor in one.conditions.table.items()
+    )
+
+
+def time_encoders(model: Any, prompts: int, images: int, clock: Clock) -> None:
+    """Time what a step without a cache encodes, in the engine's portions and all at once."""
+    words, pixels = [""] * prompts, torch.rand(images, 3, 64, 64) * 2 - 1
+    clock("encode prompts, 8 at once", lambda: model.encode_prompts(words))
+    _diffusers_flow.PROMPT_BATCH, before = prompts, _diffusers_flow.PROMPT_BATCH
+    clock("encode prompts, all at once", lambda: model.encode_prompts(words))
+    _diffusers_flow.PROMPT_BATCH = before
+    clock("encode images, 8 at once", lambda: model.posterior(pixels))
+    with torch.no_grad():
+        clock("encode images, all at once", lambda: model.vae.encode(pixels))
+
+
+def show(medians: dict[str, float], algorithms: Iterable[str], batch: int) -> None:
+    """Print the medians, and each algorithm's images per CPU second with each cache."""
+    for name, value in medians.items():
+        print(f"{'a batch, cached: ' * (name in CACHES) + name}: {1000 * value:.1f} ms")
+    for name in algorithms:
+        rates = {cache: batch / (medians[cache] + medians[name]) for cache in CACHES}
+        print(f"{name}, images per CPU second: " + ", ".join(f"{c} {r:.1f}" for c, r in rates.items()))
 
 
 def main() -> int:
@@ -77,55 +122,30 @@ def main() -> int:
         parameter.requires_grad_(True)
     policy, settings = Policy(model, micro_batch=64), Train(steps=1)
     strategy = Single().prepare(policy, settings, ALONE)
-    feeds = {name: batches(loaded[name], cache, options.batch, work) for name, cache in CACHES.items()}
+    sources = {name: batches(loaded[name], cache, options.batch, work) for name, cache in CACHES.items()}
     algorithms: dict[str, Algorithm] = {
         "sft": SFT(),
         "soar": SOAR(trajectory_length=3, num_sampling_steps=20),
     }
-    times: dict[str, list[float]] = {}
+    clock = Clock()
 
-    def timed(name: str, call: Callable[[], Any]) -> Any:
-        start = time.process_time()
-        result = call()
-        times.setdefault(name, []).append(time.process_time() - start)
-        return result
+    def step(algorithm: Algorithm, batch: Batch, draws: Draws) -> None:
+        with torch.no_grad():
+            items = algorithm.collect(batch, Tools(policy, draws))
+        update(algorithm, policy, items, strategy, settings, 1)
 
     for round_ in range(options.rounds + 1):
-        drawn = {name: timed(name, lambda name=name: next(feeds[name])) for name in CACHES}
+        drawn = {name: clock(name, lambda name=name: next(sources[name])) for name in CACHES}
         (_, batch, draws), *others = drawn.values()
-        for _, other, _ in others:
-            same = torch.equal(batch.latents, other.latents) and all(
-                torch.equal(tensor, other.conditions.table[key])
-                for key, tensor in batch.conditions.table.items()
-            )
-            if not same:
-                print("FAIL  a cached batch differs")
-                return 1
-        prompts = [""] * len(batch.conditions.table["pooled_projections"])
-        timed("encode prompts, 8 at once", lambda prompts=prompts: model.encode_prompts(prompts))
-        _diffusers_flow.PROMPT_BATCH, before = len(prompts), _diffusers_flow.PROMPT_BATCH
-        timed("encode prompts, all at once", lambda prompts=prompts: model.encode_prompts(prompts))
-        _diffusers_flow.PROMPT_BATCH = before
-        pixels = torch.rand(len(batch), 3, 64, 64) * 2 - 1
-        timed("encode images, 8 at once", lambda pixels=pixels: model.posterior(pixels))
-        with torch.no_grad():
-            timed("encode images, all at once", lambda pixels=pixels: model.vae.encode(pixels))
-
-        def step(algorithm: Algorithm, batch: Batch = batch, draws: Draws = draws) -> None:
-            with torch.no_grad():
-                items = algorithm.collect(batch, Tools(policy, draws))
-            update(algorithm, policy, items, strategy, settings, 1)
-
+        if not all(equal(batch, other) for _, other, _ in others):
+            print("FAIL  a cached batch differs")
+            return 1
+        time_encoders(model, len(batch.conditions.table["pooled_projections"]), len(batch), clock)
         for name, algorithm in algorithms.items():
-            timed(name, lambda algorithm=algorithm: step(algorithm))
+            clock(name, functools.partial(step, algorithm, batch, draws))
         if round_ == 0:
-            times.clear()  # warm-up, and the caches' filling
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, value in medians.items():
-        print(f"{'a batch, cached: ' * (name in CACHES) + name}: {1000 * value:.1f} ms")
-    for name in algorithms:
-        rates = {cache: options.batch / (medians[cache] + medians[name]) for cache in CACHES}
-        print(f"{name}, images per CPU second: " + ", ".join(f"{c} {r:.1f}" for c, r in rates.items()))
+            clock.times.clear()  # warm-up, and the caches' filling
+    show(clock.medians(), algorithms, options.batch)
     print("every cached batch equals the uncached one to the bit")
     return 0
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from _bench import arguments, bench, compare, watched
+from _bench import arguments, bench, watched
+from _compare import compare
 
 from posttrain.flow import guided
 from posttrain.flow.solvers import solve

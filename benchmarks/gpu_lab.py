@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from _bench import _model, bench
+from _bench import bench
 from _fp8 import swap
 from _gpu import Session, command_line
+from _model import model_of
 from gpu_model import Work, options_of
 from torch import Tensor, nn
 
@@ -168,7 +169,7 @@ def compiled_blocks(transformer: nn.Module, budget: float, compiled: bool) -> It
 def decoder(session: Session, dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
     """Images a second of the autoencoder's decoder, channels last, 4 at a time."""
     options = options_of(session, layers=1 if not session.options.tiny else 0)
-    vae = _model(options, 16, session.device).pipeline.vae.to(dtype, memory_format=torch.channels_last)
+    vae = model_of(options, 16, session.device).pipeline.vae.to(dtype, memory_format=torch.channels_last)
     vae.eval().requires_grad_(False)
     side = options.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     latents = torch.randn(4, vae.config.latent_channels, side, side, device=session.device, dtype=dtype)

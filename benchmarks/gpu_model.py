@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _bench import Bench, forward_flops
+from _bench import Bench
 from _gpu import Session
+from _model import forward_flops
 from _online import Iteration
 from _soar import SoarStep
 

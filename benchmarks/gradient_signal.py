@@ -22,9 +22,9 @@ from posttrain.algorithms._online import Online
 from posttrain.data.batches import batch_source_of
 from posttrain.engine.trainer import REFERENCE
 from posttrain.policy import Policy
+from posttrain.policy.precision import AUTOCAST
 from posttrain.recipe.file import load_recipe
 from posttrain.scoring.judge import Judge
-from posttrain.stages.prepare import AUTOCAST
 
 
 def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tensor, int, float, float]:
@@ -41,11 +41,11 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
         policy.add_role(role, moves=role != REFERENCE)
     found, spreads = [], []
     with tempfile.TemporaryDirectory() as work, Judge(model, stage.rewards, Path(work)) as judge:
-        feed = batch_source_of(
+        source = batch_source_of(
             stage.data, model, Path(work), settings.batch_size, algorithm.samples_per_prompt, stage.rewards
         )
-        sigmas = functools.partial(model.sigmas, height=feed.size[0], width=feed.size[1])
-        for number, batch, draws in feed.batches((recipe.seed, 0), 0):
+        sigmas = functools.partial(model.sigmas, height=source.size[0], width=source.size[1])
+        for number, batch, draws in source.batches((recipe.seed, 0), 0):
             if number == count:
                 break
             with torch.no_grad():

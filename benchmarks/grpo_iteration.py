@@ -12,7 +12,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from _bench import arguments, compare
+from _bench import arguments
+from _compare import compare
 from _online import Iteration
 from torch import Tensor
 

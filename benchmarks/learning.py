@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from posttrain.evaluation.report.curves import chart
-from posttrain.evaluation.report.results import difference, load_results
+from posttrain.evaluation.report.results import load_results
+from posttrain.evaluation.report.verdict import difference
 from posttrain.support.wording import short
 
 STYLE = (

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from _bench import arguments, compare
+from _bench import arguments
+from _compare import compare
 from _online import Iteration
 
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses

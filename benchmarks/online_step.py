@@ -47,11 +47,11 @@ def main() -> None:
         policy = Policy(model, micro_batch=8)
         for role in algorithm.roles:
             policy.add_role(role, moves=role != "reference")
-        feed = PromptBatchSource(
+        source = PromptBatchSource(
             PromptData(prompts=ShapesPrompts(count=24), resolution=64), model, GROUPS * SIZE, SIZE
         )
         encoded.clear()
-        _, batch, draws = next(feed.batches((0, 0), 0))
+        _, batch, draws = next(source.batches((0, 0), 0))
         assert len(encoded) == 1 + GROUPS, "a prompt is encoded once, and the empty one"
         with torch.no_grad(), Judge(model, [Shapes(type="shapes")], failures=None) as judge:  # type: ignore[arg-type]
             items = algorithm.collect(batch, Tools(policy, draws, lambda n: model.sigmas(n, 64, 64), judge))

@@ -9,7 +9,8 @@ The straightforward step encodes text and images, and makes one forward and one 
 from __future__ import annotations
 
 import torch
-from _bench import arguments, bench, compare, watched
+from _bench import arguments, bench, watched
+from _compare import compare
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms.sft import SFT

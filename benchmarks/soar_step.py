@@ -10,7 +10,8 @@ gradient checkpointing; the engine's micro-batches need none.
 
 from __future__ import annotations
 
-from _bench import arguments, bench, compare, peak, watched
+from _bench import arguments, bench, watched
+from _compare import compare, peak
 from _soar import SoarStep
 
 from posttrain.algorithms.soar import SOAR

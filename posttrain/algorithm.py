@@ -119,8 +119,8 @@ class Items:
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
-    def parts(self, count: int) -> Iterator[Items]:
-        """The items in ``count`` parts: part i has the samples whose index is i modulo ``count``.
+    def parts_by_sample(self, count: int) -> Iterator[Items]:
+        """The items in ``count`` parts: part i has the items of samples whose index is i modulo ``count``.
 
         Samples of one prompt are neighbours, so they spread over all parts. A sample is in the same part on
         any number of processes.

@@ -60,8 +60,8 @@ class Model(Named, ABC):
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         """Load the weights. Raises ModelError if they are missing, gated or do not fit together."""
 
-    def materialise(self, folder: Path) -> Model:
-        """The model to load. A model that must be made first is made once, inside ``folder``."""
+    def build(self, folder: Path) -> Model:
+        """The model to load. A model that has to be built first is built once, inside ``folder``."""
         del folder
         return self
 
@@ -78,7 +78,7 @@ class Model(Named, ABC):
         del device, settings
         return None
 
-    def described(self) -> dict[str, Any]:
+    def card_settings(self) -> dict[str, Any]:
         """The settings that change the images, beside the weights, for a result card."""
         return self.model_dump(mode="json", exclude={"path", "offload"})
 
@@ -152,7 +152,10 @@ class FlowModel(ABC):
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """The shape (c, h, w) of the latents of an image of ``height`` x ``width`` pixels."""
+        """The shape (c, h, w) of the latents of an image of ``height`` x ``width`` pixels.
+
+        May raise ModelError if the model cannot make an image of that size.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

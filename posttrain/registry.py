@@ -26,10 +26,10 @@ AnyPath = Annotated[Path, Strict(False)]
 """A path. YAML gives it as a string, which a strict spec would refuse."""
 
 FIELD_ERROR = "posttrain_field"
-"""The pydantic error type of :func:`at`."""
+"""The pydantic error type of :func:`field_error`."""
 
 
-def at(path: FieldPath, message: str) -> PydanticCustomError:
+def field_error(path: FieldPath, message: str) -> PydanticCustomError:
     """The error that a block's validator raises when one field is wrong.
 
     ``path`` leads from the block to that field; the recipe's error message then names the field and its line.

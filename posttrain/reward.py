@@ -69,14 +69,14 @@ class Reward(Named, ABC):
         missing = [package for package in self.requires if importlib.util.find_spec(package) is None]
         if missing:
             names = ", ".join(map(repr, missing))
-            return f"{self.type} needs the package(s) {names}: pip install 'posttrain[rewards]'"
+            return f"{self.type} needs {names}, which this install lacks: pip install 'posttrain[rewards]'"
         for name, weights in self.weights.items():
             source = getattr(self, name)
             if is_path(source, hub=True) and weights.local(source) is None:
                 return f"{name}: no {' and '.join(weights.files)} at {source!r}"
         return None
 
-    def unusable(self, row: Mapping[str, Any]) -> str | None:
+    def prompt_problem(self, row: Mapping[str, Any]) -> str | None:
         """Say why the prompt in ``row``, with its metadata, cannot be scored; None if it can."""
         del row
         return None

@@ -41,6 +41,8 @@ class OverHttp(Reward, ABC):
     }
 
     url: str = Field(pattern=r"^https?://[^\s/]\S*$")
+    """The address below which the server answers, with http:// or https://: ``http://HOST:8400`` for
+    ``posttrain serve-reward``, ``http://HOST:8000/v1`` for a server of OpenAI's protocol."""
     token_env: str | None = None
     """The environment variable with the server's bearer token. By default no token is sent."""
     timeout_seconds: float = Field(120.0, gt=0)

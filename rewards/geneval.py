@@ -69,7 +69,7 @@ class GenEval(Neural):
     batch_size: int = Field(4, ge=1)
     """Images in one forward of the detector."""
 
-    def unusable(self, row: Mapping[str, Any]) -> str | None:
+    def prompt_problem(self, row: Mapping[str, Any]) -> str | None:
         if (reason := metadata_problem(row)) is not None:
             return f"geneval: {reason}"
         if "tag" not in row:
@@ -91,7 +91,7 @@ class GenEval(Neural):
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             for prompt, task in zip(prompts, metadata, strict=True):
-                if (reason := self.unusable(task)) is not None:
+                if (reason := self.prompt_problem(task)) is not None:
                     raise ValueError(f"prompt {prompt!r} cannot be judged: {reason}")
             detections = []
             for start in range(0, len(prompts), self.batch_size):

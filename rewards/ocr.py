@@ -29,7 +29,7 @@ class OCR(Reward):
     range: ClassVar = (0.0, 1.0)
     requires: ClassVar = ("rapidocr", "onnxruntime", "rapidfuzz")
 
-    def unusable(self, row: Mapping[str, Any]) -> str | None:
+    def prompt_problem(self, row: Mapping[str, Any]) -> str | None:
         text = quoted(row["prompt"])
         if text is None:
             return 'ocr: there is no text between double quotes ("...") to be read'

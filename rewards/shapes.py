@@ -30,7 +30,7 @@ class Shapes(Reward):
     too many objects; ``strict``: 1 if exactly what was asked for is there; ``lenient``: GenEval's own
     verdict."""
 
-    def unusable(self, row: Mapping[str, Any]) -> str | None:
+    def prompt_problem(self, row: Mapping[str, Any]) -> str | None:
         return None if (reason := metadata_problem(row)) is None else f"shapes: {reason}"
 
     def load(self, device: torch.device) -> Scorer:

@@ -2,11 +2,13 @@
 
 import io
 
+import pytest
 from pipelines import pipeline_folder
 from rich.console import Console
 
 from posttrain.recipe.file import parse_recipe
 from posttrain.stages.chain import run
+from posttrain.stages.watch import StageWatch
 
 TRAIN = "{steps: 6, batch_size: 4, micro_batch: 4, learning_rate: 1e-3, checkpoint_every: 2, log_every: 1, ema: 0.9, sample_every: null}"
 DATA = "{type: shapes, images: 10, seed: 1}"
@@ -41,3 +43,17 @@ def run_quietly(recipe, folder):
     text = io.StringIO()
     run(recipe, folder, Console(file=text, width=200))
     return text.getvalue()
+
+
+def cut_off_after(steps, recipe, folder, monkeypatch):
+    """Runs it until a stage has taken so many steps, and interrupts it there."""
+
+    def cut(self, step, samples, metrics, original=StageWatch.after_step):
+        original(self, step, samples, metrics)
+        if step == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageWatch, "after_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_quietly(recipe, folder)

@@ -89,10 +89,10 @@ class Hub:
                 path = self.path.partition("?")[0]
                 for repo, files in hub.repos.items():
                     if path == f"/api/models/{repo}/revision/main":
-                        siblings = [hub.described(name, *files[name], "rfilename") for name in files]
+                        siblings = [hub.entry(name, *files[name], "rfilename") for name in files]
                         return self.reply({"id": repo, "sha": COMMIT, "siblings": siblings})
                     if path == f"/api/models/{repo}/tree/{COMMIT}":
-                        rows = [hub.described(name, *files[name], "path") for name in files]
+                        rows = [hub.entry(name, *files[name], "path") for name in files]
                         return self.reply([{"type": "file", "oid": r.pop("blobId"), **r} for r in rows])
                     for name in files:
                         if path in (f"/{repo}/resolve/{COMMIT}/{name}", f"/elsewhere/{name}"):
@@ -131,7 +131,7 @@ class Hub:
             return hashlib.sha256(content).hexdigest()
         return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
-    def described(self, name, content, lfs, key):
+    def entry(self, name, content, lfs, key):
         row = {key: name, "size": len(content), "blobId": self.hash(content, False)}
         if lfs:
             row["lfs"] = {"sha256": self.hash(content, True), "size": len(content), "pointerSize": 130}

@@ -40,8 +40,8 @@ def go_on(policy, strategy, step):
 
 
 def state(policy):
-    roles = {name: {n: t.clone() for n, t in policy.whole(name)} for name in policy.roles}
-    return {None: {n: t.detach().clone() for n, t in policy.whole(None)}, **roles}
+    roles = {name: {n: t.clone() for n, t in policy.gathered_weights(name)} for name in policy.roles}
+    return {None: {n: t.detach().clone() for n, t in policy.gathered_weights(None)}, **roles}
 
 
 def same(one, other):

@@ -140,8 +140,13 @@ def test_sample_writes_images_and_a_grid(stages, tmp_path):
         (("sample", "./nowhere", "--prompt", "x"), "does not exist"),
         (("sample", "posttrain/huge", "--prompt", "x"), "comes with posttrain"),
         (("sample", "some/model", "--prompt", "x"), "local folder"),
+        (("sample", "posttrain/tiny-sd3", "--prompt", "x", "--steps", "1"), "512 x 512 px is too large"),
         (("eval", "./nowhere", "--prompts", "p.txt", "--reward", "shapes"), "no file 'p.txt'"),
         (("eval", "./nowhere"), "say what to evaluate"),
+        (
+            ("eval", "./nowhere", "--prompts", "p.txt", "--reward", "nice"),
+            "evaluation: rewards.0.type: no type",
+        ),
         (("run", "nowhere.yaml"), "No such file"),
         (("shapes", "build", "out", "--style", "wild"), "no style 'wild'"),
     ],

@@ -124,9 +124,9 @@ def test_samples_of_a_group_may_start_from_the_same_noise():
 
 def test_samples_without_an_advantage_may_be_left_out():
     a = torch.tensor([0.0, -1.0, 1e-7])
-    assert grpo().kept(a).tolist() == [False, True, True]
-    assert grpo(drop_zero_advantage=False).kept(a).tolist() == [True, True, True]
-    assert grpo(drop_zero_advantage=False).kept(a).dtype == torch.bool
+    assert grpo().trained_mask(a).tolist() == [False, True, True]
+    assert grpo(drop_zero_advantage=False).trained_mask(a).tolist() == [True, True, True]
+    assert grpo(drop_zero_advantage=False).trained_mask(a).dtype == torch.bool
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ def test_the_rollouts_solver_is_the_one_named():
 
 
 def test_all_samples_are_trained_on():
-    kept = nft().kept(torch.tensor([0.0, -1.0]))
-    assert kept.tolist() == [True, True]
-    assert kept.dtype == torch.bool
+    mask = nft().trained_mask(torch.tensor([0.0, -1.0]))
+    assert mask.tolist() == [True, True]
+    assert mask.dtype == torch.bool
 
 
 def items():

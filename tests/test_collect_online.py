@@ -32,7 +32,7 @@ class Written(Online):
         }
         return batch.latents + 0.5, fields
 
-    def kept(self, advantage):
+    def trained_mask(self, advantage):
         return advantage >= -1
 
     def loss(self, items, policy):

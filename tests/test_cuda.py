@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from runs import TRAIN, recipe, run_quietly, stage
+from runs import TRAIN, cut_off_after, recipe, run_quietly, stage
 from test_compiling import _as_before  # noqa: F401
 from test_run import assert_equal_weights
 from toys import alone
@@ -18,7 +18,6 @@ from posttrain.optim.settings import Train
 from posttrain.policy import Policy
 from posttrain.policy.out_of_memory import halve_until_it_fits
 from posttrain.stages.artifact import open_artifact
-from posttrain.stages.watch import StageWatch
 from posttrain.support.randomness import Draws
 
 pytestmark = [
@@ -56,15 +55,7 @@ def test_the_same_run_gives_the_same_bits_cut_off_or_not(tmp_path, monkeypatch, 
     run_quietly(run, tmp_path / "whole")
     run_quietly(run, tmp_path / "again")
 
-    def cut(self, step, samples, metrics, original=StageWatch.after_step):
-        original(self, step, samples, metrics)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageWatch, "after_step", cut)
-        with pytest.raises(KeyboardInterrupt):
-            run_quietly(run, tmp_path / "cut")
+    cut_off_after(5, run, tmp_path / "cut", monkeypatch)
     run_quietly(run, tmp_path / "cut")
     first, again, resumed = (moments(tmp_path / n / "only")["trained"] for n in ("whole", "again", "cut"))
     assert_equal_weights(first, again)  # else no resume could give them

@@ -19,6 +19,7 @@ from posttrain.models.sd3 import SD3
 from posttrain.optim.settings import Train
 from posttrain.policy.tuning import Lora
 from posttrain.recipe.schema import Evaluation, Recipe, Stage
+from posttrain.registry import Spec
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -169,3 +170,17 @@ def test_the_page_of_recipes_has_every_field_with_its_default_and_choices(headin
         ]
         missing = [choice for choice in choices if not re.search(rf"\b{choice}\b", f"{shown} {meaning}")]
         assert not missing, name
+
+
+def specs(base=Spec):
+    """Every class of a recipe's blocks: the recipe, algorithms, rewards, models, data, strategies, the rest."""
+    for spec in base.__subclasses__():
+        if spec.__module__.startswith("posttrain."):
+            yield spec
+            yield from specs(spec)
+
+
+@pytest.mark.parametrize("spec", sorted(set(specs()), key=str), ids=lambda x: x.__name__)
+def test_every_field_of_a_block_says_what_it_means(spec):
+    own = {name: field for name, field in spec.model_fields.items() if name != "type"}
+    assert [name for name, field in own.items() if not field.description] == []

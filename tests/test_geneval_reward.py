@@ -364,7 +364,7 @@ CAT_CLAUSE = {"class": "cat", "count": 1}
 )
 def test_metadata_that_no_rule_fits_are_refused_before_an_image_is_made(row):
     for reward in (GenEval(), Shapes()):
-        assert reward.unusable(row).startswith(f"{reward.type}: ")
+        assert reward.prompt_problem(row).startswith(f"{reward.type}: ")
 
 
 def test_shapes_and_geneval_give_the_same_details():

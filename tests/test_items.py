@@ -128,9 +128,9 @@ def test_items_are_taken_split_and_joined_in_order():
 
 def test_parts_go_by_place_and_one_part_is_the_whole():
     items = items_of([1, 2, 3, 4, 5], sample_index=[7, 0, 2, 4, 1])
-    assert [part.x.tolist() for part in items.parts(3)] == [[2], [1, 4, 5], [3]]
-    assert [part.x.tolist() for part in items.parts(2)] == [[2, 3, 4], [1, 5]]
-    (only,) = items.parts(1)
+    assert [part.x.tolist() for part in items.parts_by_sample(3)] == [[2], [1, 4, 5], [3]]
+    assert [part.x.tolist() for part in items.parts_by_sample(2)] == [[2, 3, 4], [1, 5]]
+    (only,) = items.parts_by_sample(1)
     assert only is items
 
 

@@ -11,7 +11,7 @@ from ranks import on_ranks
 
 from posttrain.distributed.world import ALONE
 from posttrain.engine import micro_batch, trial
-from posttrain.engine.micro_batch import Trial, described, largest_micro_batch
+from posttrain.engine.micro_batch import Trial, largest_micro_batch, trials_in_words
 from posttrain.errors import TrainingError
 from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
@@ -254,5 +254,5 @@ def test_ranks_share_a_step_and_take_what_the_slowest_and_fullest_can(monkeypatc
 def test_what_was_found_in_a_line():
     trials = [Trial(1, 8.0, 1000), Trial(2, 15.123, 2000), Trial(4, 30.0, 2_500_000)]
     words = "micro_batch auto is 4 (1: 8/s, 2: 15.1/s, 4: 30/s"
-    assert described(trials, torch.device("cpu")) == f"{words})"
-    assert described(trials, torch.device("cuda")) == f"{words}; 2.5 MB more memory than at rest)"
+    assert trials_in_words(trials, torch.device("cpu")) == f"{words})"
+    assert trials_in_words(trials, torch.device("cuda")) == f"{words}; 2.5 MB more memory than at rest)"

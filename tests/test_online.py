@@ -376,7 +376,7 @@ def test_it_learns_to_please_a_simple_reward(algorithm):
 
 def test_items_in_parts_are_all_there_once():
     items = replace(collected(ONLINE[0], toy_policy()), metrics={})
-    parts = list(items.parts(5))
+    parts = list(items.parts_by_sample(5))
     assert [len(p) for p in parts] == [9, 9, 6, 6, 6]  # of 12 samples, with 3 items each
     assert all((p.sample_index % 5 == i).all() for i, p in enumerate(parts))
     assert sorted(torch.cat([p.log_prob for p in parts]).tolist()) == sorted(items.log_prob.tolist())

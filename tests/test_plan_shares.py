@@ -75,7 +75,7 @@ def test_a_deepspeed_file_says_what_is_spread_and_offloaded(tmp_path):
     assert shares.buffer == 4000
     assert (shares.weights.fraction, shares.gradients.fraction, shares.moments.fraction) == (1, 1, 0.5)
     assert shares.moments.on_host
-    assert spread.described(2) == "DeepSpeed ZeRO-1, offloaded"
+    assert spread.label(2) == "DeepSpeed ZeRO-1, offloaded"
 
 
 @pytest.mark.matrix

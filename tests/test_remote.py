@@ -19,7 +19,7 @@ from runs import recipe, run_quietly, stage
 from servers import Quiet, running, serving
 
 from posttrain.errors import PosttrainError, RecipeError, RewardError
-from posttrain.recipe.file import chosen_rewards
+from posttrain.recipe.file import chosen_rewards, evaluation_settings
 from posttrain.reward import Scores, checked
 from posttrain.rewards.callable import Callable
 from posttrain.rewards.jpeg import JpegIncompressibility
@@ -468,3 +468,10 @@ def test_the_command_serves_until_it_is_ended(tmp_path):
         server.wait()
         with pytest.raises(RewardError, match=f"{url}/score: asked 3 times"):
             score(images, prompts, rows)
+
+
+def test_an_evaluation_takes_the_settings_of_a_reward_that_it_names(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    named = ["rewards.0.url=http://127.0.0.1:9", "rewards.0.name=shapes"]
+    evaluation = evaluation_settings(None, None, str(tmp_path / "p.txt"), ["remote"], named)
+    assert evaluation.rewards == [Remote(url="http://127.0.0.1:9", name="shapes")]

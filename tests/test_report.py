@@ -16,10 +16,11 @@ from posttrain.engine.tracker import Tracker, read_metrics
 from posttrain.evaluation.intervals import bootstrap_interval, paired_difference
 from posttrain.evaluation.report.curves import chart, smoothed, ticks
 from posttrain.evaluation.report.page import write_report
-from posttrain.evaluation.report.results import load_results, verdict
+from posttrain.evaluation.report.results import load_results
 from posttrain.evaluation.report.table import table
+from posttrain.evaluation.report.verdict import verdict
 from posttrain.support.images import grid, to_pil
-from posttrain.support.wording import duration, short
+from posttrain.support.wording import counted, duration, short
 
 EVIL = 'a <script>alert(1)</script> & "quoted" prompt'
 
@@ -202,7 +203,18 @@ def test_figures_are_short(value, shown):
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(None, "–"), (45.4, "45 s"), (1580, "26 min"), (5_940, "99 min"), (12_030, "3 h 20 min")],
+    [
+        (None, "–"),
+        (0.2, "< 1 s"),
+        (45.4, "45 s"),
+        (1580, "26 min"),
+        (5_940, "99 min"),
+        (12_030, "3 h 20 min"),
+    ],
 )
 def test_durations_are_as_a_person_says_them(seconds, said):
     assert duration(seconds) == said
+
+
+def test_one_is_counted_without_a_plural():
+    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]

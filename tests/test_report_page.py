@@ -11,8 +11,9 @@ from rich.console import Console
 
 from posttrain.evaluation.intervals import bootstrap_interval
 from posttrain.evaluation.report.page import write_report
-from posttrain.evaluation.report.results import load_results, verdict
+from posttrain.evaluation.report.results import load_results
 from posttrain.evaluation.report.table import table
+from posttrain.evaluation.report.verdict import verdict
 from posttrain.support.wording import short
 
 EVIL = '<script>alert("x")</script> & two'
@@ -147,10 +148,10 @@ def test_prompts_and_recipe_are_text_not_markup(run):
 
 
 def test_names_of_stages_and_metrics_are_text_in_the_curves_too(run):
-    described = json.loads((run / "run.json").read_text())
+    description = json.loads((run / "run.json").read_text())
     evil = '"><img onload=x>'
-    described["name"] = described["stages"][1]["name"] = evil
-    dump(run / "run.json", described)
+    description["name"] = description["stages"][1]["name"] = evil
+    dump(run / "run.json", description)
     (run / "sft").rename(run / evil)
     trained(run / evil, **{"<script>": 1.0})
     _, found = page(run)
@@ -287,9 +288,9 @@ def test_a_narrow_terminal_keeps_the_scores_and_a_wide_one_has_all(run):
 
 
 def test_names_in_brackets_are_printed_as_they_are(run):
-    described = json.loads((run / "run.json").read_text())
-    described["stages"][2]["name"] = "[bold]soar"
-    dump(run / "run.json", described)
+    description = json.loads((run / "run.json").read_text())
+    description["stages"][2]["name"] = "[bold]soar"
+    dump(run / "run.json", description)
     assert "[bold]soar" in printed(run, 100)
 
 

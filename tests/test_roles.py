@@ -12,7 +12,7 @@ CONDITIONS = Conditions({"c": torch.tensor([-1.0, 10.0, 20.0])})
 
 
 def value(policy, role=None):
-    return {name: tensor.item() for name, tensor in policy.whole(role)}
+    return {name: tensor.item() for name, tensor in policy.gathered_weights(role)}
 
 
 def test_a_policy_begins_with_nothing_but_its_weights():

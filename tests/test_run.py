@@ -142,8 +142,8 @@ def test_every_artifact_is_opened_again_as_it_was_evaluated(finished, name, tmp_
 
 def test_a_lora_stage_starts_from_the_merged_stage_before(finished):
     folder, _, _ = finished
-    described = json.loads((folder / "lora" / "final" / "posttrain.json").read_text())
-    assert described["parents"] == ["../../soar/final"]
+    description = json.loads((folder / "lora" / "final" / "posttrain.json").read_text())
+    assert description["parents"] == ["../../soar/final"]
     assert sorted(p.name for p in (folder / "lora" / "final").iterdir()) == [
         "posttrain.json",
         "pytorch_lora_weights.safetensors",

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from runs import EVALUATION, recipe, run_quietly, stage
+from runs import EVALUATION, cut_off_after, recipe, run_quietly, stage
 
 from posttrain.engine import checkpoint
 from posttrain.engine.monitor import collapsed, hacking
@@ -49,7 +49,7 @@ def first_kl(folder, name):
 
 
 @pytest.mark.parametrize("before", ["merge", "stack"])
-def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, before):
+def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, before, recwarn):
     """After soar (LoRA) then grpo (LoRA), the KL at step 0 is exactly 0 to soar, and not to base."""
     lora = f"{{type: lora, rank: 2, alpha: 4, before: {before}}}"
     made = recipe(
@@ -67,6 +67,7 @@ def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, be
     full = first_kl(tmp_path / "run", "full-to-base")
     assert full == pytest.approx(first_kl(tmp_path / "run", "to-base"), rel=1e-2)
     assert first_kl(tmp_path / "run", "nft-to-base") > 0
+    assert not any("peft_config" in str(w.message) for w in recwarn), "peft advises against stacking"
 
 
 def test_a_lora_named_by_its_folder_brings_its_parents(tmp_path):
@@ -109,17 +110,7 @@ def test_a_stacked_adapter_starts_from_the_very_model_that_a_merged_one_does(tmp
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path, algorithm, monkeypatch):
     made = recipe(online("rl", algorithm, TRAIN.replace("steps: 4,", "steps: 6,")), evaluation=EVALUATION)
     run_quietly(made, tmp_path / "whole")
-    from posttrain.stages.watch import StageWatch
-
-    def cut(self, step, samples, metrics, original=StageWatch.after_step):
-        original(self, step, samples, metrics)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageWatch, "after_step", cut)
-        with pytest.raises(KeyboardInterrupt):
-            run_quietly(made, tmp_path / "cut")
+    cut_off_after(5, made, tmp_path / "cut", monkeypatch)
     run_quietly(made, tmp_path / "cut")
     states = [
         torch.load(checkpoint.saved(tmp_path / n / "rl" / "checkpoints")[-1] / "state.pt", weights_only=True)

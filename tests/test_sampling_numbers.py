@@ -181,7 +181,7 @@ def test_a_sampler_follows_its_settings_and_counts_its_own_cost():
 def test_a_models_sampler_has_the_precision_asked_for(precision, autocast):
     model = Encoding()
     model.transformer.requires_grad_(False)
-    spec = SimpleNamespace(described=lambda: {"type": "linear"})
+    spec = SimpleNamespace(card_settings=lambda: {"type": "linear"})
     sampler = flow_sampler(model, spec, settings(precision=precision), "here")
     assert sampler.policy.model is model
     assert sampler.policy.autocast is autocast
@@ -242,3 +242,40 @@ def test_the_hash_is_over_names_shapes_and_float32_values_in_the_order_of_names(
     digest = hashlib.sha256(b"a (1, 2)\n\x00\x00\x80?\x00\x00\x00\xc0b (1,)\n\x00\x00\x00?").hexdigest()
     assert hash_of({"b": b, "a": a}) == hash_of({"a": a, "b": b}) == digest
     assert hash_of({"a": a.T, "b": b}) != digest
+
+
+class Named:
+    """A model block that notes what it is asked for; with ``own`` it samples by itself."""
+
+    type = "linear"
+
+    def __init__(self, own=None, **fields):
+        self.own, self.fields, self.asked = own, fields, []
+
+    def sampler(self, device, settings):
+        self.asked.append((device, settings))
+        return self.own
+
+    def load(self, device, transformer_dtype):
+        self.asked.append((device, transformer_dtype))
+        return Encoding()
+
+    def model_dump(self, mode="python"):
+        return {name: value if mode == "json" else Path(value) for name, value in self.fields.items()}
+
+    def card_settings(self):
+        return {"type": "linear"}
+
+
+def test_the_sampler_of_a_block_is_its_own_or_that_of_the_loaded_model():
+    device, wanted, own = torch.device("cpu"), settings(precision="bf16"), object()
+    spec = Named(own, path="here")
+    assert sampler_of(spec, device, wanted) is own
+    assert spec.asked == [(device, wanted)]
+    spec = Named(path="here")
+    sampler = sampler_of(spec, device, wanted)
+    assert spec.asked == [(device, wanted), (device, "fp32")]
+    assert (sampler.source, sampler.settings) == ("here", {"type": "linear"})
+    assert isinstance(sampler.policy.model, Encoding)
+    assert sampler.policy.autocast is torch.bfloat16
+    assert sampler_of(Named(), device, wanted).source == "linear"

@@ -17,7 +17,7 @@ from posttrain.reward import checked
 from posttrain.rewards._geneval import graded, lenient, strict
 from posttrain.rewards.shapes import Shapes
 from posttrain.shapes import dataset
-from posttrain.shapes.dataset import build, evaluation_prompts, scene_at, write_prompts
+from posttrain.shapes.dataset import build, evaluation_prompts, scene_at
 from posttrain.shapes.detect import detect
 from posttrain.shapes.render import render
 from posttrain.shapes.scene import COLORS, GAP, RELATIONS, SIZE, STYLES, TASKS, VOCABULARY
@@ -207,7 +207,7 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_nothing(tmp_path, monkeypa
     assert not (tmp_path / "data" / "a").exists()
 
 
-def test_evaluation_prompts_are_balanced_and_repeat_only_when_used_up(tmp_path):
+def test_evaluation_prompts_are_balanced_and_repeat_only_when_used_up():
     rows = evaluation_prompts(120, 0)
     assert rows == evaluation_prompts(120, 0) != evaluation_prompts(120, 1)
     available = dict(zip(TASKS, (3, 6, 9, 12, 24, 72), strict=True))
@@ -219,8 +219,6 @@ def test_evaluation_prompts_are_balanced_and_repeat_only_when_used_up(tmp_path):
     assert [row["tag"] for row in some] == ["colors", "counting"] * 4
     with pytest.raises(ValueError, match="colors is given twice"):
         ShapesPrompts(count=8, tasks=["colors", "colors"])
-    write_prompts(tmp_path / "rows.jsonl", rows)
-    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
 
 
 def test_the_reward_gives_the_rules_verdicts_and_refuses_a_prompt_without_metadata():

@@ -186,7 +186,7 @@ def no_place(position):
 )  # fmt: skip
 def test_what_can_be_judged_and_why_the_rest_cannot(row, reason):
     assert metadata_problem(row) == reason
-    assert Shapes().unusable(row) == (None if reason is None else f"shapes: {reason}")
+    assert Shapes().prompt_problem(row) == (None if reason is None else f"shapes: {reason}")
 
 
 def test_the_shapes_reward_judges_each_image_by_its_own_task():

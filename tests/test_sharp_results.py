@@ -6,14 +6,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.evaluation.intervals import paired_difference
-from posttrain.evaluation.report.results import (
-    Results,
-    StageResult,
-    cost_texts,
-    difference,
-    load_results,
-    verdict,
-)
+from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
+from posttrain.evaluation.report.verdict import difference, verdict
 from posttrain.support.wording import duration, short
 
 
@@ -144,7 +138,7 @@ def test_a_figure_has_three_digits_and_a_prefix(value, unit, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (None, "–"), (0.4, "0 s"), (99.4, "99 s"), (99.9, "2 min"), (100, "2 min"), (89 * 60, "89 min"),
+        (None, "–"), (0, "0 s"), (0.4, "< 1 s"), (1, "1 s"), (99.4, "99 s"), (99.9, "2 min"), (100, "2 min"), (89 * 60, "89 min"),
         (5969, "99 min"), (6000, "1 h 40 min"), (7260, "2 h 01 min"), (151, "3 min"),
     ],
 )  # fmt: skip
@@ -191,3 +185,12 @@ def test_a_run_folder_is_read_whole(tmp_path):
 
 def test_a_folder_without_a_run_is_empty_and_named_by_itself(tmp_path: Path):
     assert load_results(tmp_path / "mine") == Results("mine", [], "", {})
+
+
+def test_what_a_stage_cost_has_a_dash_for_what_is_unknown():
+    account = {
+        "forward_equivalents": 1200, "images_per_second": 2.25, "peak_memory_bytes": 3e9,
+        "steps": 40, "trainable_parameters": 5e6,
+    }  # fmt: skip
+    assert cost_texts(StageResult("a", None, None, account)) == ["1.2k", "2.2", "3 GB", "40", "5M"]
+    assert cost_texts(StageResult("a", None, None)) == ["–"] * 5

@@ -46,7 +46,7 @@ def test_the_facts_of_a_reward_that_says_nothing_of_them():
     assert (Reward.requires, dict(Reward.weights), Reward.unmeasured) == ((), {}, {"weight"})
     assert Plain().weight == 1.0
     assert Plain().label == "sharp_plain"
-    assert Plain().unusable({"prompt": "p"}) is None
+    assert Plain().prompt_problem({"prompt": "p"}) is None
     for weight in (0.0, -1.0):
         with pytest.raises(ValueError, match="greater than 0"):
             Plain(weight=weight)
@@ -63,7 +63,7 @@ def test_scores_are_named_with_their_details():
 
 def test_packages_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(Plain, "requires", ("no_such_one", "torch", "nor_this"))
-    words = "sharp_plain needs the package(s) 'no_such_one', 'nor_this': pip install 'posttrain[rewards]'"
+    words = "sharp_plain needs 'no_such_one', 'nor_this', which this install lacks: pip install 'posttrain[rewards]'"
     assert Plain().problem() == words
 
 

@@ -46,11 +46,12 @@ def test_the_ocr_score_is_1_less_the_edit_distance_over_the_length(target, read)
 def test_the_text_to_be_read_is_between_the_first_two_quotes():
     assert [quoted(p) for p in ('a "b" c', '"b" and "d"', 'a "b', "a b", '""')] == ["b", "b", None, None, ""]
     assert normalised(" A bC ") == "abc"
-    assert OCR().unusable({"prompt": 'a "b"'}) is None
+    assert OCR().prompt_problem({"prompt": 'a "b"'}) is None
     assert (
-        OCR().unusable({"prompt": "a b"}) == 'ocr: there is no text between double quotes ("...") to be read'
+        OCR().prompt_problem({"prompt": "a b"})
+        == 'ocr: there is no text between double quotes ("...") to be read'
     )
-    assert OCR().unusable({"prompt": 'a " "'}) == "ocr: the text between the double quotes is empty"
+    assert OCR().prompt_problem({"prompt": 'a " "'}) == "ocr: the text between the double quotes is empty"
     assert (OCR.range, OCR.requires) == ((0.0, 1.0), ("rapidocr", "onnxruntime", "rapidfuzz"))
 
 

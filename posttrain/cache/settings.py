@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from posttrain.registry import AnyPath, Spec, at
+from posttrain.registry import AnyPath, Spec, field_error
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -53,7 +53,7 @@ class Cache(Spec):
             for name in ("dtype", "path", "max_size"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     message = "would have no effect, since nothing is cached: set 'prompts' or 'latents' too"
-                    raise at((name,), message)
+                    raise field_error((name,), message)
         return self
 
     def folder(self) -> Path:

@@ -189,8 +189,8 @@ def checksum(key: str, entry: Entry, dtypes: Mapping[str, str]) -> int:
     """The CRC-32 of an entry: its key, names, shapes, values, and dtypes as stored and as computed."""
     value = zlib.crc32(key.encode())
     for name, tensor in sorted(entry.items()):
-        described = f"{name} {tensor.dtype} {dtypes[name]} {tuple(tensor.shape)}"
-        value = zlib.crc32(described.encode(), value)
+        identity = f"{name} {tensor.dtype} {dtypes[name]} {tuple(tensor.shape)}"
+        value = zlib.crc32(identity.encode(), value)
         value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return value
 

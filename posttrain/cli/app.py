@@ -85,7 +85,7 @@ def check(
     from posttrain.recipe.file import load_recipe
 
     console, loaded = terminal(), load_recipe(recipe, overrides or ())
-    console.print(overview(loaded))
+    console.print(overview(loaded), highlight=False)
     if data:
         from posttrain.planning.scan import scan_data
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from posttrain.cli.options import BaseOption, DebugOption, DeviceOption, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def evaluate_model(
@@ -49,37 +52,44 @@ def evaluate_model(
     """
     del debug
     from posttrain.distributed.environment import rank_and_world_size
-    from posttrain.distributed.launch import CHILD, run_in_processes
-    from posttrain.errors import PosttrainError
+    from posttrain.distributed.launch import run_in_processes
     from posttrain.evaluation.evaluate import Share, evaluate
-    from posttrain.evaluation.report.table import card_table
     from posttrain.recipe.file import evaluation_settings
     from posttrain.stages.artifact import open_sampler
     from posttrain.support.device import resolve, set_tf32
 
-    if weights not in (None, "ema", "raw"):
-        raise PosttrainError(f"--weights: {weights!r} is neither 'ema' nor 'raw'")
-    console = terminal()
+    _check_options(weights, processes, device)
     settings = evaluation_settings(suite, like, prompts, reward or (), overrides or ())
     target = output or Path("runs") / _default_name(model, suite)
     own_share = Share(*rank_and_world_size())
     if processes > 1:
-        if device.startswith("cuda:"):
-            raise PosttrainError(f"--device {device} is one GPU, but each process needs its own: give 'cuda'")
-        run_in_processes(processes)
+        run_in_processes(processes)  # afterwards the evaluation below is finished, and is only shown
     set_tf32(False)
-    sampler, weights_used = open_sampler(model, resolve(device), settings, base, weights)
+    sampler, used = open_sampler(model, resolve(device), settings, base, weights)
+    console = terminal()
     card = evaluate(
-        sampler,
-        settings,
-        target,
-        name=target.name,
-        weights=weights_used,
-        console=console,
-        share=own_share,
+        sampler, settings, target, name=target.name, weights=used, console=console, share=own_share
     )
+    _show(console, target, card)
+
+
+def _check_options(weights: str | None, processes: int, device: str) -> None:
+    """Raise PosttrainError if an option's value, or two together, are not allowed."""
+    from posttrain.errors import PosttrainError
+
+    if weights not in (None, "ema", "raw"):
+        raise PosttrainError(f"--weights: {weights!r} is neither 'ema' nor 'raw'")
+    if processes > 1 and device.startswith("cuda:"):
+        raise PosttrainError(f"--device {device} is one GPU, but each process needs its own: give 'cuda'")
+
+
+def _show(console: Console, target: Path, card: dict[str, Any] | None) -> None:
+    """Print ``card``, the result of the evaluation in ``target``; None until the last process is done."""
+    from posttrain.distributed.launch import CHILD
+    from posttrain.evaluation.report.table import card_table
+
     if CHILD in os.environ:
-        return
+        return  # the process that started this one shows it
     if card is None:
         console.print(f"other processes are still at work; the last one writes {target}", highlight=False)
         return

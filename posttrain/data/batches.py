@@ -84,7 +84,7 @@ class ImageBatchSource(BatchSource):
         world: World = ALONE,
     ) -> None:
         self.model, self.batch_size, self.world = model, batch_size, world
-        self.images = ImageSource(data.materialise(work), divisor=model.divisor)
+        self.images = ImageSource(data.build(work), divisor=model.divisor)
         self.notes = self.images.notes
         self.prompts = list(dict.fromkeys(record.caption for record in self.images.records.values()))
         width, height = next(iter(self.images.buckets))

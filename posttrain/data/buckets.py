@@ -59,13 +59,6 @@ def bucket_problem(bucket: Bucket, divisor: int, max_pixels: int) -> str | None:
     return None
 
 
-def cover_resize_and_crop(
-    image: Image.Image, bucket: Bucket, offsets: tuple[float, float], flip: bool
-) -> Tensor:
-    """As :func:`cover_and_crop`, but a tensor (3, height, width), float32 in [-1, 1]."""
-    return to_pixels(cover_and_crop(image, bucket, offsets, flip)[None])[0]
-
-
 def cover_and_crop(
     image: Image.Image, bucket: Bucket, offsets: tuple[float, float], flip: bool
 ) -> NDArray[np.uint8]:

@@ -25,7 +25,7 @@ def prompt_rows(prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward] =
     from posttrain.shapes.dataset import evaluation_prompts  # only Shapes prompts need it
 
     rows = evaluation_prompts(prompts.count, prompts.seed, prompts.tasks)
-    if reasons := {r for reward in rewards for row in rows if (r := reward.unusable(row)) is not None}:
+    if reasons := {r for reward in rewards for row in rows if (r := reward.prompt_problem(row)) is not None}:
         raise DataError(f"Shapes prompts cannot be scored: {'; '.join(sorted(reasons))}")
     return rows
 
@@ -43,7 +43,9 @@ def read_prompts(path: Path, rewards: Sequence[Reward] = ()) -> list[dict[str, A
     for line, raw in lines(path):
         try:
             row = parse(raw)
-            if reasons := [reason for reward in rewards if (reason := reward.unusable(row)) is not None]:
+            if reasons := [
+                reason for reward in rewards if (reason := reward.prompt_problem(row)) is not None
+            ]:
                 raise ValueError("; ".join(reasons))
             rows.append(row)
         except ValueError as error:

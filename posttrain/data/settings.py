@@ -43,7 +43,7 @@ class Images(Data):
     """Largest image in pixels. A larger one is refused before it is decoded, as it may be a decompression
     bomb. Default: the limit beyond which Pillow refuses to open an image."""
 
-    def materialise(self, folder: Path) -> Images:
+    def build(self, folder: Path) -> Images:
         """Return these images, which exist already; ``folder`` is not used."""
         return self
 
@@ -61,7 +61,7 @@ class ShapesData(Data):
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode images ahead; with 0 the training process decodes. It changes speed only."""
 
-    def materialise(self, folder: Path) -> Images:
+    def build(self, folder: Path) -> Images:
         """Render the images into a subfolder of ``folder``, unless it has them; stages share the subfolder.
 
         Only one process may call this at a time. Raises DataError if the folder cannot be written.

@@ -91,9 +91,10 @@ def _state(step: int, policy: Policy, strategy: Strategy, extra: dict[str, Any])
     moving = [role for role in policy.roles if role not in policy.static]
     return {
         "step": step,
-        "trained": {name: _kept(tensor, world) for name, tensor in policy.whole(None)},
+        "trained": {name: _kept(tensor, world) for name, tensor in policy.gathered_weights(None)},
         "roles": {
-            role: {name: _kept(tensor, world) for name, tensor in policy.whole(role)} for role in moving
+            role: {name: _kept(tensor, world) for name, tensor in policy.gathered_weights(role)}
+            for role in moving
         },
         "optimizer": {
             name: {key: _kept(value, world) for key, value in strategy.moments(name).items()}

@@ -88,7 +88,7 @@ def one_trial(
     return result
 
 
-def described(trials: list[Trial], device: torch.device) -> str:
+def trials_in_words(trials: list[Trial], device: torch.device) -> str:
     """The chosen micro-batch and the trials, in a line."""
     return f"micro_batch auto is {trials[-1].items} ({sizes_tried(trials, device)})"
 

@@ -37,6 +37,7 @@ class Monitor(Spec):
     """What to do when the reward's standard deviation within groups, over the last 5 batches, is less than
     ``spread_fraction`` of what it was over the first 5, because samples of a prompt have become alike."""
     spread_fraction: float = Field(0.1, gt=0, lt=1)
+    """The share of the first batches' spread, between 0 and 1, below which ``spread_collapse`` acts."""
 
 
 def hacking(

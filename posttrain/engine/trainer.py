@@ -75,7 +75,7 @@ def train(
             items = halve_until_it_fits(partial(algorithm.collect, batch, tools), policy, undo)
         items = _without_fillers(items)
         check = None if checked else OnPolicy(rows=min(policy.micro_batch, len(batch)))
-        parts = list(items.parts(settings.steps_per_batch))
+        parts = list(items.parts_by_sample(settings.steps_per_batch))
         for i in range(len(parts)):
             set_learning_rate(strategy.optimizer, learning_rate(settings, step))
             step += 1

@@ -21,10 +21,10 @@ Sample = tuple[torch.Tensor, Conditions]
 """Latents (c, h, w), and encoded prompts whose row 0 is the empty prompt."""
 
 
-def blank(model: FlowModel, feed: BatchSource) -> Sample:
+def blank(model: FlowModel, source: BatchSource) -> Sample:
     """Zero latents (c, h, w) of the stage's largest image, and the encoded empty prompt."""
     conditions, _ = encode(model, [])
-    return torch.zeros(model.latent_shape(*feed.largest), device=model.device), conditions
+    return torch.zeros(model.latent_shape(*source.largest), device=model.device), conditions
 
 
 def try_out(policy: Policy, strategy: Strategy, sample: Sample, rows: int) -> None:

@@ -75,10 +75,10 @@ def evaluate(
         raise DataError(f"evaluation.resolution: {problem}")
     rows = prompt_rows(evaluation.prompts, evaluation.rewards)
     work = _Work(sampler, evaluation, folder, samples_of(rows, evaluation.images_per_prompt))
-    described = card(sampler, evaluation, rows, weights)
+    draft = card(sampler, evaluation, rows, weights)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        if (before := claim(folder, described)) is not None:
+        if (before := claim(folder, draft)) is not None:
             return before
     _measure_share(work, share, name, console)
     with locked(folder / LOCK):
@@ -86,7 +86,7 @@ def evaluate(
             return before
         if not all(part(folder, batch).is_dir() for batch in work.batches):
             return None
-        return _finish(work, described)
+        return _finish(work, draft)
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,11 @@ def _measure(work: _Work, batch: int, scorers: Mapping[str, Scorer], grid: Mappi
         (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _finish(work: _Work, described: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(work: _Work, draft: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the parts, and write the result card."""
     records, cost = merge_parts(work.folder, len(work.batches))
     finished_card = {
-        **described,
+        **draft,
         **result(records, work.evaluation.rewards),
         **cost,
         "grid_prompts": [work.samples[i][0]["prompt"] for i in work.grid],

@@ -22,8 +22,8 @@ LOCK = ".lock"
 """A process holds this lock while it reads or changes the state of the folder."""
 
 
-def claim(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Claim ``folder`` for the evaluation that ``described``, its card without results, describes.
+def claim(folder: Path, draft: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Claim ``folder`` for the evaluation that ``draft``, its card without results, describes.
 
     Returns the result card if the folder holds this evaluation, finished. Raises PosttrainError if it holds
     another evaluation or other files. The caller holds the lock.
@@ -31,7 +31,7 @@ def claim(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
     for file in (folder / CARD, folder / CLAIM):
         if not file.is_file():
             continue
-        if differences := differing(json.loads(file.read_text()), described):
+        if differences := differing(json.loads(file.read_text()), draft):
             raise PosttrainError(
                 f"{str(folder)!r} holds another evaluation; it differs in: {'; '.join(differences)}. "
                 "Give another folder, or remove this one"
@@ -43,7 +43,7 @@ def claim(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
         else:
             content = f"something else than an evaluation ({', '.join(others[:3])}); give another folder"
         raise PosttrainError(f"{str(folder)!r} holds {content}")
-    write(folder / CLAIM, json.dumps(described, indent=2))
+    write(folder / CLAIM, json.dumps(draft, indent=2))
     return None
 
 

@@ -20,7 +20,8 @@ class Sampling(Spec):
     guidance: float = Field(4.5, ge=0)
     """Classifier-free guidance scale; 1 is none."""
     solver: Solver = "euler"
-    """See :func:`posttrain.flow.solvers.trajectory`."""
+    """How the velocity is integrated: ``euler``, or DPM-Solver++ of order 1 or 2, ``dpm1`` and ``dpm2``
+    (Lu et al. 2022, arXiv:2211.01095). Each step takes one velocity."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the transformer's forward; ``bf16`` is autocast."""
     seed: int = 0

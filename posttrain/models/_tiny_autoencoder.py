@@ -24,7 +24,7 @@ def fitted_autoencoder(channels: int, images: int, steps: int, seed: int, folder
     latents to mean 0 and standard deviation 1. Raises TrainingError if the loss becomes infinite or NaN.
     """
     data = ShapesData(images=images, seed=seed, style="web")
-    source = ImageSource(data.materialise(folder), divisor=8)
+    source = ImageSource(data.build(folder), divisor=8)
     batches = (batch.pixels for batch in source.batches(BATCH, ("autoencoder", seed), 0))
     vae = _autoencoder(channels)
     _fit(vae, batches, steps)

@@ -57,7 +57,7 @@ class Pipeline(Model, ABC):
             raise ModelError(f"{self.path!r} is a {name}, not a {' or '.join(self.pipelines)}")
         pipeline.set_progress_bar_config(disable=True)
         return PipelineSampler(
-            pipeline.to(device), self.denoiser, self.path, self.described(), self.arguments(settings)
+            pipeline.to(device), self.denoiser, self.path, self.card_settings(), self.arguments(settings)
         )
 
     def arguments(self, settings: Sampling) -> dict[str, Any]:

@@ -43,6 +43,13 @@ class SD3FlowModel(DiffusersFlowModel):
             **{name: tensor.to(dtype) for name, tensor in condition.items()},
         )[0].float()
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        config = self.transformer.config
+        # without this check the transformer fails in its forward, in units of its own
+        if max(height, width) > (most := config.pos_embed_max_size * self.factor * config.patch_size):
+            raise ModelError(f"{width} x {height} px is too large: this model's sides have at most {most} px")
+        return super().latent_shape(height, width)
+
     def check(self) -> None:
         pipeline, config = self.pipeline, self.transformer.config
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:

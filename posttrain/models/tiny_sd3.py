@@ -34,15 +34,21 @@ class TinySD3(Model):
 
     type: Literal["tiny_sd3"] = "tiny_sd3"
     seed: int = 0
+    """Seed of all weights and of the autoencoder's images."""
     layers: int = Field(5, ge=1)
+    """Blocks of the transformer."""
     heads: int = Field(4, ge=1)
+    """Attention heads of a block. The transformer is ``heads`` * ``head_dim`` wide."""
     head_dim: int = Field(32, ge=4, multiple_of=4)
+    """Width of an attention head, a multiple of 4."""
     autoencoder_steps: int = Field(1500, ge=1)
+    """Optimizer steps that fit the autoencoder."""
     autoencoder_images: int = Field(4000, ge=16)
+    """Shapes images that are rendered to fit the autoencoder."""
     shift: float = Field(1.0, gt=0)
     """Shift of the timesteps. SD3's 3 suits images of 1024 px, not of 64 px."""
 
-    def materialise(self, folder: Path) -> SD3:
+    def build(self, folder: Path) -> SD3:
         done, settings = folder / "tiny-sd3", json.dumps(self.model_dump(), indent=2)
         if not done.is_dir():
             with published(done) as unfinished, quiet():
@@ -56,7 +62,7 @@ class TinySD3(Model):
 
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         raise ModelError(
-            "a tiny_sd3 model has no weights yet: call materialise() and load the SD3 model that it returns"
+            "a tiny_sd3 model has no weights yet: call build() and load the SD3 model that it returns"
         )
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:

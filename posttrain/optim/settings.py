@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.policy.activations import Checkpointing
-from posttrain.registry import Spec, at
+from posttrain.registry import Spec, field_error
 from posttrain.support.wording import multiples_near
 
 Auto = Literal["auto"]
@@ -53,13 +53,20 @@ class Train(Spec):
     optimizer: OptimizerName = "adamw"
     """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory. It needs ``single`` or ``ddp``."""
     learning_rate: float = Field(2e-5, gt=0)
+    """AdamW's learning rate after the warm-up. Default: HY-SOAR's for full tuning. A LoRA takes a larger one,
+    such as 1e-4 to 3e-4."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """The learning rate after the warm-up. ``cosine`` and ``linear`` end at 0."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(1e-2, ge=0)
+    """AdamW's decoupled weight decay: a step takes learning_rate * weight_decay of each weight off. Default:
+    HY-SOAR's, and torch's."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """AdamW's decay rates, each in [0, 1), of the running means of the gradient and of its square. Default:
+    torch's."""
     eps: float = Field(1e-8, gt=0)
+    """AdamW adds this to the root of the mean squared gradient, by which it divides. Default: torch's."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's norm is clipped to this."""
     ema: float | None = Field(None, gt=0, lt=1)
@@ -80,8 +87,11 @@ class Train(Spec):
     image and of micro-batch is compiled once, in about a minute. Results change by rounding only. ``auto``
     compiles on CUDA if the stage would take ten minutes or more and compiled blocks are faster."""
     log_every: int = Field(10, ge=1)
+    """Steps between records of the metrics. The first and the last step are always recorded."""
     checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints, from which an interrupted run goes on. The last step always writes one."""
     keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints of the stage stay on disk: the latest ones."""
     sample_every: int | None = Field(500, ge=1)
     """Steps between image grids; null for none. The first grid comes before training, the last after it. They
     show the evaluation's first prompts, sampled as the evaluation does, or captions of the data if there is
@@ -98,18 +108,18 @@ class Train(Spec):
         if isinstance(self.gradient_checkpointing, float) and self.compile is False:
             share = f"{self.gradient_checkpointing:g}"
             message = f"{share} needs compile: true or auto; without it take off, selective or full"
-            raise at(("gradient_checkpointing",), message)
+            raise field_error(("gradient_checkpointing",), message)
         return self
 
     @model_validator(mode="after")
     def _batches_are_whole(self) -> Self:
         n = self.steps_per_batch
         if n > self.batch_size:
-            raise at(("steps_per_batch",), f"{n} is more than the batch_size, {self.batch_size}")
+            raise field_error(("steps_per_batch",), f"{n} is more than the batch_size, {self.batch_size}")
         # to resume from the middle of a batch, a checkpoint would need the batch itself
         for name in ("steps", "checkpoint_every", "sample_every"):
             if (value := getattr(self, name)) is not None and value % n:
                 near = multiples_near(value, n)
                 message = f"{value} is no multiple of steps_per_batch, {n}; the nearest are {near}"
-                raise at((name,), message)
+                raise field_error((name,), message)
         return self

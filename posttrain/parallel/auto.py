@@ -19,9 +19,10 @@ class Auto(Parallel):
     """``single`` for one process, ``ddp`` for more."""
 
     strategy: Literal["auto"] = "auto"
+    """The name by which recipes choose it."""
 
-    def described(self, processes: int) -> str:
-        return self.chosen(processes).described(processes)
+    def label(self, processes: int) -> str:
+        return self.chosen(processes).label(processes)
 
     def shares(self, processes: int) -> Shares:
         return self.chosen(processes).shares(processes)

@@ -24,6 +24,7 @@ class DDP(Parallel):
     """Every process holds all weights, gradients and optimizer state."""
 
     strategy: Literal["ddp"] = "ddp"
+    """The name by which recipes choose it."""
 
     @property
     def needs_group(self) -> bool:

@@ -14,7 +14,7 @@ from posttrain.distributed.world import World
 from posttrain.parallel.shares import Share, Shares
 from posttrain.parallel.strategy import Parallel, Strategy
 from posttrain.parallel.zero import Zero
-from posttrain.registry import AnyPath, at
+from posttrain.registry import AnyPath, field_error
 
 if TYPE_CHECKING:
     from posttrain.optim.settings import Train
@@ -39,6 +39,7 @@ class DeepSpeed(Parallel):
     """DeepSpeed's ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054), in the recipe's precision."""
 
     strategy: Literal["deepspeed"] = "deepspeed"
+    """The name by which recipes choose it."""
 
     zero_stage: Literal[1, 2, 3] | None = None
     """What is sharded: 1 the optimizer state, 2 also the gradients, 3 also the weights. 2 by default."""
@@ -58,14 +59,16 @@ class DeepSpeed(Parallel):
             return self
         file = _read(self.config)
         if file.get("fp16", {}).get("enabled") is True:
-            raise at(("config",), "the file enables fp16; stages train in fp32 or bf16")
+            raise field_error(("config",), "the file enables fp16; stages train in fp32 or bf16")
         stage = file.get("zero_optimization", {}).get("stage", 0)
         if stage not in (1, 2, 3):
-            raise at(("config",), f"the file's zero_optimization.stage is {stage!r}; it must be 1, 2 or 3")
+            message = f"the file's zero_optimization.stage is {stage!r}; it must be 1, 2 or 3"
+            raise field_error(("config",), message)
         if self.zero_stage not in (None, stage):
-            raise at(("zero_stage",), f"{self.zero_stage} is not the stage in the config file, {stage}")
+            message = f"{self.zero_stage} is not the stage in the config file, {stage}"
+            raise field_error(("zero_stage",), message)
         if self.offload:
-            raise at(("offload",), "with a config file, offloading is set in that file")
+            raise field_error(("offload",), "with a config file, offloading is set in that file")
         return self
 
     @property
@@ -81,7 +84,7 @@ class DeepSpeed(Parallel):
             return "DeepSpeed is not installed: pip install 'posttrain[deepspeed]'"
         return None
 
-    def described(self, processes: int) -> str:
+    def label(self, processes: int) -> str:
         offloaded = ", offloaded" if self._offloads("optimizer") or self._offloads("param") else ""
         return f"DeepSpeed ZeRO-{self.stage}{offloaded}"
 
@@ -154,9 +157,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         file = json.loads(path.expanduser().read_text())
     except (OSError, ValueError) as error:
-        raise at(("config",), f"cannot read {str(path)!r}: {error}") from error
+        raise field_error(("config",), f"cannot read {str(path)!r}: {error}") from error
     if not isinstance(file, dict) or not isinstance(file.get("zero_optimization", {}), dict):
-        raise at(("config",), f"{str(path)!r} is no DeepSpeed configuration")
+        raise field_error(("config",), f"{str(path)!r} is no DeepSpeed configuration")
     return file
 
 

@@ -26,6 +26,7 @@ class FSDP2(Parallel):
     """Every process holds one shard of the weights, gradients, optimizer state and roles."""
 
     strategy: Literal["fsdp2"] = "fsdp2"
+    """The name by which recipes choose it."""
 
     offload: bool = False
     """Keep the shards in the CPU's memory, and take the optimizer steps there."""
@@ -34,7 +35,7 @@ class FSDP2(Parallel):
     def needs_group(self) -> bool:
         return True
 
-    def described(self, processes: int) -> str:
+    def label(self, processes: int) -> str:
         return f"{self.strategy}, offloaded" if self.offload else self.strategy
 
     def shares(self, processes: int) -> Shares:

@@ -18,6 +18,7 @@ class Single(Parallel):
     """One process."""
 
     strategy: Literal["single"] = "single"
+    """The name by which recipes choose it."""
 
     def problem(self, processes: int) -> str | None:
         return f"single is one process, not {processes}" if processes > 1 else None

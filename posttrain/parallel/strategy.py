@@ -27,6 +27,7 @@ class Parallel(Spec, ABC):
     """A recipe's ``parallel`` block. Each subclass has a literal ``strategy``."""
 
     strategy: str
+    """The name by which recipes choose it."""
 
     @property
     def needs_group(self) -> bool:
@@ -38,8 +39,8 @@ class Parallel(Spec, ABC):
         del processes
         return None
 
-    def described(self, processes: int) -> str:
-        """The strategy that is then active, in a few words, for people."""
+    def label(self, processes: int) -> str:
+        """The strategy that is active on that many processes, in a few words, for people."""
         del processes
         return self.strategy
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from posttrain.cache.settings import size_in_bytes
 from posttrain.errors import PosttrainError
 from posttrain.support.spelling import meant
+from posttrain.support.wording import counted
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ def here() -> Device:
         return Device(properties.name, properties.total_memory, low, low / 2, full, "measured")
     flops = matrix_flops(torch.device("cpu"), torch.float32)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device(f"{torch.get_num_threads()} CPU thread(s)", memory, flops, flops, flops, "measured", 0.1)
+    return Device(
+        counted(torch.get_num_threads(), "CPU thread"), memory, flops, flops, flops, "measured", 0.1
+    )
 
 
 def _plain(name: str) -> str:

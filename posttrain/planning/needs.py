@@ -27,7 +27,7 @@ from posttrain.planning.phases import (
 from posttrain.planning.sizes import Sizes, Transformer, disk_bytes, stage_sizes
 from posttrain.planning.work import Work, image_work, stage_work
 from posttrain.policy.blocks import blocks
-from posttrain.stages.prepare import AUTOCAST
+from posttrain.policy.precision import AUTOCAST
 
 if TYPE_CHECKING:
     from torch import nn

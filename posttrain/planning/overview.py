@@ -13,7 +13,7 @@ from posttrain.engine.rehearsal import rehearse
 from posttrain.parallel.shares import Shares
 from posttrain.planning.memory import Phase, memory
 from posttrain.planning.sizes import Transformer, disk_bytes, samples_of, stage_sizes
-from posttrain.support.wording import short
+from posttrain.support.wording import counted, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +83,7 @@ def _data(stage: Stage) -> str:
         groups, per_batch = stage.train.batch_size // size, stage.train.steps_per_batch
         return (
             f"{_prompts(data.prompts)} at {data.resolution} px; an iteration: {groups} prompts x {size} "
-            f"samples = {stage.train.batch_size} images, {per_batch} optimizer step(s); rewards: "
+            f"samples = {stage.train.batch_size} images, {counted(per_batch, 'optimizer step')}; rewards: "
             + ", ".join(f"{r.label} x {r.weight:g}" for r in stage.rewards)
         )
     if isinstance(data, Images):
@@ -99,8 +99,8 @@ def _evaluation(evaluation: Evaluation) -> str:
     rewards = ", ".join(reward.label for reward in evaluation.rewards)
     return (
         f"evaluation: base and every stage on {_prompts(evaluation.prompts)}, "
-        f"{evaluation.images_per_prompt} image(s) each at {evaluation.resolution} px, {evaluation.steps} "
-        f"{evaluation.solver} steps, guidance {evaluation.guidance}; scores: {rewards}"
+        f"{counted(evaluation.images_per_prompt, 'image')} each at {evaluation.resolution} px, "
+        f"{evaluation.steps} {evaluation.solver} steps, guidance {evaluation.guidance}; scores: {rewards}"
     )
 
 

@@ -15,8 +15,8 @@ from posttrain.model import EncoderName
 from posttrain.planning.counts import Counts, Size
 from posttrain.planning.data import Known, known
 from posttrain.planning.memory import Phase
+from posttrain.policy.precision import AUTOCAST
 from posttrain.stages.hooks.image_grids import SHOWN
-from posttrain.stages.prepare import AUTOCAST
 
 if TYPE_CHECKING:
     import torch

@@ -63,7 +63,7 @@ def resources(recipe: Recipe, budget: Budget, *, cuda: bool) -> RenderableType:
     if recipe.evaluation is not None:
         all_needs.append(evaluation_needs(recipe, recipe.evaluation, counts))
     many = f"{budget.devices} x " if budget.devices > 1 else ""
-    how = recipe.parallel.described(budget.devices)
+    how = recipe.parallel.label(budget.devices)
     how = "" if how == "single" else f", {how}"
     lines: list[RenderableType] = [
         Text(f"{recipe.name} on {many}{budget.device.name}{how}", style="bold"),
@@ -114,7 +114,7 @@ def _time(all_needs: list[Needs], budget: Budget) -> Table:
         training = sum((needs.training for needs in all_needs), Work())
         disk = sum(needs.disk for needs in all_needs)
         columns.append(Needs("together", all_needs[0].memory, rollout, training, disk))
-    table = _table("time", [needs.name for needs in columns])
+    table = _table("cost", [needs.name for needs in columns])
 
     def share(work_of: Callable[[Needs], Work]) -> list[str]:
         shares = [(budget.seconds(work_of(needs)), budget.seconds(needs.work)) for needs in columns]

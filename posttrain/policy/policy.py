@@ -173,7 +173,7 @@ class Policy:
         role = [self.roles[name][n] for n in self.trained]
         torch._foreach_lerp_(role, [self.layout.local(p) for p in self.trained.values()], 1 - decay)
 
-    def whole(self, name: str | None) -> Iterator[tuple[str, Tensor]]:
+    def gathered_weights(self, name: str | None) -> Iterator[tuple[str, Tensor]]:
         """The name and whole value of each weight of a role, or with None of each trained weight.
 
         Every process must go through it at the same time.

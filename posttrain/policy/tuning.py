@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.registry import Named
+from posttrain.weights.hugging_face import quiet
 from posttrain.weights.transformer import ADAPTER
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Lora(Tune):
 
     type: Literal["lora"] = "lora"
     rank: int = Field(32, ge=1)
+    """Rank of an adapter's two matrices, A (rank, in) and B (out, rank). Memory grows in proportion."""
     alpha: float = Field(64.0, gt=0)
     """The adapter's output is scaled by alpha / rank."""
     init: Literal["gaussian", "default"] = "gaussian"
@@ -101,10 +102,7 @@ class Lora(Tune):
             target_modules=[n for n in names if any(self._matches(n, t) for t in self.targets)],
         )
         # A depends on the recipe's seed alone, not on what ran before in this process
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Already found a `peft_config`"
-            )  # adapters are stacked on purpose
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
             transformer.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
         if len(adapters := list(transformer.peft_config)) > 1:  # type: ignore[arg-type]

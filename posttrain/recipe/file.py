@@ -105,7 +105,7 @@ def evaluation_settings(
     if prompts is not None:
         data["prompts"] = prompts
     if rewards:
-        data["rewards"] = list(rewards)
+        data["rewards"] = reward_blocks(list(rewards))  # so that overrides can set their fields
     if "prompts" not in data or "rewards" not in data:
         options = "--suite NAME, --like RECIPE, or --prompts FILE and --reward NAME"
         raise RecipeError(f"say what to evaluate: {options}")

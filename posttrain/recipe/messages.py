@@ -62,7 +62,7 @@ def listed(
         file_path = _in_file(path, source.data)
         override = next((text for p, text in overrides.items() if file_path[: len(p)] == p), None)
         line = 0 if override else source.line(file_path)
-        where = f"--set {override}" if override else f"{source.name}:{line}"
+        where = f"--set {override}" if override else source.place(file_path)
         field = ".".join(map(str, path)) + _stage_name(path, source.data)
         rows.append((line, f"{where}: {field + ': ' if path else ''}{message}"))
     rows = list(dict.fromkeys(sorted(rows, key=lambda row: row[0])))

@@ -30,7 +30,10 @@ SHOWN_CHARACTERS = 40
 
 @dataclass
 class Source:
-    """The data of a file, with the line number (from 1) of each key and list item."""
+    """The data of a file, with the line number (from 1) of each key and list item.
+
+    Data that no file holds, such as the options of a command, have no lines.
+    """
 
     name: str
     """The file's name in error messages."""
@@ -40,6 +43,10 @@ class Source:
     """Fields whose value was written in quotes."""
     empty: set[FieldPath] = field(default_factory=set)
     """Fields without a value, not even ``null``."""
+
+    def place(self, path: FieldPath) -> str:
+        """The place of the field for an error message: ``name:line``, or ``name`` if there are no lines."""
+        return f"{self.name}:{self.line(path)}" if self.lines else self.name
 
     def line(self, path: FieldPath) -> int:
         """The line of the field at ``path``, or of the innermost block around it that the file has."""

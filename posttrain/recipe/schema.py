@@ -20,7 +20,7 @@ from posttrain.parallel.single import Single
 from posttrain.recipe.evaluation_block import Evaluation
 from posttrain.recipe.stage_block import BASE, Stage
 from posttrain.recipe.variants import AnyModel, Name
-from posttrain.registry import Spec, at
+from posttrain.registry import Spec, field_error
 from posttrain.support.paths import is_path
 from posttrain.support.spelling import meant
 
@@ -61,10 +61,10 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _there_is_something_to_do(self) -> Self:
         if not self.stages and self.evaluation is None:
-            raise at(("stages",), "there is neither a stage nor an evaluation")
+            raise field_error(("stages",), "there is neither a stage nor an evaluation")
         if self.stages and not self.model.trainable:
             message = f"{self.model.type} can be evaluated, not trained: give it no stages, or another model"
-            raise at(("model", "type"), message)
+            raise field_error(("model", "type"), message)
         return self
 
     @model_validator(mode="after")
@@ -73,15 +73,17 @@ class Recipe(Spec):
             earlier = [BASE, *(s.name for s in self.stages[:i])]
             if stage.name in earlier:
                 message = f"two stages are called {stage.name!r}: each writes a folder of its own"
-                raise at(("stages", i, "name"), message)
+                raise field_error(("stages", i, "name"), message)
             self._check_start(i, stage, earlier)
             reference = BASE if stage.reference is None else stage.reference
             if not is_path(reference) and reference not in earlier:
                 known = ", ".join(map(repr, earlier))
-                raise at(("stages", i, "reference"), f"no stage {reference!r} before this one: {known}")
+                raise field_error(
+                    ("stages", i, "reference"), f"no stage {reference!r} before this one: {known}"
+                )
             if stage.monitor is not None and self.evaluation is None:
                 message = "reads the evaluation's prompts and rewards, and the recipe has no evaluation"
-                raise at(("stages", i, "monitor"), message)
+                raise field_error(("stages", i, "monitor"), message)
         return self
 
     def _check_start(self, i: int, stage: Stage, earlier: list[str]) -> None:
@@ -98,23 +100,27 @@ class Recipe(Spec):
             f"stage {stage.name!r} starts from {start!r}, which {why}: one of "
             f"{', '.join(map(repr, earlier))}, or a path such as './{start}'"
         )
-        raise at(("stages", i, "start_from"), message)
+        raise field_error(("stages", i, "start_from"), message)
 
     @model_validator(mode="after")
     def _what_is_cached_is_used(self) -> Self:
         if self.cache.prompts and not self.model.trainable:
-            raise at(("cache", "prompts"), f"the prompts of {self.model.type} cannot be cached: remove it")
+            raise field_error(
+                ("cache", "prompts"), f"the prompts of {self.model.type} cannot be cached: remove it"
+            )
         if self.cache.latents == "off":
             return self
         if not any(stage.algorithm.needs == "images" for stage in self.stages):
-            raise at(("cache", "latents"), "no stage trains on images, so it would have no effect: remove it")
+            raise field_error(
+                ("cache", "latents"), "no stage trains on images, so it would have no effect: remove it"
+            )
         for i, stage in enumerate(self.stages):
             if isinstance(stage.data, Images) and stage.data.crop == "random":
                 message = (
                     "the cache keeps the latents of one crop of each image, and 'random' draws another crop "
                     "each epoch: set 'crop: center' (no change where images have their bucket's shape)"
                 )
-                raise at(("stages", i, "data", "crop"), message)
+                raise field_error(("stages", i, "data", "crop"), message)
         return self
 
     @model_validator(mode="after")
@@ -126,7 +132,7 @@ class Recipe(Spec):
                     f"adamw8bit needs whole weights, and {strategy} shards them: take adamw, or "
                     "'parallel: {strategy: ddp}'"
                 )
-                raise at(("stages", i, "train", "optimizer"), message)
+                raise field_error(("stages", i, "train", "optimizer"), message)
             if (
                 stage.train.compile is True
                 and isinstance(self.parallel, DeepSpeed)
@@ -136,7 +142,7 @@ class Recipe(Spec):
                     "ZeRO-3 gathers and releases each block's weights, so every block would be compiled by "
                     "itself: remove it, or take 'parallel: {strategy: fsdp2}'"
                 )
-                raise at(("stages", i, "train", "compile"), message)
+                raise field_error(("stages", i, "train", "compile"), message)
         return self
 
     def parent(self, stage: Stage) -> str:

@@ -13,7 +13,7 @@ from posttrain.optim.settings import Train
 from posttrain.policy.tuning import Full, Lora
 from posttrain.recipe.reward_blocks import reward_blocks
 from posttrain.recipe.variants import AnyAlgorithm, AnyReward, Name, check_rewards_differ
-from posttrain.registry import Spec, at
+from posttrain.registry import Spec, field_error
 from posttrain.support.wording import multiples_near
 
 BASE = "base"
@@ -59,13 +59,15 @@ class Stage(Spec):
         kind, online = self.algorithm.type, self.algorithm.needs == "rewards"
         prompts = isinstance(self.data, PromptData)
         if online and not prompts:
-            raise at(("data",), f"{kind} makes its own images: give it 'prompts', not images")
+            raise field_error(("data",), f"{kind} makes its own images: give it 'prompts', not images")
         if not online and prompts:
-            raise at(("data",), f"{kind} trains on given images: give it 'images', not prompts")
+            raise field_error(("data",), f"{kind} trains on given images: give it 'images', not prompts")
         if online and not self.rewards:
-            raise at(("rewards",), f"{kind} learns from rewards, and there is none")
+            raise field_error(("rewards",), f"{kind} learns from rewards, and there is none")
         if not online and self.rewards:
-            raise at(("rewards",), f"{kind} does not use rewards, so these would have no effect: remove them")
+            raise field_error(
+                ("rewards",), f"{kind} does not use rewards, so these would have no effect: remove them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -75,7 +77,7 @@ class Stage(Spec):
                 f"{self.algorithm.type} with these settings has no reference, so it would have no effect: "
                 "remove it"
             )
-            raise at(("reference",), message)
+            raise field_error(("reference",), message)
         return self
 
     @model_validator(mode="after")
@@ -84,12 +86,12 @@ class Stage(Spec):
             return self
         if self.monitor.every % self.train.steps_per_batch:
             message = f"{self.monitor.every} is no multiple of steps_per_batch, {self.train.steps_per_batch}"
-            raise at(("monitor", "every"), message)
+            raise field_error(("monitor", "every"), message)
         if self.algorithm.needs != "rewards":
             for alarm in ("reward_hacking", "spread_collapse"):
                 if getattr(self.monitor, alarm) != "warn":
                     message = f"{self.algorithm.type} has no rewards, so this alarm never sounds: remove it"
-                    raise at(("monitor", alarm), message)
+                    raise field_error(("monitor", alarm), message)
         return self
 
     @model_validator(mode="after")
@@ -105,5 +107,5 @@ class Stage(Spec):
             message = (
                 f"{batch} samples cannot be split into groups of {group}; the nearest that can are {near}"
             )
-            raise at(("train", "batch_size"), message)
+            raise field_error(("train", "batch_size"), message)
         return self

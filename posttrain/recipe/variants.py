@@ -8,7 +8,7 @@ from pydantic import Field
 
 from posttrain.algorithm import Algorithm
 from posttrain.model import Model
-from posttrain.registry import at, union
+from posttrain.registry import field_error, union
 from posttrain.reward import Reward
 
 if TYPE_CHECKING:
@@ -28,4 +28,4 @@ def check_rewards_differ(rewards: list[Reward]) -> None:
     """Raise the error of the field ``rewards`` if two rewards have one label: their scores would collide."""
     labels = [reward.label for reward in rewards]
     if repeated := {label for label in labels if labels.count(label) > 1}:
-        raise at(("rewards",), f"{', '.join(sorted(repeated))} is given twice")
+        raise field_error(("rewards",), f"{', '.join(sorted(repeated))} is given twice")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from posttrain.model import FlowModel, Model, Sampler
 from posttrain.policy.policy import Policy
+from posttrain.policy.precision import AUTOCAST
 from posttrain.sampling.latents import sample_images
 from posttrain.weights.files import hash_of
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from posttrain.flow.sampling_settings import Sampling
 
 
@@ -48,11 +49,11 @@ class FlowSampler(Sampler):
 
 def flow_sampler(model: FlowModel, spec: Model, settings: Sampling, source: str) -> FlowSampler:
     """A sampler of ``model``, which ``spec`` loaded from ``source``, in the precision of ``settings``."""
-    autocast = None if settings.precision == "fp32" else torch.bfloat16
+    autocast = AUTOCAST[settings.precision]
     if autocast is not None:
         # autocast keeps low-precision copies only of weights that require gradients; sampling computes none
         model.transformer.requires_grad_(True)
-    return FlowSampler(Policy(model, autocast=autocast), source, spec.described())
+    return FlowSampler(Policy(model, autocast=autocast), source, spec.card_settings())
 
 
 def sampler_of(spec: Model, device: torch.device, settings: Sampling) -> Sampler:

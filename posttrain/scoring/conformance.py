@@ -38,7 +38,7 @@ def conformance(reward: Reward, device: torch.device) -> dict[str, Any]:
     Raises RewardError if the reward can judge none of them, or fails.
     """
     cases = [(i, *probe(i)) for i in range(COUNT)]
-    cases = [case for case in cases if reward.unusable(case[2]) is None]
+    cases = [case for case in cases if reward.prompt_problem(case[2]) is None]
     if not cases:
         raise RewardError(f"{reward.label}: none of the conformance prompts can be scored by it")
     scorer = checked(reward.label, reward.load(device))

@@ -55,7 +55,7 @@ def with_prompts(
         raise DataError("say what the images should show: --prompts FILE, or --prompt TEXT for all")
     if prompt is not None:
         row = {"prompt": string({"prompt": prompt}, "prompt")}
-        if reasons := [reason for reward in rewards if (reason := reward.unusable(row)) is not None]:
+        if reasons := [reason for reward in rewards if (reason := reward.prompt_problem(row)) is not None]:
             raise DataError(f"--prompt cannot be scored: {'; '.join(reasons)}")
         return [(image, row) for image in images]
     assert prompts is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,6 @@ def evaluation_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> l
         used[tag].add(row["prompt"])
         rows.append(row)
     return rows
-
-
-def write_prompts(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write metadata rows as JSONL, as ``evaluation.prompts`` and GenEval read them."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _settings(folder: Path) -> Any:

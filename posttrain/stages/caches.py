@@ -34,11 +34,11 @@ def fill_for_stage(
     recipe: Recipe,
     stage: Stage,
     model: FlowModel,
-    feed: BatchSource,
+    source: BatchSource,
     console: Console,
     world: World = ALONE,
 ) -> None:
-    """Encode what ``stage`` needs and the cache lacks; let ``model`` and ``feed`` read from the cache.
+    """Encode what ``stage`` needs and the cache lacks; let ``model`` and ``source`` read from the cache.
 
     Each process encodes a share, and reads those of the others. Raises PosttrainError where the cache has
     no room or cannot be written, DataError where too many images cannot be decoded.
@@ -47,11 +47,11 @@ def fill_for_stage(
     room = Room(settings.folder(), settings.max_size)
     if settings.prompts:
         store = _store(room, "prompts", settings, model, "prompts", console)
-        _cache_prompts(store, model, _prompts_of_stage(recipe, stage, feed), stage.name, console, world)
-    if settings.latents != "off" and isinstance(feed, ImageBatchSource):
+        _cache_prompts(store, model, _prompts_of_stage(recipe, stage, source), stage.name, console, world)
+    if settings.latents != "off" and isinstance(source, ImageBatchSource):
         store = _store(room, settings.latents, settings, model, "images", console)
-        feed.latents = LatentCache(store, model, feed.images, settings.latents)
-        feed.latents.fill(stage.name, console, world.rank, world.size)
+        source.latents = LatentCache(store, model, source.images, settings.latents)
+        source.latents.fill(stage.name, console, world.rank, world.size)
         model.rest("images")
     world.barrier()  # otherwise a process could encode what another is still writing
 
@@ -72,11 +72,11 @@ def fill_for_evaluation(
         world.barrier()
 
 
-def _prompts_of_stage(recipe: Recipe, stage: Stage, feed: BatchSource) -> list[str]:
+def _prompts_of_stage(recipe: Recipe, stage: Stage, source: BatchSource) -> list[str]:
     """The prompts of the data, the image grids and the held-out scores."""
-    prompts = [*feed.prompts]
+    prompts = [*source.prompts]
     if stage.train.sample_every:
-        prompts += grid_samples(recipe, feed)[0]
+        prompts += grid_samples(recipe, source)[0]
     if stage.monitor is not None and recipe.evaluation is not None:
         rows = prompt_rows(recipe.evaluation.prompts)
         prompts += [row["prompt"] for row in rows[: stage.monitor.prompts]]

@@ -42,7 +42,7 @@ def run(recipe: Recipe, output: Path | None = None, console: Console | None = No
             console = Console(file=io.StringIO())
         with claimed(folder, recipe, device, world):
             with world.main_first():
-                spec = recipe.model.materialise(folder / "model")
+                spec = recipe.model.build(folder / "model")
             _run_stages(Run(recipe, spec, folder, device, console, world))
             if not world.is_main:
                 return folder

@@ -36,7 +36,7 @@ def open_checkpoint(path: str, device: torch.device, weights: str | None) -> tup
     recipe, stage = _recipe_and_stage(path, run_folder, folder.parents[1].name)
     state = read(folder, device)
     weights, tensors = _chosen(path, state, stage, weights)
-    spec = recipe.model.materialise(run_folder / "model")
+    spec = recipe.model.build(run_folder / "model")
     model = spec.load(device, "fp32")
     for source in sources(recipe, recipe.parent(stage), run_folder):
         model.load_weights(source, merge=stage.tune.merges)

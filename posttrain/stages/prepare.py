@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from posttrain.data.batches import BatchSource, batch_source_of
@@ -10,14 +9,12 @@ from posttrain.engine import checkpoint
 from posttrain.engine.trainer import EMA, REFERENCE
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.policy import Policy
+from posttrain.policy.precision import AUTOCAST
 from posttrain.stages.account import Account
 from posttrain.stages.caches import fill_for_stage
 from posttrain.stages.micro_batch import settled, settled_mode
 from posttrain.stages.stage_run import StageRun, Training
 from posttrain.support.device import reset_peak_memory
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-"""``train.precision`` -> the dtype of autocast around the transformer's forward."""
 
 
 def prepare(run: StageRun, reference: dict[str, Tensor] | None) -> Training:
@@ -31,9 +28,11 @@ def prepare(run: StageRun, reference: dict[str, Tensor] | None) -> Training:
     policy, strategy = _prepare_policy(run, 1 if micro_batch is None else micro_batch, reference)
     reset_peak_memory(run.model.device)
     start, account = _restore(run, policy, strategy)
-    feed = _open_feed(run)
-    fill_for_stage(run.recipe, run.stage, run.model, feed, run.console, run.world)
-    return Training(run, policy, strategy, feed, account, start, mode, search_micro_batch=micro_batch is None)
+    source = _open_source(run)
+    fill_for_stage(run.recipe, run.stage, run.model, source, run.console, run.world)
+    return Training(
+        run, policy, strategy, source, account, start, mode, search_micro_batch=micro_batch is None
+    )
 
 
 def _prepare_policy(
@@ -65,14 +64,14 @@ def _restore(run: StageRun, policy: Policy, strategy: Strategy) -> tuple[int, Ac
     return start, Account(**kept)
 
 
-def _open_feed(run: StageRun) -> BatchSource:
+def _open_source(run: StageRun) -> BatchSource:
     """The stage's data. The main process comes first, since it may have to render them."""
     stage, world = run.stage, run.world
     batch_size, group_size = stage.train.batch_size, stage.algorithm.samples_per_prompt
     with world.main_first():
-        feed = batch_source_of(
+        source = batch_source_of(
             stage.data, run.model, run.run_folder / "data", batch_size, group_size, stage.rewards, world
         )
-    for note in feed.notes:
+    for note in source.notes:
         run.note(f"{stage.name}: {note}")
-    return feed
+    return source

@@ -44,7 +44,7 @@ def summarise(training: Training) -> dict[str, Any]:
         reason = ": no group of samples had a spread of rewards" if account.samples else ""
         reason = ": it was rolled back to its start" if account.ended_at == 0 else reason
         raise TrainingError(f"stage {run.stage.name!r} trained nothing{reason}")
-    skipped = chain.from_iterable(world.gather_objects(training.feed.skipped()))
+    skipped = chain.from_iterable(world.gather_objects(training.source.skipped()))
     return {
         "steps": run.stage.train.steps if account.ended_at is None else account.ended_at,
         "updates": account.updates,
@@ -65,7 +65,7 @@ def _exported_weights(training: Training) -> dict[str, Tensor]:
     world, ema = training.run.world, training.run.stage.train.ema
     return {
         name: _in_own_memory(tensor.cpu() if world.size > 1 else tensor)
-        for name, tensor in training.policy.whole(EMA if ema is not None else None)
+        for name, tensor in training.policy.gathered_weights(EMA if ema is not None else None)
         if world.is_main
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from posttrain.algorithm import Batch, Tools
-from posttrain.engine.micro_batch import described, largest_micro_batch
+from posttrain.engine.micro_batch import largest_micro_batch, trials_in_words
 from posttrain.engine.modes import enter, fastest, in_words
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import train
@@ -72,7 +72,7 @@ def _choose_mode(training: Training) -> None:
     """
     mode, run = training.mode, training.run
     needs_sample = mode is None or mode.compiled or training.search_micro_batch
-    sample = blank(run.model, training.feed) if needs_sample else None
+    sample = blank(run.model, training.source) if needs_sample else None
     if mode is None and sample is not None:
         _find_mode(training, sample)
         return
@@ -99,17 +99,17 @@ def _find_micro_batch(training: Training, sample: Sample) -> None:
     run, stage, policy = training.run, training.run.stage, training.policy
     size, trials = largest_micro_batch(stage.algorithm, stage.train, policy, training.strategy, sample)
     policy.micro_batch = size
-    run.note(f"{stage.name}: {described(trials, run.model.device)}")
+    run.note(f"{stage.name}: {trials_in_words(trials, run.model.device)}")
     if run.world.is_main:
         remember(run.recipe, run.folder, run.world.size, size, trials)
 
 
 def _batches(training: Training, judge: Judge) -> Iterator[tuple[Batch, Tools]]:
     """The batches still to come, each with the tools to collect it. Notes in the account how far they are."""
-    run, feed, account = training.run, training.feed, training.account
-    height, width = feed.size
+    run, source, account = training.run, training.source, training.account
+    height, width = source.size
     sigmas = functools.partial(run.model.sigmas, height=height, width=width)
     key = (run.recipe.seed, run.recipe.depth(run.stage))
-    for number, batch, draws in feed.batches(key, account.next_batch):
+    for number, batch, draws in source.batches(key, account.next_batch):
         account.next_batch = number + 1
         yield batch, Tools(training.policy, draws, sigmas, judge, run.world)

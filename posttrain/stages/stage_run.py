@@ -59,7 +59,7 @@ class Training:
     run: StageRun
     policy: Policy
     strategy: Strategy
-    feed: BatchSource
+    source: BatchSource
     account: Account
     start: int
     """Optimizer steps that the checkpoint holds, from which training goes on; 0 without one."""

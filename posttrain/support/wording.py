@@ -19,10 +19,17 @@ def duration(seconds: float | None) -> str:
     """A duration such as ``26 min``; a dash for None."""
     if seconds is None:
         return "–"
+    if 0 < seconds < 1:
+        return "< 1 s"
     if round(seconds) < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, such as ``1 image`` or ``4 images``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def multiples_near(value: int, unit: int) -> str:

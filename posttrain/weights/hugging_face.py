@@ -56,6 +56,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # newer versions of diffusers prefer dtype, but only torch_dtype works in every version
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            # adapters are stacked on purpose
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
             yield
     finally:
         for module, level in zip(loggers, levels, strict=True):

@@ -12,15 +12,8 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from posttrain.evaluation.report.curves import Series, chart, histogram
-from posttrain.evaluation.report.results import (
-    Results,
-    StageResult,
-    best_stage,
-    cost_texts,
-    difference,
-    load_results,
-    verdict,
-)
+from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
+from posttrain.evaluation.report.verdict import best_stage, difference, verdict
 from posttrain.support.files import write
 from posttrain.support.wording import duration
 

@@ -8,15 +8,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.evaluation.report.results import (
-    Results,
-    StageResult,
-    best_stage,
-    cost_texts,
-    difference,
-    load_results,
-    verdict,
-)
+from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
+from posttrain.evaluation.report.verdict import best_stage, difference, verdict
 
 COSTS = (("forward-eq.", 2), ("images/s", 4), ("peak mem.", 5), ("steps", 7), ("trained", 8))
 """Heading and rank of each column of :func:`cost_texts`."""

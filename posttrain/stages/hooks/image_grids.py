@@ -27,7 +27,7 @@ class ImageGrids(Hook):
 
     def __init__(self, training: Training, tracker: Tracker | None) -> None:
         self.run, self.policy, self.tracker = training.run, training.policy, tracker
-        self.prompts, self.sampling = grid_samples(training.run.recipe, training.feed)
+        self.prompts, self.sampling = grid_samples(training.run.recipe, training.source)
 
     def between_batches(self, step: int, *, last: bool) -> bool:
         every = self.run.stage.train.sample_every
@@ -48,7 +48,7 @@ class ImageGrids(Hook):
         self.tracker.image("samples", step, picture)
 
 
-def grid_samples(recipe: Recipe, feed: BatchSource) -> tuple[list[str], dict[str, Any]]:
+def grid_samples(recipe: Recipe, source: BatchSource) -> tuple[list[str], dict[str, Any]]:
     """The prompts of a stage's grids, and the settings for :func:`sample_images`.
 
     They are the evaluation's where the recipe has one, and those of the stage's data otherwise.
@@ -57,6 +57,6 @@ def grid_samples(recipe: Recipe, feed: BatchSource) -> tuple[list[str], dict[str
         prompts = [row["prompt"] for row in prompt_rows(evaluation.prompts)]
         settings = evaluation.model_dump(include={"resolution", "steps", "guidance", "solver", "seed"})
     else:
-        prompts = feed.prompts
-        settings = {"resolution": feed.size[0], "steps": 40, "guidance": 4.5}
+        prompts = source.prompts
+        settings = {"resolution": source.size[0], "steps": 40, "guidance": 4.5}
     return list(dict.fromkeys(prompts))[:SHOWN], settings
