@@ -54,7 +54,12 @@ def need(recipe, *, cuda=False, devices=1, limit=math.inf, counts=None):
     return stage_needs(recipe, recipe.stages[0], counts, devices, limit)
 
 
-SOAR = ["stages.soar.train.sample_every=null"]
+SOAR = [
+    "stages.soar.train.sample_every=null",
+    "stages.soar.train.micro_batch=4",
+    "stages.soar.train.gradient_checkpointing=full",
+    "stages.soar.train.compile=false",
+]
 
 
 def soar_counts(recipe):
