@@ -30,6 +30,8 @@ class Bench:
 
     options: argparse.Namespace
     model: FlowModel
+    policies: list[Policy] = field(default_factory=list)
+    """All policies of the model."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the engine's time goes."""
     open: list[str] = field(default_factory=list)
@@ -45,7 +47,8 @@ class Bench:
 
     def policy(self, chunk: int) -> Policy:
         """The model's policy, whose parameters are as they were tuned."""
-        return Policy(self.model, autocast=self.autocast, micro_batch=chunk)
+        self.policies.append(Policy(self.model, autocast=self.autocast, micro_batch=chunk))
+        return self.policies[-1]
 
     def captions(self, count: int) -> list[str]:
         return [f"a {WORDS[i % 10]} {WORDS[i // 10 % 10]}" for i in range(count)]

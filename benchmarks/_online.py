@@ -37,7 +37,6 @@ class Iteration:
         for role in algorithm.roles:
             self.policy.add_role(role)
         self.strategy = Single().prepare(self.policy, self.settings, ALONE)
-        self.optimizer = self.strategy.optimizer
         self.prompts = [p for p in self.it.captions(self.count // self.size) for _ in range(self.size)]
         self.draws = Draws((0, 0, 0), range(self.count), self.it.device)
         self.judge = Judge(self.model, [JpegIncompressibility()], Path("failed_reward"))
@@ -78,11 +77,10 @@ class Iteration:
 
     def step(self, loss_of: Callable[[slice], Tensor]) -> None:
         """One optimizer step on the mean of the losses of the samples in each slice."""
-        self.optimizer.zero_grad()
+        self.strategy.zero_grad()
         for start in range(0, self.count, self.micro):
-            (loss_of(slice(start, start + self.micro)).sum() / self.count).backward()
-        torch.nn.utils.clip_grad_norm_(list(self.policy.trained.values()), 1.0)
-        self.optimizer.step()
+            self.strategy.backward(loss_of(slice(start, start + self.micro)).sum() / self.count)
+        self.strategy.step(1.0)
 
     def velocity(self, x: Tensor, sigma: float | Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The model's velocity under autocast, without the engine's policy."""

@@ -60,8 +60,6 @@ class SoarStep:
                 error = model.velocity(latents, sigma, condition) - target
                 losses.append(error.square().flatten(1).mean(1))
             loss = torch.cat(losses).mean()
-        optimizer = self.strategy.optimizer
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.policy.trained.values()), 1.0)
-        optimizer.step()
+        self.strategy.zero_grad()
+        self.strategy.backward(loss)
+        self.strategy.step(1.0)

@@ -13,6 +13,7 @@ from _gpu import Session
 from _model import forward_flops
 from _online import Iteration
 from _soar import SoarStep
+from torch._functorch import config as partitioner
 
 from posttrain.algorithm import Algorithm, Tools
 from posttrain.algorithms.sft import SFT
@@ -20,7 +21,7 @@ from posttrain.data.batches import encoded
 from posttrain.data.loader import ImageBatch
 from posttrain.engine.compiling import OPTIONS
 from posttrain.engine.trainer import update
-from posttrain.policy.activations import Checkpointing, checkpoint_blocks
+from posttrain.policy.activations import Checkpointing, checkpoint_blocks, share_kept
 from posttrain.policy.blocks import blocks
 from posttrain.recipe.schema import Evaluation
 from posttrain.sampling.sampler import FlowSampler
@@ -48,12 +49,20 @@ def options_of(session: Session, **changes: Any) -> argparse.Namespace:
 def as_set(it: Bench, checkpointing: Checkpointing = "off", *, compiled: bool = False) -> Iterator[None]:
     """Within the block the transformer's blocks are checkpointed and compiled so."""
     parts = blocks(it.model.transformer)
-    checkpoint_blocks(it.model.transformer, checkpointing)
-    for block in parts if compiled else ():
-        block.compile(**OPTIONS)
+    whole_blocks = checkpointing == "full" or not compiled
+    checkpoint_blocks(it.model.transformer, checkpointing if whole_blocks else "off")
+    if compiled:
+        partitioner.activation_memory_budget = share_kept(checkpointing)
+        torch.compiler.reset()
+        for block in parts:
+            block.compile(**OPTIONS)
+    for policy in it.policies:
+        policy.compiled = compiled
     try:
         yield
     finally:
+        for policy in it.policies:
+            policy.compiled = False
         for block in parts:
             block._compiled_call_impl = None
         checkpoint_blocks(it.model.transformer, "off")
@@ -92,7 +101,9 @@ class Watched:
 def online(session: Session, it: Bench, algorithm: Algorithm, **changes: Any) -> Iteration:
     """Iterations of an online algorithm on the model of ``it``, which has a LoRA."""
     options = options_of(session, **changes)
-    return Iteration(options, Watched(algorithm), Bench(options, it.model))  # type: ignore[arg-type]
+    made = Iteration(options, Watched(algorithm), Bench(options, it.model))  # type: ignore[arg-type]
+    made.policy.compiled = blocks(it.model.transformer)[0]._compiled_call_impl is not None
+    return made
 
 
 def sft(it: Bench, count: int, step: SoarStep) -> Callable[[], None]:

@@ -77,6 +77,8 @@ class WithLora(Table):
             ("lora soar compiled off", 15, lambda: soar("off", True, 14)),
             ("grpo compiled", 18, lambda: self.grpo(True, 48)),
             ("nft compiled", 16, lambda: self.nft(True, 9)),
+            ("lora soar compiled 0.5", 15, lambda: soar(0.5, True, 28)),
+            ("lora soar compiled 0.2", 15, lambda: soar(0.2, True, 28)),
             ("grpo profile", 12, self.grpo_profile),
             ("lora soar compiled full", 15, lambda: soar("full", True, 28)),
             ("grpo eager", 16, lambda: self.grpo(False, 24)),
@@ -158,6 +160,9 @@ class Whole(Table):
         soar = partial(self.soar, self.step)
         return [
             ("soar compiled off", 13, lambda: soar("off", True, 7)),
+            ("soar compiled 0.5", 13, lambda: soar(0.5, True, 28)),
+            ("soar compiled off 14", 13, lambda: soar("off", True, 14)),
+            ("soar compiled 0.2", 13, lambda: soar(0.2, True, 28)),
             ("soar profile", 14, self.soar_profile),
             ("sft compiled", 12, lambda: self.sft(True)),
             ("vae", 8, self.vae),

@@ -52,7 +52,7 @@ def main() -> None:
                 path.append((x, new, (s, s_next, sigmas[1]), log_prob(new, mean, std)))
                 x = new
             advantage = our.advantages(x)
-        our.optimizer.zero_grad()
+        our.strategy.zero_grad()
         for before, after, at, old in path[: grpo.trained_steps]:
             for start in range(0, our.count, our.micro):
                 part = slice(start, start + our.micro)
@@ -66,9 +66,8 @@ def main() -> None:
                 clipped = ratio.clamp(1 - grpo.clip_range, 1 + grpo.clip_range)
                 loss = -torch.minimum(ratio * advantage[part], clipped * advantage[part])
                 kl = ((mean - reference).square() / (2 * std**2)).flatten(1).mean(1)
-                ((loss + grpo.beta * kl).sum() / (our.count * grpo.trained_steps)).backward()
-        torch.nn.utils.clip_grad_norm_(list(our.policy.trained.values()), 1.0)
-        our.optimizer.step()
+                our.strategy.backward((loss + grpo.beta * kl).sum() / (our.count * grpo.trained_steps))
+        our.strategy.step(1.0)
 
     compare(our.it, our.engine, straightforward, our.count, rehearse(grpo).forward_equivalents)
     our.judge.close()

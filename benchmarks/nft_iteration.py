@@ -45,7 +45,7 @@ def main() -> None:
             advantage = our.advantages(x0)
         good = (advantage / (2 * nft.adv_clip_max) + 0.5).clamp(0, 1)
         levels = our.draws.permutations("times", nft.num_steps)[:, : max(nft.trained_steps, 1)]
-        our.optimizer.zero_grad()
+        our.strategy.zero_grad()
         for level in range(levels.shape[1]):
             sigma = torch.tensor(sigmas, device=x0.device)[levels[:, level]]
             x = interpolate(x0, our.draws.normal(f"noise.{level}", our.shape), sigma)
@@ -61,9 +61,8 @@ def main() -> None:
                 positive, negative = implicit_losses(v, v_old, *at, nft.beta)
                 loss = nft.adv_clip_max / nft.beta * (good[part] * positive + (1 - good[part]) * negative)
                 loss = loss + nft.kl_weight * (v - reference).square().flatten(1).mean(1)
-                (loss.sum() / levels.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(list(our.policy.trained.values()), 1.0)
-        our.optimizer.step()
+                our.strategy.backward(loss.sum() / levels.numel())
+        our.strategy.step(1.0)
 
     compare(our.it, our.engine, straightforward, our.count, rehearse(nft).forward_equivalents)
     our.judge.close()

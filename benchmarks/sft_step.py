@@ -31,7 +31,6 @@ def main() -> None:
     model, settings = it.model, Train(steps=1, learning_rate=1e-5)
     policy, count, side = it.policy(options.micro_batch), options.batch, options.resolution
     strategy = Single().prepare(policy, settings, ALONE)
-    optimizer = strategy.optimizer
     pixels, captions = torch.randn(count, 3, side, side), it.captions(count)
     draws = Draws((0, 0, 0), range(count), it.device)
     watched(it)
@@ -54,10 +53,9 @@ def main() -> None:
         with torch.autocast(it.device.type, dtype=it.autocast, enabled=it.autocast is not None):
             v = model.velocity(interpolate(x0, noise, sigma), sigma, condition)
             loss = (v - (noise - x0)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(policy.trained.values()), 1.0)
-        optimizer.step()
+        strategy.zero_grad()
+        strategy.backward(loss)
+        strategy.step(1.0)
 
     compare(it, engine, straightforward, count, rehearse(sft).forward_equivalents)
 

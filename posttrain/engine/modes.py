@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from posttrain.engine.compiling import compile_blocks, use_uncompiled
 from posttrain.engine.micro_batch import Trial, items_in_step, largest_micro_batch, one_trial, sizes_tried
 from posttrain.errors import TrainingError
-from posttrain.policy.activations import SELECTIVE, Checkpointing, checkpoint_blocks
+from posttrain.policy.activations import SELECTIVE, Checkpointing, checkpoint_blocks, share_kept
 from posttrain.policy.out_of_memory import OutOfMemory
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ def enter(mode: Mode, policy: Policy, strategy: Strategy, sample: Sample | None)
         checkpoint_blocks(transformer, checkpointing)
         return None
     assert sample is not None, "a mode is compiled on a sample"
-    kept = {"off": 1.0, "full": 1.0, "selective": SELECTIVE}.get(str(checkpointing), checkpointing)
     checkpoint_blocks(transformer, "full" if checkpointing == "full" else "off")
-    if (reason := compile_blocks(policy, strategy, sample, float(kept))) is not None:
+    if (reason := compile_blocks(policy, strategy, sample, share_kept(checkpointing))) is not None:
         checkpoint_blocks(transformer, checkpointing)
     return reason
 

@@ -31,6 +31,14 @@ _KEPT = {
 """Operations whose results ``selective`` keeps. They hold nearly all FLOPs of a transformer block."""
 
 
+def share_kept(mode: Checkpointing) -> float:
+    """The share of activations, up to 1, that compiled blocks keep in that mode. ``full`` keeps all that a
+    block makes while the block itself is computed again."""
+    if isinstance(mode, str):
+        return SELECTIVE if mode == "selective" else 1.0
+    return mode
+
+
 def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
     """Let the backward through each block of a diffusers ``transformer`` recompute its activations.
 

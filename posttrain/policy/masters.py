@@ -22,7 +22,7 @@ class Masters:
         """Take the float32 values of ``trained``, and leave copies in ``dtype`` in their place."""
         self.copies = dict(trained)
         """Name -> the module's own parameter, in lower precision."""
-        self.weights = {name: nn.Parameter(p.data) for name, p in trained.items()}
+        self.weights = {name: nn.Parameter(p.data.float()) for name, p in trained.items()}
         """Name -> the float32 master."""
         for parameter in trained.values():
             parameter.data = parameter.data.to(dtype)
