@@ -128,6 +128,9 @@ class FlowModel(ABC):
     """The shift of sigmas; see :func:`posttrain.flow.rectified.shift_sigma`."""
     divisor: int = 1
     """Image sides must be multiples of this many pixels."""
+    forward_dtype: torch.dtype | None = None
+    """The precision in which a parallel strategy gathers the transformer's weights for a forward; None if it
+    is that of the parameters."""
     prompt_cache: PromptSource | None = None
     """The source that :func:`posttrain.sampling.prompts.encode` uses instead of the text encoders, if set."""
 

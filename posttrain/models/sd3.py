@@ -35,7 +35,7 @@ class SD3FlowModel(DiffusersFlowModel):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        dtype = self.transformer.dtype
+        dtype = self.forward_dtype or self.transformer.dtype
         return self.module(
             hidden_states=latents.to(dtype),
             timestep=1000 * sigma,

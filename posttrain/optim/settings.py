@@ -73,7 +73,7 @@ class Train(Spec):
     """Decay of the EMA, the moving average of weights that is evaluated and exported. None by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the transformer's forward. With bf16, trained weights and moments stay
-    float32, and the forward has bf16 copies of the weights (``single``, ``ddp``) or autocast."""
+    float32, and the forward computes with bf16 copies of the weights (``deepspeed``: with autocast)."""
     gradient_checkpointing: Annotated[Checkpointing | Literal["auto"], BeforeValidator(_checkpointing)] = (
         "off"
     )

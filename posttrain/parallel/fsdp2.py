@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from posttrain.distributed.world import World
@@ -91,17 +92,36 @@ class FullySharded(TorchStrategy):
 
     def __init__(self, policy: Policy, settings: Train, world: World, offload: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
 
         module, device = policy.model.transformer, policy.model.device
+        # shards and sums of gradients stay float32; inputs are the model's to cast, as timesteps stay float32
+        low = policy.autocast
+        precision = MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False
+        )
+        policy.model.forward_dtype, policy.autocast = low, None
         # the warning is about writing to the transformer's result, which nothing does
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         mesh = init_device_mesh(device.type, (world.size,))
         offloading = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         for block in blocks(module):
-            fully_shard(block, mesh=mesh, offload_policy=offloading, reshard_after_forward=True)
+            fully_shard(
+                block,
+                mesh=mesh,
+                mp_policy=precision,
+                offload_policy=offloading,
+                reshard_after_forward=True,
+            )
         # the root must gather again in each forward, because roles change the shards in between
-        fully_shard(module, mesh=mesh, offload_policy=offloading, reshard_after_forward=True)
+        fully_shard(
+            module, mesh=mesh, mp_policy=precision, offload_policy=offloading, reshard_after_forward=True
+        )
         policy.find_parameters()
         layout = Sharded(module, offloaded=offload and device.type == "cuda")
         super().__init__(policy, world, layout, optimizer_of(settings, policy.trained.values()))
