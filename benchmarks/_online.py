@@ -34,9 +34,9 @@ class Iteration:
         self.model, self.micro = self.it.model, options.micro_batch
         self.settings = Train(steps=1, batch_size=self.count, learning_rate=1e-5)
         self.policy: Policy = self.it.policy(self.micro)
+        self.strategy = Single().prepare(self.policy, self.settings, ALONE)
         for role in algorithm.roles:
             self.policy.add_role(role)
-        self.strategy = Single().prepare(self.policy, self.settings, ALONE)
         self.prompts = [p for p in self.it.captions(self.count // self.size) for _ in range(self.size)]
         self.draws = Draws((0, 0, 0), range(self.count), self.it.device)
         self.judge = Judge(self.model, [JpegIncompressibility()], Path("failed_reward"))
