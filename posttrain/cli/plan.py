@@ -43,6 +43,7 @@ def plan_resources(
     from posttrain.errors import PosttrainError
     from posttrain.planning.gpus import custom, here
     from posttrain.planning.gpus import gpu as known_gpu
+    from posttrain.planning.store import store_of
     from posttrain.planning.tables import ASSUMED_MFU, Budget, resources
     from posttrain.recipe.file import load_recipe
     from posttrain.stages.processes import check_processes
@@ -63,7 +64,9 @@ def plan_resources(
     if measured is not None:
         mfu_value, source = _measured(measured), f"measured, {measured}"
     cuda = "CPU" not in device.name
-    terminal().print(resources(loaded, Budget(device, gpus, mfu_value, source, loaded.tf32), cuda=cuda))
+    budget = Budget(device, gpus, mfu_value, source, loaded.tf32)
+    with store_of(loaded.model) as store:
+        terminal().print(resources(loaded, budget, cuda=cuda, store=store))
 
 
 def _measured(file: Path) -> float:

@@ -15,7 +15,6 @@ from posttrain.parallel.shares import Shares
 from posttrain.planning.counts import Counts
 from posttrain.planning.memory import Memory, Phase, memory
 from posttrain.planning.phases import (
-    ENCODERS,
     StagePlan,
     at_rest,
     branches_of,
@@ -24,14 +23,11 @@ from posttrain.planning.phases import (
     on_device,
     square,
 )
-from posttrain.planning.sizes import Sizes, Transformer, disk_bytes, stage_sizes
+from posttrain.planning.sizes import Sizes, disk_bytes, stage_sizes
 from posttrain.planning.work import Work, image_work, stage_work
-from posttrain.policy.blocks import blocks
 from posttrain.stages.prepare import AUTOCAST
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from posttrain.recipe.schema import Evaluation, Recipe, Stage
     from posttrain.reward import Reward
 
@@ -86,8 +82,9 @@ def stage_needs(
 def evaluation_needs(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> Needs:
     """What evaluating the base model and every stage needs."""
     cached: dict[EncoderName, bool] = {"prompts": recipe.cache.prompts}
-    weights = sum(p.nbytes for p in counts.outline().transformer.parameters())
-    sizes = Sizes(0, weights, 0, 0, _reward_bytes(evaluation.rewards), _encoder_bytes(counts))
+    # an outline without a tune has no trained weights
+    weights = counts.shape().transformer.frozen
+    sizes = Sizes(0, weights, 0, 0, _reward_bytes(evaluation.rewards), counts.encoder_bytes())
     phases = _evaluation_phases(recipe, evaluation, counts, cached)
     resting = at_rest(recipe, counts, cached)
     held = memory(sizes, phases, Shares(), resting, separate=counts.cuda)
@@ -122,34 +119,17 @@ def _evaluation_work(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> 
 
 
 def _sizes(recipe: Recipe, stage: Stage, counts: Counts) -> Sizes:
-    transformer = counts.outline(stage.tune).transformer
+    shape = counts.shape(stage.tune)
     rewards = list(stage.rewards)
     if stage.monitor is not None and recipe.evaluation is not None:
         rewards += recipe.evaluation.rewards
-    gathered = _gathered(transformer)
     return replace(
-        stage_sizes(recipe, stage, Transformer.from_module(transformer)),
+        stage_sizes(recipe, stage, shape.transformer),
         rewards=_reward_bytes(rewards),
-        encoders=_encoder_bytes(counts),
-        gathered=sum(p.nbytes for p in gathered),
-        gathered_gradients=sum(p.nbytes for p in gathered if p.requires_grad),
+        encoders=counts.encoder_bytes(),
+        gathered=shape.gathered,
+        gathered_gradients=shape.gathered_gradients,
     )
-
-
-def _gathered(transformer: nn.Module) -> list[nn.Parameter]:
-    """The parameters outside the blocks, and twice those of the largest block."""
-    by_block = [list(block.parameters()) for block in blocks(transformer)]
-    largest = max(by_block, key=lambda parameters: sum(p.nbytes for p in parameters), default=[])
-    inside = {id(p) for parameters in by_block for p in parameters}
-    return [p for p in transformer.parameters() if id(p) not in inside] + 2 * largest
-
-
-def _encoder_bytes(counts: Counts) -> dict[EncoderName, int]:
-    outline = counts.outline()
-    return {
-        encoder: sum(p.nbytes for module in outline.encoder_modules(encoder) for p in module.parameters())
-        for encoder in ENCODERS
-    }
 
 
 def _reward_bytes(rewards: Iterable[Reward]) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from posttrain.planning.gpus import Device
+    from posttrain.planning.store import Store
     from posttrain.recipe.schema import Recipe
 
 ASSUMED_MFU = 0.4
@@ -55,10 +56,10 @@ class Budget:
         return needs.memory.host * min(self.devices, DEVICES_PER_MACHINE)
 
 
-def resources(recipe: Recipe, budget: Budget, *, cuda: bool) -> RenderableType:
+def resources(recipe: Recipe, budget: Budget, *, cuda: bool, store: Store | None = None) -> RenderableType:
     """What every stage and the evaluation need on the budget's devices, and which settings would make them
     fit."""
-    counts, limit = Counts(recipe.model, cuda=cuda), budget.device.usable_bytes
+    counts, limit = Counts(recipe.model, cuda=cuda, store=store), budget.device.usable_bytes
     all_needs = [stage_needs(recipe, stage, counts, budget.devices, limit) for stage in recipe.stages]
     if recipe.evaluation is not None:
         all_needs.append(evaluation_needs(recipe, recipe.evaluation, counts))
