@@ -3,7 +3,7 @@
     python benchmarks/count_shipped.py
 
 Run it after a change of what is counted: ``tests/test_plan_store.py`` says when the file is stale. It plans
-every shipped recipe on a large and on a small GPU, so that settings which a plan proposes are counted too.
+every shipped recipe on large and small GPUs, so that settings which a plan proposes are counted too.
 Those for a laptop are also planned without a GPU.
 """
 
@@ -21,13 +21,14 @@ from posttrain.recipe.file import load_recipe, shipped_recipes
 from posttrain.recipe.schema import Recipe
 from posttrain.support.versions import versions
 
-GPUS = ("H100 80GB", "RTX 4090 24GB")
+GPUS = (("H100 80GB", 1), ("H100 80GB", 8), ("RTX 4090 24GB", 1))
+"""GPUs and their number."""
 
 
 def counts_of(recipe: Recipe, store: Store) -> None:
     """Plan ``recipe`` with what is in the ``store``, and keep what is not."""
-    for card in GPUS:
-        resources(recipe, Budget(gpu(card), 1), cuda=True, store=store)
+    for card, devices in GPUS:
+        resources(recipe, Budget(gpu(card), devices), cuda=True, store=store)
     if "tiny" in recipe.model.model_dump_json():
         resources(recipe, Budget(custom("16GB", 1), 1, rates=Rates()), cuda=False, store=store)
 

@@ -68,13 +68,13 @@ def speedups(recipe: Recipe, stage: Stage, counts: Counts, budget: Budget, limit
     """Changes with which ``stage`` is at least LEAST times as fast and needs at most ``limit`` bytes on a
     device; then as many of them together as go together."""
     search = _Search(recipe, stage.name, counts, budget, limit)
-    single = search.gains([], _changes(recipe, stage, counts, budget))
+    changes = list(_changes(recipe, stage, counts, budget))
     shown: list[tuple[Change, Faster]] = []
-    for change, faster in single:  # of changes of the same fields the one that gains most
+    for change, faster in search.gains([], changes):  # of changes of the same fields the one that gains most
         if not any(change.fields == other.fields or _beaten(faster, gain) for other, gain in shown):
             shown.append((change, faster))
     chosen: list[Change] = []
-    while single and (more := search.gains(chosen, [change for change, _ in single])):
+    while more := search.gains(chosen, changes):
         best, _ = more[0]
         chosen.append(best)
     together = search.tried(chosen) if len(chosen) > 1 else None
