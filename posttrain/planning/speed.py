@@ -159,12 +159,10 @@ def _as_measured(stage: Stage, budget: Budget, most: int) -> Iterator[Change]:
             changed.append(f"{train}.compile=true")
         if checkpointing != settings.gradient_checkpointing:
             changed.append(f"{train}.gradient_checkpointing={checkpointing}")
-        if settings.micro_batch not in ("auto", rows):
-            changed.append(f"{train}.micro_batch={rows}")
+        if settings.micro_batch not in ("auto", size):
+            changed.append(f"{train}.micro_batch={size}")
         if len(changed) > 1:
-            yield Change(
-                tuple(changed), COMPILES if compiled and not settings.compile else "changes no result"
-            )
+            yield Change(tuple(changed), COMPILES if compiled != settings.compile else HARMLESS)
 
 
 def _caches(recipe: Recipe, stage: Stage, counts: Counts) -> Iterator[Change]:
