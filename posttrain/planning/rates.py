@@ -154,7 +154,7 @@ def shipped_rates() -> Rates:
 
 def read_rows(file: Path) -> list[Row]:
     """The rows in ``file``, which has a list of sessions, each with what its rows have in common."""
-    sessions = json.loads(file.read_text())["sessions"]
+    sessions = json.loads(file.read_text("utf-8"))["sessions"]
     return [
         Row(**{name: value for name, value in session.items() if name != "rows"}, **row)
         for session in sessions

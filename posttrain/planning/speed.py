@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.data.settings import Images
 from posttrain.errors import RecipeError
+from posttrain.planning.cache_size import encoding_bytes
 from posttrain.planning.data import known
 from posttrain.planning.needs import Needs, stage_needs
 from posttrain.planning.phases import in_cache, items_in_step
@@ -172,8 +173,6 @@ def _caches(recipe: Recipe, stage: Stage, counts: Counts) -> Iterator[Change]:
         unknown: Kind | None = "text" if data.prompts is None else None
         yield Change(("cache.prompts=true",), f"{each} of disk for each prompt", unknown)
     if not cached["images"] and stage.algorithm.needs == "images":
-        from posttrain.planning.cache_size import encoding_bytes
-
         side = round((data.size[0] * data.size[1]) ** 0.5)
         price = f"{short(encoding_bytes(counts, 'images', side), 'B')} of disk for each image"
         crops = tuple(

@@ -113,14 +113,14 @@ def identity(about: dict[str, Any]) -> str:
 
 @cache
 def _shipped() -> dict[str, dict[str, Any]]:
-    return {name: entry["counts"] for name, entry in json.loads(SHIPPED.read_text()).items()}
+    return {name: entry["counts"] for name, entry in json.loads(SHIPPED.read_text("utf-8")).items()}
 
 
 @cache
 def _source() -> str:
     """A hash of the files of SOURCE."""
     root = Path(__file__).parents[1]
-    return digest(*(file.read_text() for name in SOURCE for file in sorted(root.glob(name))))
+    return digest(*(file.read_text("utf-8") for name in SOURCE for file in sorted(root.glob(name))))
 
 
 def _read(file: Path) -> dict[str, Any]:
