@@ -19,6 +19,12 @@ from posttrain.recipe.file import load_recipe
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Counts that a plan keeps go to a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
 def test_gpus_are_known_by_the_names_people_write():
     assert gpu("NVIDIA H100 80GB HBM3").flops == 989e12
     assert gpu("rtx 4090").memory_bytes == 24e9

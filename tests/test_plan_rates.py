@@ -19,6 +19,14 @@ from posttrain.planning.work import Work
 from posttrain.recipe.file import load_recipe
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Counts that a plan keeps go to a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
 ABOUT = {
     "device": "H100 80GB",
     "product_tflops": 100,
