@@ -157,7 +157,7 @@ def test_what_is_cached_is_encoded_once():
 def test_the_caches_size_is_told_where_it_is_known(tmp_path):
     recipe = overridden(planned("sft"), ["cache={prompts: true, latents: mean_logvar, dtype: bf16}"])
     counts = counts_of(recipe.model, cuda=False)
-    prompt, image = (encoding_bytes(counts.outline(), encoder, 64) for encoder in ("prompts", "images"))
+    prompt, image = (encoding_bytes(counts, encoder, 64) for encoder in ("prompts", "images"))
     assert prompt == 4 * ((16 + 16) * 96 + 96)  # CLIP's and T5's tokens, and the pooled embeddings
     assert image == 2 * 4 * 8 * 8 * 8  # mean and log-variance of 8 channels
     assert cache_bytes(recipe, counts) == 100 * prompt / 2 + 100 * image / 2

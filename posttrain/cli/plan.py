@@ -23,7 +23,9 @@ def plan_resources(
     mfu: Annotated[
         float | None,
         typer.Option(
-            min=0.001, max=1, help="Fraction of the peak throughput that is sustained. Default: 0.4."
+            min=0.001,
+            max=1,
+            help="Fraction of the peak throughput that is sustained. Default: as measured, or 0.4.",
         ),
     ] = None,
     measured: Annotated[
@@ -41,9 +43,12 @@ def plan_resources(
     """
     del debug
     from posttrain.errors import PosttrainError
+    from posttrain.planning.budget import Budget
     from posttrain.planning.gpus import custom, here
     from posttrain.planning.gpus import gpu as known_gpu
-    from posttrain.planning.tables import ASSUMED_MFU, Budget, resources
+    from posttrain.planning.rates import Rates, shipped_rates
+    from posttrain.planning.store import store_of
+    from posttrain.planning.tables import resources
     from posttrain.recipe.file import load_recipe
     from posttrain.stages.processes import check_processes
 
@@ -59,11 +64,15 @@ def plan_resources(
         device = custom(memory, tflops)
     else:
         device = here() if gpu is None else known_gpu(gpu)
-    mfu_value, source = (ASSUMED_MFU, "assumed") if mfu is None else (mfu, "given")
+    source = "given"
     if measured is not None:
-        mfu_value, source = _measured(measured), f"measured, {measured}"
+        mfu, source = _measured(measured), f"measured, {measured}"
     cuda = "CPU" not in device.name
-    terminal().print(resources(loaded, Budget(device, gpus, mfu_value, source, loaded.tf32), cuda=cuda))
+    # the rows were measured on GPUs
+    rates = shipped_rates() if cuda else Rates()
+    budget = Budget(device, gpus, mfu, source, loaded.tf32, rates)
+    with store_of(loaded.model) as store:
+        terminal().print(resources(loaded, budget, cuda=cuda, store=store))
 
 
 def _measured(file: Path) -> float:

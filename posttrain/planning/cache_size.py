@@ -9,45 +9,43 @@ from posttrain.data.settings import PromptData
 from posttrain.planning.data import distinct_prompts, known
 
 if TYPE_CHECKING:
-    from posttrain.model import EncoderName, FlowModel
+    from posttrain.model import EncoderName
     from posttrain.planning.counts import Counts
     from posttrain.recipe.schema import Recipe
 
 
 def cache_bytes(recipe: Recipe, counts: Counts) -> float | None:
     """The most bytes that the recipe's cache takes; None if some data are not on this machine."""
-    total, outline = 0.0, counts.outline()
+    total = 0.0
     # stages with equal data share their encodings
     stages = {stage.data.model_dump_json(): stage for stage in recipe.stages}
     for stage in stages.values():
         data = known(stage.data, counts, stage.name)
         side = round((data.size[0] * data.size[1]) ** 0.5)
         if recipe.cache.prompts:
-            total += _times(data.prompts, kept_bytes(recipe, outline, "prompts", side))
+            total += _times(data.prompts, kept_bytes(recipe, counts, "prompts", side))
         if recipe.cache.latents != "off" and not isinstance(stage.data, PromptData):
-            total += _times(data.images, kept_bytes(recipe, outline, "images", side))
+            total += _times(data.images, kept_bytes(recipe, counts, "images", side))
     if recipe.cache.prompts and recipe.evaluation is not None:
-        total += _times(
-            distinct_prompts(recipe.evaluation.prompts), kept_bytes(recipe, outline, "prompts", 0)
-        )
+        total += _times(distinct_prompts(recipe.evaluation.prompts), kept_bytes(recipe, counts, "prompts", 0))
     return None if math.isnan(total) else total
 
 
-def kept_bytes(recipe: Recipe, outline: FlowModel, encoder: EncoderName, side: int) -> float:
+def kept_bytes(recipe: Recipe, counts: Counts, encoder: EncoderName, side: int) -> float:
     """The bytes that the cache keeps of one prompt, or of one image of ``side`` x ``side`` pixels."""
-    size = encoding_bytes(outline, encoder, side)
+    size = encoding_bytes(counts, encoder, side)
     # latents are always computed in float32; half-precision prompts are half as large already
     rounded = recipe.cache.dtype == "bf16" and (encoder == "images" or recipe.model.frozen_dtype() == "fp32")
     halvings = rounded + (encoder == "images" and recipe.cache.latents == "sampled")
     return size / 2**halvings
 
 
-def encoding_bytes(outline: FlowModel, encoder: EncoderName, side: int) -> int:
+def encoding_bytes(counts: Counts, encoder: EncoderName, side: int) -> int:
     """The bytes of one prompt's condition, or of the posterior (mean and log-variance) of one image of
     ``side`` x ``side`` pixels, in the precision in which they are computed."""
     if encoder == "images":
-        return 2 * 4 * math.prod(outline.latent_shape(side, side))
-    return sum(tensor.nbytes for tensor in outline.encode_prompts(["a"]).values())
+        return 2 * 4 * math.prod(counts.latent_shape((side, side)))
+    return counts.condition_bytes()
 
 
 def _times(count: int | None, size: float) -> float:

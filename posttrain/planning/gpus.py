@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from posttrain.cache.settings import size_in_bytes
 from posttrain.errors import PosttrainError
+from posttrain.planning.rates import Precision
 from posttrain.support.spelling import meant
 from posttrain.support.wording import counted
 
@@ -28,11 +29,22 @@ class Device:
     """Where the figures come from: "data sheet", "given" or "measured"."""
     reserved: float = 0.05
     """Assumed fraction of the memory that the CUDA context and fragmentation take."""
+    bf16: bool = True
+    """Whether it multiplies in bf16 and TF32. Without, it computes both as float32, so ``flops`` and
+    ``tf32_flops`` are float32's."""
 
     @property
     def usable_bytes(self) -> float:
         """The bytes that a stage may use."""
         return self.memory_bytes * (1 - self.reserved)
+
+    def peak(self, precision: Precision) -> float:
+        """FLOP/s of matrix products in ``precision``."""
+        return {"bf16": self.flops, "tf32": self.tf32_flops, "fp32": self.fp32_flops}[precision]
+
+    def has(self, precision: Precision) -> bool:
+        """Whether it has units for ``precision``, so that a rate measured in it can be scaled to it."""
+        return self.bf16 or precision == "fp32"
 
 
 # Memory in GB; TFLOP/s of dense bf16 with float32 sums, and of float32. Figures with sparsity are halved.
@@ -43,6 +55,12 @@ class Device:
 # - RTX A6000 and A10: float32 as sysrqmts.com lists it, bf16 4 times that, as on the A40's equal chip
 # - GeForce: float32 sums halve the rate of tensor cores, so bf16 is twice float32: RTX 4090 as hmc-tech.com
 #   lists both, RTX 3090 from float32, RTX 5090 from fp16's 838 with sparsity and fp16 sums
+# - GeForce of 8 to 16 GB: float32 of RTX 4060 and 3060 as hmc-tech.com lists it, of RTX 4080 and 4070 Ti as
+#   huggingface.co/datasets/ohdoking/gpu_spec does; of RTX 4070, 5080, 5070 Ti and 5060 Ti from cores x 2 x
+#   boost clock, as thefpsreview.com (5,888 at 2,475 MHz), tweaktown.com (10,752 at 2.62 GHz, 8,960 at 2.45)
+#   and cputronic.com (4,608 at 2,572 MHz) list them. bf16 is twice float32, as on the larger ones
+# - RTX A4000: NVIDIA's 19.2 for float32 and 153.4 for tensor cores with sparsity
+# - V100 SXM2 (float32 15.7) and T4 (8.1) have tensor cores for fp16 alone: see _WITHOUT_BF16
 # - MI300X: bf16 1,300 and fp8 2,610 as rooflinenotes.dev lists them; float32 an eighth of bf16
 _DATA_SHEETS: dict[str, tuple[float, float, float]] = {
     "B200 180GB": (180, 2250, 75),
@@ -59,8 +77,22 @@ _DATA_SHEETS: dict[str, tuple[float, float, float]] = {
     "RTX 5090 32GB": (32, 209.5, 104.8),
     "RTX 4090 24GB": (24, 165.2, 82.6),
     "RTX 3090 24GB": (24, 71, 35.6),
+    "RTX 5080 16GB": (16, 112.7, 56.3),
+    "RTX 5070 Ti 16GB": (16, 87.8, 43.9),
+    "RTX 5060 Ti 16GB": (16, 47.4, 23.7),
+    "RTX 4080 16GB": (16, 97.5, 48.7),
+    "RTX 4070 Ti 12GB": (12, 80.2, 40.1),
+    "RTX 4070 12GB": (12, 58.3, 29.1),
+    "RTX 4060 8GB": (8, 30.2, 15.1),
+    "RTX 3060 12GB": (12, 25.5, 12.7),
+    "RTX A4000 16GB": (16, 76.7, 19.2),
+    "V100 32GB": (32, 15.7, 15.7),
+    "V100 16GB": (16, 15.7, 15.7),
+    "T4 16GB": (16, 8.1, 8.1),
     "MI300X 192GB": (192, 1307, 163.4),
 }
+# Volta and Turing compute bf16 and TF32 as float32 (or emulate bf16, which is slower still).
+_WITHOUT_BF16 = {"V100 32GB", "V100 16GB", "T4 16GB"}
 
 
 def gpu(name: str) -> Device:
@@ -69,6 +101,8 @@ def gpu(name: str) -> Device:
     Raises PosttrainError, with the known names, if none fits or several do."""
     plain = _plain(name)
     matches = [known for known in _DATA_SHEETS if _plain(known) == plain]
+    if not matches:  # "L4" is no "L40S 48GB", and "RTX 4070" no "RTX 4070 Ti 12GB"
+        matches = [known for known in _DATA_SHEETS if _plain(known.rpartition(" ")[0]) == plain]
     if not matches:
         matches = [known for known in _DATA_SHEETS if _plain(known).startswith(plain) and "PCIe" not in known]
     if len(matches) != 1:
@@ -79,7 +113,15 @@ def gpu(name: str) -> Device:
             "its dense bf16 throughput: --memory 48GB --tflops 362"
         )
     memory, flops, fp32 = _DATA_SHEETS[matches[0]]
-    return Device(matches[0], memory * 1e9, flops * 1e12, flops / 2 * 1e12, fp32 * 1e12)
+    bf16 = matches[0] not in _WITHOUT_BF16
+    tf32 = flops / 2 if bf16 else fp32
+    return Device(matches[0], memory * 1e9, flops * 1e12, tf32 * 1e12, fp32 * 1e12, bf16=bf16)
+
+
+def known_name(name: str) -> str:
+    """The name by which the data sheets know the GPU ``name``; ``name`` itself if they do not."""
+    plain = _plain(name)
+    return next((known for known in _DATA_SHEETS if _plain(known) == plain), name)
 
 
 def custom(memory: str, tflops: float) -> Device:

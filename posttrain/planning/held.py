@@ -9,27 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-class Segment:
-    """A part of a computation that happens ``copies`` times in a row. Bytes are pairs: fixed, and of each
-    row."""
-
-    def __init__(self, copies: int, *, of_all: bool = False) -> None:
-        self.copies, self.of_all = copies, of_all
-        self.fixed = self.each = 0
-        """Bytes held at its end minus those at its start."""
-        self.highs = [(0, 0)]
-        """The bytes held, minus those at its start, after each storage that was made."""
-
-    def add(self, fixed: int, each: int) -> None:
-        """Storage that was made, or freed if negative."""
-        self.fixed, self.each = self.fixed + fixed, self.each + each
-        if fixed > 0 or each > 0:
-            self.highs.append((self.fixed, self.each))
-
-    def peak(self, rows: int) -> int:
-        """The most bytes held at a time, minus those at its start."""
-        return max(fixed + each * rows for fixed, each in self.highs)
+from posttrain.planning.profile import Profile, Segment
 
 
 class Held(TorchDispatchMode):
@@ -53,13 +33,11 @@ class Held(TorchDispatchMode):
 
     def peak(self, rows: int = 1) -> int:
         """The most bytes held at a time, if the computation had ``rows`` rows."""
-        held = most = 0
-        for segment in self._segments:
-            change, peak = segment.fixed + segment.each * rows, segment.peak(rows)
-            repeats = (segment.copies - 1) * change
-            most = max(most, held + peak, held + repeats + peak)
-            held += change + repeats
-        return most
+        return self.profile().peak(rows)
+
+    def profile(self) -> Profile:
+        """What was held, without the tensors."""
+        return Profile(self._segments)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}

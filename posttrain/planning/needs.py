@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.cache.prompts import PROMPT_ENCODE_BATCH
 from posttrain.data.prompts import prompt_rows
@@ -13,25 +13,24 @@ from posttrain.errors import PosttrainError
 from posttrain.model import EncoderName
 from posttrain.parallel.shares import Shares
 from posttrain.planning.counts import Counts
+from posttrain.planning.data import known
 from posttrain.planning.memory import Memory, Phase, memory
 from posttrain.planning.phases import (
-    ENCODERS,
     StagePlan,
     at_rest,
     branches_of,
+    calls_of,
     in_cache,
     items_in_step,
     on_device,
     square,
 )
-from posttrain.planning.sizes import Sizes, Transformer, disk_bytes, stage_sizes
-from posttrain.planning.work import Work, image_work, stage_work
-from posttrain.policy.blocks import blocks
+from posttrain.planning.rates import Kind
+from posttrain.planning.sizes import Sizes, disk_bytes, stage_sizes
+from posttrain.planning.work import Work, Works, image_work, stage_work
 from posttrain.policy.precision import AUTOCAST
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from posttrain.recipe.schema import Evaluation, Recipe, Stage
     from posttrain.reward import Reward
 
@@ -45,17 +44,25 @@ class Needs:
 
     name: str
     memory: Memory
-    rollout: Work
-    """Forwards that train nothing: they make the images to learn from, to look at or to compare."""
-    training: Work
+    works: Works
+    """The work of each kind."""
+    mode: Mapping[str, Any]
+    """What decides how fast the transformer works, as :class:`posttrain.planning.rates.Wanted` has it."""
+    evaluates: bool = False
+    """Whether it is the evaluation."""
     disk: float = 0.0
     """Bytes of checkpoints and the artifact."""
     auto_micro_batch: int | None = None
     """The micro-batch that the plan chose if the recipe says ``auto``; else None."""
 
     @property
-    def work(self) -> Work:
-        return self.rollout + self.training
+    def training(self) -> Work:
+        return self.works["training"]
+
+    @property
+    def rollout(self) -> Work:
+        """Everything that trains nothing: it makes the images to learn from, to look at or to compare."""
+        return sum((work for kind, work in self.works.items() if kind != "training"), Work())
 
 
 def stage_needs(
@@ -78,20 +85,41 @@ def stage_needs(
         chosen, most = 1, items_in_step(stage, counts, devices)
         while 2 * chosen <= most and needed(2 * chosen).total <= limit:
             chosen *= 2
-    rollout, training = stage_work(recipe, stage, counts)
-    disk = disk_bytes(stage, sizes)
-    return Needs(stage.name, needed(chosen or int(given)), rollout, training, disk, chosen)
+    micro_batch = chosen or int(given)
+    train, size = stage.train, known(stage.data, counts, stage.name).size
+    items = min(micro_batch, items_in_step(stage, counts, devices))
+    mode = {
+        "algorithm": stage.algorithm.type,
+        "tune": stage.tune.type,
+        "compile": train.compile,
+        "checkpointing": train.gradient_checkpointing,
+        "micro_batch": items * calls_of(stage, counts).rows_with,
+        "forward": counts.flops("forward", size),
+    }
+    return Needs(
+        stage.name,
+        needed(micro_batch),
+        stage_work(recipe, stage, counts),
+        mode,
+        disk=disk_bytes(stage, sizes),
+        auto_micro_batch=chosen,
+    )
 
 
 def evaluation_needs(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> Needs:
     """What evaluating the base model and every stage needs."""
     cached: dict[EncoderName, bool] = {"prompts": recipe.cache.prompts}
-    weights = sum(p.nbytes for p in counts.outline().transformer.parameters())
-    sizes = Sizes(0, weights, 0, 0, _reward_bytes(evaluation.rewards), _encoder_bytes(counts))
+    # an outline without a tune has no trained weights
+    weights = counts.shape().transformer.frozen
+    sizes = Sizes(0, weights, 0, 0, _reward_bytes(evaluation.rewards), counts.encoder_bytes())
     phases = _evaluation_phases(recipe, evaluation, counts, cached)
     resting = at_rest(recipe, counts, cached)
     held = memory(sizes, phases, Shares(), resting, separate=counts.cuda)
-    return Needs("evaluation", held, _evaluation_work(recipe, evaluation, counts), Work())
+    mode = {
+        "micro_batch": min(MOST_ROWS, evaluation.batch_size),
+        "forward": counts.flops("forward", square(evaluation)),
+    }
+    return Needs("evaluation", held, _evaluation_work(recipe, evaluation, counts), mode, evaluates=True)
 
 
 def _evaluation_phases(
@@ -110,46 +138,31 @@ def _evaluation_phases(
     }
 
 
-def _evaluation_work(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> Work:
+def _evaluation_work(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> Works:
     try:
         prompts = len(prompt_rows(evaluation.prompts))
     except (OSError, PosttrainError):
         prompts = 0  # the prompts may be on another machine
     models = 1 + len(recipe.stages)
     encoded = prompts * (1 if recipe.cache.prompts else models)
-    images = image_work(counts, evaluation) * (prompts * evaluation.images_per_prompt * models)
-    return images + Work(low=counts.flops("text", square(evaluation))) * encoded
+    images = prompts * evaluation.images_per_prompt * models
+    works: dict[Kind, Work] = {k: work * images for k, work in image_work(counts, evaluation).items()}
+    text = Work(low=counts.flops("text", square(evaluation))) * encoded
+    return {"training": Work(), "encode": Work(), "text": text, **works}
 
 
 def _sizes(recipe: Recipe, stage: Stage, counts: Counts) -> Sizes:
-    transformer = counts.outline(stage.tune).transformer
+    shape = counts.shape(stage.tune)
     rewards = list(stage.rewards)
     if stage.monitor is not None and recipe.evaluation is not None:
         rewards += recipe.evaluation.rewards
-    gathered = _gathered(transformer)
     return replace(
-        stage_sizes(recipe, stage, Transformer.from_module(transformer)),
+        stage_sizes(recipe, stage, shape.transformer),
         rewards=_reward_bytes(rewards),
-        encoders=_encoder_bytes(counts),
-        gathered=sum(p.nbytes for p in gathered),
-        gathered_gradients=sum(p.nbytes for p in gathered if p.requires_grad),
+        encoders=counts.encoder_bytes(),
+        gathered=shape.gathered,
+        gathered_gradients=shape.gathered_gradients,
     )
-
-
-def _gathered(transformer: nn.Module) -> list[nn.Parameter]:
-    """The parameters outside the blocks, and twice those of the largest block."""
-    by_block = [list(block.parameters()) for block in blocks(transformer)]
-    largest = max(by_block, key=lambda parameters: sum(p.nbytes for p in parameters), default=[])
-    inside = {id(p) for parameters in by_block for p in parameters}
-    return [p for p in transformer.parameters() if id(p) not in inside] + 2 * largest
-
-
-def _encoder_bytes(counts: Counts) -> dict[EncoderName, int]:
-    outline = counts.outline()
-    return {
-        encoder: sum(p.nbytes for module in outline.encoder_modules(encoder) for p in module.parameters())
-        for encoder in ENCODERS
-    }
 
 
 def _reward_bytes(rewards: Iterable[Reward]) -> int:

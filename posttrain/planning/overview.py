@@ -10,6 +10,7 @@ from rich.text import Text
 
 from posttrain.data.settings import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.engine.rehearsal import rehearse
+from posttrain.errors import PosttrainError
 from posttrain.parallel.shares import Shares
 from posttrain.planning.memory import Phase, memory
 from posttrain.planning.sizes import Transformer, disk_bytes, samples_of, stage_sizes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from posttrain.model import EncoderName
     from posttrain.recipe.schema import Evaluation, Recipe, Stage
 
 Shapes = dict[str, tuple[int, ...]]
@@ -122,20 +124,27 @@ def _cache(recipe: Recipe) -> Iterator[Text]:
 
 def _encodings(recipe: Recipe) -> Iterator[str]:
     """What is cached, each with the size of one encoding if that is known."""
-    import torch
-
     from posttrain.planning.cache_size import kept_bytes
+    from posttrain.planning.counts import Counts
+    from posttrain.planning.store import store_of
 
-    outline = recipe.model.outline("fp32", torch.device("meta"))
-    if recipe.cache.prompts:
-        each = "" if outline is None else f", {short(kept_bytes(recipe, outline, 'prompts', 0), 'B')} each"
-        yield f"prompts{each}"
-    if recipe.cache.latents != "off":
-        sides = {s.data.resolution for s in recipe.stages if isinstance(s.data, Images)} - {None}
-        each = ""
-        if outline is not None and len(sides) == 1 and (side := sides.pop()) is not None:
-            each = f", {short(kept_bytes(recipe, outline, 'images', side), 'B')} each at {side} px"
-        yield f"latents ({recipe.cache.latents}){each}"
+    with store_of(recipe.model) as store:
+        counts = Counts(recipe.model, cuda=False, store=store)
+
+        def each(encoder: EncoderName, side: int) -> str:
+            try:
+                return f", {short(kept_bytes(recipe, counts, encoder, side), 'B')} each"
+            except PosttrainError:  # the model's shape is unknown
+                return ""
+
+        if recipe.cache.prompts:
+            yield f"prompts{each('prompts', 0)}"
+        if recipe.cache.latents != "off":
+            sides = {s.data.resolution for s in recipe.stages if isinstance(s.data, Images)} - {None}
+            known = ""
+            if len(sides) == 1 and (side := sides.pop()) is not None and (size := each("images", side)):
+                known = f"{size} at {side} px"
+            yield f"latents ({recipe.cache.latents}){known}"
 
 
 def _missing_rewards(recipe: Recipe) -> list[Text]:

@@ -137,12 +137,12 @@ class StagePlan:
     @cached_property
     def latent(self) -> int:
         """Numbers in the latents of one image."""
-        return math.prod(self.counts.outline().latent_shape(*self.size))
+        return math.prod(self.counts.latent_shape(self.size))
 
     @cached_property
     def held(self) -> float:
         """Bytes of the batch's conditions and items."""
-        conditions = sum(t.nbytes for t in self.counts.condition(1).values()) * self.prompts
+        conditions = self.counts.condition_bytes() * self.prompts
         per_sample, per_number = self.calls.item_bytes
         items = self.batch * (per_sample + per_number * self.latent)
         if self.counts.cuda or self.calls.decoded or self.cached["images"]:
@@ -155,8 +155,7 @@ class StagePlan:
         """Bytes of the low-precision copies that autocast keeps of whole weights (``Policy.casts_kept``)."""
         if self.dtype is None or self.recipe.parallel.shares(self.devices).gathers:
             return 0.0
-        parameters = self.counts.outline(self.stage.tune).transformer.parameters()
-        return 2.0 * sum(p.numel() for p in parameters if p.requires_grad)
+        return 2.0 * sum(self.counts.shape(self.stage.tune).transformer.trained)
 
     def _on_device(self, *working: EncoderName) -> frozenset[EncoderName]:
         return on_device(self.recipe, self.counts, self.cached, *working)

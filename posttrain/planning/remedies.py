@@ -200,8 +200,8 @@ def _changes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Iter
 def _prompt_cache(recipe: Recipe, counts: Counts) -> Iterator[Change]:
     rests = [counts.cuda and recipe.model.rests("prompts", cached=cached) for cached in (False, True)]
     if not recipe.cache.prompts and rests == [False, True]:
-        each = sum(tensor.nbytes for tensor in counts.condition(1).values())
-        yield Change("cache.prompts=true", f"{short(each, 'B')} of disk for each prompt")
+        each = short(counts.condition_bytes(), "B")
+        yield Change("cache.prompts=true", f"{each} of disk for each prompt")
 
 
 def _offload(recipe: Recipe, counts: Counts) -> Iterator[Change]:

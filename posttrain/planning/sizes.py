@@ -8,12 +8,13 @@ no time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.engine.trainer import REFERENCE
 from posttrain.model import torch_dtype
+from posttrain.policy.blocks import blocks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +58,42 @@ class Transformer:
             numbers = sum(math.prod(shape) for shape in shapes.values())
             frozen = numbers * torch_dtype(recipe.model.frozen_dtype()).itemsize
         return cls(tuple(n for n in trained if n), frozen)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A transformer's parameters in one stage, and those that a forward gathers where weights are sharded."""
+
+    transformer: Transformer
+    gathered: int
+    """Bytes of the parameters outside the blocks, and twice those of the largest block."""
+    gathered_gradients: int
+    """Those of them that are trained."""
+
+    @classmethod
+    def from_module(cls, transformer: nn.Module) -> Outline:
+        """Measure a transformer, as :meth:`Transformer.from_module` does."""
+        by_block = [list(block.parameters()) for block in blocks(transformer)]
+        largest = max(by_block, key=lambda parameters: sum(p.nbytes for p in parameters), default=[])
+        inside = {id(p) for parameters in by_block for p in parameters}
+        gathered = [p for p in transformer.parameters() if id(p) not in inside] + 2 * largest
+        trained = [p for p in gathered if p.requires_grad]
+        return cls(
+            Transformer.from_module(transformer),
+            sum(p.nbytes for p in gathered),
+            sum(p.nbytes for p in trained),
+        )
+
+    def as_json(self) -> list[Any]:
+        """The outline as JSON values."""
+        return [self.transformer.trained, self.transformer.frozen, self.gathered, self.gathered_gradients]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> Outline:
+        """The inverse of :meth:`as_json`. Raises ValueError or TypeError for other values."""
+        trained, *others = values
+        frozen, gathered, gradients = map(int, others)
+        return cls(Transformer(tuple(map(int, trained)), frozen), gathered, gradients)
 
 
 @dataclass(frozen=True)

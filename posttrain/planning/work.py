@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.planning.data import known
 from posttrain.planning.phases import branches_of, calls_of, in_cache, square
+from posttrain.planning.rates import Kind
 from posttrain.planning.sizes import samples_of
 from posttrain.stages.hooks.image_grids import SHOWN
 
@@ -32,8 +34,12 @@ class Work:
         return Work(self.low * times, self.full * times)
 
 
-def stage_work(recipe: Recipe, stage: Stage, counts: Counts) -> tuple[Work, Work]:
-    """The work of forwards that train nothing (rollouts, encoding, image grids), and the work of training."""
+Works = Mapping[Kind, Work]
+"""The work of each kind."""
+
+
+def stage_work(recipe: Recipe, stage: Stage, counts: Counts) -> Works:
+    """The work of a stage, image grids and held-out scores included."""
     train, calls, data = stage.train, calls_of(stage, counts), known(stage.data, counts, stage.name)
     size, samples = data.size, samples_of(stage)
     forward = _transformer(counts, size, train.precision)
@@ -43,28 +49,35 @@ def stage_work(recipe: Recipe, stage: Stage, counts: Counts) -> tuple[Work, Work
     encoded = samples
     if in_cache(recipe, stage)["images"] and data.images is not None:
         encoded = min(samples, data.images)
-    rollout = forward * (calls.rollout * samples) + Work(low=counts.flops("text", size) * prompts)
-    if calls.decoded:
-        rollout += Work(full=counts.flops("decode", size) * samples)
-    else:
-        rollout += Work(full=counts.flops("encode", size) * encoded)
     # selective checkpointing recomputes almost nothing
     recomputed = 1 if train.gradient_checkpointing == "full" else 0
-    training = forward * ((calls.frozen + calls.training * (3 + recomputed)) * samples)
+    works: dict[Kind, Work] = {
+        "training": forward * ((calls.frozen + calls.training * (3 + recomputed)) * samples),
+        "rollout": forward * (calls.rollout * samples),
+        "text": Work(low=counts.flops("text", size) * prompts),
+        "encode": Work(full=0 if calls.decoded else counts.flops("encode", size) * encoded),
+        "decode": Work(full=counts.flops("decode", size) * samples if calls.decoded else 0),
+    }
     if (evaluation := recipe.evaluation) is not None:
-        each = image_work(counts, evaluation.model_copy(update={"precision": train.precision}))
+        images = 0
         if stage.monitor is not None:
-            rollout += each * ((train.steps // stage.monitor.every + 1) * stage.monitor.prompts)
+            images += (train.steps // stage.monitor.every + 1) * stage.monitor.prompts
         if train.sample_every:
-            rollout += each * ((train.steps // train.sample_every + 1) * SHOWN)
-    return rollout, training
+            images += (train.steps // train.sample_every + 1) * SHOWN
+        if images:
+            settings = evaluation.model_copy(update={"precision": train.precision})
+            for kind, work in image_work(counts, settings).items():
+                works[kind] += work * images
+    return works
 
 
-def image_work(counts: Counts, sampling: Sampling) -> Work:
+def image_work(counts: Counts, sampling: Sampling) -> Works:
     """The work of sampling and decoding one image."""
     forward = _transformer(counts, square(sampling), sampling.precision)
-    decoded = Work(full=counts.flops("decode", square(sampling)))
-    return forward * (branches_of(sampling) * sampling.steps) + decoded
+    return {
+        "rollout": forward * (branches_of(sampling) * sampling.steps),
+        "decode": Work(full=counts.flops("decode", square(sampling))),
+    }
 
 
 def _transformer(counts: Counts, size: Size, precision: str) -> Work:
