@@ -1,6 +1,7 @@
 """The plan knows what a recipe needs, and what to change where it does not fit."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,16 +99,66 @@ def test_checkpointing_and_a_smaller_micro_batch_need_less():
     assert again[1] == pytest.approx(whole[1] * 4 / 3)
 
 
+def decided(micro_batch):
+    return f"only: auto is planned as micro_batch {micro_batch}. A run takes what it finds fastest."
+
+
+AUTO = "micro_batch: auto, compile: auto, gradient_checkpointing: auto"
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [(math.inf, "off, micro_batch 32"), (57e6, "off, micro_batch 1"), (55e6, "0.5"), (51e6, "full")],
+)
+def test_what_is_auto_is_decided_for_the_device(limit, words):
+    recipe = planned("sft", train=AUTO)
+    on_cuda = need(recipe, counts=counts_of(recipe.model, cuda=True), limit=limit)
+    assert f"compile true, gradient_checkpointing {words}" in on_cuda.decided
+    assert on_cuda.mode["compile"] is True
+    assert on_cuda.memory.total <= limit or words == "full"
+    on_cpu = need(recipe, counts=counts_of(recipe.model, cuda=False), limit=limit)
+    assert "compile false, gradient_checkpointing off, micro_batch" in on_cpu.decided
+    assert on_cpu.mode["compile"] is False
+
+
+def test_a_share_of_activations_lies_between_all_and_whole_blocks():
+    def total(checkpointing):
+        train = f"micro_batch: 32, compile: true, gradient_checkpointing: {checkpointing}"
+        return need(planned("sft", train=train), cuda=True).memory.activations
+
+    off, full = total("off"), total("full")
+    assert total("selective") == pytest.approx((off + full) / 2)
+    assert total("0.25") == pytest.approx(full + (off - full) / 4)
+
+
+def test_bf16_weights_are_beside_float32_ones_unless_autocast_makes_them():
+    def held(block):
+        recipe = overridden(
+            planned("sft", train="micro_batch: 1, precision: bf16"), [f"parallel={{strategy: {block}}}"]
+        )
+        return need(recipe, cuda=True, devices=2 if block != "single" else 1)
+
+    trained = sum(counts_of(planned("sft").model, cuda=True).shape(Full()).transformer.trained)
+    single, ddp, fsdp = (held(block).memory.weights for block in ("single", "ddp", "fsdp2"))
+    assert single == ddp
+    encoders = single - 6 * trained
+    assert encoders > 0
+    assert fsdp == pytest.approx(2 * trained + encoders)
+    assert held("deepspeed").memory.weights == pytest.approx(
+        4 * trained + 2 * trained + encoders
+    )  # its flat copy of half of the weights
+
+
 def test_micro_batch_auto_is_the_largest_power_of_two_that_fits():
     recipe = planned("sft", train="micro_batch: auto")
     counts = counts_of(recipe.model, cuda=False)
-    assert need(recipe, counts=counts).auto_micro_batch == 32
-    assert need(recipe, counts=counts, devices=3).auto_micro_batch == 8  # 11 items on the first of 3
+    assert need(recipe, counts=counts).decided == decided(32)
+    assert need(recipe, counts=counts, devices=3).decided == decided(8)  # 11 items on the first of 3
     chosen = need(recipe, counts=counts, limit=105e6)
-    assert chosen.auto_micro_batch == 8
+    assert chosen.decided == decided(8)
     assert chosen.memory == need(planned("sft", train="micro_batch: 8"), counts=counts).memory
-    assert need(recipe, counts=counts, limit=1).auto_micro_batch == 1
-    assert need(planned("sft")).auto_micro_batch is None
+    assert need(recipe, counts=counts, limit=1).decided == decided(1)
+    assert need(planned("sft")).decided is None
 
 
 def test_encoders_at_rest_are_on_the_device_only_while_they_work():

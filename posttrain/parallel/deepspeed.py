@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -37,6 +37,8 @@ DECIDED_BY_RECIPE = (
 
 class DeepSpeed(Parallel):
     """DeepSpeed's ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054), in the recipe's precision."""
+
+    lowers: ClassVar = False
 
     strategy: Literal["deepspeed"] = "deepspeed"
     """The name by which recipes choose it."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 class Parallel(Spec, ABC):
     """A recipe's ``parallel`` block. Each subclass has a literal ``strategy``."""
 
+    lowers: ClassVar[bool] = True
+    """Whether ``precision: bf16`` computes with bf16 copies of float32 weights; else by autocast."""
+
     strategy: str
     """The name by which recipes choose it."""
 

@@ -65,8 +65,9 @@ class Counts:
 
         return self.once(key, found)
 
-    def outline(self, tune: Tune | None = None) -> FlowModel:
-        """The model without weights on the meta device, as loaded, or as ``tune`` trains it.
+    def outline(self, tune: Tune | None = None, lowered: torch.dtype | None = None) -> FlowModel:
+        """The model without weights on the meta device, as loaded, or as ``tune`` trains it, with the
+        transformer's weights ``lowered`` to a precision.
 
         Raises PosttrainError if its shape is unknown. It is never in the store: code that can do with a
         count of it should, since building it takes seconds."""
@@ -80,9 +81,11 @@ class Counts:
                 )
             if tune is not None:
                 tune.apply(outline.transformer, 0)
+            for parameter in outline.transformer.parameters() if lowered is not None else ():
+                parameter.data = parameter.data.to(lowered)
             return outline
 
-        return self.once(("outline", dtype, tune and tune.model_dump_json()), built)
+        return self.once(("outline", dtype, tune and tune.model_dump_json(), lowered), built)
 
     def shape(self, tune: Tune | None = None) -> Outline:
         """The transformer's parameters, as loaded in float32, or as ``tune`` trains them."""
@@ -138,16 +141,20 @@ class Counts:
         tune: Tune | None = None,
         autocast: torch.dtype | None = None,
         checkpointing: Checkpointing = "off",
+        lowered: torch.dtype | None = None,
     ) -> Profile:
-        """What ``work`` on any number of images of ``size`` holds, without the weights and their
-        gradients."""
+        """What ``work`` on any number of images of ``size`` holds, without the weights and their float32
+        gradients.
+
+        It computes under ``autocast``, or with weights that are ``lowered``, whose gradients count."""
         mode = checkpointing if work == "training" else "off"
 
         def counted() -> Profile:
-            outline, training = self.outline(tune), work == "training"
+            outline, training = self.outline(tune, lowered), work == "training"
             checkpoint_blocks(outline.transformer, mode)
             for parameter in outline.transformer.parameters():
-                if parameter.requires_grad and training:
+                parameter.grad = None
+                if parameter.requires_grad and training and lowered is None:
                     parameter.grad = torch.empty_like(parameter)
             rows = _prime(outline.transformer)
             held = held_by(
@@ -161,7 +168,8 @@ class Counts:
             checkpoint_blocks(outline.transformer, "off")
             return held.profile()
 
-        key = ("memory", work, size, tune and tune.model_dump_json(), str(autocast), mode, self.cuda)
+        precision = str(autocast) if lowered is None else f"lowered {lowered}"
+        key = ("memory", work, size, tune and tune.model_dump_json(), precision, mode, self.cuda)
         return self._stored(key, counted, Profile.from_json, Profile.as_json)
 
     def autoencoder(self, work: Literal["encode", "decode"], size: Size, images: int) -> int:

@@ -75,7 +75,7 @@ def memory(
         return size * share.fraction if (share.on_host and separate) == host else 0.0
 
     def parts(phase: Phase, host: bool = False) -> dict[str, float]:
-        weights = on(host, shares.weights, 4 * sizes.trained + sizes.frozen)
+        weights = on(host, shares.weights, 4 * sizes.trained + sizes.frozen + sizes.lowered)
         caches = 0.0
         if not host:
             weights += sizes.rewards + sum(sizes.encoders.get(name, 0) for name in phase.encoders)

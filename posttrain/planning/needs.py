@@ -26,6 +26,7 @@ from posttrain.planning.phases import (
     square,
 )
 from posttrain.planning.rates import Kind
+from posttrain.planning.settled import in_words, settled
 from posttrain.planning.sizes import Sizes, disk_bytes, stage_sizes
 from posttrain.planning.work import Work, Works, image_work, stage_work
 from posttrain.policy.precision import AUTOCAST
@@ -52,8 +53,8 @@ class Needs:
     """Whether it is the evaluation."""
     disk: float = 0.0
     """Bytes of checkpoints and the artifact."""
-    auto_micro_batch: int | None = None
-    """The micro-batch that the plan chose if the recipe says ``auto``; else None."""
+    decided: str | None = None
+    """What the plan decided where the recipe says ``auto``, in a line; None if it does not."""
 
     @property
     def training(self) -> Work:
@@ -71,38 +72,34 @@ def stage_needs(
     """What ``stage`` needs, with text encoders, autoencoder, held-out scores and image grids. Rewards'
     networks count in memory, by the size of their files, and not in FLOPs.
 
-    ``micro_batch: auto`` becomes the largest power of two with which a device needs at most ``limit`` bytes.
+    What is ``auto`` is decided as :func:`posttrain.planning.settled.settled` says, for ``limit`` bytes.
     """
-    sizes, shares = _sizes(recipe, stage, counts), recipe.parallel.shares(devices)
+    sizes, shares = _sizes(recipe, stage, counts, devices), recipe.parallel.shares(devices)
     resting = at_rest(recipe, counts, in_cache(recipe, stage))
 
-    def needed(micro_batch: int) -> Memory:
+    def needed(stage: Stage, micro_batch: int) -> Memory:
         phases = dict(StagePlan(recipe, stage, counts, devices, micro_batch).phases())
         return memory(sizes, phases, shares, resting, separate=counts.cuda)
 
-    given, chosen = stage.train.micro_batch, None
-    if given == "auto":
-        chosen, most = 1, items_in_step(stage, counts, devices)
-        while 2 * chosen <= most and needed(2 * chosen).total <= limit:
-            chosen *= 2
-    micro_batch = chosen or int(given)
+    given, stage = stage, settled(stage, counts, devices, limit, needed)
+    micro_batch = int(stage.train.micro_batch)
     train, size = stage.train, known(stage.data, counts, stage.name).size
     items = min(micro_batch, items_in_step(stage, counts, devices))
     mode = {
         "algorithm": stage.algorithm.type,
         "tune": stage.tune.type,
         "compile": train.compile,
-        "checkpointing": train.gradient_checkpointing,
+        "checkpointing": str(train.gradient_checkpointing),
         "micro_batch": items * calls_of(stage, counts).rows_with,
         "forward": counts.flops("forward", size),
     }
     return Needs(
         stage.name,
-        needed(micro_batch),
+        needed(stage, micro_batch),
         stage_work(recipe, stage, counts),
         mode,
         disk=disk_bytes(stage, sizes),
-        auto_micro_batch=chosen,
+        decided=in_words(given, stage),
     )
 
 
@@ -151,13 +148,18 @@ def _evaluation_work(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> 
     return {"training": Work(), "encode": Work(), "text": text, **works}
 
 
-def _sizes(recipe: Recipe, stage: Stage, counts: Counts) -> Sizes:
+def _sizes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Sizes:
     shape = counts.shape(stage.tune)
     rewards = list(stage.rewards)
     if stage.monitor is not None and recipe.evaluation is not None:
         rewards += recipe.evaluation.rewards
+    sizes = stage_sizes(recipe, stage, shape.transformer)
+    # sharded weights are lowered as they are gathered
+    lowers = AUTOCAST[stage.train.precision] is not None and recipe.parallel.lowers
+    gathers = recipe.parallel.shares(devices).gathers
     return replace(
-        stage_sizes(recipe, stage, shape.transformer),
+        sizes,
+        lowered=2 * sizes.trained if lowers and not gathers else 0,
         rewards=_reward_bytes(rewards),
         encoders=counts.encoder_bytes(),
         gathered=shape.gathered,

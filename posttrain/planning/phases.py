@@ -15,6 +15,7 @@ from posttrain.model import EncoderName
 from posttrain.planning.counts import Counts, Size
 from posttrain.planning.data import Known, known
 from posttrain.planning.memory import Phase
+from posttrain.policy.activations import share_kept
 from posttrain.policy.precision import AUTOCAST
 from posttrain.stages.hooks.image_grids import SHOWN
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from posttrain.flow.sampling_settings import Sampling
+    from posttrain.planning.profile import Profile
+    from posttrain.policy.activations import Checkpointing
     from posttrain.recipe.schema import Recipe, Stage
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
@@ -64,23 +67,21 @@ class StagePlan:
     def _rollout(self) -> Iterator[tuple[str, Phase]]:
         rows = min(self.micro_batch, self.batch)
         if self.calls.rollout:
-            forward = self.counts.memory("forward", self.size, self.stage.tune, self.dtype)
-            activations = forward.peak(rows * self.calls.rows_without)
+            activations = self._forward(self.size).peak(rows * self.calls.rows_without)
             yield "rollout", Phase(activations, self.held, encoders=self._on_device(), forward=True)
         if self.calls.decoded:
             decoding = self.counts.autoencoder("decode", self.size, rows) + self.casts
             yield "decoding", Phase(decoding, self.held, encoders=self._on_device("images"))
 
     def _training(self) -> Iterator[tuple[str, Phase]]:
-        given, idle = self.stage.train.gradient_checkpointing, self._on_device()
-        checkpointing = "off" if given == "auto" else given
-        backward = self.counts.memory("training", self.size, self.stage.tune, self.dtype, checkpointing)
-        in_step = items_in_step(self.stage, self.counts, self.devices)
-        activations = backward.peak(min(self.micro_batch, in_step) * self.calls.rows_with)
+        idle, in_step = self._on_device(), items_in_step(self.stage, self.counts, self.devices)
+        activations = self._backward(min(self.micro_batch, in_step) * self.calls.rows_with)
         # the last block that is computed again has the gradients of all other blocks beside it
-        gradients = in_step > self.micro_batch or checkpointing == "full"
+        recomputed = self.stage.train.gradient_checkpointing == "full" and self.lowered is None
+        gradients = in_step > self.micro_batch or recomputed
         yield "training", Phase(activations, self.held, gradients, idle, forward=True, backward=True)
-        yield "backward's end", Phase(self.casts, self.held, gradients=True, encoders=idle)
+        copies = self.casts if self.lowered is None else 2.0 * self.trained
+        yield "backward's end", Phase(copies, self.held, gradients=True, encoders=idle)
         yield "optimizer", Phase(0.0, self.held, gradients=True, encoders=idle)
 
     def _image_grids(self) -> Iterator[tuple[str, Phase]]:
@@ -93,11 +94,32 @@ class StagePlan:
             return
         size = self.size if evaluation is None else square(evaluation)
         branches = 2 if evaluation is None else branches_of(evaluation)
-        forward = self.counts.memory("forward", size, self.stage.tune, self.dtype)
-        activations = forward.peak(min(self.micro_batch, max(images)) * branches)
+        activations = self._forward(size).peak(min(self.micro_batch, max(images)) * branches)
         yield "image grids", Phase(activations, encoders=self._on_device(), forward=True)
         decoding = self.counts.autoencoder("decode", size, max(images))
         yield "grids' decoding", Phase(decoding, encoders=self._on_device("images"))
+
+    def _forward(self, size: Size) -> Profile:
+        """What a forward without gradients holds."""
+        return self.counts.memory("forward", size, self.stage.tune, self.autocast, lowered=self.lowered)
+
+    def _backward(self, rows: int) -> float:
+        """Bytes that a forward and backward of ``rows`` rows holds.
+
+        Compiled blocks keep a share of what they keep without checkpointing, and at least what they keep
+        under full checkpointing. What the compiler fuses is counted as if it were not."""
+
+        def held(checkpointing: Checkpointing) -> float:
+            tune, lowered = self.stage.tune, self.lowered
+            profile = self.counts.memory("training", self.size, tune, self.autocast, checkpointing, lowered)
+            return profile.peak(rows)
+
+        train = self.stage.train
+        given = train.gradient_checkpointing
+        checkpointing: Checkpointing = "off" if given == "auto" else given
+        if not train.compile or checkpointing == "off" or checkpointing == "full":
+            return held(checkpointing)
+        return held("full") + share_kept(checkpointing) * (held("off") - held("full"))
 
     @cached_property
     def calls(self) -> Calls:
@@ -120,9 +142,19 @@ class StagePlan:
         return self.data.size
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """The precision of autocast; None for float32."""
-        return AUTOCAST[self.stage.train.precision]
+    def lowered(self) -> torch.dtype | None:
+        """The precision of the weights in a forward, if it is not that of the optimizer's weights."""
+        return AUTOCAST[self.stage.train.precision] if self.recipe.parallel.lowers else None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The precision of autocast, if there is one."""
+        return None if self.recipe.parallel.lowers else AUTOCAST[self.stage.train.precision]
+
+    @cached_property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(self.counts.shape(self.stage.tune).transformer.trained)
 
     @property
     def batch(self) -> int:
@@ -153,9 +185,8 @@ class StagePlan:
     @cached_property
     def casts(self) -> float:
         """Bytes of the low-precision copies that autocast keeps of whole weights (``Policy.casts_kept``)."""
-        if self.dtype is None or self.recipe.parallel.shares(self.devices).gathers:
-            return 0.0
-        return 2.0 * sum(self.counts.shape(self.stage.tune).transformer.trained)
+        gathers = self.recipe.parallel.shares(self.devices).gathers
+        return 0.0 if self.autocast is None or gathers else 2.0 * self.trained
 
     def _on_device(self, *working: EncoderName) -> frozenset[EncoderName]:
         return on_device(self.recipe, self.counts, self.cached, *working)

@@ -173,7 +173,7 @@ def _changes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Iter
     if stage.train.gradient_checkpointing == "off":
         yield Change(f"{train}.gradient_checkpointing=selective", "a little more time for training")
     yield from _offload(recipe, counts)
-    if stage.train.gradient_checkpointing != "full":
+    if stage.train.gradient_checkpointing not in ("full", "auto"):
         yield Change(f"{train}.gradient_checkpointing=full", "a third more time for training")
     if stage.train.sample_every is not None:
         yield Change(f"{train}.sample_every=null", "no image grids while it trains")

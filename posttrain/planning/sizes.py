@@ -117,6 +117,8 @@ class Sizes:
     and those of two blocks."""
     gathered_gradients: int = 0
     """Their gradients."""
+    lowered: int = 0
+    """Copies of the trained weights in the precision of the forwards."""
 
 
 def stage_sizes(recipe: Recipe, stage: Stage, transformer: Transformer) -> Sizes:

@@ -137,7 +137,7 @@ def _changes(recipe: Recipe, stage: Stage, counts: Counts, budget: Budget) -> It
     larger = [] if size == "auto" else [size * 2**i for i in range(1, 8) if size * 2**i <= most]
     if not settings.compile:
         yield Change((f"{train}.compile=true",), COMPILES)
-    if settings.gradient_checkpointing != "off":
+    if settings.gradient_checkpointing not in ("off", "auto"):
         yield Change((f"{train}.gradient_checkpointing=off",), HARMLESS)
     for rows in larger:
         yield Change((f"{train}.micro_batch={rows}",), HARMLESS)
@@ -149,6 +149,8 @@ def _as_measured(stage: Stage, budget: Budget, most: int) -> Iterator[Change]:
     """The settings of measured rows of the same tuning."""
     train, settings = f"stages.{stage.name}.train", stage.train
     now = (settings.compile, settings.gradient_checkpointing, settings.micro_batch)
+    if "auto" in now[:2]:
+        return  # a run tries by itself
     rows = (row for row in budget.rates.rows if row.training and row.tune == stage.tune.type)
     modes = dict.fromkeys((row.compile, row.checkpointing, row.micro_batch) for row in rows)
     for mode in modes:

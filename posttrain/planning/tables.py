@@ -102,12 +102,8 @@ def _faster(needs: Needs, found: list[Faster]) -> list[RenderableType]:
 def _notes(recipe: Recipe, all_needs: list[Needs], counts: Counts, budget: Budget) -> list[RenderableType]:
     notes: list[RenderableType] = []
     for needs in all_needs:
-        if needs.auto_micro_batch is not None:
-            line = (
-                f"{needs.name}: micro_batch auto is planned as {needs.auto_micro_batch}, the most that fits; "
-                "a run takes fewer if more are no faster."
-            )
-            notes.append(Text(line))
+        if needs.decided is not None:
+            notes.append(Text(needs.decided))
     if recipe.cache.prompts or recipe.cache.latents != "off":
         size = cache_bytes(recipe, counts)
         words = "unknown, because some data are not here" if size is None else f"at most {short(size, 'B')}"
