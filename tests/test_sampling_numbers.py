@@ -209,7 +209,7 @@ class Block:
     def model_dump(self, mode="python"):
         return {name: str(value) if mode == "json" else value for name, value in self.fields.items()}
 
-    def described(self):
+    def card_settings(self):
         return {"type": self.type}
 
 
