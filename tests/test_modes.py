@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lines import descending, line_policy
-from runs import TRAIN, recipe, run_quietly, stage
 
 from posttrain.algorithms.sft import SFT
-from posttrain.engine import compiling, modes, trial
+from posttrain.engine import modes
 from posttrain.engine.micro_batch import Trial
 from posttrain.engine.modes import Found, Mode, fastest, in_words, settled
 from posttrain.errors import TrainingError
@@ -40,6 +39,47 @@ AUTO = {"compile": "auto", "gradient_checkpointing": "auto", "micro_batch": "aut
 def test_on_a_cpu_auto_changes_nothing_and_on_cuda_it_is_tried(given, on_cpu, on_cuda):
     assert settled(Train(steps=1, **given), CPU) == on_cpu
     assert settled(Train(steps=1, **given), CUDA) == on_cuda
+
+
+@pytest.mark.parametrize(
+    ("mode", "calls"),
+    [
+        (Mode(), ["off"]),
+        (Mode(False, "selective"), ["selective"]),
+        (Mode(False, 0.3), [0.3]),
+        (Mode(True), ["off", ("compile", 1.0)]),
+        (Mode(True, "full"), ["full", ("compile", 1.0)]),
+        (Mode(True, "selective"), ["off", ("compile", 0.5)]),
+        (Mode(True, 0.3), ["off", ("compile", 0.3)]),
+    ],
+    ids=str,
+)
+def test_blocks_keep_their_share_by_the_compiler_or_by_checkpointing(monkeypatch, mode, calls):
+    made, reason, policy = [], None, line_policy()
+
+    def compile_blocks(p, strategy, sample, kept):
+        assert (p, strategy, sample, type(kept)) == (policy, "strategy", "sample", float)
+        made.append(("compile", kept))
+        return reason
+
+    def checkpoint_blocks(transformer, checkpointing):
+        assert transformer is policy.model.transformer
+        made.append(checkpointing)
+
+    monkeypatch.setattr(modes, "compile_blocks", compile_blocks)
+    monkeypatch.setattr(modes, "checkpoint_blocks", checkpoint_blocks)
+    monkeypatch.setattr(modes, "use_uncompiled", lambda p: made.append(("uncompiled", p is policy)))
+    assert modes.enter(mode, policy, "strategy", "sample") is None
+    assert made == calls
+    made.clear()
+    policy.compiled = True
+    assert modes.enter(mode, policy, "strategy", "sample") is None
+    assert made == [("uncompiled", True), *calls], "what was compiled before is undone first"
+    made.clear()
+    reason = "no compiler"
+    assert modes.enter(mode, policy, "strategy", "sample") == (reason if mode.compiled else None)
+    failed = [mode.checkpointing] if mode.compiled else []
+    assert made == [("uncompiled", True), *calls, *failed], "what does not compile is checkpointed"
 
 
 class Machine:
@@ -200,6 +240,39 @@ def test_what_was_found_is_remembered_for_these_settings(tmp_path, monkeypatch):
     assert remembering.settled(RECIPE, auto(), tmp_path, 1) == 4
 
 
+def test_modes_are_written_in_their_order_with_what_the_recipe_said(tmp_path):
+    remember_modes(RECIPE, auto(compile=True), tmp_path, 3, FOUND)
+    given = [True, "auto", "auto"]
+    content = {
+        "device": "cpu",
+        "parallel": {"strategy": "single"},
+        "processes": 3,
+        "micro_batch": 8,
+        "modes": [
+            {
+                "compiled": True,
+                "checkpointing": 0.5,
+                "given": given,
+                "micro_batch": 8,
+                "trials": [{"items": 8, "items_per_second": 41.5, "bytes": 9}],
+            },
+            {
+                "compiled": False,
+                "checkpointing": "off",
+                "given": given,
+                "micro_batch": 2,
+                "trials": [{"items": 2, "items_per_second": 11.0, "bytes": 3}],
+            },
+        ],
+    }
+    file = tmp_path / "micro_batch.json"
+    assert json.loads(file.read_text()) == content
+    remember(RECIPE, tmp_path, 3, 4)
+    assert json.loads(file.read_text()) == {**content, "micro_batch": 4}
+    remember(RECIPE, tmp_path, 2, 4)
+    assert "modes" not in json.loads(file.read_text()), "those of other processes do not stay"
+
+
 @pytest.mark.parametrize("damage", [None, [], [3], [{}], {"0": 1}, [{"given": ["auto", "auto", "auto"]}]])
 def test_a_damaged_memory_of_the_modes_is_tried_again(tmp_path, monkeypatch, damage):
     on_cuda(monkeypatch)
@@ -207,18 +280,3 @@ def test_a_damaged_memory_of_the_modes_is_tried_again(tmp_path, monkeypatch, dam
     file = tmp_path / "micro_batch.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "modes": damage}))
     assert settled_mode(RECIPE, auto(), tmp_path, 1) is None
-
-
-def test_a_run_finds_its_mode_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": "aot_eager"})
-    monkeypatch.setattr(modes, "settled", lambda settings, device: settled(settings, CUDA))
-    monkeypatch.setattr(modes, "WORTHWHILE", 0)
-    monkeypatch.setattr(trial, "timed", lambda policy, strategy, sample, rows: (2.0 - policy.compiled, rows))
-    train = TRAIN.replace("micro_batch: 4", "micro_batch: auto, compile: auto")
-    printed = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
-    line = "sft: chosen by trying: compiled, gradient_checkpointing off, micro_batch"
-    assert sum(line in printed_line for printed_line in printed.splitlines()) == 1
-    monkeypatch.setattr(trial, "timed", lambda *_: pytest.fail("it was found before"))
-    (tmp_path / "run" / "sft" / "stage.json").unlink()
-    again = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
-    assert "chosen by trying" not in again
