@@ -285,6 +285,7 @@ def test_sizes_begin_with_the_first_or_with_the_largest_of_its_halves_that_fits(
     assert (size, trials.tried) == (number, tried), "what did not fit is not tried again"
     assert told[0].items == min(t for t in tried if t <= room)
     assert told[-1].items == number
+    assert all(type(trial.items) is int for trial in told)
     assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
 
 
@@ -300,6 +301,9 @@ def test_a_first_that_ends_the_run_leaves_half_of_it(monkeypatch):
     with pytest.raises(OutOfMemory) as error:
         found(first=7, repeatable=False)
     assert error.value.micro_batch == 3
+    with pytest.raises(OutOfMemory) as error:
+        found(first=3, repeatable=False)
+    assert error.value.micro_batch == 3, "which fitted before six did not"
 
 
 @pytest.mark.parametrize(
@@ -312,7 +316,8 @@ def test_the_items_of_a_step_on_one_of_the_processes(monkeypatch, batch_size, st
         steps=4, batch_size=batch_size, steps_per_batch=steps, checkpoint_every=4, sample_every=None
     )
     strategy = SimpleNamespace(world=SimpleNamespace(size=size))
-    assert items_in_step(algorithm, train, strategy) == items
+    found = items_in_step(algorithm, train, strategy)
+    assert (found, type(found)) == (items, int)
 
 
 def one(items, repeatable=True):

@@ -88,34 +88,38 @@ class Machine:
 
     def __init__(self, monkeypatch, rates, each=1.0, sizes=None):
         self.rates, self.each, self.sizes = rates, each, sizes or {}
-        self.now, self.entered, self.searched = 0.0, [], []
+        self.now, self.entered, self.searched = 5000.0, [], []
         monkeypatch.setattr(modes, "enter", self.enter)
         monkeypatch.setattr(modes, "largest_micro_batch", self.search)
         monkeypatch.setattr(modes, "one_trial", self.one)
 
     def enter(self, mode, policy, strategy, sample):
-        assert sample == "sample"
+        assert (policy, strategy, sample) == (self.policy, self.strategy, "sample")
         self.entered.append(mode)
         return "no compiler" if self.rates.get(mode, 1.0) is None else None
 
     def search(self, algorithm, settings, policy, strategy, sample, first):
+        assert isinstance(algorithm, SFT)
+        assert settings in (None, self.settings)
+        assert (policy, strategy, sample) == (self.policy, self.strategy, "sample")
         mode = self.entered[-1]
         self.searched.append(first)
         self.now += self.each
         if not (rate := self.rates.get(mode, 1.0)):
             raise TrainingError(f"no room for {mode}")
         size = self.sizes.get(mode, 1)
-        return size, [Trial(size, rate, 0)]
+        return size, [Trial(1, rate / 4, 0), Trial(size, rate, 0)]
 
     def one(self, algorithm, items, policy, strategy, sample):
-        return self.search(algorithm, None, policy, strategy, sample, items)[1][0]
+        return self.search(algorithm, None, policy, strategy, sample, items)[1][-1]
 
     def fastest(self, steps=10_000, policy=None, compiles=True, **given):
         policy = policy or line_policy()
         strategy = descending(policy)
         strategy.compiles = compiles
-        settings = Train(steps=10_000, batch_size=8, **{**AUTO, **given})
-        return fastest(SFT(), settings, policy, strategy, "sample", steps, lambda: self.now)
+        self.policy, self.strategy = policy, strategy
+        self.settings = Train(steps=10_000, batch_size=8, **{**AUTO, **given})
+        return fastest(SFT(), self.settings, policy, strategy, "sample", steps, lambda: self.now)
 
 
 OFF, C_OFF, C_HALF, C_FIFTH, C_FULL = Mode(), *(Mode(True, c) for c in ("off", 0.5, 0.2, "full"))
@@ -169,7 +173,9 @@ def test_what_the_recipe_says_is_not_tried_otherwise(monkeypatch):
     assert machine.entered == [OFF], "a strategy that cannot compile does not"
 
 
-@pytest.mark.parametrize(("each", "tried"), [(20.0, 5), (30.0, 4), (51.0, 2), (200.0, 1)])
+@pytest.mark.parametrize(
+    ("each", "tried"), [(20.0, 5), (25.0, 5), (25.1, 4), (50.0, 3), (51.0, 2), (200.0, 1)]
+)
 def test_trying_ends_after_a_hundred_seconds(monkeypatch, each, tried):
     machine = Machine(monkeypatch, {}, each=each)
     assert len(machine.fastest()) == tried
@@ -190,6 +196,7 @@ def test_where_nothing_compiles_the_blocks_run_as_they_are(monkeypatch):
     machine = Machine(monkeypatch, dict.fromkeys([C_OFF, C_HALF, C_FIFTH, C_FULL]))
     assert [one.mode for one in machine.fastest()] == [OFF]
     assert machine.entered[-1] == OFF
+    assert machine.searched == [1], "and are not timed in a mode that they are not in"
     assert [one.mode for one in machine.fastest(compile=True)] == [OFF]
 
 
