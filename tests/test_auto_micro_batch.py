@@ -1,14 +1,16 @@
-"""``micro_batch: auto`` finds how many items fit and pay, once, and leaves nothing behind."""
+"""``auto`` finds how many items fit and pay, and whether to compile, once, and leaves nothing behind."""
 
 import json
 
 import pytest
+import torch
 from pipelines import load
 from runs import TRAIN, recipe, run_quietly, stage
 from small_memory import no_room_for, remembered
 from test_run import assert_equal_weights, weights
 
-from posttrain.engine import micro_batch, trial
+from posttrain.engine import compiling, micro_batch, modes, trial
+from posttrain.engine.modes import settled
 from posttrain.errors import RecipeError, TrainingError
 
 AUTO = TRAIN.replace("micro_batch: 4", "micro_batch: auto").replace("batch_size: 4", "batch_size: 8")
@@ -88,3 +90,18 @@ def test_a_micro_batch_that_is_no_number_has_one_error(value):
         recipe(stage("sft", train=TRAIN.replace("micro_batch: 4", f"micro_batch: {value}")))
     assert str(found.value).count("micro_batch") == 1
     assert "a whole number of 1 or more, or auto" in str(found.value)
+
+
+def test_a_run_finds_its_mode_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": "aot_eager"})
+    monkeypatch.setattr(modes, "settled", lambda settings, device: settled(settings, torch.device("cuda")))
+    monkeypatch.setattr(modes, "WORTHWHILE", 0)
+    monkeypatch.setattr(trial, "timed", lambda policy, strategy, sample, rows: (2.0 - policy.compiled, rows))
+    train = TRAIN.replace("micro_batch: 4", "micro_batch: auto, compile: auto")
+    printed = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
+    line = "sft: chosen by trying: compiled, gradient_checkpointing off, micro_batch"
+    assert sum(line in printed_line for printed_line in printed.splitlines()) == 1
+    monkeypatch.setattr(trial, "timed", lambda *_: pytest.fail("it was found before"))
+    (tmp_path / "run" / "sft" / "stage.json").unlink()
+    again = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
+    assert "chosen by trying" not in again

@@ -56,3 +56,27 @@ def test_what_was_lowered_for_a_repeated_velocity_is_kept_for_the_loss_of_compil
         counts.append(len(cleared))
         cleared.clear()
     assert counts == [2, 1, 1, 2, 2], "autocast itself forgets once a forward"
+
+
+def test_trained_weights_and_frozen_fractions_are_lowered_and_frozen_whole_numbers_stay():
+    policy = line_policy(autocast=torch.bfloat16)
+    policy.model.transformer.table = torch.nn.Parameter(torch.tensor([2**20 + 1]), requires_grad=False)
+    policy.find_parameters()
+    policy.lower()
+    dtypes = {name: p.dtype for name, p in policy.model.transformer.named_parameters()}
+    assert dtypes == {"a": torch.bfloat16, "b": torch.bfloat16, "table": torch.int64}
+    assert policy.model.transformer.table.tolist() == [2**20 + 1]
+
+
+def test_a_role_that_is_loaded_leaves_the_weights_that_are_in_use():
+    policy = line_policy(2, autocast=torch.bfloat16)
+    policy.lower()
+    policy.add_role("old", {"a": torch.tensor([5.0])})
+    policy.add_role("ema")
+    low = policy.masters.copies["a"]
+    with policy.using("old"):
+        policy.load("ema", {"a": torch.tensor([6.0])})
+        assert low.item() == 5
+    assert (low.item(), policy.roles["ema"]["a"].item()) == (2, 6)
+    policy.load(None, {"a": torch.tensor([7.0])})
+    assert low.item() == 7

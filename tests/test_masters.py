@@ -57,6 +57,16 @@ def test_gradients_of_micro_batches_add_up_in_float32(monkeypatch, at_once):
     assert len(list(made.gradients())) == (1 if at_once > 4 else 2)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "groups"), [([2, 2, 1, 3, 9], [[2, 2], [1, 3], [9]]), ([9, 1], [[9], [1]]), ([], [])]
+)
+def test_groups_are_filled_to_the_limit_and_a_larger_weight_is_one_of_its_own(monkeypatch, sizes, groups):
+    monkeypatch.setattr(masters, "ADDED_AT_ONCE", 4)
+    parameters = {str(i): nn.Parameter(torch.zeros(size)) for i, size in enumerate(sizes)}
+    found = [[parameters[name].numel() for name in names] for names in masters._groups(parameters)]
+    assert found == groups
+
+
 def test_a_first_gradient_is_added_to_nothing():
     made = Masters(trained := of_values([1.0, 2.0]), torch.bfloat16)
     trained["0"].grad = torch.tensor([0.5, 1.0], dtype=torch.bfloat16)

@@ -11,7 +11,14 @@ from ranks import on_ranks
 
 from posttrain.distributed.world import ALONE
 from posttrain.engine import micro_batch, trial
-from posttrain.engine.micro_batch import Trial, largest_micro_batch, trials_in_words
+from posttrain.engine.micro_batch import (
+    Trial,
+    items_in_step,
+    largest_micro_batch,
+    one_trial,
+    sizes_tried,
+    trials_in_words,
+)
 from posttrain.errors import TrainingError
 from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
@@ -107,13 +114,13 @@ class Trials:
         return rows / min(rows, self.fastest) / 8, self.base + self.each * rows
 
 
-def found(made=None, world=ALONE, repeatable=True, state=None, policy=None):
+def found(made=None, world=ALONE, repeatable=True, state=None, policy=None, **first):
     policy = policy or line_policy()
     strategy = descending(policy, world=world)
     strategy.repeatable = repeatable
     strategy.optimizer.state.update(state or {})
     made = made or stage(batch_size=32)
-    return largest_micro_batch(made.algorithm, made.train, policy, strategy, "sample")
+    return largest_micro_batch(made.algorithm, made.train, policy, strategy, "sample", **first)
 
 
 def test_numbers_are_doubled_as_long_as_they_pay(monkeypatch):
@@ -256,3 +263,78 @@ def test_what_was_found_in_a_line():
     words = "micro_batch auto is 4 (1: 8/s, 2: 15.1/s, 4: 30/s"
     assert trials_in_words(trials, torch.device("cpu")) == f"{words})"
     assert trials_in_words(trials, torch.device("cuda")) == f"{words}; 2.5 MB more memory than at rest)"
+    assert sizes_tried(trials[1:], torch.device("cpu")) == "2: 15.1/s, 4: 30/s"
+
+
+@pytest.mark.parametrize(
+    ("first", "room", "tried", "number"),
+    [
+        (8, 64, [8, 16, 32], 32),
+        (3, 64, [3, 6, 12, 24], 24),
+        (40, 64, [32], 32),  # no more than a step has
+        (32, 5, [32, 16, 8, 4], 4),
+        (12, 5, [12, 6, 3], 3),
+        (8, 1, [8, 4, 2, 1], 1),
+    ],
+)
+def test_sizes_begin_with_the_first_or_with_the_largest_of_its_halves_that_fits(
+    monkeypatch, first, room, tried, number
+):
+    trials = Trials(monkeypatch, room=room)
+    size, told = found(first=first)
+    assert (size, trials.tried) == (number, tried), "what did not fit is not tried again"
+    assert told[0].items == min(t for t in tried if t <= room)
+    assert told[-1].items == number
+    assert all(type(trial.items) is int for trial in told)
+    assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
+
+
+def test_a_first_of_which_not_even_one_fits_is_an_error(monkeypatch):
+    trials = Trials(monkeypatch, room=0)
+    with pytest.raises(TrainingError, match=r"^out of memory with one item at a time"):
+        found(first=4)
+    assert trials.tried == [4, 2, 1]
+
+
+def test_a_first_that_ends_the_run_leaves_half_of_it(monkeypatch):
+    Trials(monkeypatch, room=4)
+    with pytest.raises(OutOfMemory) as error:
+        found(first=7, repeatable=False)
+    assert error.value.micro_batch == 3
+    with pytest.raises(OutOfMemory) as error:
+        found(first=3, repeatable=False)
+    assert error.value.micro_batch == 3, "which fitted before six did not"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "steps", "algorithm", "size", "items"),
+    [(31, 1, Pull(), 1, 31), (31, 4, Pull(), 2, 3), (5, 2, Three(), 1, 7), (2, 1, Pull(), 4, 1)],
+)
+def test_the_items_of_a_step_on_one_of_the_processes(monkeypatch, batch_size, steps, algorithm, size, items):
+    Trials(monkeypatch)
+    train = Train(
+        steps=4, batch_size=batch_size, steps_per_batch=steps, checkpoint_every=4, sample_every=None
+    )
+    strategy = SimpleNamespace(world=SimpleNamespace(size=size))
+    found = items_in_step(algorithm, train, strategy)
+    assert (found, type(found)) == (items, int)
+
+
+def one(items, repeatable=True):
+    policy = line_policy()
+    strategy = descending(policy)
+    strategy.repeatable = repeatable
+    return one_trial(Pull(), items, policy, strategy, "sample")
+
+
+def test_one_trial_is_of_that_many_items_or_says_that_they_do_not_fit(monkeypatch):
+    trials = Trials(monkeypatch, rows=2, room=12, each=10)
+    assert one(6) == Trial(6, 6 / (1 / 8), 120)
+    assert trials.tried == [12]
+    with pytest.raises(TrainingError, match=r"^out of memory with 7 items at a time$") as error:
+        one(7)
+    assert not isinstance(error.value, OutOfMemory)
+    assert trials.tried == [12, 14]
+    with pytest.raises(OutOfMemory) as error:
+        one(7, repeatable=False)
+    assert error.value.micro_batch == 3

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lines import descending, line_policy
-from runs import TRAIN, recipe, run_quietly, stage
 
 from posttrain.algorithms.sft import SFT
-from posttrain.engine import compiling, modes, trial
+from posttrain.engine import modes
 from posttrain.engine.micro_batch import Trial
 from posttrain.engine.modes import Found, Mode, fastest, in_words, settled
 from posttrain.errors import TrainingError
@@ -42,40 +41,85 @@ def test_on_a_cpu_auto_changes_nothing_and_on_cuda_it_is_tried(given, on_cpu, on
     assert settled(Train(steps=1, **given), CUDA) == on_cuda
 
 
+@pytest.mark.parametrize(
+    ("mode", "calls"),
+    [
+        (Mode(), ["off"]),
+        (Mode(False, "selective"), ["selective"]),
+        (Mode(False, 0.3), [0.3]),
+        (Mode(True), ["off", ("compile", 1.0)]),
+        (Mode(True, "full"), ["full", ("compile", 1.0)]),
+        (Mode(True, "selective"), ["off", ("compile", 0.5)]),
+        (Mode(True, 0.3), ["off", ("compile", 0.3)]),
+    ],
+    ids=str,
+)
+def test_blocks_keep_their_share_by_the_compiler_or_by_checkpointing(monkeypatch, mode, calls):
+    made, reason, policy = [], None, line_policy()
+
+    def compile_blocks(p, strategy, sample, kept):
+        assert (p, strategy, sample, type(kept)) == (policy, "strategy", "sample", float)
+        made.append(("compile", kept))
+        return reason
+
+    def checkpoint_blocks(transformer, checkpointing):
+        assert transformer is policy.model.transformer
+        made.append(checkpointing)
+
+    monkeypatch.setattr(modes, "compile_blocks", compile_blocks)
+    monkeypatch.setattr(modes, "checkpoint_blocks", checkpoint_blocks)
+    monkeypatch.setattr(modes, "use_uncompiled", lambda p: made.append(("uncompiled", p is policy)))
+    assert modes.enter(mode, policy, "strategy", "sample") is None
+    assert made == calls
+    made.clear()
+    policy.compiled = True
+    assert modes.enter(mode, policy, "strategy", "sample") is None
+    assert made == [("uncompiled", True), *calls], "what was compiled before is undone first"
+    made.clear()
+    reason = "no compiler"
+    assert modes.enter(mode, policy, "strategy", "sample") == (reason if mode.compiled else None)
+    failed = [mode.checkpointing] if mode.compiled else []
+    assert made == [("uncompiled", True), *calls, *failed], "what does not compile is checkpointed"
+
+
 class Machine:
     """A device on which modes have given throughputs, in items a second; 0 does not fit, None does not
     compile. Each trial takes ``each`` seconds."""
 
     def __init__(self, monkeypatch, rates, each=1.0, sizes=None):
         self.rates, self.each, self.sizes = rates, each, sizes or {}
-        self.now, self.entered, self.searched = 0.0, [], []
+        self.now, self.entered, self.searched = 5000.0, [], []
         monkeypatch.setattr(modes, "enter", self.enter)
         monkeypatch.setattr(modes, "largest_micro_batch", self.search)
         monkeypatch.setattr(modes, "one_trial", self.one)
 
     def enter(self, mode, policy, strategy, sample):
-        assert sample == "sample"
+        assert (policy, strategy, sample) == (self.policy, self.strategy, "sample")
         self.entered.append(mode)
         return "no compiler" if self.rates.get(mode, 1.0) is None else None
 
     def search(self, algorithm, settings, policy, strategy, sample, first):
+        assert isinstance(algorithm, SFT)
+        assert settings in (None, self.settings)
+        assert (policy, strategy, sample) == (self.policy, self.strategy, "sample")
         mode = self.entered[-1]
         self.searched.append(first)
         self.now += self.each
         if not (rate := self.rates.get(mode, 1.0)):
             raise TrainingError(f"no room for {mode}")
         size = self.sizes.get(mode, 1)
-        return size, [Trial(size, rate, 0)]
+        return size, [Trial(1, rate / 4, 0), Trial(size, rate, 0)]
 
     def one(self, algorithm, items, policy, strategy, sample):
-        return self.search(algorithm, None, policy, strategy, sample, items)[1][0]
+        return self.search(algorithm, None, policy, strategy, sample, items)[1][-1]
 
     def fastest(self, steps=10_000, policy=None, compiles=True, **given):
         policy = policy or line_policy()
         strategy = descending(policy)
         strategy.compiles = compiles
-        settings = Train(steps=10_000, batch_size=8, **{**AUTO, **given})
-        return fastest(SFT(), settings, policy, strategy, "sample", steps, lambda: self.now)
+        self.policy, self.strategy = policy, strategy
+        self.settings = Train(steps=10_000, batch_size=8, **{**AUTO, **given})
+        return fastest(SFT(), self.settings, policy, strategy, "sample", steps, lambda: self.now)
 
 
 OFF, C_OFF, C_HALF, C_FIFTH, C_FULL = Mode(), *(Mode(True, c) for c in ("off", 0.5, 0.2, "full"))
@@ -129,7 +173,9 @@ def test_what_the_recipe_says_is_not_tried_otherwise(monkeypatch):
     assert machine.entered == [OFF], "a strategy that cannot compile does not"
 
 
-@pytest.mark.parametrize(("each", "tried"), [(20.0, 5), (30.0, 4), (51.0, 2), (200.0, 1)])
+@pytest.mark.parametrize(
+    ("each", "tried"), [(20.0, 5), (25.0, 5), (25.1, 4), (50.0, 3), (51.0, 2), (200.0, 1)]
+)
 def test_trying_ends_after_a_hundred_seconds(monkeypatch, each, tried):
     machine = Machine(monkeypatch, {}, each=each)
     assert len(machine.fastest()) == tried
@@ -150,6 +196,7 @@ def test_where_nothing_compiles_the_blocks_run_as_they_are(monkeypatch):
     machine = Machine(monkeypatch, dict.fromkeys([C_OFF, C_HALF, C_FIFTH, C_FULL]))
     assert [one.mode for one in machine.fastest()] == [OFF]
     assert machine.entered[-1] == OFF
+    assert machine.searched == [1], "and are not timed in a mode that they are not in"
     assert [one.mode for one in machine.fastest(compile=True)] == [OFF]
 
 
@@ -200,6 +247,39 @@ def test_what_was_found_is_remembered_for_these_settings(tmp_path, monkeypatch):
     assert remembering.settled(RECIPE, auto(), tmp_path, 1) == 4
 
 
+def test_modes_are_written_in_their_order_with_what_the_recipe_said(tmp_path):
+    remember_modes(RECIPE, auto(compile=True), tmp_path, 3, FOUND)
+    given = [True, "auto", "auto"]
+    content = {
+        "device": "cpu",
+        "parallel": {"strategy": "single"},
+        "processes": 3,
+        "micro_batch": 8,
+        "modes": [
+            {
+                "compiled": True,
+                "checkpointing": 0.5,
+                "given": given,
+                "micro_batch": 8,
+                "trials": [{"items": 8, "items_per_second": 41.5, "bytes": 9}],
+            },
+            {
+                "compiled": False,
+                "checkpointing": "off",
+                "given": given,
+                "micro_batch": 2,
+                "trials": [{"items": 2, "items_per_second": 11.0, "bytes": 3}],
+            },
+        ],
+    }
+    file = tmp_path / "micro_batch.json"
+    assert json.loads(file.read_text()) == content
+    remember(RECIPE, tmp_path, 3, 4)
+    assert json.loads(file.read_text()) == {**content, "micro_batch": 4}
+    remember(RECIPE, tmp_path, 2, 4)
+    assert "modes" not in json.loads(file.read_text()), "those of other processes do not stay"
+
+
 @pytest.mark.parametrize("damage", [None, [], [3], [{}], {"0": 1}, [{"given": ["auto", "auto", "auto"]}]])
 def test_a_damaged_memory_of_the_modes_is_tried_again(tmp_path, monkeypatch, damage):
     on_cuda(monkeypatch)
@@ -207,18 +287,3 @@ def test_a_damaged_memory_of_the_modes_is_tried_again(tmp_path, monkeypatch, dam
     file = tmp_path / "micro_batch.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "modes": damage}))
     assert settled_mode(RECIPE, auto(), tmp_path, 1) is None
-
-
-def test_a_run_finds_its_mode_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": "aot_eager"})
-    monkeypatch.setattr(modes, "settled", lambda settings, device: settled(settings, CUDA))
-    monkeypatch.setattr(modes, "WORTHWHILE", 0)
-    monkeypatch.setattr(trial, "timed", lambda policy, strategy, sample, rows: (2.0 - policy.compiled, rows))
-    train = TRAIN.replace("micro_batch: 4", "micro_batch: auto, compile: auto")
-    printed = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
-    line = "sft: chosen by trying: compiled, gradient_checkpointing off, micro_batch"
-    assert sum(line in printed_line for printed_line in printed.splitlines()) == 1
-    monkeypatch.setattr(trial, "timed", lambda *_: pytest.fail("it was found before"))
-    (tmp_path / "run" / "sft" / "stage.json").unlink()
-    again = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
-    assert "chosen by trying" not in again

@@ -11,7 +11,7 @@ from posttrain.distributed.world import ALONE
 from posttrain.optim.settings import Train
 from posttrain.parallel.shares import Shares
 from posttrain.parallel.single import Alone, Single
-from posttrain.parallel.strategy import Layout, Parallel
+from posttrain.parallel.strategy import Layout, Parallel, Strategy
 from posttrain.policy import Policy
 
 
@@ -34,6 +34,21 @@ def test_the_norm_of_all_gradients_is_clipped_and_told():
     strategy.backward(policy.parameters["a"].sum())
     assert strategy.step(2.5) == pytest.approx(1), "a norm below is left as it is"
     assert policy.parameters["a"].item() == pytest.approx(-2.5, abs=1e-5)
+
+
+def test_in_bf16_gradients_and_steps_go_to_the_masters_and_their_copies_follow():
+    policy = line_policy(3, autocast=torch.bfloat16)
+    strategy = Single().prepare(policy, Train(steps=1, learning_rate=0.5, weight_decay=0.0), ALONE)
+    low, master = policy.masters.copies["a"], policy.trained["a"]
+    assert (low.dtype, master.dtype) == (torch.bfloat16, torch.float32)
+    strategy.backward(2 * low.sum())
+    assert (low.grad, master.grad.item()) == (None, 2)
+    low.grad = torch.ones_like(low)  # as a backward leaves it that fails
+    strategy.zero_grad()
+    assert (low.grad, master.grad) == (None, None)
+    strategy.backward(2 * low.sum())
+    assert strategy.step(1.0) == 2
+    assert (low.item(), master.item()) == (2.5, pytest.approx(2.5)), "Adam's first step is the learning rate"
 
 
 @pytest.mark.parametrize("gradient", [math.inf, -math.inf, math.nan])
@@ -153,6 +168,17 @@ def test_a_strategy_tells_its_layout_of_writing_and_lets_the_model_go():
     strategy.begin_micro_batch(last=True)
     strategy.close()
     assert policy.model.module is policy.model.transformer
+
+
+def test_a_strategy_of_its_own_runs_the_backward_and_may_be_compiled():
+    class Plain(Strategy):
+        zero_grad = step = moments = load_moments = None
+
+    policy = line_policy(3)
+    strategy = Plain(policy, ALONE)
+    strategy.backward(2 * policy.trained["a"].sum())
+    assert policy.trained["a"].grad.item() == 2
+    assert (strategy.compiles, strategy.repeatable) == (True, False)
 
 
 def test_what_a_parallel_block_says_by_default():

@@ -56,7 +56,7 @@ def largest_micro_batch(
     calls, limit = rehearse(algorithm), items_in_step(algorithm, settings, strategy)
     items, trials = min(first, limit), []
     while not trials or (items <= limit and _all_have_room(strategy, policy, trials)):
-        result = _tried(items, calls.rows_with, policy, strategy, sample, trials)
+        result = _tried(items, calls.rows_with, policy, strategy, sample)
         if result is None and not trials:
             items //= 2
             limit = items
@@ -82,7 +82,7 @@ def one_trial(
 ) -> Trial:
     """The trial of a micro-batch of so many ``items``. Raises TrainingError if they do not fit, and
     OutOfMemory if the strategy cannot continue after that."""
-    result = _tried(items, rehearse(algorithm).rows_with, policy, strategy, sample, [])
+    result = _tried(items, rehearse(algorithm).rows_with, policy, strategy, sample)
     if result is None:
         raise TrainingError(f"out of memory with {items} items at a time")
     return result
@@ -101,9 +101,7 @@ def sizes_tried(trials: list[Trial], device: torch.device) -> str:
     return f"{tried}{memory}"
 
 
-def _tried(
-    items: int, rows: int, policy: Policy, strategy: Strategy, sample: trial.Sample, trials: list[Trial]
-) -> Trial | None:
+def _tried(items: int, rows: int, policy: Policy, strategy: Strategy, sample: trial.Sample) -> Trial | None:
     """A trial of ``items`` items of ``rows`` rows each, by the slowest and fullest process; None if they do
     not fit."""
     world = strategy.world
@@ -112,11 +110,11 @@ def _tried(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if not trials and items == 1:
+        if items == 1:
             raise too_little("with one item at a time", error) from error
         # other processes are still waiting for this one, or weights are left gathered
         if world.size > 1 or not strategy.repeatable:
-            raise OutOfMemory(error, items, trials[-1].items if trials else items // 2) from error
+            raise OutOfMemory(error, items, items // 2) from error
         return None
     seconds, memory = (max(values) for values in zip(*world.gather_objects(measured), strict=True))
     return Trial(items, items / seconds, memory)
