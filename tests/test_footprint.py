@@ -29,14 +29,14 @@ def deep(dtype="fp32"):
 
 
 class Deep(Counts):
-    def outline(self, tune=None):
+    def outline(self, tune=None, lowered=None):
         def built():
             made = deep()
             if tune is not None:
                 tune.apply(made.transformer, 0)
-            return made
+            return made.transformer.to(lowered) and made
 
-        return self.once(("outline", tune and tune.type), built)
+        return self.once(("outline", tune and tune.type, lowered), built)
 
 
 def whole(monkeypatch):
@@ -44,12 +44,16 @@ def whole(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("autocast", "lowered"),
+    [(None, None), (torch.bfloat16, None), (None, torch.bfloat16)],
+    ids=["fp32", "autocast", "bf16"],
+)
 @pytest.mark.parametrize("tune", [Full(), Lora(rank=2)], ids=["full", "lora"])
-def test_three_of_equal_blocks_take_as_many_bytes_as_all(monkeypatch, tune, autocast, checkpointing):
+def test_three_of_equal_blocks_take_as_many_bytes_as_all(monkeypatch, tune, autocast, lowered, checkpointing):
     def found():
         counts = Deep(planned("sft").model, cuda=True)
-        held = counts.memory("training", SIZE, tune, autocast, checkpointing)
+        held = counts.memory("training", SIZE, tune, autocast, checkpointing, lowered)
         return [held.peak(rows) for rows in (1, 2, 50)]
 
     few = found()

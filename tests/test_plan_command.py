@@ -119,7 +119,7 @@ def test_a_plan_is_as_wide_as_the_terminal():
             console.print(plan)
         text = shown.get()
         for words in (
-            "micro_batch auto is planned as",
+            "auto is planned as micro_batch",
             "cache: its size is at most",
             "It would with",
             "host",
