@@ -43,12 +43,16 @@ def whole(monkeypatch):
     monkeypatch.setattr(footprint, "folded", lambda *_: nullcontext())
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
-@pytest.mark.parametrize(
-    ("autocast", "lowered"),
-    [(None, None), (torch.bfloat16, None), (None, torch.bfloat16)],
-    ids=["fp32", "autocast", "bf16"],
-)
+LOW = torch.bfloat16
+MODES = {
+    **{f"{mode}-bf16": (mode, None, LOW) for mode in ("off", "selective", "full")},
+    **{f"{mode}-autocast": (mode, LOW, None) for mode in ("off", "full")},
+    "off-fp32": ("off", None, None),
+}
+"""Checkpointing, autocast and the precision of the weights."""
+
+
+@pytest.mark.parametrize(("checkpointing", "autocast", "lowered"), MODES.values(), ids=MODES)
 @pytest.mark.parametrize("tune", [Full(), Lora(rank=2)], ids=["full", "lora"])
 def test_three_of_equal_blocks_take_as_many_bytes_as_all(monkeypatch, tune, autocast, lowered, checkpointing):
     def found():

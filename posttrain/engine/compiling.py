@@ -38,6 +38,7 @@ def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample, kept: flo
     from torch._functorch import config as partitioner
 
     partitioner.activation_memory_budget = kept
+    config.suppress_errors = False  # an earlier stage may have set it
     compiled = blocks(policy.model.transformer)
     # the older name of recompile_limit, which every version of torch accepts
     config.cache_size_limit = max(config.cache_size_limit, VARIANTS)
