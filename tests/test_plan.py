@@ -17,7 +17,7 @@ from posttrain.planning.counts import Counts
 from posttrain.planning.data import known
 from posttrain.planning.sizes import Sizes, Transformer, disk_bytes, stage_sizes
 from posttrain.policy.activations import Checkpointing
-from posttrain.policy.tuning import Full
+from posttrain.policy.tuning import Full, Lora
 from posttrain.recipe.file import load_recipe, overridden, shipped_recipes
 
 COSTS = {
@@ -180,6 +180,15 @@ def test_encoders_at_rest_are_on_the_device_only_while_they_work():
     spread = "parallel={strategy: fsdp2}"
     assert peak("model.offload=true", spread, devices=8).memory.phase == "text"
     assert peak("cache.prompts=true", spread, devices=8).memory.phase == "fill prompts"
+
+
+def test_the_rows_of_bf16_weights_take_3_5_1_4_and_0_19_gb():
+    counts = soar_counts(load_recipe("sd35m-soar", checks=False))
+    for tune, gigabytes in ((Full(), [3.49, 1.39, 0.187]), (Lora(), [2.22, 1.755, 0.195])):
+        modes: list[Checkpointing] = ["off", "selective", "full"]
+        held = [counts.memory("training", (512, 512), tune, None, mode, torch.bfloat16) for mode in modes]
+        rows = [(one.peak(20) - one.peak(19)) / 1e9 for one in held]
+        assert rows == pytest.approx(gigabytes, rel=0.02)
 
 
 def test_the_modes_of_checkpointing_take_4_5_1_35_and_0_15_gb_a_row():
