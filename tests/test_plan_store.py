@@ -115,16 +115,18 @@ def test_a_profile_is_the_same_after_its_lower_points_are_left_out():
 
 
 EVERY = [
-    name if name in ("sd35m-soar", "quickstart") else pytest.param(name, marks=pytest.mark.matrix)
-    for name in shipped_recipes()
+    *(pytest.param(name, 1, id=f"{name} on one GPU") for name in ("sd35m-soar", "quickstart")),
+    *(pytest.param(name, 3, id=name, marks=pytest.mark.matrix) for name in shipped_recipes()),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
-def test_the_shipped_counts_are_what_is_counted(name):
+@pytest.mark.parametrize(("name", "gpus"), EVERY)
+def test_the_shipped_counts_are_what_is_counted(name, gpus):
     """If this fails after a change of what is counted: python benchmarks/count_shipped.py"""
     script = runpy.run_path(str(ROOT / "benchmarks" / "count_shipped.py"))
+    kinds = script["counts_of"].__globals__
+    kinds["GPUS"] = kinds["GPUS"][:gpus]
     recipe, store = load_recipe(name, checks=False), Store({})
     script["counts_of"](recipe, store)
     entry = json.loads(SHIPPED.read_text())[identity(described(recipe.model))]
