@@ -14,7 +14,7 @@ from posttrain.stages.account import Account
 from posttrain.stages.caches import fill_for_stage
 from posttrain.stages.micro_batch import settled, settled_mode
 from posttrain.stages.stage_run import StageRun, Training
-from posttrain.support.device import reset_peak_memory
+from posttrain.support.device import bf16_problem, reset_peak_memory
 
 
 def prepare(run: StageRun, reference: dict[str, Tensor] | None) -> Training:
@@ -23,6 +23,8 @@ def prepare(run: StageRun, reference: dict[str, Tensor] | None) -> Training:
     ``reference``: see :func:`posttrain.stages.stage.run_stage`. Raises PosttrainError.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
+    if run.stage.train.precision == "bf16" and (reason := bf16_problem(run.model.device)) is not None:
+        run.warn(f"{run.stage.name}: {reason}")
     micro_batch = run.world.broadcast(settled(run.recipe, run.stage, run.folder, run.world.size))
     mode = run.world.broadcast(settled_mode(run.recipe, run.stage, run.folder, run.world.size))
     policy, strategy = _prepare_policy(run, 1 if micro_batch is None else micro_batch, reference)

@@ -39,6 +39,14 @@ def set_tf32(enabled: bool) -> None:
     torch.backends.cudnn.allow_tf32 = enabled
 
 
+def bf16_problem(device: torch.device) -> str | None:
+    """Why bf16 is slow on the device; None if it has units for it, or is no CUDA device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has no units for bf16, which is computed slowly: precision fp32 is faster there"
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Restart the measurement of :func:`peak_memory`."""
     if device.type == "cuda":
