@@ -130,6 +130,20 @@ def test_numbers_are_doubled_as_long_as_they_pay(monkeypatch):
     assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
 
 
+def test_no_further_size_is_tried_once_the_time_is_over(monkeypatch):
+    trials, policy = Trials(monkeypatch), line_policy()
+    made, asked = stage(batch_size=32), []
+
+    def expired():
+        asked.append(len(trials.tried))
+        return len(trials.tried) == 2
+
+    strategy = descending(policy)
+    size, tried = largest_micro_batch(made.algorithm, made.train, policy, strategy, "sample", 4, expired)
+    assert (size, len(tried), asked) == (8, 2, [1, 2])
+    assert trials.tried == [4, 8]
+
+
 @pytest.mark.parametrize(("gain", "rate", "number"), [(1.05, 1.06, 2), (1.05, 1.04, 1), (1.25, 1.25, 2)])
 def test_twice_as_many_must_be_a_twentieth_faster(monkeypatch, gain, rate, number):
     Trials(monkeypatch)

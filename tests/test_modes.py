@@ -98,7 +98,8 @@ class Machine:
         self.entered.append(mode)
         return "no compiler" if self.rates.get(mode, 1.0) is None else None
 
-    def search(self, algorithm, settings, policy, strategy, sample, first):
+    def search(self, algorithm, settings, policy, strategy, sample, first, expired=None):
+        self.expired = expired
         assert isinstance(algorithm, SFT)
         assert settings in (None, self.settings)
         assert (policy, strategy, sample) == (self.policy, self.strategy, "sample")
@@ -180,6 +181,15 @@ def test_trying_ends_after_a_hundred_seconds(monkeypatch, each, tried):
     machine = Machine(monkeypatch, {}, each=each)
     assert len(machine.fastest()) == tried
     assert modes.PATIENCE == 100
+
+
+def test_no_further_size_is_tried_after_a_hundred_seconds(monkeypatch):
+    machine = Machine(monkeypatch, {}, each=0.0)
+    machine.fastest()
+    machine.now += 100
+    assert not machine.expired()
+    machine.now += 0.1
+    assert machine.expired()
 
 
 def test_a_small_device_computes_again_what_it_cannot_keep(monkeypatch):

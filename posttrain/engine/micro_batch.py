@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,17 +46,19 @@ def largest_micro_batch(
     strategy: Strategy,
     sample: trial.Sample,
     first: int = 1,
+    expired: Callable[[], bool] = lambda: False,
 ) -> tuple[int, list[Trial]]:
     """Find the largest micro-batch that fits and still raises throughput; also return the trials.
 
     The sizes are ``first``, its double and so on; a ``first`` that does not fit is halved until it does.
+    No further size is tried once ``expired``, which all processes ask and answer alike.
     Each trial is a forward and backward on rows of the ``sample``, and trains nothing. All processes try the
     same sizes. Raises TrainingError if one item does not fit, and OutOfMemory if more did not and the
     strategy cannot continue after that.
     """
     calls, limit = rehearse(algorithm), items_in_step(algorithm, settings, strategy)
     items, trials = min(first, limit), []
-    while not trials or (items <= limit and _all_have_room(strategy, policy, trials)):
+    while not trials or (items <= limit and not expired() and _all_have_room(strategy, policy, trials)):
         result = _tried(items, calls.rows_with, policy, strategy, sample)
         if result is None and not trials:
             items //= 2

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WORTHWHILE = 600
 """Seconds of uncompiled training from which ``compile: auto`` tries to compile: ten times what it takes."""
 PATIENCE = 100
-"""Seconds after which no further mode is tried. One that has begun may take about twenty more."""
+"""Seconds after which nothing more is tried. What has begun then may take about twenty more."""
 EAGER: tuple[Checkpointing, ...] = ("off", "selective", "full")
 COMPILED: tuple[Checkpointing, ...] = ("off", SELECTIVE, 0.2, "full")
 
@@ -105,14 +105,18 @@ def fastest(
     item fits in no mode.
     """
     world, began, found = strategy.world, clock(), list[Found]()
-    search = _Search(algorithm, settings, policy, strategy, sample)
+
+    def expired() -> bool:
+        return world.broadcast(clock() - began) > PATIENCE
+
+    search = _Search(algorithm, settings, policy, strategy, sample, expired)
     may_compile = settings.compile is not False and strategy.compiles
     if settings.compile is not True:
         found += search.first(False, EAGER)
         seconds = items_in_step(algorithm, settings, strategy) * steps / found[0].items_per_second
         may_compile = may_compile and world.broadcast(seconds) >= WORTHWHILE
     for checkpointing in search.allowed(COMPILED) if may_compile else ():
-        if found and world.broadcast(clock() - began) > PATIENCE:
+        if found and expired():
             break
         if (one := search.tried(Mode(True, checkpointing), found)) is not None:
             found.append(one)
@@ -139,6 +143,7 @@ class _Search:
     policy: Policy
     strategy: Strategy
     sample: Sample
+    expired: Callable[[], bool]
     mode: Mode | None = None
     """The mode that the blocks are in."""
     failure: TrainingError | None = None
@@ -169,7 +174,9 @@ class _Search:
                 first = max((one.micro_batch for one in before), default=1)
                 return Found(
                     mode,
-                    *largest_micro_batch(self.algorithm, self.settings, policy, strategy, self.sample, first),
+                    *largest_micro_batch(
+                        self.algorithm, self.settings, policy, strategy, self.sample, first, self.expired
+                    ),
                 )
             return Found(mode, given, [one_trial(self.algorithm, given, policy, strategy, self.sample)])
         except OutOfMemory:
