@@ -167,7 +167,11 @@ class FlowModel(ABC):
     @abstractmethod
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """The velocity (n, c, h, w) float32 that ``self.module`` predicts at ``latents`` (n, c, h, w) and
-        ``sigma`` (n,) in [0, 1]."""
+        ``sigma`` (n,) in [0, 1].
+
+        Latents and conditions are given in float32 or lower: cast them to ``self.forward_dtype`` or, if that
+        is None, to the transformer's dtype. Under ``precision: bf16`` its weights are bf16, without autocast.
+        """
 
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:
         """The sampling grid for images of that size in pixels: ``steps`` falling sigmas from 1 on, then 0."""
