@@ -189,6 +189,7 @@ def test_what_a_parallel_block_says_by_default():
             raise AssertionError("not in this test")
 
     plain = Plain()
+    assert plain.lowers
     assert (plain.needs_group, plain.problem(9), plain.label(9)) == (False, None, "plain")
     assert plain.shares(9) == Shares()
 
