@@ -113,18 +113,18 @@ class Rates:
         """The row nearest to what is ``wanted``; None if none fits.
 
         A row fits if it did this kind of work in this precision, compiled or not as wanted, on a forward
-        that is not far larger. Of those, the nearest has the same device before all others, then a
-        micro-batch within a factor of NEAR, on which an eager step depends most, then the same tuning,
-        checkpointing and algorithm, in this order, then the micro-batch at the smallest ratio; of equals,
-        the newest.
+        that is not far larger. Of those, the nearest has the same device before all others, then the same
+        tuning and a micro-batch within a factor of NEAR (the micro-batch first if nothing is compiled: an
+        eager step depends on it most), then the same checkpointing and algorithm, in this order, then the
+        micro-batch at the smallest ratio; of equals, the newest.
         """
 
         def distance(row: Row) -> tuple[Any, ...]:
             ratio = abs(math.log(row.micro_batch / wanted.micro_batch))
+            far, other = ratio > math.log(NEAR) + 1e-9, row.tune != wanted.tune
             return (
                 row.device != wanted.device,
-                ratio > math.log(NEAR) + 1e-9,
-                row.tune != wanted.tune,
+                *((other, far) if wanted.compile else (far, other)),
                 row.checkpointing != wanted.checkpointing,
                 row.algorithm != wanted.algorithm,
                 ratio,

@@ -77,6 +77,11 @@ def _choose_mode(training: Training) -> None:
         _find_mode(training, sample)
         return
     assert mode is not None, "else there is a sample"
+    if mode.compiled:
+        run.note(f"{run.stage.name}: compiling the blocks; the first steps are slow")
+    elif isinstance(mode.checkpointing, float):
+        share = f"gradient_checkpointing {mode.checkpointing:g}"
+        run.note(f"{run.stage.name}: compile auto is false on this device, so {share} acts as selective")
     if (reason := enter(mode, training.policy, training.strategy, sample)) is not None:
         run.warn(f"{run.stage.name}: compile: the blocks run as they are ({reason})")
     if training.search_micro_batch and sample is not None:
@@ -87,6 +92,7 @@ def _find_mode(training: Training, sample: Sample) -> None:
     """Find the mode and the micro-batch by trying, and remember them for when the run is resumed."""
     run, stage, policy = training.run, training.run.stage, training.policy
     steps = stage.train.steps - training.start
+    run.note(f"{stage.name}: trying what is fastest, for two minutes at most")
     found = fastest(stage.algorithm, stage.train, policy, training.strategy, sample, steps)
     policy.micro_batch = found[0].micro_batch
     run.note(f"{stage.name}: {in_words(found, run.model.device)}")
