@@ -73,8 +73,9 @@ class DiffusionNFT(Online):
     def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:
         def velocity_of(role: str) -> Tensor:
             with policy.using(role):
+                # where the policy has the role's weights, the loss's distance is then 0 to the bit
                 return policy.guided_velocity(
-                    items.latents, items.sigma, items.prompt_index, items.conditions, 1.0
+                    items.latents, items.sigma, items.prompt_index, items.conditions, 1.0, repeated=True
                 )
 
         velocities = {"old_velocity": velocity_of("old")}

@@ -160,7 +160,8 @@ class FlowGRPO(Online):
         if not self.beta:
             return {}
         with policy.using("reference"):
-            return {"reference_velocity": self._velocity(items, policy)}
+            # at the first update the KL is then 0 to the bit
+            return {"reference_velocity": self._velocity(items, policy, repeated=True)}
 
     def loss(self, items: Items, policy: Policy) -> Losses:
         v = self._velocity(items, policy)
@@ -199,9 +200,14 @@ class FlowGRPO(Online):
                 "with a wider clip_range"
             )
 
-    def _velocity(self, items: Items, policy: Policy) -> Tensor:
+    def _velocity(self, items: Items, policy: Policy, *, repeated: bool = False) -> Tensor:
         return policy.guided_velocity(
-            items.latents, items.sigma, items.prompt_index, items.conditions, self.guidance_scale
+            items.latents,
+            items.sigma,
+            items.prompt_index,
+            items.conditions,
+            self.guidance_scale,
+            repeated=repeated,
         )
 
     def _step(

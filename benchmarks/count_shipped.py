@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.planning.budget import Budget
 from posttrain.planning.gpus import custom, gpu
 from posttrain.planning.rates import Rates
-from posttrain.planning.store import LIBRARIES, SHIPPED, Store, described, identity
+from posttrain.planning.store import LIBRARIES, SHIPPED, Store, description_of, identity
 from posttrain.planning.tables import resources
 from posttrain.recipe.file import load_recipe, shipped_recipes
 from posttrain.recipe.schema import Recipe
@@ -39,7 +39,7 @@ def counted() -> dict[str, dict[str, Any]]:
     stores: dict[str, Store] = {}
     for name in shipped_recipes():
         recipe = load_recipe(name, checks=False)
-        about = described(recipe.model)
+        about = description_of(recipe.model)
         assert about is not None, "posttrain knows the models of its recipes"
         store = stores.setdefault(identity(about), Store({}))
         counts_of(recipe, store)

@@ -111,7 +111,7 @@ def test_the_velocities_of_the_trained_steps_alone_are_those_that_the_loss_repea
     flat |= {"sample_index": torch.arange(2 * N), "advantage": torch.ones(2 * N)}
     items = algorithm.with_frozen_velocities(Items(torch.ones(2 * N), flat, conditions()), policy)
     algorithm.loss(items, policy)
-    assert told == [False, False], "neither the reference's, which the loss reads, nor the loss's own"
+    assert told == [True, False], "the reference's is compared with the loss's own, computed with gradients"
 
 
 def test_samples_of_a_group_may_start_from_the_same_noise():

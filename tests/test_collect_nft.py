@@ -132,9 +132,15 @@ def test_what_training_does_not_change_is_computed_once(monkeypatch, kl_weight):
     algorithm = nft(kl_weight=kl_weight)
     policy = linear_policy(0.6, micro_batch=2, old=0.4, reference=-0.2)
     some = replace(items(), weight=torch.tensor([1.0, 0.0, 2.0]))
-    counted = Counted(policy, monkeypatch)
+    counted, repeats, velocity_of = Counted(policy, monkeypatch), [], policy.velocity
+    monkeypatch.setattr(
+        policy,
+        "velocity",
+        lambda *given, repeated=False: repeats.append(repeated) or velocity_of(*given, repeated=repeated),
+    )
     with torch.no_grad():
         found = algorithm.with_frozen_velocities(some, policy)
+    assert repeats == [True] * (1 + bool(kl_weight)), "each is compared with the loss's own"
     roles = {"old": 0.4} | ({"reference": -0.2} if kl_weight else {})
     assert counted.uses == list(roles)
     assert policy.forward_equivalents == 2 * len(roles)

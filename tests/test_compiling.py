@@ -98,6 +98,7 @@ def test_the_ratio_is_1_though_a_forward_without_gradients_is_another_program(
     # one optimizer step for each batch, so the ratio is that of the weights that collected it
     assert len(rows) > 1
     assert max(row["ratio_deviation"] for row in rows) <= 1e-6
+    assert rows[0]["kl"] == 0, "the reference has the same weights"
 
 
 def test_where_blocks_cannot_be_compiled_they_run_as_they_are_and_a_line_says_so(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from plans import planned
 from posttrain.planning import store as module
 from posttrain.planning.counts import Counts
 from posttrain.planning.profile import Profile, Segment
-from posttrain.planning.store import SHIPPED, Store, described, identity, store_of
+from posttrain.planning.store import SHIPPED, Store, description_of, identity, store_of
 from posttrain.policy.tuning import Lora
 from posttrain.recipe.file import load_recipe, shipped_recipes
 
@@ -96,9 +96,9 @@ def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
 
 def test_models_of_other_packages_are_counted_each_time(monkeypatch):
     model = planned("sft").model
-    assert described(model) is not None
+    assert description_of(model) is not None
     monkeypatch.setattr(type(model), "__module__", "another.package")
-    assert described(model) is None
+    assert description_of(model) is None
     with store_of(model) as store:
         assert store is None
 
@@ -129,7 +129,7 @@ def test_the_shipped_counts_are_what_is_counted(name, gpus):
     kinds["GPUS"] = kinds["GPUS"][:gpus]
     recipe, store = load_recipe(name, checks=False), Store({})
     script["counts_of"](recipe, store)
-    entry = json.loads(SHIPPED.read_text())[identity(described(recipe.model))]
+    entry = json.loads(SHIPPED.read_text())[identity(description_of(recipe.model))]
     fresh = json.loads(json.dumps(store.kept))
     assert name in entry["recipes"]
     assert {key: entry["counts"].get(key) for key in fresh} == fresh

@@ -80,7 +80,7 @@ def store_of(model: Model) -> Iterator[Store | None]:
 
     None for a model of another package, whose counts may depend on what posttrain does not know.
     """
-    about = described(model)
+    about = description_of(model)
     if about is None:
         yield None
         return
@@ -92,7 +92,7 @@ def store_of(model: Model) -> Iterator[Store | None]:
         store.save()
 
 
-def described(model: Model) -> dict[str, Any] | None:
+def description_of(model: Model) -> dict[str, Any] | None:
     """What decides the counts of ``model``: its settings and its components' configurations, not its weights.
     None if that is unknown."""
     if isinstance(model, TinySD3):
@@ -107,7 +107,7 @@ def described(model: Model) -> dict[str, Any] | None:
 
 
 def identity(about: dict[str, Any]) -> str:
-    """The name of a model's counts in the shipped file: a hash of what :func:`described` returned."""
+    """The name of a model's counts in the shipped file: a hash of what :func:`description_of` returned."""
     return digest(json.dumps(about, sort_keys=True))
 
 

@@ -77,7 +77,7 @@ def time_sources(all_needs: list[Needs], budget: Budget) -> Iterator[Text]:
     assumed = [use for pace, names in uses.items() if pace.row is None for use in names]
     for pace, names in uses.items():
         if pace.row is not None:
-            yield Text(f"time of {', '.join(names)}: {_described(pace, budget)}")
+            yield Text(f"time of {', '.join(names)}: {_rate_in_words(pace, budget)}")
     if assumed:
         yield Text(
             f"time of {', '.join(assumed)}: no measured row fits; an MFU of {ASSUMED_MFU:.0%} is assumed."
@@ -87,7 +87,7 @@ def time_sources(all_needs: list[Needs], budget: Budget) -> Iterator[Text]:
         yield Text(f"{budget.device.name} has no bf16: {why}", style="yellow")
 
 
-def _described(pace: Pace, budget: Budget) -> str:
+def _rate_in_words(pace: Pace, budget: Budget) -> str:
     row = pace.row
     assert row is not None, "only called for measured rows"
     peak = budget.device.peak(row.precision)
