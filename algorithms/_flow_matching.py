@@ -1,4 +1,4 @@
-"""Velocity regression at noisy latents of a random sigma: the base class of SFT and SOAR."""
+"""Velocity regression at noisy latents of a random sigma: the base class of SFT, SOAR, ReflexFlow and DPO."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Items, Losses, Tools
 from posttrain.condition import EMPTY_PROMPT
-from posttrain.flow import interpolate, shift_sigma
+from posttrain.flow import interpolate
 from posttrain.policy import Policy
 
 WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"]
@@ -33,12 +33,12 @@ class FlowMatching(Algorithm, ABC):
     logit_mean: float = 0.0
     """The mean of logit(t) under ``logit_normal``. t = 1 is noise, so a greater mean is noisier; in
     diffusers' DreamBooth scripts t = 0 is noise and the mean has the opposite sign."""
-    logit_std: float = Field(1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0)
     """The standard deviation of logit(t) under ``logit_normal``, greater than 0. A greater one draws more
     times near 0 and 1."""
     mode_scale: float = 1.29
     """The scale s of the ``mode`` density (arXiv:2403.03206, section 3.1)."""
-    cond_dropout: float = Field(0.0, ge=0, le=1)
+    cond_dropout: float = Field(default=0.0, ge=0, le=1)
     """Probability that a sample is trained on the empty prompt, drawn for each sample."""
 
     def loss(self, items: Items, policy: Policy) -> Losses:
@@ -47,10 +47,13 @@ class FlowMatching(Algorithm, ABC):
         return Losses(loss_weight(self.weighting_scheme, items.sigma) * error)
 
     def base_items(self, batch: Batch, tools: Tools) -> tuple[Items, Tensor, Tensor]:
-        """One item of weight 1 for each sample at a random t; also the noise (n, c, h, w) and t (n,)."""
+        """One item for each sample at a random t; also the noise (n, c, h, w) and t (n,).
+
+        An item's weight is that of its image: the column ``weight`` of its row, 1 by default.
+        """
         noise = tools.draws.normal("noise", batch.latents.shape[1:])
         t = self.density(tools)
-        sigma = shift_sigma(t, tools.policy.model.shift)
+        sigma = tools.policy.model.sigma(t, batch.latents.shape[-2:])
         dropped = tools.draws.uniform("cond_dropout") < self.cond_dropout
         fields = {
             "latents": interpolate(batch.latents, noise, sigma),
@@ -59,7 +62,8 @@ class FlowMatching(Algorithm, ABC):
             "prompt_index": torch.where(dropped, EMPTY_PROMPT, batch.prompt_index),
             "sample_index": batch.sample_index,
         }
-        return Items(torch.ones_like(sigma), fields, batch.conditions), noise, t
+        weights = [row.get("weight", 1.0) for row in batch.metadata] or [1.0] * len(batch)
+        return Items(torch.tensor(weights).to(sigma), fields, batch.conditions), noise, t
 
     def density(self, tools: Tools) -> Tensor:
         """One random time t for each sample, (n,) in [0, 1]."""

@@ -1,50 +1,40 @@
-"""Groups of samples of one prompt, scored and compared: the base class of Flow-GRPO and DiffusionNFT."""
+"""Advantages of samples over their group: the base class of Flow-GRPO, DiffusionNFT and AWM."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from posttrain.algorithm import Algorithm, Batch, Items, Tools, Verdict
+from posttrain.algorithm import Batch, Items, Losses, Tools
+from posttrain.algorithms._rollouts import Rollouts, reward_metrics
 from posttrain.distributed.world import ALONE, World
-from posttrain.flow.advantages import Mixing, has_spread, mean_group_std, mixed_advantages, weighted
+from posttrain.errors import StepRefused, TrainingError
+from posttrain.flow.advantages import Mixing, mixed_advantages
 from posttrain.policy import Policy
 
 
-class Online(Algorithm, ABC):
-    """Sample ``group_size`` images of each prompt, and learn from their scores relative to each other.
+class Online(Rollouts, ABC):
+    """Learn from the scores of a group's samples relative to each other.
 
     Group-relative advantages: Flow-GRPO, arXiv:2505.05470, eq. 4.
     """
 
-    needs: ClassVar = "rewards"
-
-    group_size: int = Field(24, ge=2)
-    """Samples of one prompt; advantages are relative to them."""
-    num_steps: int = Field(10, ge=2)
-    """Sampling steps of the rollout."""
-    timestep_fraction: float = Field(0.99, gt=0, le=1)
+    timestep_fraction: float = Field(default=0.99, gt=0, le=1)
     """The share of the sampling steps that is trained: int(num_steps * timestep_fraction) steps. Flow-GRPO
     trains the first ones, because the density of the last step, to sigma 0, is too narrow; DiffusionNFT
     trains a random choice for each sample."""
     global_std: bool = True
     """Divide advantages by the standard deviation of all rewards of the batch, not of the group."""
-    adv_clip_max: float = Field(5.0, gt=0)
+    adv_clip_max: float = Field(default=5.0, gt=0)
     """Advantages are clamped to [-adv_clip_max, adv_clip_max]."""
     reward_mixing: Mixing = "rewards"
     """Sum several rewards and compare the sums (``rewards``), or sum each reward's own advantages
     (``advantages``)."""
-
-    @property
-    def samples_per_prompt(self) -> int:
-        return self.group_size
 
     @property
     def trained_steps(self) -> int:
@@ -60,7 +50,8 @@ class Online(Algorithm, ABC):
         """(n,) bool: the samples that are trained, by their clamped advantages (n,)."""
 
     def frozen_velocities(self, items: Items, policy: Policy) -> dict[str, Tensor]:
-        """Velocities (n, c, h, w) of roles at the items, by the name of the field that the loss reads.
+        """Velocities (n, c, h, w) of roles at the items, or numbers (n,) made of them, by the name of the
+        field that the loss reads.
 
         Training does not change them, so they are computed once for each batch."""
         del items, policy
@@ -81,19 +72,17 @@ class Online(Algorithm, ABC):
         return replace(items, fields=fields)
 
     def collect(self, batch: Batch, tools: Tools) -> Items:
-        assert tools.judge is not None, "needs = 'rewards'"
-        assert batch.group is not None, "needs = 'rewards'"
-        fields, own_verdict = self._sampled_and_scored(batch, tools)
-        verdict = _of_all_processes(own_verdict, tools.world)
-        group, weights = tools.world.gather(batch.group.cpu()), tools.judge.weights
+        fields, verdict, group, weights = self.scored_by_all(batch, tools)
         advantage = mixed_advantages(
             verdict.rewards, weights, group, global_std=self.global_std, mixing=self.reward_mixing
         )
+        if not advantage.isfinite().all():  # each score is, but not their sum or its standard deviation
+            raise StepRefused("the weighted sum of the rewards")
         clamped = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()
         trained = self.trained_mask(clamped).float()
         items = _items(batch, fields, tools.world.local(clamped), tools.world.local(trained))
         items = self.with_frozen_velocities(items, tools.policy, tools.world)
-        metrics = _reward_metrics(verdict, weights, group)
+        metrics = reward_metrics(verdict, weights, group)
         metrics |= {
             "samples_trained": trained.mean(),
             "advantages": advantage,
@@ -101,39 +90,15 @@ class Online(Algorithm, ABC):
         }
         return replace(items, metrics=metrics)
 
-    def _sampled_and_scored(self, batch: Batch, tools: Tools) -> tuple[dict[str, Tensor], Verdict]:
-        """The items' fields, (n, items per sample, ...), and the scores of this process's samples.
 
-        Samples are drawn in micro-batches; rewards score one micro-batch while the next is drawn. The first
-        reward that fails stops the rollout with its own error.
-        """
-        assert tools.judge is not None, "needs = 'rewards'"
-        pending: list[Future[Verdict]] = []
-        parts: list[dict[str, Tensor]] = []
-        try:
-            for start in range(0, len(batch), tools.policy.micro_batch):
-                for future in pending:
-                    if future.done():
-                        future.result()  # raises the error of a reward that failed
-                index = slice(start, start + tools.policy.micro_batch)
-                micro_batch = batch.take(index)
-                latents, fields = self.rollout(micro_batch, replace(tools, draws=tools.draws.take(index)))
-                pending.append(tools.judge.submit(latents, micro_batch))
-                parts.append(fields)
-            verdict = Verdict.cat([future.result() for future in pending])
-        finally:
-            for future in pending:
-                future.cancel()  # after an error no score that is still to come is needed
-        # each part is freed as soon as it is joined: the fields are the largest tensors of an iteration
-        return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}, verdict
-
-
-def _of_all_processes(verdict: Verdict, world: World) -> Verdict:
-    """The scores of all processes' samples, in the order of the ranks."""
-    return Verdict(
-        {name: world.gather(scores) for name, scores in verdict.rewards.items()},
-        {name: world.gather(scores) for name, scores in verdict.details.items()},
-    )
+def trained_velocity(
+    items: Items, policy: Policy, guidance_scale: float, *, repeated: bool = False
+) -> Tensor:
+    """The velocity (n, c, h, w) at the items that a loss trains in one forward, where the rollout had
+    guidance of ``guidance_scale``. For ``repeated`` see :meth:`Policy.velocity`."""
+    scale = policy.model.guidance_rule.trained_at(guidance_scale)
+    at = (items.latents, items.sigma, items.prompt_index, items.conditions)
+    return policy.guided_velocity(*at, scale, repeated=repeated)
 
 
 def _items(batch: Batch, fields: Mapping[str, Tensor], advantage: Tensor, weight: Tensor) -> Items:
@@ -152,14 +117,26 @@ def _items(batch: Batch, fields: Mapping[str, Tensor], advantage: Tensor, weight
     return Items(for_each_item(weight).flatten(), flat, batch.conditions)
 
 
-def _reward_metrics(verdict: Verdict, weights: Mapping[str, float], group: Tensor) -> dict[str, Tensor]:
-    """What to record of the scores: the weighted sum's mean and spread, and the mean of each score."""
-    total = weighted(verdict.rewards, weights)
-    metrics = {
-        "reward": total.mean(),
-        "reward_std": total.std(correction=0),
-        "reward_group_std": mean_group_std(total, group),
-        "groups_without_spread": 1 - has_spread(total, group).double().mean(),
-    }
-    scores = {**verdict.rewards, **verdict.details}
-    return metrics | {f"reward/{name}": values.mean() for name, values in scores.items()}
+def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """The negative of PPO's clipped surrogate objective (arXiv:1707.06347, eq. 7), (n,)."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def ratio_metrics(ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """What to record of the probability ratios (n,); :func:`check_ratio` reads it."""
+    deviation = (ratio - 1).abs()
+    return {"ratio": ratio, "ratio_deviation": deviation, "clip_fraction": (deviation > clip_range).float()}
+
+
+def check_ratio(losses: Losses, clip_range: float) -> None:
+    """To be called before the first update. Raises TrainingError if a ratio is off 1 by more than a tenth of
+    ``clip_range``."""
+    worst = losses.metrics["ratio_deviation"].max().item()
+    if not worst <= 0.1 * clip_range:
+        raise TrainingError(
+            "before the first update the probability ratio of every step must be 1, but it is off by "
+            f"{worst:.3g}; a tenth of the clip_range of {clip_range:g} is allowed. Rollout and "
+            "training round log-probabilities differently: train in precision fp32 with tf32 off, or "
+            "with a wider clip_range"
+        )

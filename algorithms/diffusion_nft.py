@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
-from posttrain.algorithms._online import Online
+from posttrain.algorithms._online import Online, trained_velocity
 from posttrain.flow import interpolate, predicted_x0
+from posttrain.flow.sampling_settings import GUIDANCE
 from posttrain.flow.solvers import Solver
 from posttrain.policy import Policy
 from posttrain.sampling.latents import sample_latents
@@ -29,12 +30,12 @@ class DiffusionNFT(Online):
 
     solver: Solver = "dpm2"
     """Solver of the rollout. No step of the rollout is trained, so it is deterministic and of any order."""
-    guidance_scale: float = Field(1.0, ge=0)
-    """Classifier-free guidance of the rollout; 1 is none. Training has no guidance, so 1 samples from the
-    velocity that is trained."""
-    beta: float = Field(0.1, gt=0, le=1)
+    guidance_scale: Annotated[float, GUIDANCE] = Field(default=1.0, ge=0)
+    """Guidance of the rollout; 1 is none. Training has no classifier-free guidance, so 1 samples from the
+    velocity that is trained. A model that takes the scale as an input (FLUX.1 dev) is trained at the same."""
+    beta: float = Field(default=0.1, gt=0, le=1)
     """Distance of the implicit positive and negative policies from the old policy (section 3.1)."""
-    kl_weight: float = Field(1e-4, ge=0)
+    kl_weight: float = Field(default=1e-4, ge=0)
     """Weight of the squared distance between the velocities of the policy and of the reference."""
     adv_mode: AdvMode = "all"
     """The part of an advantage that is used: all of it; its positive or its negative part, else 0; 1 if it is
@@ -74,9 +75,7 @@ class DiffusionNFT(Online):
         def velocity_of(role: str) -> Tensor:
             with policy.using(role):
                 # where the policy has the role's weights, the loss's distance is then 0 to the bit
-                return policy.guided_velocity(
-                    items.latents, items.sigma, items.prompt_index, items.conditions, 1.0, repeated=True
-                )
+                return self._velocity(items, policy, repeated=True)
 
         velocities = {"old_velocity": velocity_of("old")}
         if self.kl_weight:
@@ -84,7 +83,7 @@ class DiffusionNFT(Online):
         return velocities
 
     def loss(self, items: Items, policy: Policy) -> Losses:
-        v = policy.velocity(items.latents, items.sigma, items.condition)
+        v = self._velocity(items, policy)
         v_old = items.old_velocity
         r = optimality(items.advantage, self.adv_mode, self.adv_clip_max)
         positive, negative = implicit_losses(v, v_old, items.latents, items.x0, items.sigma, self.beta)
@@ -100,6 +99,9 @@ class DiffusionNFT(Online):
             return Losses(policy_loss, metrics)
         kl = (v - items.reference_velocity).square().flatten(1).mean(1)
         return Losses(policy_loss + self.kl_weight * kl, {**metrics, "kl": kl})
+
+    def _velocity(self, items: Items, policy: Policy, *, repeated: bool = False) -> Tensor:
+        return trained_velocity(items, policy, self.guidance_scale, repeated=repeated)
 
     def after_batch(self, policy: Policy, step: int) -> None:
         policy.move_role("old", old_decay(self.decay_type, step))

@@ -14,7 +14,7 @@ Four deliberate differences from the published code:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms._flow_matching import FlowMatching
-from posttrain.flow.rectified import Dynamics, expand, shift_sigma, stochastic_step
+from posttrain.flow.rectified import Dynamics, expand, stochastic_step
+from posttrain.flow.sampling_settings import GUIDANCE
 
 
 class SOAR(FlowMatching):
@@ -33,21 +34,21 @@ class SOAR(FlowMatching):
 
     type: Literal["soar"] = "soar"
 
-    lambda_aux: float = Field(1.0, ge=0)
-    """Weight of an auxiliary point; a sample has weight 1. 0 is SFT."""
-    num_rollout_paths: int = Field(1, ge=1)
+    lambda_aux: float = Field(default=1.0, ge=0)
+    """Weight of an auxiliary point, as a multiple of its image's weight. 0 is SFT."""
+    num_rollout_paths: int = Field(default=1, ge=1, le=1000)
     """Rollout steps from each sample. The first is the ODE's, the others are stochastic."""
-    trajectory_length: int = Field(6, ge=0)
+    trajectory_length: int = Field(default=6, ge=0, le=1000)
     """Auxiliary points on each path; 0 is SFT."""
     sde_rollout_type: Dynamics = "flow_sde"
     """Kind of the stochastic steps; see :func:`posttrain.flow.stochastic_step`."""
-    sde_noise_scale: float = Field(0.5, ge=0)
+    sde_noise_scale: float = Field(default=0.5, ge=0)
     """Noise level of the stochastic steps; see :func:`posttrain.flow.stochastic_step`."""
-    cfg_scale_sampling: float = Field(4.5, ge=0)
-    """Classifier-free guidance of the rollout step; 1 is none."""
-    num_sampling_steps: int = Field(40, ge=1)
+    cfg_scale_sampling: Annotated[float, GUIDANCE] = Field(default=4.5, ge=0)
+    """Guidance of the rollout step; 1 is none."""
+    num_sampling_steps: int = Field(default=40, ge=1, le=10_000)
     """Length of the rollout step: 1 / num_sampling_steps in t."""
-    sigma_floor: float = Field(0.02, ge=0, lt=1)
+    sigma_floor: float = Field(default=0.02, ge=0, lt=1)
     """Least sigma of an auxiliary point. The target divides by sigma, so the few points below 0.02 cause much
     of the gradient's variance. 0 is the published behaviour."""
 
@@ -55,13 +56,13 @@ class SOAR(FlowMatching):
         base, noise, t0 = self.base_items(batch, tools)
         if self.lambda_aux == 0 or self.trajectory_length == 0:
             return base
-        shift = tools.policy.model.shift
+        model, size = tools.policy.model, batch.latents.shape[-2:]
         t1 = (t0 - 1 / self.num_sampling_steps).clamp(min=0)
-        sigma0, sigma1 = base.sigma, shift_sigma(t1, shift)
+        sigma0, sigma1 = base.sigma, model.sigma(t1, size)
         v = tools.policy.guided_velocity(
             base.latents, sigma0, batch.prompt_index, batch.conditions, self.cfg_scale_sampling
         )
-        grid = shift_sigma(torch.tensor(1 - 1 / self.num_sampling_steps), shift)
+        grid = model.sigma(torch.tensor(1 - 1 / self.num_sampling_steps), size)
         parts = [base]
         for path in range(self.num_rollout_paths):
             if path == 0:
@@ -80,7 +81,7 @@ class SOAR(FlowMatching):
                 )
                 fields = {"latents": latents, "sigma": sigma, "target": target}
                 fields |= {"prompt_index": base.prompt_index, "sample_index": base.sample_index}
-                parts.append(Items(self.lambda_aux * weight, fields, batch.conditions))
+                parts.append(Items(self.lambda_aux * weight * base.weight, fields, batch.conditions))
         return Items.cat(parts)
 
 

@@ -73,7 +73,7 @@ def compare(
     print(f"the engine's time: {_shares(it, steps['engine'])}")
     if it.options.output is not None:
         about = {"device": _name(it), "matrix_flops": rate, "ratio": ratio, "seconds": it.seconds}
-        it.options.output.write_text(json.dumps({**found, **about}, indent=2, default=str))
+        it.options.output.write_text(json.dumps({**found, **about}, indent=2, default=str), "utf-8")
 
 
 def as_set(it: Bench, step: Callable[[], object], *, compiling: bool = True) -> Callable[[], None]:

@@ -28,12 +28,8 @@ def command_line(title: str) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the tiny model on the CPU, to try the script")
     parser.add_argument("--seconds", type=float, default=240.0, help="no entry is begun that would end later")
     parser.add_argument("--only", default="", help="names of entries, or their beginnings, with commas")
-    parser.add_argument(
-        "--warm", action="store_true", help="three layers, once each: fills the compiler's cache"
-    )
     options = parser.parse_args()
     options.only = [name for name in options.only.split(",") if name]
-    options.layers = 3 if options.warm else 0
     return options
 
 
@@ -65,7 +61,7 @@ class Session:
             OPTIONS["backend"] = os.environ.get("TINY_BACKEND", "aot_eager")
         folder = Path(os.environ.get("OUT", "runs/gpu"))
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "gpu.jsonl").open("a")
+        self.file = (folder / "gpu.jsonl").open("a", encoding="utf-8")
 
     def say(self, entry: str, **figures: Any) -> None:
         """One line of JSON, printed and kept."""
@@ -103,7 +99,7 @@ class Session:
         if cuda and self.device.type != "cuda":
             self.say(name, skipped="needs a CUDA device")
             return False
-        if not self.options.tiny and not self.options.warm and self.passed + cost > self.limit:
+        if not self.options.tiny and self.passed + cost > self.limit:
             self.say(name, skipped=f"{cost:.0f} s are more than what is left of {self.limit:.0f} s")
             return False
         start = time.perf_counter()
@@ -154,8 +150,6 @@ class Session:
             return time.perf_counter() - start
 
         first = once()
-        if self.options.warm:
-            return {"first": first}
         if self.options.tiny:
             rounds, settle = 1, 0
         for _ in range(settle):

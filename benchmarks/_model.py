@@ -47,13 +47,6 @@ def model_of(
                 **tiny["text_encoder_3"],
                 "d_model": transformer["joint_attention_dim"],
             }
-    if layers := getattr(options, "layers", 0):
-        # one block of each kind compiles to what the whole model's do
-        configs["transformer"] = {
-            **configs["transformer"],
-            "num_layers": layers,
-            "dual_attention_layers": [0],
-        }
     dtype = "bf16" if options.precision == "bf16" else "fp32"
     spec = SD3(path=options.model, max_sequence_length=tokens, dtype=dtype)
     made = spec.outline_of(configs, dtype if frozen else "fp32", device)

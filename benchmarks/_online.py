@@ -60,7 +60,7 @@ class Iteration:
         with torch.no_grad(), self.policy.casts_kept():
             items = self.algorithm.collect(batch, Tools(self.policy, self.draws, self.sigmas, self.judge))
         with self.it.timed("training"):
-            update(self.algorithm, self.policy, items, self.strategy, self.settings, 1)
+            update(self.algorithm, self.policy, items, self.strategy, self.settings)
         self.algorithm.after_batch(self.policy, 1)
 
     def rewards(self, x0: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def kernels(step: Callable[[], object], device: torch.device, file: Path, most: 
         kind = _kind(name)
         shares[kind] = shares.get(kind, 0.0) + spent / total
     lines = [f"{spent:10.2f} ms {count:7d}  {name[:150]}" for spent, count, name in found[:most]]
-    with file.open("a") as text:
+    with file.open("a", encoding="utf-8") as text:
         text.write(f"{file.stem}: {total:.1f} ms of kernels\n" + "\n".join(lines) + "\n\n")
     ordered = sorted(shares.items(), key=lambda share: -share[1])
     return {

@@ -11,7 +11,7 @@ from posttrain.data.batches import encoded
 from posttrain.data.loader import ImageBatch
 from posttrain.distributed.world import ALONE
 from posttrain.engine.trainer import update
-from posttrain.flow import expand, guided, interpolate, shift_sigma
+from posttrain.flow import expand, guided, interpolate
 from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
 from posttrain.support.randomness import Draws
@@ -37,7 +37,7 @@ class SoarStep:
         with torch.no_grad(), self.policy.casts_kept():
             items = soar.collect(batch, Tools(self.policy, self.draws))
         with self.it.timed("training"):
-            update(soar, self.policy, items, self.strategy, self.settings, 1)
+            update(soar, self.policy, items, self.strategy, self.settings)
 
     def straightforward(self) -> None:
         """Guidance in two forwards, the rollout under autograd, a forward for each point, one backward."""
@@ -48,7 +48,7 @@ class SoarStep:
         noise = draws.normal("noise", shape)
         t0 = torch.sigmoid(draws.normal("timestep", ()))
         t1 = (t0 - 1 / soar.num_sampling_steps).clamp(min=0)
-        sigma0, sigma1 = shift_sigma(t0, model.shift), shift_sigma(t1, model.shift)
+        sigma0, sigma1 = (model.sigma(t, x0.shape[-2:]) for t in (t0, t1))
         with torch.autocast(it.device.type, dtype=it.autocast, enabled=it.autocast is not None):
             x = interpolate(x0, noise, sigma0)
             v = model.velocity(x, sigma0, condition)

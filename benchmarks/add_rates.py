@@ -118,10 +118,10 @@ def main() -> None:
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     parser.add_argument("--rates", type=Path, default=FILE, help="the file to extend")
     options = parser.parse_args()
-    lines = [json.loads(text) for text in options.file.read_text().splitlines()]
+    lines = [json.loads(text) for text in options.file.read_text("utf-8").splitlines()]
     new = session(lines, options.commit, options.date)
-    sessions = json.loads(options.rates.read_text())["sessions"]
-    options.rates.write_text(written([*sessions, new]))
+    sessions = json.loads(options.rates.read_text("utf-8"))["sessions"]
+    options.rates.write_text(written([*sessions, new]), "utf-8")
     print(f"{len(new['rows'])} rows of {new['device']} added to {options.rates}")
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from posttrain.algorithm import Algorithm, Batch, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
-from posttrain.data.batches import batch_source_of
+from posttrain.data.family import Opening
 from posttrain.distributed.world import ALONE
 from posttrain.engine.trainer import update
 from posttrain.models import _diffusers_flow
@@ -56,7 +56,7 @@ def batches(model: Any, cache: str, batch: int, work: Path) -> Iterator[tuple[in
     """The batches of a stage with that cache, which is filled; the time is printed."""
     made = parse_recipe(RECIPE % (IMAGES, batch), "cache_step.yaml", [f"cache={cache}"])
     made = made.model_copy(update={"cache": made.cache.model_copy(update={"path": work / "cache"})})
-    source = batch_source_of(made.stages[0].data, model, work, made.stages[0].train.batch_size)
+    source = made.stages[0].data.open(Opening(model, work, made.stages[0].train.batch_size))
     start = time.process_time()
     fill_for_stage(made, made.stages[0], model, source, Console(quiet=True))
     print(f"filling, {cache}: {time.process_time() - start:.2f} s")
@@ -132,7 +132,7 @@ def main() -> int:
     def step(algorithm: Algorithm, batch: Batch, draws: Draws) -> None:
         with torch.no_grad():
             items = algorithm.collect(batch, Tools(policy, draws))
-        update(algorithm, policy, items, strategy, settings, 1)
+        update(algorithm, policy, items, strategy, settings)
 
     for round_ in range(options.rounds + 1):
         drawn = {name: clock(name, lambda name=name: next(sources[name])) for name in CACHES}

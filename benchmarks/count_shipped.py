@@ -58,7 +58,7 @@ def main() -> None:
     for name, entry in counted().items():
         counts = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entry.pop("counts").items())
         lines.append(f'{json.dumps(name)}: {json.dumps(entry)[:-1]}, "counts": {{\n{counts}\n}}}}')
-    SHIPPED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    SHIPPED.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
     print(f"{SHIPPED}: {SHIPPED.stat().st_size / 1000:.0f} kB")
 
 

@@ -38,7 +38,6 @@ def options_of(session: Session, **changes: Any) -> argparse.Namespace:
         "resolution": 32 if tiny else 512,
         "precision": "bf16",
         "batch": 2 if tiny else 4,
-        "layers": 0 if tiny else session.options.layers,
         "micro_batch": 4,
         **changes,
     }
@@ -116,7 +115,7 @@ def sft(it: Bench, count: int, step: SoarStep) -> Callable[[], None]:
         batch = encoded(ImageBatch(0, 0, ids, pixels, captions, ids, (side, side)), it.model, draws)
         with torch.no_grad(), step.policy.casts_kept():
             items = algorithm.collect(batch, Tools(step.policy, draws))
-        update(algorithm, step.policy, items, step.strategy, step.settings, 1)
+        update(algorithm, step.policy, items, step.strategy, step.settings)
 
     return run
 

@@ -34,17 +34,19 @@ def rows(line: dict[str, Any]) -> list[str]:
     if "slice" in line:
         of = f" of {line['of']}, the rest extrapolated" if "of" in line else ""
         extra.append(f"{line['slice']} samples{of}")
+    if "chosen" in line:
+        extra.append(line["chosen"])
     if line.get("ratio_off_1") is not None:
         extra.append(f"|ratio - 1| at most {line['ratio_off_1']:.2g}")
     return [f"| {name} | {'; '.join(extra).replace('|', '/')} | " + " | ".join(figures) + " |"]
 
 
 def main() -> None:
-    lines = [json.loads(text) for text in Path(sys.argv[1]).read_text().splitlines()]
+    lines = [json.loads(text) for text in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
     for line in lines:
         if line["entry"] == "device":
             print(f"{line['name']}, torch {line['torch']}, bf16 products {line['matmul_tflops']:.4g} TFLOP/s")
-    for source in ("table", "lab"):
+    for source in ("run", "table", "lab"):
         print(f"\n| {source} | what | " + " | ".join(COLUMNS.values()) + " |")
         print("| --- " * (len(COLUMNS) + 2) + "|")
         for line in lines:

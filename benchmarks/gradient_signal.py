@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms._online import Online
-from posttrain.data.batches import batch_source_of
+from posttrain.data.family import Opening
 from posttrain.engine.trainer import REFERENCE
 from posttrain.policy import Policy
 from posttrain.policy.precision import AUTOCAST
@@ -41,9 +41,8 @@ def gradients(recipe_name: str, count: int, overrides: list[str]) -> tuple[Tenso
         policy.add_role(role, moves=role != REFERENCE)
     found, spreads = [], []
     with tempfile.TemporaryDirectory() as work, Judge(model, stage.rewards, Path(work)) as judge:
-        source = batch_source_of(
-            stage.data, model, Path(work), settings.batch_size, algorithm.samples_per_prompt, stage.rewards
-        )
+        groups = (settings.batch_size, algorithm.samples_per_prompt)
+        source = stage.data.open(Opening(model, Path(work), *groups, stage.rewards))
         sigmas = functools.partial(model.sigmas, height=source.size[0], width=source.size[1])
         for number, batch, draws in source.batches((recipe.seed, 0), 0):
             if number == count:

@@ -42,7 +42,8 @@ def main(picture: str, *folders: str) -> None:
             series[folder.name] = points
     svg = str(chart("reward of the rollouts, by optimizer step", series, 720, 300))
     Path(picture).write_text(
-        svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(">", f">{STYLE}", 1)
+        svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(">", f">{STYLE}", 1),
+        encoding="utf-8",
     )
 
 

@@ -5,13 +5,16 @@ python benchmarks/online_step.py
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from posttrain.algorithm import Tools
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
 from posttrain.algorithms.flow_grpo import FlowGRPO
 from posttrain.data.batches import PromptBatchSource
-from posttrain.data.settings import PromptData, ShapesPrompts
+from posttrain.data.family import Opening
+from posttrain.data.settings import ShapesPrompts
 from posttrain.distributed.world import ALONE
 from posttrain.engine.rehearsal import rehearse
 from posttrain.engine.trainer import OnPolicy, update
@@ -47,9 +50,8 @@ def main() -> None:
         policy = Policy(model, micro_batch=8)
         for role in algorithm.roles:
             policy.add_role(role, moves=role != "reference")
-        source = PromptBatchSource(
-            PromptData(prompts=ShapesPrompts(count=24), resolution=64), model, GROUPS * SIZE, SIZE
-        )
+        opening = Opening(model, Path("unused"), GROUPS * SIZE, SIZE)
+        source = PromptBatchSource(ShapesPrompts(count=24), 64, opening)
         encoded.clear()
         _, batch, draws = next(source.batches((0, 0), 0))
         assert len(encoded) == 1 + GROUPS, "a prompt is encoded once, and the empty one"

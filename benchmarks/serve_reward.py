@@ -22,7 +22,7 @@ def main(name: str = "jpeg_compressibility", side: int = 512, images: int = 4) -
     pixels, row = torch.rand(images, 3, side, side), probe(0)[1]
     prompts, rows = [row["prompt"]] * images, [row] * images
     command = [sys.executable, "-m", "posttrain", "serve-reward", name, "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as server:
         assert server.stdout is not None
         url = server.stdout.readline().split()[1]
         try:

@@ -19,7 +19,7 @@ from posttrain.data.loader import ImageBatch
 from posttrain.distributed.world import ALONE
 from posttrain.engine.rehearsal import rehearse
 from posttrain.engine.trainer import update
-from posttrain.flow import interpolate, shift_sigma
+from posttrain.flow import interpolate
 from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
 from posttrain.support.randomness import Draws
@@ -41,7 +41,7 @@ def main() -> None:
         with torch.no_grad(), policy.casts_kept():
             items = sft.collect(batch, Tools(policy, draws))
         with it.timed("training"):
-            update(sft, policy, items, strategy, settings, 1)
+            update(sft, policy, items, strategy, settings)
 
     def straightforward() -> None:
         condition, shape = model.encode_prompts(captions), model.latent_shape(side, side)
@@ -49,7 +49,7 @@ def main() -> None:
             model.encode_images(pixels, draws.normal("posterior", shape)),
             draws.normal("noise", shape),
         )
-        sigma = shift_sigma(torch.sigmoid(draws.normal("timestep", ())), model.shift)
+        sigma = model.sigma(torch.sigmoid(draws.normal("timestep", ())), x0.shape[-2:])
         with torch.autocast(it.device.type, dtype=it.autocast, enabled=it.autocast is not None):
             v = model.velocity(interpolate(x0, noise, sigma), sigma, condition)
             loss = (v - (noise - x0)).square().mean()

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class Batch:
     conditions: Conditions
     """The encoded prompts; row 0 is the empty prompt."""
     metadata: Sequence[Mapping[str, Any]] = ()
-    """n rows, each with all that the prompt file says of the sample, ``prompt`` included; or empty."""
+    """n rows, each with all that the file of prompts or images says of the sample, ``prompt`` (the caption)
+    included; or empty."""
     group: Tensor | None = None
     """(n,) int64: equal for samples of one prompt. None for algorithms that need no rewards."""
     sample_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -45,6 +46,8 @@ class Batch:
     filler, which gives every process the same number of samples."""
     total: int = 0
     """Number of samples of all processes without fillers; n by default."""
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> (n, ...): what else a sample has; a pair has ``rejected``, the other image's latents."""
 
     def __post_init__(self) -> None:
         if not len(self.sample_index):
@@ -64,6 +67,7 @@ class Batch:
             metadata=self.metadata[index],
             group=None if self.group is None else self.group[index],
             sample_index=self.sample_index[index],
+            fields={name: values[index] for name, values in self.fields.items()},
         )
 
 
@@ -73,7 +77,7 @@ class Items:
 
     A field is read as an attribute: ``items.latents``. Two fields are required: ``prompt_index`` (n,), the
     item's row in ``conditions``, and ``sample_index`` (n,), the index of the item's sample in the batch.
-    Raises ValueError if one is missing or if first axes differ.
+    Raises ValueError if one is missing, if first axes differ, or if a field has the name of an attribute.
     """
 
     weight: Tensor
@@ -91,6 +95,12 @@ class Items:
             raise ValueError(
                 f"items lack {' and '.join(map(repr, missing))}; they have {sorted(self.fields)}"
             )
+        if hidden := sorted(name for name in self.fields if name in vars(self) or hasattr(Items, name)):
+            raise ValueError(
+                f"items: a field cannot be called {hidden[0]!r}, which items have as an attribute"
+            )
+        if self.weight.ndim != 1:
+            raise ValueError(f"items: weight has the shape {tuple(self.weight.shape)}, not (n,)")
         lengths = {name: len(tensor) for name, tensor in {"weight": self.weight, **self.fields}.items()}
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -163,10 +173,10 @@ class Verdict:
     def cat(parts: Sequence[Verdict]) -> Verdict:
         """The scores of all samples, in order."""
 
-        def joined(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
-
-        return Verdict(joined([p.rewards for p in parts]), joined([p.details for p in parts]))
+        return Verdict(
+            {name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards},
+            {name: torch.cat([p.details[name] for p in parts]) for name in parts[0].details},
+        )
 
 
 class Judge(Protocol):
@@ -180,7 +190,8 @@ class Judge(Protocol):
     def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
         """Score the images of ``latents`` (n, c, h, w) for the prompts in ``batch.metadata``.
 
-        If a score cannot be computed, the future's result raises RewardError with the reward's name.
+        If a score cannot be computed, the future's result raises RewardError with the reward's name, and
+        NotFinite if an image or a score is not finite.
         """
         ...
 
@@ -209,8 +220,10 @@ class Tools:
 class Algorithm(Named, ABC):
     """A training algorithm. Its fields are its hyper-parameters; it has no other state."""
 
-    needs: ClassVar[Literal["images", "rewards"]]
-    """What the stage must have: captioned images, or prompts and rewards."""
+    needs: ClassVar[str]
+    """What the stage's data must give (:class:`posttrain.data.family.Data`), such as ``images``."""
+    uses_rewards: ClassVar[bool] = False
+    """Whether the stage must have rewards; if not, it must have none."""
 
     @property
     def roles(self) -> frozenset[str]:
@@ -225,6 +238,10 @@ class Algorithm(Named, ABC):
     def samples_per_prompt(self) -> int:
         """The number of samples of each prompt in a batch; 1 for algorithms without groups."""
         return 1
+
+    def as_given(self, batch: Batch) -> Batch:
+        """``batch``, random latents that the plan rehearses with, as the algorithm's data would give it."""
+        return batch
 
     @abstractmethod
     def collect(self, batch: Batch, tools: Tools) -> Items:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from posttrain.errors import ModelError
+from posttrain.flow.guidance import CLASSIFIER_FREE, ClassifierFree
 from posttrain.registry import Named
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
     from posttrain.condition import Condition
     from posttrain.flow.sampling_settings import Sampling
+    from posttrain.sampler import Sampler
+    from posttrain.weights.single_file import SingleFile
+    from posttrain.weights.token_counts import TokenCounts
+    from posttrain.weights.writing import Entry
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 EncoderName = Literal["prompts", "images"]
@@ -55,14 +60,17 @@ class Model(Named, ABC):
     """Whether stages can train it. If not, it must return its own :meth:`sampler`."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """The class names of the diffusers pipelines that this model can load."""
+    in_comfyui: ClassVar[bool] = True
+    """Whether ComfyUI itself draws with models of this family."""
 
     @abstractmethod
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
         """Load the weights. Raises ModelError if they are missing, gated or do not fit together."""
 
-    def build(self, folder: Path) -> Model:
-        """The model to load. A model that has to be built first is built once, inside ``folder``."""
-        del folder
+    def build(self, folder: Path, device: torch.device) -> Model:
+        """The model to load. A model that has to be built first is built once, inside ``folder``; if that
+        takes training, on ``device``."""
+        del folder, device
         return self
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
@@ -82,17 +90,53 @@ class Model(Named, ABC):
         """The settings that change the images, beside the weights, for a result card."""
         return self.model_dump(mode="json", exclude={"path", "offload"})
 
+    def call_settings(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, beside prompts, size, steps and guidance, that draw as this
+        block does."""
+        longest = self.model_dump().get("max_sequence_length")  # most families have such a field
+        return {} if longest is None else {"max_sequence_length": longest}
+
     def frozen_dtype(self) -> DtypeName:
         """The precision of a transformer whose weights are frozen (LoRA)."""
+        return "fp32"
+
+    def export_dtype(self) -> DtypeName:
+        """The precision of what a stage writes for other tools, where its recipe does not name one."""
         return "fp32"
 
     def missing(self) -> str | None:
         """Why the weights cannot be loaded, as far as can be told without loading them; None if they can."""
         return None
 
-    def divisor(self) -> int | None:
-        """Image sides must be multiples of this many pixels; None if it is unknown before loading."""
+    def field_problems(self) -> Mapping[str, str]:
+        """Name of a field -> why its value does not fit the weights, as far as can be told without loading
+        them."""
+        return {}
+
+    def weight_files(self) -> Mapping[str, Path]:
+        """Name, such as ``vae/config.json``, -> each file here that :meth:`load` reads."""
+        return {}
+
+    def origin(self) -> dict[str, Any]:
+        """The entries ``base_model``, ``license`` and so on, as far as they are known, for the model card of
+        what is trained from this model."""
+        return {}
+
+    def single_file(self) -> SingleFile | None:
+        """How the model's authors lay out its weights in one file, which ComfyUI loads; None if unknown."""
         return None
+
+    def sides(self) -> tuple[int, int | None] | None:
+        """What image sides must be multiples of, and the longest (None: any), in pixels; None if unknown."""
+        return None
+
+    def native_side(self) -> int | None:
+        """The side in pixels of the square images that the model is made for; None if unknown."""
+        return None
+
+    def guidance_rule(self) -> ClassifierFree:
+        """How a guidance scale acts, as far as can be told without loading the weights."""
+        return CLASSIFIER_FREE
 
     def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
         """Whether an encoder stays in the CPU's memory while it does not work, given whether its outputs are
@@ -103,6 +147,11 @@ class Model(Named, ABC):
     def offloaded(self) -> Model | None:
         """The same model with ``offload: true``; None if its encoders are offloaded already or cannot be."""
         return None
+
+    def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
+        """Name of a tokenizer -> how many tokens each caption has, as far as its files are here."""
+        del captions
+        return {}
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Name -> shape of the transformer's parameters, without loading them; None if unknown."""
@@ -125,7 +174,10 @@ class FlowModel(ABC):
     """A loaded model. Stages train ``transformer``; everything else is frozen."""
 
     shift: float = 1.0
-    """The shift of sigmas; see :func:`posttrain.flow.rectified.shift_sigma`."""
+    """The shift of sigmas at any size; see :func:`posttrain.flow.rectified.shift_sigma`. A model whose shift
+    depends on the size overrides :meth:`sigma`."""
+    guidance_rule: ClassifierFree = CLASSIFIER_FREE
+    """How a guidance scale acts."""
     divisor: int = 1
     """Image sides must be multiples of this many pixels."""
     forward_dtype: torch.dtype | None = None
@@ -173,14 +225,20 @@ class FlowModel(ABC):
         is None, to the transformer's dtype. Under ``precision: bf16`` its weights are bf16, without autocast.
         """
 
+    def sigma(self, t: Tensor, size: Sequence[int]) -> Tensor:
+        """Sigma at uniform times ``t`` in [0, 1], of any shape, for latents of ``size`` (h, w).
+
+        Training draws its sigmas by it, and the sampling grid is the same function of a uniform grid."""
+        from posttrain.flow.rectified import shift_sigma
+
+        del size
+        return shift_sigma(t, self.shift)
+
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:
         """The sampling grid for images of that size in pixels: ``steps`` falling sigmas from 1 on, then 0."""
         import torch
 
-        from posttrain.flow.rectified import shift_sigma
-
-        del height, width
-        return shift_sigma(torch.linspace(1, 0, steps + 1), self.shift).tolist()
+        return self.sigma(torch.linspace(1, 0, steps + 1), self.latent_shape(height, width)[1:]).tolist()
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """Latents (n, c, h, w) float32, drawn from a posterior with standard normal ``noise`` and scaled as
@@ -210,14 +268,25 @@ class FlowModel(ABC):
         del encoder
         return ()
 
-    def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
+    def bytes_at_work(self, encoder: EncoderName) -> int:
+        """Bytes of the weights that an encoder which rests has on the device while it works: by default
+        all."""
+        return sum(p.nbytes for module in self.encoder_modules(encoder) for p in module.parameters())
+
+    def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Entry]) -> None:
         """Write the folder that other tools load, by default the transformer alone, in ``dtype``. ``weights``
-        are the transformer's, by parameter name."""
+        are the transformer's, by parameter name. Where they lie in parts over several processes, each becomes
+        whole when it is read: read, write and drop one after the other."""
         from posttrain.weights.transformer import save_component
 
         save_component(self.transformer, folder, torch_dtype(dtype), weights)
 
-    def save_lora(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    def save_exact(self, folder: Path, weights: Mapping[str, Entry]) -> None:
+        """Write the transformer's ``weights``, by parameter name, in float32 for :meth:`load_weights`, where
+        :meth:`save` rounds them."""
+        self.save(folder, "fp32", weights)
+
+    def save_lora(self, folder: Path, weights: Mapping[str, Entry]) -> None:
         """Write the adapter whose ``weights``, by parameter name, are given, in the format of other tools."""
         from posttrain.weights.transformer import save_adapter
 
@@ -227,32 +296,11 @@ class FlowModel(ABC):
         """Load the transformer's weights from a folder that :meth:`save` wrote, or add the adapter that
         :meth:`save_lora` wrote, merged into the weights or, without ``merge``, active beside them. Raises
         ModelError if anything is missing or does not fit."""
-        from posttrain.weights.transformer import LORA, load_adapter, load_component
+        from posttrain.weights.adapter import load_adapter
+        from posttrain.weights.transformer import LORA, load_component
 
         if (source / LORA).is_file():
             return load_adapter(self.transformer, source / LORA, merge=merge)
         if getattr(self.transformer, "peft_config", None):
             self.transformer.unload_lora()  # the new weights already contain the adapters
         return load_component(self.transformer, source)
-
-
-class Sampler(ABC):
-    """Samples images for prompts. An evaluation needs nothing else of a model."""
-
-    device: torch.device
-    divisor: int
-    """Image sides must be multiples of this many pixels."""
-    source: str
-    """The origin of the weights, for the result card."""
-    settings: Mapping[str, Any]
-    """The other settings of the recipe's ``model`` block, for the result card."""
-    forward_equivalents: int
-    """The forwards of the denoiser so far, counted for each sample."""
-
-    @abstractmethod
-    def images(self, prompts: Sequence[str], indices: Sequence[int], settings: Sampling) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1]: the ``indices[i]``-th of ``prompts[i]``, each from its own noise."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """The sha256 of the denoiser's weights."""

@@ -5,18 +5,21 @@ To add a reward, subclass :class:`Reward` with a ``type``, a ``range`` and :meth
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from posttrain.errors import RewardError
-from posttrain.registry import Named
+from posttrain.errors import NotFinite, PosttrainError, RewardError
+from posttrain.registry import FREE, Named
 from posttrain.support.paths import is_path
+from posttrain.support.user_errors import with_lines
 from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
@@ -53,16 +56,20 @@ class Reward(Named, ABC):
     weights: ClassVar[Mapping[str, Weights]] = {}
     """Name of a field -> the files needed from the hub repository or local copy that the field names."""
 
-    unmeasured: ClassVar[frozenset[str]] = frozenset({"weight"})
-    """Names of fields that do not change the scores, such as a batch size. Result cards leave them out."""
-
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e9)
     """The factor of this reward in the weighted sum that an online algorithm maximises."""
+    limit_minutes: Annotated[float | None, FREE] = Field(default=20.0, gt=0)
+    """Minutes in which one batch of images must be scored, all retries included; else the run stops. null for
+    no limit."""
 
     @property
     def label(self) -> str:
         """The name of the scores in tables and records."""
         return self.type
+
+    def about(self) -> str:
+        """What the score measures, for a report: the first paragraph of the class's docstring."""
+        return " ".join((inspect.getdoc(type(self)) or "").partition("\n\n")[0].replace("``", "").split())
 
     def problem(self) -> str | None:
         """Say why the reward cannot be loaded; None if nothing is missing. Loads and downloads nothing."""
@@ -95,11 +102,28 @@ class Reward(Named, ABC):
             ) from error
 
     def measures(self) -> dict[str, Any]:
-        """The settings that scores depend on. Weights are left out, since :meth:`hashes` identifies them."""
-        return self.model_dump(mode="json", exclude={*self.weights, *self.unmeasured})
+        """The settings that scores depend on, which are not marked FREE. The weights are left out, since
+        :meth:`hashes` identifies them."""
+        out = {"weight", *self.weights}
+        return {name: value for name, value in self.deciding().items() if name not in out}
+
+    def weight_files(self) -> dict[str, Path]:
+        """Field of :attr:`weights` and file -> the file that :meth:`load` reads."""
+        return {
+            f"{name}/{file}": path
+            for name, weights in self.weights.items()
+            for file, path in weights.paths(self.located(name)).items()
+        }
+
+    def source_files(self) -> dict[str, Path]:
+        """Module -> its file, of the source outside this package that computes the scores. Raises RewardError
+        if it cannot be loaded."""
+        return {}
 
     def hashes(self) -> dict[str, dict[str, str]]:
-        """Name of a field of :attr:`weights` -> file -> SHA-256 of the file that :meth:`load` reads."""
+        """Name of a field of :attr:`weights` -> file -> SHA-256 of the file that :meth:`load` reads.
+
+        Result cards keep them, so that scores by other weights, or by other source, are not compared."""
         return {name: weights.hashes(self.located(name)) for name, weights in self.weights.items()}
 
     @abstractmethod
@@ -110,27 +134,48 @@ class Reward(Named, ABC):
 def checked(name: str, score: Scorer) -> Scorer:
     """Wrap ``score`` so that every failure raises a RewardError that names the reward and a prompt.
 
-    A failure is an exception, a wrong number of scores, or a score that is not finite. So a score that could
-    not be computed never becomes a number that training would follow.
+    A failure is an exception, anything but Scores of tensors, a wrong number of scores, or an image or score
+    that is not finite in float32 (NotFinite). So a score that could not be computed never becomes a number
+    that training would follow. The reward gets copies: whatever it changes in its arguments, other rewards
+    and the saved images do not see.
     """
 
     def call(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         import torch
 
+        check_finite(images, prompts)
         try:
             with torch.no_grad():  # set here, since it does not carry over from another thread
-                scores = score(images, prompts, metadata)
+                scores = score(images.clone(), list(prompts), copy.deepcopy(list(metadata)))
         except Exception as error:
             example = prompts[0] if prompts else ""
-            raise RewardError(f"reward {name!r} failed on prompts such as {example!r}: {error}") from error
+            why = str(error) if isinstance(error, PosttrainError) else with_lines(error)
+            raise RewardError(f"reward {name!r} failed on prompts such as {example!r}: {why}") from error
+        if not isinstance(scores, Scores):
+            raise RewardError(f"reward {name!r} returned {type(scores).__name__}, where Scores are expected")
         for key, values in {"value": scores.value, **scores.details}.items():
+            if not isinstance(values, torch.Tensor):
+                raise RewardError(
+                    f"reward {name!r} returned {key} as {type(values).__name__}, not as a tensor"
+                )
             if tuple(values.shape) != (len(prompts),):
                 raise RewardError(
                     f"reward {name!r} returned {key} of shape {tuple(values.shape)} for {len(prompts)} images"
                 )
-            if not bool(values.isfinite().all()):
-                first = int((~values.isfinite()).nonzero()[0])
-                raise RewardError(f"reward {name!r} returned {values[first]} for prompt {prompts[first]!r}")
+            # a score of 1e39 is finite in float64 alone
+            if bad := (~values.float().isfinite()).nonzero().flatten().tolist():
+                what = f"{values[bad[0]]} for prompt {prompts[bad[0]]!r}"
+                raise NotFinite(f"reward {name!r} returned {what}", bad)
         return scores
 
     return call
+
+
+def check_finite(images: Tensor, prompts: Sequence[str]) -> None:
+    """Raise NotFinite if a value of ``images`` (n, 3, h, w), drawn for n ``prompts``, is NaN or infinite."""
+    if bad := (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        raise NotFinite(
+            f"the image for prompt {prompts[bad[0]]!r} is not finite, so it is not used ({len(bad)} of "
+            f"{len(prompts)} images): the model's weights or autoencoder overflow or are damaged",
+            bad,
+        )

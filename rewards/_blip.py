@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from posttrain.errors import RewardError
-from posttrain.rewards._state import fill, frozen, layers, linear_head
+from posttrain.rewards._state import all_used, fill, frozen, layers, linear_head
 
 if TYPE_CHECKING:
     import torch
 
 HEAD_CHANNELS = 64
 """Channels of an attention head in both towers. No tensor's shape depends on it."""
+PARTS = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+"""Prefixes of the weights that score."""
+UNUSED = ("blip.vision_proj.", "blip.text_proj.")
+"""Prefixes of BLIP's contrastive projections, which the checkpoint has and the score has no use for."""
 NAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -72,14 +76,14 @@ def blip_of(state: Mapping[str, Tensor], file: Path, device: torch.device) -> Bl
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+    all_used(state, (name for name in state if name.startswith(PARTS + UNUSED)), file)
     vision_state, text_state = _below(state, "blip.visual_encoder."), _below(state, "blip.text_encoder.")
-    text_state.pop("embeddings.position_ids", None)  # the numbers 0, 1, 2 and so on, not weights
     try:
         vision: Any = BlipVisionModel(BlipVisionConfig(**_vision_sizes(vision_state)))
         # only a decoder is built with the layers that attend to the image
         sizes = {**_text_sizes(text_state), "encoder_hidden_size": vision.config.hidden_size}
         text: Any = BlipTextModel(BlipTextConfig(**sizes, is_decoder=True), add_pooling_layer=False)
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise RewardError(f"{str(file)!r} holds no ImageReward: {error}") from error
     fill(vision, {_renamed(name): tensor for name, tensor in vision_state.items()}, file)
     fill(text, text_state, file)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain.reward import Scores
-from posttrain.rewards._state import loaded
+from posttrain.rewards import _state
 from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
@@ -66,17 +66,14 @@ def load_clip(weights: Path, processor: Path, device: torch.device) -> Clip:
     """Load the CLIP in the folder ``weights``, with the tokenizer in the folder ``processor``."""
     from transformers import CLIPModel
 
-    return Clip(loaded(CLIPModel, weights, device), load_tokenizer(processor), device)
+    return Clip(_state.loaded(CLIPModel, weights, device), load_tokenizer(processor), device)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the CLIP tokenizer in ``folder``."""
+    """Load the CLIP tokenizer in ``folder``. Raises RewardError."""
     from transformers import CLIPTokenizer
 
-    from posttrain.weights.hugging_face import quiet
-
-    with quiet():
-        return CLIPTokenizer.from_pretrained(folder)
+    return _state.load_tokenizer(CLIPTokenizer, folder)
 
 
 def load_pixels(folder: Path) -> Callable[[Tensor], Tensor]:
@@ -87,9 +84,8 @@ def load_pixels(folder: Path) -> Callable[[Tensor], Tensor]:
     from transformers import CLIPImageProcessorPil
 
     from posttrain.support.images import to_pil
-    from posttrain.weights.hugging_face import quiet
 
-    with quiet():
+    with _state.reading(folder):
         # AutoImageProcessor would choose by whether torchvision is installed, and the pixels would differ
         processor = CLIPImageProcessorPil.from_pretrained(folder)
     return lambda images: processor(images=to_pil(images), return_tensors="pt")["pixel_values"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from posttrain.reward import Scores
 from posttrain.rewards._geneval import Objects, Task, graded, lenient, strict
+from posttrain.support.spelling import meant
 
 Verdict = Literal["graded", "lenient", "strict"]
 """``graded``: the mean credit of the counts, colours and positions asked for, negative if there are far too
@@ -34,9 +35,20 @@ def metadata_problem(row: Mapping[str, Any]) -> str | None:
     if not both_lists or not include or not all(map(_is_clause, (*include, *exclude))):
         return "its 'include' or 'exclude' is no list of objects with a 'class' and a 'count' from 1"
     for i, clause in enumerate(include):
-        position = clause.get("position")
-        if position is not None and not _is_position(position, i):
+        if "position" in clause and not _is_position(position := clause["position"], i):
             return f"the position {position!r} is no relation and the number of an object before it"
+    return None
+
+
+def unknown(
+    row: Mapping[str, Any], detector: str, classes: Collection[str], colors: Collection[str]
+) -> str | None:
+    """Say which class or colour of the metadata in ``row`` the ``detector`` cannot find; None if it can."""
+    for clause in (*row["include"], *row.get("exclude", ())):
+        if (kind := clause["class"]) not in classes:
+            return f"{detector} knows no {kind!r}{meant(kind, classes)}"
+        if "color" in clause and (color := clause["color"]) not in colors:
+            return f"{color!r} is none of the colours {', '.join(colors)}"
     return None
 
 
@@ -45,7 +57,7 @@ def _is_clause(clause: Any) -> bool:
     return (
         isinstance(clause, Mapping)
         and isinstance(clause.get("class"), str)
-        and isinstance(clause.get("count"), int)
+        and type(clause.get("count")) is int
         and clause["count"] >= 1
     )
 
@@ -54,5 +66,5 @@ def _is_position(position: Any, index: int) -> bool:
     """Whether ``position`` is a relation to a clause before number ``index``."""
     match position:
         case ["left of" | "right of" | "above" | "below", int(target)]:
-            return 0 <= target < index
+            return type(target) is int and 0 <= target < index
     return False

@@ -1,55 +1,45 @@
-"""Sends requests to reward servers, and sends failed requests again.
+"""Asks reward servers, and asks again after failures that may pass.
 
-A request is sent again, after waits that double, if the connection fails or times out, if the status is 429
-or 5xx, or if the reader of the answer raises ValueError. Any other status of an error is final.
+A request is sent again, after waits that double, if the connection fails or the answer is late, if the status
+is 429 or 5xx, or if the reader of the answer raises ValueError. Any other status of an error is final.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from abc import ABC
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
 from posttrain.errors import RewardError
+from posttrain.registry import FREE
 from posttrain.reward import Reward
-
-if TYPE_CHECKING:
-    import httpx
+from posttrain.rewards._link import Answer, BadAnswer, Link, NoAnswer
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 MAX_WAIT_SECONDS = 30.0
-SHOWN_CHARACTERS = 200
-"""An error shows this much of a server's answer."""
 
 
 class OverHttp(Reward, ABC):
     """A reward that asks a server for its scores."""
 
     requires: ClassVar = ("httpx",)
-    unmeasured: ClassVar = Reward.unmeasured | {
-        "url",
-        "token_env",
-        "timeout_seconds",
-        "retries",
-        "backoff_seconds",
-        "batch_size",
-        "concurrency",
-    }
 
-    url: str = Field(pattern=r"^https?://[^\s/]\S*$")
+    url: Annotated[str, FREE] = Field(pattern=r"^https?://[^\s/]\S*$", examples=["http://127.0.0.1:8000"])
     """The address below which the server answers, with http:// or https://: ``http://HOST:8400`` for
     ``posttrain serve-reward``, ``http://HOST:8000/v1`` for a server of OpenAI's protocol."""
-    token_env: str | None = None
+    token_env: Annotated[str | None, FREE] = None
     """The environment variable with the server's bearer token. By default no token is sent."""
-    timeout_seconds: float = Field(120.0, gt=0)
-    """A request fails if the server sends nothing for this long."""
-    retries: int = Field(6, ge=0)
+    timeout_seconds: Annotated[float, FREE] = Field(default=120.0, gt=0, le=86_400)
+    """A request fails if its whole answer is not here within this time."""
+    retries: Annotated[int, FREE] = Field(default=6, ge=0, le=1000)
     """How often a failed request is sent again."""
-    backoff_seconds: float = Field(0.5, ge=0)
+    backoff_seconds: Annotated[float, FREE] = Field(default=0.5, ge=0, le=3600)
     """The wait before the first retry. Each further wait is twice as long, up to 30 seconds."""
 
     def problem(self) -> str | None:
@@ -59,53 +49,42 @@ class OverHttp(Reward, ABC):
             return f"token_env: there is no environment variable {self.token_env!r}, or it is empty"
         return None
 
-    def client(self) -> httpx.Client:
-        """A client that sends the token, and ignores proxies set in the environment."""
-        import httpx
-
+    def link(self) -> Link:
+        """A link that sends the token, and ignores proxies set in the environment."""
         headers = {}
         if self.token_env is not None:
             if not (token := os.environ.get(self.token_env)):
                 raise RewardError(f"{self.type}: {self.problem()}")
             headers["Authorization"] = f"Bearer {token}"
-        return httpx.Client(timeout=self.timeout_seconds, headers=headers, trust_env=False)
+        return Link(headers, self.timeout_seconds)
 
-    def asked(self, send: Callable[[], httpx.Response], url: str, read: Callable[[httpx.Response], T]) -> T:
-        """Call ``send``, again after failures, and return what ``read`` makes of the response.
+    def asked(self, link: Link, method: str, url: str, read: Callable[[Answer], T], **body: Any) -> T:
+        """Send a request with httpx's ``body``, again after failures; return what ``read`` makes of it.
 
         Raises RewardError, which names ``url``, if the server refuses the request or all retries fail.
         """
-        import httpx
-
-        reason = ""
+        reason, began = "", time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
+                log.warning("%s: %s. It is asked again, %d of %d times", url, reason, attempt, self.retries)
                 time.sleep(min(self.backoff_seconds * 2 ** (attempt - 1), MAX_WAIT_SECONDS))
             try:
-                response = send()
-            except httpx.TimeoutException:
-                reason = f"no answer within {self.timeout_seconds:g} s"
+                answer = link.request(method, url, **body)
+            except NoAnswer as error:
+                reason = str(error)
                 continue
-            except httpx.TransportError as error:
-                reason = str(error) or type(error).__name__
-                continue
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except BadAnswer as error:
                 raise RewardError(f"{url}: {error}") from error
-            refusal = f"status {response.status_code}: {excerpt(response)}"
-            if response.status_code == 429 or response.status_code >= 500:
+            refusal = f"status {answer.status}: {answer.excerpt()}"
+            if answer.status == 429 or answer.status >= 500:
                 reason = refusal
                 continue
-            if not response.is_success:
+            if not 200 <= answer.status < 300:
                 raise RewardError(f"{url}: {refusal}")
             try:
-                return read(response)
+                return read(answer)
             except ValueError as error:
                 reason = str(error)
         times = "once" if self.retries == 0 else f"{self.retries + 1} times"
-        raise RewardError(f"{url}: asked {times}, the last time: {reason}")
-
-
-def excerpt(response: httpx.Response) -> str:
-    """The beginning of the response's text, on one line."""
-    text = " ".join(response.text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+        seconds = time.monotonic() - began
+        raise RewardError(f"{url}: asked {times} in {seconds:.1f} s, the last time: {reason}")

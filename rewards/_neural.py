@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from posttrain.registry import FREE
 from posttrain.reward import Reward, Scores
 
 if TYPE_CHECKING:
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
 class Neural(Reward, ABC):
     """A reward whose networks are loaded once and stay in memory for the run."""
 
-    unmeasured: ClassVar = Reward.unmeasured | {"batch_size", "offload"}
-
-    batch_size: int = Field(16, ge=1)
+    batch_size: Annotated[int, FREE] = Field(default=16, ge=1)
     """Images in one forward of the network."""
-    offload: bool = False
+    offload: Annotated[bool, FREE] = False
     """Keep the networks in main memory between uses. This frees GPU memory, but each use takes longer, by the
     time to copy them to the GPU and back."""
 

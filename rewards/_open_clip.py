@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from posttrain.errors import RewardError
-from posttrain.rewards._state import fill, layers
+from posttrain.rewards._state import all_used, fill, layers
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -48,6 +48,18 @@ IN_BLOCK = {
 KINDS = ("weight", "bias")
 
 
+class Read(dict[str, Tensor]):
+    """Weights that remember which of them were read."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__(state)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
 def clip_of(state: Mapping[str, Tensor], file: Path) -> CLIPModel:
     """The CLIP with the open_clip weights ``state``, which were read from ``file``.
 
@@ -55,11 +67,13 @@ def clip_of(state: Mapping[str, Tensor], file: Path) -> CLIPModel:
     """
     from transformers import CLIPConfig, CLIPModel
 
+    read = Read(state)
     try:
         model = CLIPModel(CLIPConfig(**_sizes(state)))
-        renamed = _renamed(state)
-    except (KeyError, IndexError, ValueError) as error:
+        renamed = _renamed(read)
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise RewardError(f"{str(file)!r} holds no CLIP in open_clip's format: {error}") from error
+    all_used(state, read.names, file)
     fill(model, renamed, file)
     return model
 

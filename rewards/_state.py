@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.errors import RewardError
-from posttrain.weights.fitting import misfit
+from posttrain.errors import ModelError, RewardError
+from posttrain.weights.fitting import described, misfit
 
 _COLLECTED: ContextVar[list[nn.Module] | None] = ContextVar("collected", default=None)
 LAYERS = (0, 2, 4, 6, 7)
@@ -29,7 +28,7 @@ def read(file: Path, key: str | None = None) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes lead torch to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RewardError(f"{str(file)!r} cannot be read as a torch file of weights: {reason}") from error
     state = content if key is None else content.get(key) if isinstance(content, Mapping) else None
@@ -42,20 +41,35 @@ def read(file: Path, key: str | None = None) -> dict[str, Tensor]:
 def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     """Load transformers' model of class ``kind`` from ``folder``, frozen and in float32.
 
-    Raises RewardError if weights are missing, for which transformers would use random ones.
+    Raises RewardError if a weight is missing, for which transformers would use random ones, or does not fit.
     """
-    from posttrain.weights.hugging_face import quiet
+    from posttrain.weights.network import load_network
+
+    with reading(folder):
+        return frozen(load_network(kind, folder, torch.float32), device)
+
+
+def load_tokenizer(kind: Any, folder: Path) -> Any:
+    """Load transformers' tokenizer of class ``kind`` from ``folder``. Raises RewardError if it cannot be read
+    or knows no word."""
+    from posttrain.weights.tokenizer import check_tokenizer
+
+    with reading(folder):
+        tokenizer = kind.from_pretrained(folder)
+        check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turn whatever is raised while ``folder`` is read into a RewardError that names it."""
+    from posttrain.weights.hugging_face import explained, quiet
 
     try:
-        with quiet():
-            model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RewardError(f"the weights in {str(folder)!r} cannot be loaded: {reason}") from error
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise RewardError(f"the weights in {str(folder)!r} do not fit: no {missing[0]}{more}")
-    return frozen(model, device)
+        with quiet(), explained(str(folder)):
+            yield
+    except ModelError as error:
+        raise RewardError(str(error)) from error
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -79,11 +93,20 @@ def collected() -> Iterator[list[nn.Module]]:
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     """Load ``state``, which was read from ``file``, into ``module``.
 
-    Raises RewardError unless all names and shapes fit. A layer that stays random would still give scores.
+    Raises RewardError unless all names, shapes and kinds of number fit, and all numbers are finite. A layer
+    that stays random would still give scores.
     """
-    if problems := misfit(module.state_dict(), state):
+    own = module.state_dict()
+    if problems := misfit(own, state):
         raise RewardError(f"the weights in {str(file)!r} do not fit: {problems}")
-    module.load_state_dict(state)
+    module.load_state_dict({name: state[name] for name in own})
+
+
+def all_used(state: Mapping[str, Tensor], used: Iterable[str], file: Path) -> None:
+    """Raise RewardError for names of ``state``, read from ``file``, that are not among the ``used`` ones."""
+    known = set(used)
+    if problems := described(left_over=[name for name in state if name not in known]):
+        raise RewardError(f"the weights in {str(file)!r} do not fit: {problems}")
 
 
 def layers(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -97,8 +120,11 @@ def linear_head(state: Mapping[str, Tensor], width: int, file: Path) -> nn.Seque
     ``state``, read from ``file``, names them ``layers.0.weight`` and so on. ``width`` is the number of input
     features. Raises RewardError if the weights do not fit.
     """
-    biases = [state.get(f"layers.{i}.bias") for i in LAYERS]
-    sizes = [width, *(len(bias) for bias in biases if bias is not None)]
+    wanted = [f"layers.{i}.{kind}" for i in LAYERS for kind in ("weight", "bias")]
+    missing, left_over = ([n for n in a if n not in b] for a, b in ((wanted, state), (state, wanted)))
+    if problems := described(missing=missing, left_over=left_over):
+        raise RewardError(f"the weights in {str(file)!r} do not fit: {problems}")
+    sizes = [width, *(state[f"layers.{i}.bias"].numel() for i in LAYERS)]
     head = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
     prefixes = {f"layers.{number}.": f"{i}." for i, number in enumerate(LAYERS)}
     renamed = {

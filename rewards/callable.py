@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,8 @@ from torch import Tensor
 
 from posttrain.errors import RewardError
 from posttrain.reward import Reward, Scores
+from posttrain.support import user_code
+from posttrain.weights.files import sha256
 
 if TYPE_CHECKING:
     from posttrain.reward import Scorer
@@ -31,38 +31,52 @@ class Callable(Reward):
     type: Literal["callable"] = "callable"
     range: ClassVar = (-float("inf"), float("inf"))
 
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    function: Annotated[
+        str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", examples=["my_module:my_function"])
+    ]
     """``module:function``."""
 
     @property
     def label(self) -> str:
         return self.function.partition(":")[2]
 
+    def about(self) -> str:
+        return f"What the function {self.function} returns."
+
     def problem(self) -> str | None:
-        module = self.function.partition(":")[0]
-        _search_current_folder()
-        try:
-            spec = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            spec = None
-        return None if spec else f"no module {module!r}, neither installed nor in the folder {Path.cwd()}"
+        if (problem := user_code.problem(self.function)) is None and user_code.is_class(self.function):
+            return self._no_function()
+        return problem
 
     def load(self, device: torch.device) -> Scorer:
         del device
-        module, _, name = self.function.partition(":")
-        _search_current_folder()
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except Exception as error:  # whatever a person's own file may raise when it is run
-            raise RewardError(f"cannot load the reward {self.function!r}: {error}") from error
+        function = self._function()
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             return Scores(torch.as_tensor(function(images, prompts, metadata), dtype=torch.float32))
 
         return score
 
+    def source_files(self) -> dict[str, Path]:
+        modules = (user_code.split(self.function)[0], getattr(self._function(), "__module__", None))
+        files = {name: getattr(sys.modules.get(name or ""), "__file__", None) for name in modules}
+        return {name: Path(file) for name, file in files.items() if name and file}
 
-def _search_current_folder() -> None:
-    """Make modules in the current folder importable."""
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
+    def hashes(self) -> dict[str, dict[str, str]]:
+        return {"source": {name: sha256(file) for name, file in self.source_files().items()}}
+
+    def _function(self) -> Any:
+        """The function, of which the module is run. Raises RewardError."""
+        try:
+            found = user_code.load(self.function)
+        except Exception as error:  # whatever a person's own file may raise when it is run
+            raise RewardError(f"cannot load the reward {self.function!r}: {error}") from error
+        if isinstance(found, type) and issubclass(found, Reward):
+            raise RewardError(self._no_function())
+        if not callable(found):
+            raise RewardError(f"{self.function!r} is {type(found).__name__}, no function")
+        return found
+
+    def _no_function(self) -> str:
+        block = f"[{{type: {self.function!r}}}]"
+        return f"{self.function!r} is a class of rewards, no function: write rewards: {block}"

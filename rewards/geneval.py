@@ -8,17 +8,17 @@ comparable with published ones, not identical. CLIP ViT-L/14 names the colours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from posttrain.registry import FREE
 from posttrain.reward import Scores
 from posttrain.rewards._clip import CLIP_L, CLIP_L_WEIGHTS, load_clip
 from posttrain.rewards._colors import COLORS, colored, load_colors
 from posttrain.rewards._detector import CLASSES, load_detector
-from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores
+from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores, unknown
 from posttrain.rewards._neural import Neural
-from posttrain.support.spelling import meant
 from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
@@ -56,17 +56,17 @@ class GenEval(Neural):
     """A Mask2Former that knows COCO's 80 classes: a hub name or a folder."""
     clip: str = CLIP_L
     """The CLIP that names colours, with its tokenizer: a hub name or a folder."""
-    threshold: float = Field(0.3, ge=0, lt=1)
+    threshold: float = Field(default=0.3, ge=0, lt=1)
     """Objects count if the detector's score is above this."""
-    counting_threshold: float = Field(0.9, ge=0, lt=1)
+    counting_threshold: float = Field(default=0.9, ge=0, lt=1)
     """The threshold for prompts whose tag is ``counting``."""
-    max_objects: int = Field(16, ge=1)
+    max_objects: int = Field(default=16, ge=1)
     """At most this many objects of a class count."""
-    shorter_side: int = Field(800, ge=32)
+    shorter_side: int = Field(default=800, ge=32)
     """Images are resized before detection: the shorter side to this many pixels."""
-    longer_side: int = Field(1333, ge=32)
+    longer_side: int = Field(default=1333, ge=32)
     """If the longer side would exceed this many pixels, the image is resized by the longer side instead."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: Annotated[int, FREE] = Field(default=4, ge=1)
     """Images in one forward of the detector."""
 
     def prompt_problem(self, row: Mapping[str, Any]) -> str | None:
@@ -74,12 +74,8 @@ class GenEval(Neural):
             return f"geneval: {reason}"
         if "tag" not in row:
             return "geneval: it has no 'tag', which sets how sure the detector has to be"
-        for clause in (*row["include"], *row.get("exclude", ())):
-            if (kind := clause["class"]) not in CLASSES:
-                return f"geneval: the detector knows no {kind!r}{meant(kind, CLASSES)}"
-            if (color := clause.get("color", COLORS[0])) not in COLORS:
-                return f"geneval: {color!r} is none of the colours {', '.join(COLORS)}"
-        return None
+        reason = unknown(row, "the detector", CLASSES, COLORS)
+        return None if reason is None else f"geneval: {reason}"
 
     def scorer(self, device: torch.device) -> Scorer:
         from posttrain.support.images import to_pil

@@ -9,7 +9,7 @@ from posttrain.rewards._blip import blip_of
 from posttrain.rewards._clip import in_batches
 from posttrain.rewards._neural import Neural
 from posttrain.rewards._pixels import of_pil
-from posttrain.rewards._state import read
+from posttrain.rewards._state import load_tokenizer, read
 from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
@@ -52,10 +52,8 @@ class ImageReward(Neural):
         from transformers import BertTokenizer
 
         from posttrain.support.images import to_pil
-        from posttrain.weights.hugging_face import quiet
 
-        with quiet():
-            tokenizer = BertTokenizer.from_pretrained(self.located("tokenizer"))
+        tokenizer = load_tokenizer(BertTokenizer, self.located("tokenizer"))
         tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP has these two besides BERT's
         file = self.located("path")
         blip = blip_of(read(file), file, device)

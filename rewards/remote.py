@@ -14,13 +14,16 @@ from pydantic import Field
 from torch import Tensor
 
 from posttrain.errors import RewardError
+from posttrain.registry import FREE
 from posttrain.reward import Scores
-from posttrain.rewards._http import OverHttp, excerpt
+from posttrain.rewards._http import OverHttp
+from posttrain.support.wording import shown
 
 if TYPE_CHECKING:
-    import httpx
-
     from posttrain.reward import Scorer
+    from posttrain.rewards._link import Answer
+
+INFINITY = float("inf")
 
 
 class Remote(OverHttp):
@@ -31,9 +34,9 @@ class Remote(OverHttp):
     """
 
     type: Literal["remote"] = "remote"
-    range: ClassVar = (-float("inf"), float("inf"))
+    range: ClassVar = (-INFINITY, INFINITY)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$", examples=["pickscore"])]
     """The name of the server's reward, and of the scores here."""
     better: Literal["higher", "lower"] = "higher"
     """Whether higher or lower scores are better."""
@@ -41,12 +44,15 @@ class Remote(OverHttp):
     """The server's lowest possible score must not be lower than this. By default it is not checked."""
     highest: float | None = None
     """The server's highest possible score must not be higher than this. By default it is not checked."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Annotated[int, FREE] = Field(default=16, ge=1, le=4096)
     """Images in one request."""
 
     @property
     def label(self) -> str:
         return self.name
+
+    def about(self) -> str:
+        return f"The score {self.name} of a reward server."
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]  # other rewards have it on the class
@@ -54,21 +60,22 @@ class Remote(OverHttp):
 
     def load(self, device: torch.device) -> Scorer:
         del device  # the server has its own
-        client, base = self.client(), self.url.rstrip("/")
-        self.asked(lambda: client.get(f"{base}/health"), f"{base}/health", self._check_server)
+        link, base = self.link(), self.url.rstrip("/")
+        self.asked(link, "GET", f"{base}/health", self._check_server)
 
         def ask(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-            from posttrain.scoring.server.wire import packed, scores_of
+            from posttrain.scoring.server.answers import scores_of
+            from posttrain.scoring.server.wire import packed
 
             body, url = packed(images, prompts, metadata), f"{base}/score"
 
-            def read(response: httpx.Response) -> Scores:
+            def read(answer: Answer) -> Scores:
                 try:
-                    return scores_of(response.json(), len(prompts))
+                    return scores_of(answer.json(), len(prompts))
                 except ValueError as error:  # also if the answer is not JSON
-                    raise RewardError(f"{url}: not scores: {error} (got {excerpt(response)!r})") from error
+                    raise RewardError(f"{url}: not scores: {error} (got '{answer.excerpt()}')") from error
 
-            return self.asked(lambda: client.post(url, content=body), url, read)
+            return self.asked(link, "POST", url, read, content=body)
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             size = self.batch_size
@@ -76,7 +83,10 @@ class Remote(OverHttp):
                 ask(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
                 for i in range(0, len(prompts), size)
             ]
-            names = batches[0].details if batches else ()
+            names = batches[0].details if batches else {}
+            if odd := [batch for batch in batches if batch.details.keys() != names.keys()]:
+                both = f"{[*names]} and {[*odd[0].details]}"
+                raise RewardError(f"{base}: answers have different details: {both}")
             return Scores(
                 torch.cat([batch.value for batch in batches]),
                 {name: torch.cat([batch.details[name] for batch in batches]) for name in names},
@@ -84,22 +94,21 @@ class Remote(OverHttp):
 
         return score
 
-    def _check_server(self, response: httpx.Response) -> None:
+    def _check_server(self, answer: Answer) -> None:
         """Raise RewardError if the server's reward is not the one that the recipe describes."""
         try:
-            health = response.json()
+            health = answer.json()
             name, higher, (low, high) = health["name"], health["higher_is_better"], health["range"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RewardError(f"{self.url}: no reward server (got {excerpt(response)!r})") from error
+            low, high = -INFINITY if low is None else float(low), INFINITY if high is None else float(high)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise RewardError(f"{self.url}: no reward server (got '{answer.excerpt()}')") from error
         if name != self.name:
-            raise RewardError(f"{self.url} has the reward {name!r}; the recipe says name: {self.name}")
+            raise RewardError(f"{self.url} has the reward {shown(name)}; the recipe says name: {self.name}")
         if higher is not self.higher_is_better:
             actual = "higher" if higher else "lower"
             raise RewardError(
                 f"{self.url}: {actual} scores are better; the recipe says better: {self.better}"
             )
-        infinity = float("inf")
-        low, high = -infinity if low is None else low, infinity if high is None else high
         if (self.lowest is not None and low < self.lowest) or (
             self.highest is not None and high > self.highest
         ):

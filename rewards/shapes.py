@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from posttrain.reward import Reward, Scores
-from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores
+from posttrain.rewards._geneval_scores import Verdict, metadata_problem, scores, unknown
+from posttrain.shapes.scene import COLORS, SHAPES
 
 if TYPE_CHECKING:
     import torch
@@ -23,15 +24,15 @@ class Shapes(Reward):
     """
 
     type: Literal["shapes"] = "shapes"
-    range: ClassVar = (-float("inf"), 1.0)
+    range: ClassVar = (0.0, 1.0)
 
     score: Verdict = "graded"
-    """``graded``: the mean credit of the counts, colours and positions asked for, negative if there are far
-    too many objects; ``strict``: 1 if exactly what was asked for is there; ``lenient``: GenEval's own
-    verdict."""
+    """``graded``: the mean credit of the counts, colours and positions asked for, at least 0; ``strict``: 1
+    if exactly what was asked for is there; ``lenient``: GenEval's own verdict."""
 
     def prompt_problem(self, row: Mapping[str, Any]) -> str | None:
-        return None if (reason := metadata_problem(row)) is None else f"shapes: {reason}"
+        reason = metadata_problem(row) or unknown(row, "the detector", SHAPES, COLORS)
+        return None if reason is None else f"shapes: {reason}"
 
     def load(self, device: torch.device) -> Scorer:
         del device  # plain image analysis on the CPU
@@ -43,7 +44,10 @@ class Shapes(Reward):
         from posttrain.shapes.detect import detect
 
         for prompt, task in zip(prompts, metadata, strict=True):
-            if (reason := metadata_problem(task)) is not None:
+            if (reason := self.prompt_problem(task)) is not None:
                 raise ValueError(f"prompt {prompt!r} cannot be judged: {reason}")
         detections = [detect(image) for image in images.float().cpu().numpy()]
-        return scores(detections, metadata, self.score)
+        judged = scores(detections, metadata, self.score)
+        # the graded score falls without bound: one crowded image would weigh as much as several good ones
+        details = {name: values.clamp(min=0) for name, values in judged.details.items()}
+        return Scores(judged.value.clamp(min=0), details)

@@ -12,23 +12,26 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from posttrain.registry import FREE
 from posttrain.reward import Scores
-from posttrain.rewards._http import OverHttp, excerpt
+from posttrain.rewards._http import OverHttp
 
 if TYPE_CHECKING:
-    import httpx
     from PIL.Image import Image
 
     from posttrain.reward import Scorer
+    from posttrain.rewards._link import Answer
 
 SIDE = 512
 """Height and width in pixels of the images sent to the server."""
@@ -54,29 +57,38 @@ class UnifiedReward(OverHttp):
 
     model: str = "CodeGoat24/UnifiedReward-7b-v1.5"
     """The server's name of the model."""
-    question: str = Field(QUESTION, pattern=r"\{prompt\}")
+    question: str = Field(default=QUESTION, pattern=r"\{prompt\}", examples=["Does it show {prompt}?"])
     """The question to the model; ``{prompt}`` is replaced by the prompt."""
-    concurrency: int = Field(8, ge=1)
+    concurrency: Annotated[int, FREE] = Field(default=8, ge=1, le=1024)
     """How many images are sent to the server at the same time."""
 
     def load(self, device: torch.device) -> Scorer:
         del device  # the server has its own
         from posttrain.support.images import to_pil
 
-        client, url = self.client(), f"{self.url.rstrip('/')}/chat/completions"
-
-        def score_image(image: Image, prompt: str) -> float:
-            body = self._request(image, prompt)
-            return self.asked(lambda: client.post(url, json=body), url, score_in) / HIGHEST
+        link, url = self.link(), f"{self.url.rstrip('/')}/chat/completions"
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+            failed = threading.Event()
+
+            def score_image(image: Image, prompt: str) -> float:
+                if failed.is_set():  # send no more images; the error is raised before this is looked at
+                    return math.nan
+                try:
+                    return (
+                        self.asked(link, "POST", url, score_in, json=self._request(image, prompt)) / HIGHEST
+                    )
+                except BaseException:
+                    failed.set()
+                    raise
+
             with ThreadPoolExecutor(self.concurrency) as pool:
                 pairs = zip(to_pil(images), prompts, strict=True)
                 futures = [pool.submit(score_image, image, prompt) for image, prompt in pairs]
                 try:
                     return Scores(torch.tensor([future.result() for future in futures]))
                 finally:
-                    pool.shutdown(wait=False, cancel_futures=True)  # after a failure, send no more images
+                    failed.set()
 
         return score
 
@@ -96,13 +108,14 @@ class UnifiedReward(OverHttp):
         }
 
 
-def score_in(response: httpx.Response) -> float:
+def score_in(answer: Answer) -> float:
     """The last score in the model's reply, 1 to 5. Raises ValueError if there is none."""
     try:
-        text = response.json()["choices"][0]["message"]["content"]
+        text = answer.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"not a chat completion: {excerpt(response)!r}") from error
-    scores = [float(number) for number in SCORE.findall(text or "")]
+        raise ValueError(f"not a chat completion: '{answer.excerpt()}'") from error
+    text = text if isinstance(text, str) else ""
+    scores = [float(number) for number in SCORE.findall(text)]
     if not scores or scores[-1] > HIGHEST:
-        raise ValueError(f"no 'Final Score:' of 1 to {HIGHEST} in the reply {(text or '')[-200:]!r}")
+        raise ValueError(f"no 'Final Score:' of 1 to {HIGHEST} in the reply {text[-200:]!r}")
     return scores[-1]

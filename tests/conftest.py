@@ -4,9 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# the same examples each time, however long one takes: a test that fails is one of the change, not of chance
+settings.register_profile(
+    "posttrain", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("posttrain")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -17,3 +23,13 @@ def pytest_collection_modifyitems(items):
         made = (fixtures[-1] for fixtures in item._fixtureinfo.name2fixturedefs.values())
         if any(fixture.scope in ("module", "session") and fixture.baseid for fixture in made):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture
+def own_caches(tmp_path_factory, monkeypatch):
+    """Caches of this project and of the library datasets that no other program uses."""
+    import datasets
+
+    folder = tmp_path_factory.getbasetemp() / "caches"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")

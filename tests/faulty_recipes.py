@@ -55,6 +55,7 @@ OVERRIDES = [
     (["evaluation.prompts=nowhere.txt"], "--set evaluation.prompts=nowhere.txt: ", ["no file 'nowhere.txt'"]),
     # the block that is wrong exists only because the override made it
     (["evaluatoin.steps=3"], "--set evaluatoin.steps=3: evaluatoin: ", ["did you mean 'evaluation'"]),
+    (["name=my lora"], "--set name=my lora: ", ["letters A to Z, digits, '.', '-' and '_'", "no '.' last"]),
     # of two overrides the later one answers for what both hold, the earlier one for the rest
     (["seed=a", "seed=b"], "--set seed=b: ", ["'b'"]),
     (["stages.0.train={steps: 5, x: 1}", "stages.0.train.steps=9"], "--set stages.0.train={", ["train.x"]),

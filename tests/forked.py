@@ -57,7 +57,7 @@ def _main(*arguments):
 def finished(work, *arguments, seconds=300, **how):
     """Do ``work(*arguments)`` in a copy; returns a CompletedProcess with what it printed."""
     with contextlib.ExitStack() as stack:
-        out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+        out, err = (stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(2))
         process = start(work, *arguments, out=out, err=err, **how)
         process.join(seconds)
         if process.exitcode is None:

@@ -117,7 +117,7 @@ class Steps:
     """A watch that notes what it is told, and ends the stage before the batch after ``last`` steps."""
 
     def __init__(self, last=10**9):
-        self.last, self.asked, self.told = last, [], []
+        self.last, self.asked, self.told, self.not_taken = last, [], [], []
 
     def before_batch(self, step):
         self.asked.append(step)
@@ -125,3 +125,6 @@ class Steps:
 
     def after_step(self, step, samples, metrics):
         self.told.append((step, samples, {name: float(value) for name, value in metrics.items()}))
+
+    def refused(self, step, error):
+        self.not_taken.append((step, str(error), error.samples))

@@ -22,7 +22,7 @@ from posttrain.support.device import peak_memory, reset_peak_memory
 def resident():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
@@ -30,7 +30,7 @@ SMALL = [f"stages.0.train.{name}" for name in ("micro_batch=1", "batch_size=4", 
 
 
 def once(file, overrides=()):
-    with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as null:
+    with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w", encoding="utf-8") as null:
         run(load_recipe(file, overrides), Path(folder) / "run", Console(file=null))
 
 

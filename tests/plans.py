@@ -12,6 +12,14 @@ PROMPTS = "{prompts: {type: shapes, count: 24}, resolution: 64}"
 CASES = {
     "sft": ("{type: sft}", "{type: shapes, images: 100}", ""),
     "soar": ("{type: soar}", "{type: shapes, images: 100}", ""),
+    "reflexflow": ("{type: reflexflow}", "{type: shapes, images: 100}", ""),
+    "dpo": ("{type: dpo}", "{type: shapes_pairs, pairs: 100}", ""),
+    "dpo_online": (
+        "{type: dpo_online, group_size: 4, num_steps: 3, points_per_pair: 4}",
+        PROMPTS,
+        "rewards: jpeg_compressibility",
+    ),
+    "awm": ("{type: awm, group_size: 4, num_steps: 3}", PROMPTS, "rewards: jpeg_compressibility"),
     "flow_grpo": ("{type: flow_grpo, group_size: 4, num_steps: 3}", PROMPTS, "rewards: jpeg_compressibility"),
     "diffusion_nft": (
         "{type: diffusion_nft, group_size: 4, num_steps: 3}",

@@ -1,9 +1,11 @@
 """Runs small recipes in this process, one of several that share them.
 
 Each run is {"recipe": text, "overrides": [...], "folder": path, "stop": step or null}; it ends as a killed one
-does after the checkpoint of step ``stop``. Beside a stage's checkpoints each process says what it holds.
+does after the checkpoint of step ``stop``. Beside a stage's checkpoints each process says what it holds, and how
+many bytes it made of tensors to save and to restore them.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from stored import Made
 
+from posttrain.distributed.leaving import leave
 from posttrain.distributed.world import joined
-from posttrain.engine import checkpoint
+from posttrain.engine.checkpoint_folder import CheckpointFolder
 from posttrain.recipe.file import parse_recipe
 from posttrain.stages.chain import run
 
@@ -38,14 +42,27 @@ def held(policy):
     }
 
 
-def stopping(save, stop, rank):
-    def saved(folder, step, policy, *rest):
-        save(folder, step, policy, *rest)
-        (folder.parent / f"held-{rank}.json").write_text(json.dumps(held(policy)))
+def stopping(save, stop, rank, made):
+    def saved(self, step, *rest):
+        with Made() as saving:
+            save(self, step, *rest)
+        (self.folder.parent / f"held-{rank}.json").write_text(json.dumps(held(self.policy)))
+        bytes_made = {"saving": saving.bytes, "restoring": made.bytes}
+        file = self.folder.parent / f"made-{rank}-{step}.json"
+        if not file.exists():  # where a run goes on, it finds the checkpoint of this step, and makes nothing
+            file.write_text(json.dumps(bytes_made))
         if step == stop:
             raise Stopped
 
     return saved
+
+
+def counted(restore, made):
+    def restored(self, *rest):
+        with made:
+            return restore(self, *rest)
+
+    return restored
 
 
 def no_compiler():
@@ -62,11 +79,13 @@ def run_jobs(jobs):
     warnings.simplefilter("ignore", FutureWarning)  # or what went wrong is not in the last lines
     if any("deepspeed" in o and "offload" not in o for job in jobs for o in job["overrides"]):
         no_compiler()
-    save, linear = checkpoint.save, torch.nn.functional.linear
+    save, linear, load = CheckpointFolder.save, torch.nn.functional.linear, CheckpointFolder.restore
     # one group for all: starting one takes longer than a run
     with joined(torch.device("cpu"), group=True) as world:
         for job in jobs:
-            checkpoint.save = stopping(save, job["stop"], world.rank)
+            made_by_restore = Made()
+            CheckpointFolder.save = stopping(save, job["stop"], world.rank, made_by_restore)
+            CheckpointFolder.restore = counted(load, made_by_restore)
             made = parse_recipe(job["recipe"], "small.yaml", job["overrides"])
             try:
                 run(made, Path(job["folder"]), Console(quiet=True))
@@ -81,4 +100,6 @@ def run_jobs(jobs):
 
 
 if __name__ == "__main__":
-    run_jobs(json.loads(Path(sys.argv[1]).read_text()))
+    faulthandler.enable()
+    run_jobs(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    leave(0)

@@ -10,7 +10,7 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from posttrain.distributed.world import World
 
 
-def on_ranks(size, work, seconds=10):
+def on_ranks(size, work, seconds=60):
     """What ``work(world)`` returns on each of ``size`` ranks, in their order; raises what one of them raised."""
     results, errors, store = [None] * size, [], dist.HashStore()
 
@@ -25,6 +25,7 @@ def on_ranks(size, work, seconds=10):
             if dist.is_initialized():
                 dist.destroy_process_group()
 
+    threaded.ProcessLocalGroup.reset()  # what an earlier error ended
     threaded._install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     try:

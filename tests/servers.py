@@ -5,10 +5,20 @@ import json
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import torch
 import uvicorn
+
+from posttrain.reward import checked
+from posttrain.rewards._link import Link
+from posttrain.scoring.server.app import application
+from posttrain.scoring.server.batching import Batcher
+from posttrain.scoring.server.limits import Limits
+from posttrain.scoring.server.listen import configured
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -34,11 +44,36 @@ def serving(handler):
         server.server_close()
 
 
+class Here:
+    """A reward in this process, in place of a Worker."""
+
+    def __init__(self, reward):
+        self.reward = reward
+        self.start()
+
+    def start(self):
+        self.score = checked(self.reward.label, self.reward.load(torch.device("cpu")))
+
+    def __call__(self, images, prompts, rows):
+        return self.score(images, prompts, rows)
+
+    def close(self):
+        pass
+
+
 @contextmanager
-def running(app, port=0):
-    """The address of a server that runs the ASGI application ``app`` in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+def running(reward, token=None, batch_size=64, port=0, batcher=Batcher, buffered=None, **limits):
+    """The address of a server of ``reward``, a Reward or its worker, in a thread.
+
+    The system holds ``buffered`` bytes, or as many as it likes, of an answer that is not read.
+    """
+    limits = Limits(**{"max_bytes": 64_000_000, **limits})
+    worker = reward if hasattr(reward, "close") else Here(reward)
+    app = application(worker.reward, batcher(worker, batch_size), limits, token)
+    server = uvicorn.Server(configured(app, limits))
     with socket.create_server(("127.0.0.1", port)) as listening:
+        if buffered:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffered)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -46,6 +81,38 @@ def running(app, port=0):
         finally:
             server.should_exit = server.force_exit = True
             thread.join()
+
+
+def until(condition):
+    """Wait for ``condition``, a minute at most."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("never came true")
+
+
+def patient_first(monkeypatch, seconds):
+    """Links wait ``seconds`` for what they GET, such as /health, whatever the time limit for what they POST."""
+    request = Link.request
+
+    def patient(self, method, url, **body):
+        limit = self.seconds
+        self.seconds = seconds if method == "GET" else limit
+        try:
+            return request(self, method, url, **body)
+        finally:
+            self.seconds = limit
+
+    monkeypatch.setattr(Link, "request", patient)
+
+
+def ended(pid):
+    """Whether the process has ended, or is a zombie that waits to be told of."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2][0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 class Quiet(BaseHTTPRequestHandler):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from pipelines import load
 from runs import TRAIN, recipe, run_quietly, stage
+from stored import whole_state
 from test_run import assert_equal_weights, weights
 
-from posttrain.engine import checkpoint
+from posttrain.engine.checkpoint_folder import saved
 from posttrain.errors import RecipeError
 from posttrain.optim import optimizers
 from posttrain.optim.optimizers import optimizer_of
@@ -28,8 +29,8 @@ def test_an_optimizer_of_8_bits_trains_alike_and_goes_on_exactly(tmp_path):
         moved = (tensor - start.get(name, tensor)).norm()
         assert (trained[name] - tensor).norm() <= 0.2 * moved, name
     folder = tmp_path / "eight" / "sft"
-    states = checkpoint.saved(folder / "checkpoints")
-    state = torch.load(states[-1] / "state.pt", weights_only=True)["optimizer"]
+    states = saved(folder / "checkpoints")
+    state = whole_state(states[-1])["optimizer"]
     assert any(moments["state1"].dtype == torch.uint8 for moments in state.values())
     (folder / "stage.json").unlink()
     shutil.rmtree(states[-1])

@@ -110,6 +110,37 @@ def test_only_the_layers_that_end_in_a_target_get_an_adapter():
         drawn(targets=["attn"])  # which is there, but is no linear layer
 
 
+def test_a_transformer_that_has_none_of_the_default_targets_gets_adapters_at_its_plain_projections():
+    class Attention(torch.nn.Module):
+        def __init__(self, *names):
+            super().__init__()
+            for name in names:
+                self.add_module(name, torch.nn.Linear(2, 3))
+
+    def adapted(**layers):
+        from diffusers.loaders import PeftAdapterMixin
+
+        class Small(torch.nn.Module, PeftAdapterMixin):
+            pass
+
+        model = Small()
+        for name, attention in layers.items():
+            model.add_module(name, attention)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        Lora(rank=1).apply(model, 0)
+        sizes = [p.numel() for p in trained(model).values()]
+        assert sum(sizes) == Lora(rank=1).trainable_parameters(shapes)
+        return {name.partition(".lora_")[0] for name in trained(model)}
+
+    projections = ("to_q", "to_k", "to_v", "to_out")
+    found = adapted(attn1=Attention(*projections), attn2=Attention(*projections))
+    assert found == {f"attn{i}.{name}" for i in (1, 2) for name in projections[:3]}
+    ends = [t.removeprefix("attn.") for t in Lora().targets if "out.0" not in t]
+    both = Attention(*ends)
+    both.add_module("to_out", torch.nn.ModuleList([torch.nn.Linear(2, 3)]))
+    assert adapted(attn=both, attn2=Attention(*projections)) == set(Lora().targets)
+
+
 def test_the_endings_that_there_are_are_told_in_order_and_once():
     with pytest.raises(ModelError) as found:
         drawn(targets=["x"])
@@ -127,6 +158,7 @@ def test_by_default_an_adapter_is_that_of_flow_grpo():
     assert lora.targets == [f"attn.{end}" for end in ends]
     assert ADAPTER == "default"
     assert (Lora(rank=1, alpha=0.5).rank, Lora(alpha=0.5).alpha) == (1, 0.5)
+    assert (Lora(rank=8).alpha, Lora(rank=8, alpha=64).alpha, Lora(alpha=3).rank) == (8, 64, 32)
     assert (Full().merges, lora.merges, Lora(before="stack").merges) == (True, True, False)
     for bad in (
         {"rank": 0},
@@ -137,7 +169,7 @@ def test_by_default_an_adapter_is_that_of_flow_grpo():
         {"before": "x"},
     ):
         with pytest.raises(ValidationError, match=next(iter(bad))):
-            Lora(**bad)
+            Lora.model_validate(bad)
 
 
 @pytest.mark.parametrize(("alpha", "kept"), [(12.0, int), (2.5, float)])

@@ -93,4 +93,4 @@ def test_the_monitor_by_default_and_its_bounds():
         {"spread_collapse": "shout"},
     ):
         with pytest.raises(ValidationError, match=next(iter(bad))):
-            Monitor(**bad)
+            Monitor.model_validate(bad)

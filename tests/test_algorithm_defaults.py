@@ -1,12 +1,19 @@
 """Every published hyper-parameter: its default, and the values just inside and outside its range."""
 
 import pytest
+import torch
+from by_hand import conditions
 from pydantic import ValidationError
 
+from posttrain.algorithm import Batch
 from posttrain.algorithms._flow_matching import FlowMatching
 from posttrain.algorithms._online import Online
+from posttrain.algorithms.awm import AWM
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
+from posttrain.algorithms.dpo import DPO
+from posttrain.algorithms.dpo_online import DPOOnline
 from posttrain.algorithms.flow_grpo import FlowGRPO
+from posttrain.algorithms.reflexflow import ReflexFlow
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
 
@@ -24,6 +31,9 @@ DEFAULTS = {
         "sde_rollout_type": "flow_sde", "sde_noise_scale": 0.5, "cfg_scale_sampling": 4.5,
         "num_sampling_steps": 40, "sigma_floor": 0.02,
     },
+    ReflexFlow: {
+        "type": "reflexflow", **MATCHING, "adr_weight": 10.0, "fc_weight": 1.0, "fc_alpha": 1.0, "step_range": 1.0,
+    },
     FlowGRPO: {
         "type": "flow_grpo", **ONLINE, "sde_type": "flow_sde", "noise_level": 0.7, "guidance_scale": 4.5,
         "sde_window_size": 0, "sde_window_range": None, "init_same_noise": False, "clip_range": 1e-4, "beta": 0.04,
@@ -32,6 +42,17 @@ DEFAULTS = {
     DiffusionNFT: {
         "type": "diffusion_nft", **ONLINE, "solver": "dpm2", "guidance_scale": 1.0, "beta": 0.1, "kl_weight": 1e-4,
         "adv_mode": "all", "decay_type": 1,
+    },
+    AWM: {
+        "type": "awm", **ONLINE, "num_steps": 14, "timestep_fraction": 0.9, "solver": "dpm2", "guidance_scale": 1.0,
+        "off_policy": False, "train_timesteps": 6, "time_type": "discrete_wo_init", "weighting": "ghuber",
+        "ghuber_power": 0.25, "advantage_max": 1.0, "clip_range": 1.0, "beta": 0.003, "ema_beta": 1.0,
+        "kl_weighting": "uniform", "kl_ema_decay": 0.3, "kl_ema_decay_type": "linear",
+    },
+    DPO: {"type": "dpo", **MATCHING, "beta": 2000.0},
+    DPOOnline: {
+        "type": "dpo_online", **MATCHING, "group_size": 24, "num_steps": 40, "solver": "euler", "guidance_scale": 4.5,
+        "points_per_pair": 39, "beta": 100.0,
     },
 }  # fmt: skip
 
@@ -44,13 +65,31 @@ def test_the_defaults_are_the_published_ones(algorithm):
 
 def test_what_they_need():
     assert FlowMatching.needs == "images"
-    assert Online.needs == "rewards"
+    assert Online.needs == "prompts"
+    assert Online.uses_rewards
+    assert not FlowMatching.uses_rewards
     assert SFT().samples_per_prompt == 1
     assert FlowGRPO(group_size=6).samples_per_prompt == DiffusionNFT(group_size=6).samples_per_prompt == 6
-    assert SFT().roles == SOAR().roles == FlowGRPO(beta=0.0).roles == frozenset()
+    assert SFT().roles == SOAR().roles == ReflexFlow().roles == FlowGRPO(beta=0.0).roles == frozenset()
     assert FlowGRPO().roles == {"reference"}
     assert DiffusionNFT().roles == {"old", "reference"}
     assert DiffusionNFT(kl_weight=0.0).roles == {"old"}
+    assert AWM().roles == {"old", "reference"}
+    assert AWM(beta=0.0).roles == AWM(beta=0.0, ema_beta=0.0, off_policy=True).roles == {"old"}
+    assert AWM(ema_beta=0.0).roles == {"reference"}
+    assert AWM(beta=0.0, ema_beta=0.0).roles == frozenset()
+    assert (DPO.needs, DPO.uses_rewards, DPO().samples_per_prompt) == ("pairs", False, 1)
+    assert (DPOOnline.needs, DPOOnline.uses_rewards) == ("prompts", True)
+    assert DPOOnline(group_size=6).samples_per_prompt == 6
+    assert DPO().roles == DPOOnline().roles == {"reference"}
+
+
+def test_the_batches_of_online_algorithms_have_no_images_yet():
+    batch = Batch(torch.ones(2, 1, 1, 2), torch.tensor([1, 1]), conditions())
+    for algorithm in (FlowGRPO(), DiffusionNFT(), AWM(), DPOOnline()):
+        assert algorithm.as_given(batch).latents.is_meta
+        assert algorithm.as_given(batch).latents.shape == (2, 1, 1, 2)
+    assert SFT().as_given(batch) is batch
 
 
 RANGES = [
@@ -63,8 +102,12 @@ RANGES = [
     (SOAR, "cfg_scale_sampling", [0.0, 9.0], [-1e-6]),
     (SOAR, "num_sampling_steps", [1, 99], [0]),
     (SOAR, "sigma_floor", [0.0, 0.999], [-1e-6, 1.0]),
+    (ReflexFlow, "adr_weight", [0.0, 99.0], [-1e-6]),
+    (ReflexFlow, "fc_weight", [1e-6, 99.0], [0.0]),
+    (ReflexFlow, "fc_alpha", [0.0, 1e6], [-1e-6]),
+    (ReflexFlow, "step_range", [1e-6, 1.0], [0.0, 1 + 1e-6]),
     (DiffusionNFT, "group_size", [2, 99], [1]),
-    (DiffusionNFT, "num_steps", [2, 99], [1]),
+    (DiffusionNFT, "num_steps", [2, 10_000], [1, 10_001]),
     (DiffusionNFT, "timestep_fraction", [1e-6, 1.0], [0.0, 1 + 1e-6]),
     (DiffusionNFT, "adv_clip_max", [1e-6, 99.0], [0.0]),
     (DiffusionNFT, "guidance_scale", [0.0, 9.0], [-1e-6]),
@@ -77,6 +120,22 @@ RANGES = [
     (FlowGRPO, "clip_range", [1e-9, 9.0], [0.0]),
     (FlowGRPO, "beta", [0.0, 9.0], [-1e-6]),
     (FlowGRPO, "sde_window_range", [], [[0], [0, 5, 6]]),
+    (AWM, "num_steps", [3, 10_000], [1, 10_001]),
+    (AWM, "timestep_fraction", [0.15, 1.0], [0.0, 1 + 1e-6]),
+    (AWM, "guidance_scale", [0.0, 9.0], [-1e-6]),
+    (AWM, "train_timesteps", [1, 1000], [0, 1001]),
+    (AWM, "ghuber_power", [1e-6, 1.0], [0.0, 1 + 1e-6]),
+    (AWM, "advantage_max", [1e-6, 9.0], [0.0]),
+    (AWM, "clip_range", [1e-6, 9.0], [0.0]),
+    (AWM, "beta", [0.0, 9.0], [-1e-6]),
+    (AWM, "ema_beta", [0.0, 9.0], [-1e-6]),
+    (AWM, "kl_ema_decay", [0.0, 1.0], [-1e-6, 1 + 1e-6]),
+    (DPO, "beta", [1e-6, 9999.0], [0.0]),
+    (DPOOnline, "beta", [1e-6, 9999.0], [0.0]),
+    (DPOOnline, "group_size", [2, 99], [1]),
+    (DPOOnline, "num_steps", [2, 10_000], [1, 10_001]),
+    (DPOOnline, "guidance_scale", [0.0, 9.0], [-1e-6]),
+    (DPOOnline, "points_per_pair", [1, 1000], [0, 1001]),
 ]
 
 
@@ -88,7 +147,7 @@ def test_the_ranges(algorithm, name, inside, outside):
         assert getattr(algorithm(**{name: value}), name) == value
     for value in outside:
         with pytest.raises(ValidationError) as error:
-            algorithm(**{name: value})
+            algorithm.model_validate({name: value})
         assert [e["loc"][0] for e in error.value.errors()] == [name]
 
 
@@ -103,7 +162,7 @@ def test_trained_steps(steps, fraction, trained):
 def refused(**settings):
     """The field that is to blame, and the words."""
     with pytest.raises(ValidationError) as error:
-        FlowGRPO(**settings)
+        FlowGRPO.model_validate(settings)
     (found,) = error.value.errors()
     return [*found["loc"], *found.get("ctx", {}).get("path", ())], found["msg"]
 

@@ -48,13 +48,13 @@ def test_no_bucket_has_a_nearer_aspect_ratio(width, height):
 def test_buckets_that_cannot_be_are_refused_with_the_nearest_that_can(tmp_path):
     assert bucket_problem((512, 768), 16, LIMIT) is None
     assert (
-        bucket_problem((500, 512), 16, LIMIT) == "bw 500 is not a multiple of 16; the nearest is 496 or 512"
+        bucket_problem((500, 512), 16, LIMIT) == "bw 500 is not a multiple of 16; the nearest are 496 or 512"
     )
     assert "nearest is 16" in str(bucket_problem((512, 9), 16, LIMIT))
     assert "max_pixels" in str(bucket_problem((512, 512), 16, 10_000))
     with pytest.raises(DataError, match="resolution 8 is below 16"):
         bucket_sizes(8, 16)
-    with pytest.raises(DataError, match="bw 20 is not a multiple of 16; the nearest is 16 or 32"):
+    with pytest.raises(DataError, match="bw 20 is not a multiple of 16; the nearest are 16 or 32"):
         ImageSource(Images(images=folder_of(tmp_path, bw=20)), 16)
     with pytest.raises(DataError, match="'resolution'"):
         ImageSource(Images(images=folder_of(tmp_path, bw=None, bh=None)), 16)

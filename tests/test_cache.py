@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_run import assert_equal_weights, weights
 
 from posttrain.cache import keys
-from posttrain.data.batches import batch_source_of
+from posttrain.data.family import Opening
 from posttrain.distributed.world import World
 from posttrain.errors import ModelError, PosttrainError, RecipeError
 from posttrain.models.sd3 import SD3FlowModel
@@ -142,7 +142,7 @@ def test_what_was_removed_in_the_middle_is_encoded_again(tmp_path, plain):
 def prepared(stage_, made, folder):
     """The model and source of a stage as its training sees them."""
     model = made.model.load(torch.device("cpu"), "fp32")
-    source = batch_source_of(stage_.data, model, folder / "data", stage_.train.batch_size)
+    source = stage_.data.open(Opening(model, folder / "data", stage_.train.batch_size))
     fill_for_stage(made, stage_, model, source, Console(quiet=True))
     return model, source
 
@@ -199,7 +199,7 @@ def test_sampled_latents_are_one_draw_and_mean_and_variance_give_another_each_ep
         assert all(torch.equal(row, rows[0]) for row in rows)
     for i, rows in by_image(drawn).items():
         assert not torch.equal(rows[0], rows[1])
-        ((_, _, pixels),) = source.images.centre_crops([(i, False)])
+        ((_, _, pixels),) = source.images["images"].centre_crops([(i, False)])
         mean, logvar = source.model.posterior(pixels[None])
         std = (0.5 * logvar[0]).exp() * source.model.vae.config.scaling_factor
         centre = source.model.latents(mean, logvar, torch.zeros_like(mean))[0]
@@ -240,15 +240,14 @@ def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, mo
     )
     sources = []
     for rank in (0, 1):
-        sources.append(
-            batch_source_of(made.stages[0].data, model, tmp_path / "data", made.stages[0].train.batch_size)
-        )
+        opening = Opening(model, tmp_path / "data", made.stages[0].train.batch_size)
+        sources.append(made.stages[0].data.open(opening))
         before = len(encoded)
         fill_for_stage(made, made.stages[0], model, sources[-1], Console(quiet=True), OneOf(rank, 2))
         assert len(encoded) - before in (8, 9)  # of 9 images and their mirrored selves, one of them broken
     no_encoder(monkeypatch)
     key = (0, 0)
-    shares = [f.latents.batches(4, key, 0, rank, 2) for rank, f in enumerate(sources)]
+    shares = [f.latents["images"].batches(4, key, 0, rank, 2) for rank, f in enumerate(sources)]
     for _, (one, kept), (other, kept_) in zip(range(6), *shares, strict=False):
         assert one.step == other.step
         assert not set(one.ids) & set(other.ids)
@@ -338,7 +337,7 @@ def test_a_run_goes_on_with_another_folder_or_limit(tmp_path):
     cache = made.cache.model_copy(update={"path": tmp_path / "elsewhere", "max_size": 10**7})
     assert "finished before" in run_quietly(made.model_copy(update={"cache": cache}), tmp_path / "run")
     cache = made.cache.model_copy(update={"dtype": "bf16"})
-    with pytest.raises(RecipeError, match=r"differs in: cache.dtype"):
+    with pytest.raises(RecipeError, match=r"\n  cache\.dtype \(was 'fp32', now 'bf16 for prompts'\)\n"):
         run_quietly(made.model_copy(update={"cache": cache}), tmp_path / "run")
 
 
@@ -404,3 +403,30 @@ def test_the_command_line_shows_and_clears_the_cache(filled, tmp_path):
     assert "removed" in CliRunner().invoke(app, ["cache", "clear", "--path", str(folder)]).output
     assert list(folder.rglob("*.safetensors")) == []
     assert "0 B in" in CliRunner().invoke(app, ["cache", "--path", str(folder)]).output.replace("\n", "")
+
+
+def test_clearing_the_users_cache_removes_what_only_saves_time_too(filled, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from posttrain.cli.app import app
+    from posttrain.data import index
+    from posttrain.planning.store import Store
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = shutil.copytree(filled[0] / "cache", tmp_path / "posttrain")
+    index.keep(index.file_of("a"), list(range(index.LEAST)))
+    store = Store({}, folder / "counts" / "0.json")
+    store.put(("a",), 1, lambda value: value)
+    store.save()
+    (folder / "counts" / "mine.txt").write_text("keep")
+    shown = CliRunner().invoke(app, ["cache"]).output
+    assert "what was read of large data sets" in shown
+    assert "what plans counted" in shown
+
+    CliRunner().invoke(app, ["cache", "clear", "--path", str(folder)])
+    assert index.kept(index.file_of("a"), list), "with --path, folders of these names may be anybody's"
+    assert "removed" in CliRunner().invoke(app, ["cache", "clear"]).output
+    assert [file.name for file in folder.rglob("*") if file.is_file() and file.name != ".lock"] == [
+        "mine.txt"
+    ]
+    assert "beside" not in CliRunner().invoke(app, ["cache"]).output

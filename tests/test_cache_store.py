@@ -19,7 +19,8 @@ from posttrain.cache.contents import clear, contents
 from posttrain.cache.room import Demand, Room
 from posttrain.cache.settings import UNITS, Cache, size_in_bytes
 from posttrain.cache.store import Store
-from posttrain.errors import PosttrainError
+from posttrain.errors import ModelError, PosttrainError
+from posttrain.support.files import STALE_SECONDS
 
 FORK = multiprocessing.get_context("fork")
 
@@ -37,7 +38,7 @@ def open_store(root, limit=10**9, name="things-0", dtype=None, warned=None):
 def filled(root, numbers, **settings):
     store = open_store(root, **settings)
     for number in numbers:
-        store.add(str(number), entry(number))
+        store.add(str(number), entry(number), "it")
         if len(store._pending) == 4:
             store.flush()
     store.flush()
@@ -81,17 +82,35 @@ def test_a_file_may_be_read_by_whom_the_user_lets_read_files(tmp_path):
 
 def test_an_added_entry_can_be_read_before_it_is_written(tmp_path):
     store = open_store(tmp_path, dtype=torch.bfloat16)
-    store.add("1", entry(1))
+    store.add("1", entry(1), "it")
     assert_holds(store, [1], torch.bfloat16)
     store.flush()
     assert_holds(store, [1], torch.bfloat16)
+
+
+def test_small_entries_are_read_from_their_file_once_and_large_ones_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HELD_ENTRY", 1024)  # an entry of 250 + 6 float32 values
+    monkeypatch.setattr(module, "HELD_BYTES", 2048)
+    filled(tmp_path, range(3))
+    store, read = open_store(tmp_path), []
+    whole = module.Shard.read
+    monkeypatch.setattr(module.Shard, "read", lambda shard, key: read.append(key) or whole(shard, key))
+    for _ in range(2):
+        assert_holds(store, range(3))
+    assert read == ["0", "1", "2", "2"], "two fit"
+    monkeypatch.setattr(module, "HELD_ENTRY", 1023)
+    store = open_store(tmp_path)
+    read.clear()
+    for _ in range(2):
+        assert_holds(store, range(1))
+    assert read == ["0", "0"]
 
 
 def test_bf16_halves_the_size_and_leaves_what_is_no_larger(tmp_path):
     sizes = {}
     for dtype in (None, torch.bfloat16):
         store = open_store(tmp_path / str(dtype), dtype=dtype)
-        store.add("x", {"wide": torch.randn(5000), "half": torch.ones(4, dtype=torch.float16)})
+        store.add("x", {"wide": torch.randn(5000), "half": torch.ones(4, dtype=torch.float16)}, "it")
         store.flush()
         read = open_store(tmp_path / str(dtype), dtype=dtype).read("x")
         assert [t.dtype for t in read.values()] == [torch.float16, torch.float32]
@@ -111,7 +130,7 @@ def test_a_store_learns_of_what_others_write_and_does_not_write_it_again(tmp_pat
     one, other = open_store(tmp_path), filled(tmp_path, range(3))
     assert "2" not in one
     assert_holds(one, range(3))  # looked for again
-    one.add("2", entry(2))
+    one.add("2", entry(2), "it")
     one.flush()
     assert len(list(other.folder.glob("*.safetensors"))) == 1
 
@@ -120,7 +139,7 @@ def test_a_store_learns_of_what_others_write_and_does_not_write_it_again(tmp_pat
 def test_a_damaged_file_is_told_removed_and_written_anew(tmp_path, harm):
     store = filled(tmp_path, range(8))
     bad, _ = sorted(store.folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
-    lost, kept = (range(4), range(4, 8)) if "0" in module._Shard(bad).checksums else (range(4, 8), range(4))
+    lost, kept = (range(4), range(4, 8)) if "0" in module.Shard(bad).checksums else (range(4, 8), range(4))
     if harm == "byte":
         damage(bad)
     elif harm == "end":
@@ -143,17 +162,41 @@ def test_a_damaged_file_is_told_removed_and_written_anew(tmp_path, harm):
     assert str(bad) in warned[0]
     assert not bad.exists()
     for number in lost:
-        store.add(str(number), entry(number))
+        store.add(str(number), entry(number), "it")
     store.flush()
     assert_holds(open_store(tmp_path, warned=warned), range(8))
     assert len(warned) == 1
 
 
+def test_a_file_of_another_store_is_refused_though_its_keys_are_the_same(tmp_path):
+    other = filled(tmp_path, range(2), name="things-1")
+    (file,) = other.folder.glob("*.safetensors")
+    (tmp_path / "things-0").mkdir()
+    shutil.copy(file, tmp_path / "things-0")
+    warned = []
+    assert "1" not in open_store(tmp_path, warned=warned)
+    assert "it belongs to the store 'things-1'" in warned[0]
+    assert_holds(open_store(tmp_path, name="things-1"), range(2))
+
+
+def test_what_is_not_finite_is_neither_kept_nor_read(tmp_path, monkeypatch):
+    store, spoiled = open_store(tmp_path), {"a": torch.tensor([1.0, float("nan")])}
+    with pytest.raises(ModelError, match=r"the encoding of the prompt 'x' is not finite \(a\)"):
+        store.add("x", spoiled, "the prompt 'x'")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "not_finite", lambda entry: [])
+        store.add("x", spoiled, "it")
+    store.flush()
+    warned = []
+    assert open_store(tmp_path, warned=warned).read("x") is None
+    assert "not finite" in warned[0]
+
+
 def test_a_damaged_entry_is_read_from_another_file_that_has_it(tmp_path):
     one, two = open_store(tmp_path), open_store(tmp_path)
-    one.add("1", entry(1))
-    two.add("1", entry(1))
-    two.add("2", entry(2))
+    one.add("1", entry(1), "it")
+    two.add("1", entry(1), "it")
+    two.add("0", entry(0), "it")  # before the other, so that the last byte is that one's in either file
     two._write(two._pending)  # as if both had looked at the same moment
     one._write(one._pending)
     warned = []
@@ -173,7 +216,7 @@ def _fill_slowly(root, numbers, pause):
     store = open_store(root)
     for number in numbers:
         if str(number) not in store:
-            store.add(str(number), entry(number))
+            store.add(str(number), entry(number), "it")
         if len(store._pending) == 4:
             store.flush()
         time.sleep(pause)
@@ -219,7 +262,7 @@ def test_only_parts_that_no_living_process_can_be_writing_are_removed(tmp_path):
     fresh, stale = folder / ".a.1.part", folder / ".b.2.part"
     for part in (fresh, stale):
         part.write_bytes(b"half")
-    os.utime(stale, (0, time.time() - 2 * module.STALE_SECONDS))
+    os.utime(stale, (0, time.time() - 2 * STALE_SECONDS))
     assert_holds(open_store(tmp_path), range(1))
     assert fresh.exists()
     assert not stale.exists()
@@ -235,6 +278,8 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
         filled(tmp_path, [number])
     (kept,) = contents(tmp_path)
     limit = int(kept.size * 4.1 / 3)
+    for shard in tmp_path.rglob("*.safetensors"):
+        os.utime(shard, (0, 0))  # the clocks of file systems are coarse
     open_store(tmp_path).use(["0"])
     for number in range(3, 6):
         filled(tmp_path, [number], limit=limit)
@@ -254,7 +299,7 @@ def test_what_this_process_uses_is_not_removed_by_it(tmp_path):
     limit = 3 * module.size_of(entry(0), None)
     store = filled(tmp_path, [0, 1, 2], limit=limit)
     for number in range(3, 9):
-        store.add(str(number), entry(number))
+        store.add(str(number), entry(number), "it")
     with pytest.raises(PosttrainError, match=r"full of what this run uses: raise cache.max_size"):
         store.flush()
     assert_holds(open_store(tmp_path), [0, 1, 2])
@@ -280,7 +325,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     store = open_store(tmp_path)
-    store.add("1", entry(1))
+    store.add("1", entry(1), "it")
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(PosttrainError, match=r"cannot write the cache .*: the disk is full; see cache.path"):
         store.flush()

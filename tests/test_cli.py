@@ -76,6 +76,8 @@ def test_recipes_are_listed_shown_and_copied(tmp_path):
     posttrain("recipes", "copy", "sd35m-soar", cwd=tmp_path)
     assert (tmp_path / "sd35m-soar.yaml").read_text() == shown
     assert "exists" in posttrain("recipes", "copy", "sd35m-soar", cwd=tmp_path, code=1).stderr
+    told = posttrain("recipes", "copy", "sd35m-soar", "my own.yaml", cwd=tmp_path).stdout
+    assert told == "wrote my own.yaml; run it with: posttrain run 'my own.yaml'\n"
     assert (
         "did you mean 'sd35m-soar'" in posttrain("recipes", "show", "sd35-soar", cwd=tmp_path, code=1).stderr
     )
@@ -112,6 +114,69 @@ def test_eval_scores_full_and_lora_artifacts(stages, tmp_path, name):
     assert summary["images"] == 3
     assert summary["model"]["weights"] == "ema"
     assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == 3
+    assert "nothing is sampled" not in done.stdout
+    again = posttrain(*arguments, cwd=tmp_path).stdout
+    assert "out: was finished before, so nothing is sampled; to sample again, remove it\n" in again
+    assert again.endswith(done.stdout[done.stdout.index("out\n") :])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "quickstart", "--output"),
+        ("run", "quickstart", "--smoke", "--output"),
+        ("eval", "posttrain/tiny-sd3", "--like", "quickstart", "--output"),
+        ("sample", "posttrain/tiny-sd3", "--prompt", "x", "--output"),
+        ("shapes", "build"),
+        ("export", "STAGE", "--to"),
+    ],
+)
+def test_a_file_where_a_folder_is_to_be_is_said_in_words(stages, tmp_path, command):
+    (tmp_path / "taken").touch()
+    words = [stages / "sft" if word == "STAGE" else word for word in command]
+    for place in ("taken", "taken/below"):
+        told = posttrain(*words, place, cwd=tmp_path, code=1).stderr
+        assert "taken' is a file, a folder is expected" in told
+        assert "Errno" not in told
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("schema",),
+        ("report", "STAGE/.."),
+        ("score", "IMAGES", "--prompt", "x", "--reward", "jpeg_compressibility"),
+    ],
+)
+def test_a_folder_where_a_file_is_to_be_is_said_in_words(stages, tmp_path, command):
+    from PIL import Image
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "a.png")
+    places = {"STAGE/..": stages, "IMAGES": "images"}
+    told = posttrain(*(places.get(word, word) for word in command), "--output", "taken", cwd=tmp_path, code=1)
+    assert told.stderr == "error: cannot write 'taken': it is a folder, a file is expected\n"
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("mine", "no recipe 'mine': neither a file here nor shipped (did you mean 'mine.yaml'?)"),
+        ("mien", "neither a file here nor shipped (did you mean 'mine.yaml'?)"),
+        ("mine.yml", "no file 'mine.yml' (did you mean 'mine.yaml'?)"),
+        ("own/mine", "no file 'own/mine' (did you mean 'own/mine.yaml'?)"),
+        ("quickstrat", "neither a file here nor shipped (did you mean 'quickstart'?)"),
+        ("far/mine.yaml", "cannot read far/mine.yaml: No such file"),
+    ],
+)
+def test_the_file_that_was_meant_is_named(tmp_path, named, words):
+    (tmp_path / "own").mkdir()
+    for file in ("mine.yaml", "own/mine.yaml"):
+        (tmp_path / file).touch()
+    told = posttrain("check", named, cwd=tmp_path, code=1).stderr
+    assert told.startswith("error: ")
+    assert words in told
 
 
 def test_sample_writes_images_and_a_grid(stages, tmp_path):
@@ -140,7 +205,14 @@ def test_sample_writes_images_and_a_grid(stages, tmp_path):
         (("sample", "./nowhere", "--prompt", "x"), "does not exist"),
         (("sample", "posttrain/huge", "--prompt", "x"), "comes with posttrain"),
         (("sample", "some/model", "--prompt", "x"), "local folder"),
-        (("sample", "posttrain/tiny-sd3", "--prompt", "x", "--steps", "1"), "512 x 512 px is too large"),
+        (
+            ("sample", "posttrain/tiny-sd3", "--prompt", "x", "--resolution", "512"),
+            "512 x 512 px is too large",
+        ),
+        (
+            ("sample", "posttrain/tiny-sd3"),
+            "say what to draw: --prompt TEXT; no recipe of a run gives prompts",
+        ),
         (("eval", "./nowhere", "--prompts", "p.txt", "--reward", "shapes"), "no file 'p.txt'"),
         (("eval", "./nowhere"), "say what to evaluate"),
         (
@@ -158,9 +230,41 @@ def test_mistakes_on_the_command_line_are_one_clear_error(tmp_path, arguments, w
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [("eval", "--like", "quickstart"), ("sample", "--prompt", "x")])
+@pytest.mark.parametrize("model", ["./nowhere", "posttrain/huge", "."])
+def test_an_error_of_a_model_names_no_field_of_a_recipe(tmp_path, command, model):
+    done = posttrain(command[0], model, *command[1:], cwd=tmp_path, code=1)
+    assert "model.path" not in done.stderr
+    assert done.stderr.startswith(
+        ("error: the folder '", "error: no model 'posttrain/huge' comes", f"error: '{tmp_path}")
+    )
+
+
 def test_shapes_build_writes_the_published_format(tmp_path):
     posttrain("shapes", "build", "out", "--images", "12", "--seed", "3", cwd=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     assert set(rows[0]) == {"md5", "caption_en", "bw", "bh"}
     assert all((tmp_path / "out" / "images" / f"{row['md5']}.jpg").is_file() for row in rows)
+
+
+def test_the_report_of_a_run_is_written_again_and_one_of_several_beside_the_first(stages, tmp_path):
+    import shutil
+
+    for name in ("a", "b"):
+        shutil.copytree(
+            stages, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("checkpoints", "final")
+        )
+    (tmp_path / "runs" / "a" / "report.html").unlink()
+    done = posttrain("report", "runs/a", cwd=tmp_path)
+    assert done.stdout == "report: runs/a/report.html\n"
+    assert "sft" in (tmp_path / "runs" / "a" / "report.html").read_text()
+    assert posttrain("report", "runs/a", "runs/b", cwd=tmp_path).stdout == "report: runs/report.html\n"
+    whole = tmp_path / "runs"
+    assert posttrain("report", whole / "a", "runs/b", cwd=tmp_path).stdout == f"report: {whole}/report.html\n"
+    assert posttrain("report", ".", "../b", cwd=whole / "a").stdout == f"report: {whole}/report.html\n"
+    posttrain("report", "runs/a", "runs/b", "--output", "both.html", cwd=tmp_path)
+    page = (tmp_path / "both.html").read_text()
+    assert "a/sft" in page
+    assert "b/lora" in page
+    assert "holds no run" in posttrain("report", "runs", cwd=tmp_path, code=1).stderr

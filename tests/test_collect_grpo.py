@@ -7,7 +7,8 @@ import torch
 from by_hand import SHAPE, conditions, gaussian, linear_policy, loss_of, near, per_item, step, velocity, wide
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
-from posttrain.algorithms.flow_grpo import FlowGRPO, clipped_loss, guarded, mean_distance
+from posttrain.algorithms._online import clipped_loss
+from posttrain.algorithms.flow_grpo import FlowGRPO, guarded, mean_distance
 from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import TrainingError
 from posttrain.support.randomness import Draws

@@ -1,17 +1,24 @@
 """What online algorithms make of rewards: advantages, weights and metrics, worked out by hand."""
 
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from by_hand import SHAPE, conditions, linear_policy, near
+from ranks import on_ranks
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
+from posttrain.algorithms import _rollouts
 from posttrain.algorithms._online import Online
-from posttrain.distributed.world import World
+from posttrain.distributed import world as worlds
+from posttrain.distributed.world import ALONE, World
+from posttrain.errors import NotFinite, StepRefused
 from posttrain.scoring.judge import Verdict
 from posttrain.support.randomness import Draws
+from posttrain.support.stopping import Stopped
 
 QUALITY = [1.0, 4.0, 2.0, 2.0, 2.0, 9.0]
 PRICE = [0.5, 0.5, 0.0, 0.0, 0.0, -2.0]
@@ -164,6 +171,12 @@ def test_advantages_are_relative_to_the_groups_of_all_processes(rank):
         def max(self, value):
             return value
 
+        def gather_objects(self, value):
+            return [value] * self.size
+
+        def any(self, flag):
+            return flag
+
     asked = []
     items, _ = collected(world=Two(rank, 2), count=3, micro_batch=2)
     assert len(asked) == 4  # quality, price, the detail and the group
@@ -177,6 +190,44 @@ def test_advantages_are_relative_to_the_groups_of_all_processes(rank):
     assert len(items.metrics["advantages"]) == 6
     near(items.metrics["reward/quality"], quality.mean())
     near(items.metrics["reward/quality/sharp"], (torch.tensor(mine) * 10).mean() + 50)
+
+
+@dataclass
+class Infinite(Scored):
+    """A judge that finds no score for the second sample of the micro-batch ``bad``."""
+
+    bad: int = 1
+
+    def submit(self, latents, batch):
+        future = super().submit(latents, batch)
+        if len(self.futures) - 1 != self.bad:
+            return future
+        self.futures[-1] = Future()
+        self.futures[-1].set_exception(NotFinite("it is nan", [1]))
+        return self.futures[-1]
+
+
+def test_a_score_that_is_not_finite_refuses_the_step_after_the_whole_rollout():
+    judge = Infinite()
+    with pytest.raises(StepRefused, match=r"^a reward \(it is nan\) is not finite; the step") as refused:
+        collected(judge, micro_batch=2)
+    assert len(judge.seen) == 3, "sharded weights need every process's forwards"
+    assert refused.value.samples == [{"sample": 13, "reason": "it is nan"}]
+
+
+def test_all_processes_refuse_a_score_that_one_of_them_has():
+    def work(world):
+        judge = Infinite(bad=0 if world.rank else 9)
+        with pytest.raises(StepRefused, match="it is nan") as refused:
+            collected(judge, world=world)
+        return refused.value.samples
+
+    assert on_ranks(2, work) == [[], [{"sample": 11, "reason": "it is nan"}]]
+
+
+def test_finite_rewards_whose_sum_is_not_finite_refuse_the_step():
+    with pytest.raises(StepRefused, match=r"^the weighted sum of the rewards is not finite"):
+        collected(Scored(weights={"quality": 1e308, "price": -2.0}))
 
 
 class Frozen(Written):
@@ -297,3 +348,30 @@ def test_a_rollout_that_fails_drops_what_is_not_scored_yet():
     with pytest.raises(ValueError, match="the rollout broke"):
         Broken(group_size=3).collect(batch(), tools)
     assert [future.cancelled() for future in judge.futures] == [True, True]
+
+
+def test_a_signal_ends_the_wait_for_scores_where_no_other_process_waits(monkeypatch):
+    monkeypatch.setattr(_rollouts, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(worlds.stopping, "requested", lambda: True)
+    future: Future[Any] = Future()
+    with pytest.raises(Stopped):
+        _rollouts._awaited(future, ALONE)
+    threading.Timer(0.05, future.set_result, ["scores"]).start()
+    assert _rollouts._awaited(future, World(0, 2)) == "scores"
+
+
+@pytest.mark.parametrize(("told_at", "scored"), [(1, 0), (2, 1), (4, 3)])
+def test_a_rollout_is_given_up_between_micro_batches_and_before_it_is_trained(told_at, scored):
+    """Three micro-batches: a look before each, and one when all scores are there."""
+    looks = []
+
+    @dataclass(frozen=True)
+    class Told(World):
+        def any(self, flag):
+            looks.append(flag)
+            return len(looks) == told_at
+
+    judge = Scored()
+    with pytest.raises(Stopped):
+        collected(judge, world=Told(), micro_batch=2)
+    assert len(judge.seen) == scored

@@ -13,11 +13,12 @@ from posttrain.distributed.world import ALONE
 from posttrain.engine import compiling, modes
 from posttrain.engine.modes import Mode
 from posttrain.engine.tracker import read_metrics
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, TrainingError
 from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
 from posttrain.policy import Policy
 from posttrain.policy.blocks import blocks
+from posttrain.policy.out_of_memory import OutOfMemory
 from posttrain.policy.tuning import Full
 from posttrain.sampling.prompts import encode
 
@@ -135,6 +136,29 @@ def test_a_failure_is_told_after_a_stage_whose_blocks_could_be_compiled(monkeypa
     assert "no kernel" in compiling.compile_blocks(policy, strategy, sample)
     assert not policy.compiled
     assert not any(block._compiled_call_impl for block in blocks(policy.model.transformer))
+
+
+@pytest.mark.parametrize(("rows", "repeatable"), [(1, True), (4, True), (4, False)])
+def test_blocks_whose_rows_do_not_fit_are_compiled_all_the_same(monkeypatch, rows, repeatable):
+    policy, strategy = whole_policy()
+    monkeypatch.setattr(type(strategy), "repeatable", repeatable)
+    asked = []
+
+    def try_out(p, s, sample, count):
+        asked.append(count)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compiling, "try_out", try_out)
+    if repeatable and rows > 1:
+        assert compiling.compile_blocks(policy, strategy, "sample", rows=rows) is None
+        assert policy.compiled
+    else:
+        with pytest.raises(TrainingError if rows == 1 else OutOfMemory) as error:
+            compiling.compile_blocks(policy, strategy, "sample", rows=rows)
+        assert getattr(error.value, "micro_batch", 2) == 2
+        assert not policy.compiled
+        assert not any(block._compiled_call_impl for block in blocks(policy.model.transformer))
+    assert asked == [rows]
 
 
 def kept_bytes(checkpointing, monkeypatch):

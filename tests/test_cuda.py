@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from runs import TRAIN, cut_off_after, recipe, run_quietly, stage
+from stored import whole_state
 from test_compiling import _as_before  # noqa: F401
 from test_run import assert_equal_weights
 from toys import alone
@@ -15,6 +16,8 @@ from posttrain.condition import Conditions
 from posttrain.engine.tracker import read_metrics
 from posttrain.engine.trainer import update
 from posttrain.optim.settings import Train
+from posttrain.parallel import single
+from posttrain.parallel.single import Alone
 from posttrain.policy import Policy
 from posttrain.policy.out_of_memory import halve_until_it_fits
 from posttrain.stages.artifact import open_artifact
@@ -45,7 +48,7 @@ def made(name, algorithm="{type: sft}", train=TRAIN, **fields):
 def moments(folder):
     """The optimizer's state, trained weights and roles of the last checkpoint."""
     (last,) = sorted((folder / "checkpoints").iterdir())[-1:]
-    return torch.load(last / "state.pt", weights_only=True, map_location="cpu")
+    return whole_state(last)
 
 
 @pytest.mark.parametrize("tune", ["{type: full}", LORA])
@@ -116,3 +119,29 @@ def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert chunk < count
     assert (halves - free).norm() <= 1e-4 * free.norm()
+
+
+@pytest.mark.parametrize("tune", ["{type: full}", LORA])
+@pytest.mark.parametrize("algorithm", ["{type: sft}", SOAR, GRPO, NFT])
+def test_no_micro_batch_waits_for_the_device(tmp_path, monkeypatch, algorithm, tune):
+    class Watched(Alone):
+        """Host and device must not wait for each other from a micro-batch's beginning to the step."""
+
+        def begin_micro_batch(self, *, last):
+            super().begin_micro_batch(last=last)
+            if len(steps) > 1:  # the first loads libraries, and the second checks that it is on-policy
+                torch.cuda.set_sync_debug_mode("error")
+
+        def step(self, max_norm):
+            torch.cuda.set_sync_debug_mode("default")
+            steps.append(1)
+            return super().step(max_norm)
+
+    steps = []
+    monkeypatch.setattr(single, "Alone", Watched)
+    train = ONE.replace("steps: 1, batch_size: 4, micro_batch: 4", "steps: 4, batch_size: 4, micro_batch: 2")
+    try:
+        run_quietly(made("only", algorithm, train.replace("{", "{precision: bf16, "), tune=tune), tmp_path)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 4

@@ -7,14 +7,20 @@ from data_files import folder_of, noise, write_rows
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from posttrain.data import AnyData, Images, PromptData, ShapesData, with_type
+from posttrain.data import Images
+from posttrain.data.image_data import ImageData, ShapesData
+from posttrain.data.pair_data import PairData
+from posttrain.data.prompt_data import PromptData
 from posttrain.data.rows import read_records
 from posttrain.errors import DataError
+from posttrain.planning.image_facts import kinds
+from posttrain.recipe.variants import AnyData, with_type
 
 
 def test_the_type_of_a_block_follows_from_its_keys_or_is_asked_for():
     block = TypeAdapter(AnyData)
-    assert isinstance(block.validate_python({"images": "a.jsonl"}), Images)
+    assert isinstance(block.validate_python({"images": "a.jsonl"}), ImageData)
+    assert isinstance(block.validate_python({"pairs": "a.jsonl"}), PairData)
     assert isinstance(block.validate_python({"prompts": "a.txt"}), PromptData)
     assert block.validate_python({"type": "shapes", "images": 5}) == ShapesData(images=5, seed=0)
     assert with_type({"type": "x", "images": "a"}) == {"type": "x", "images": "a"}
@@ -134,13 +140,34 @@ def test_a_long_list_of_problems_shows_ten_and_counts_the_rest(tmp_path):
     assert "none is left" in str(caught.value)
 
 
+def test_one_image_in_the_place_of_its_folder_is_said(tmp_path):
+    (tmp_path / "a.PNG").write_bytes(b"")
+    ((field, message),) = ImageData(images=tmp_path / "a.PNG").problems()
+    assert field == "images"
+    assert message.endswith("a.PNG' is one image: name its folder, or a list of images")
+    assert [*ImageData(images=tmp_path).problems()] == []
+
+
+def test_captions_that_cannot_be_read_are_counted_under_one_kind(tmp_path):
+    for number in range(2):
+        (tmp_path / f"img {number}.png").write_bytes(b"x")
+        (tmp_path / f"img {number}.txt").write_bytes(b"\xff")
+    (tmp_path / "z.png").write_bytes(b"x")
+    (tmp_path / "z.txt").write_text("a circle")
+    problems = read_records(Images(images=tmp_path, tolerance=1.0)).problems
+    assert [p.reason for p in problems] == [
+        f"caption not read: img {n}.txt: not UTF-8 at byte 1 of the file" for n in range(2)
+    ]
+    assert kinds(problems) == "2 caption not read"
+
+
 def test_a_list_that_is_no_list_is_refused(tmp_path):
     (tmp_path / "binary").write_bytes(b"PAR1\0\0\1")
     (tmp_path / "utf16").write_text('{"image": "a"}', encoding="utf-16")
     (tmp_path / "blank").write_text("\n \n")
     expected = {
         "none": "no such file",
-        ".": "is a directory",
+        ".": "no image in the folder and its subfolders",
         "binary": "not a text",
         "utf16": "UTF-8",
         "blank": "no rows",

@@ -8,12 +8,16 @@ from typing import get_args
 import pytest
 
 from posttrain.algorithms._online import Online
+from posttrain.algorithms.awm import AWM
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
+from posttrain.algorithms.dpo import DPO
+from posttrain.algorithms.dpo_online import DPOOnline
 from posttrain.algorithms.flow_grpo import FlowGRPO
+from posttrain.algorithms.reflexflow import ReflexFlow
 from posttrain.algorithms.sft import SFT
 from posttrain.algorithms.soar import SOAR
 from posttrain.cache.settings import Cache
-from posttrain.data.settings import Images
+from posttrain.data.settings import Images, PairList, Reading
 from posttrain.engine.monitor import Monitor
 from posttrain.models.sd3 import SD3
 from posttrain.optim.settings import Train
@@ -32,6 +36,7 @@ RUN_TIME = (
     "data/",
     "images/",
     "final/",
+    "exact/",
     "grid/",
     "checkpoints/",
     "evaluation/",
@@ -116,7 +121,7 @@ def test_commands_and_options_that_the_pages_show_exist():
 
 COMMANDS = {
     "run", "check", "plan", "eval", "compare", "sample", "score", "serve-reward", "recipes", "rewards",
-    "cache", "shapes",
+    "cache", "shapes", "status", "report", "schema", "algorithms", "models", "data",
 }  # fmt: skip
 
 
@@ -131,8 +136,10 @@ def tables(heading):
 
 BLOCKS = [
     ("Top level", 0, Recipe, ()), ("model", 0, SD3, ()), ("cache", 0, Cache, ()), ("stages", 0, Stage, ()),
-    ("algorithm", 0, SFT, ()), ("algorithm", 1, SOAR, (SFT,)), ("algorithm", 2, Online, ()),
-    ("algorithm", 3, FlowGRPO, (Online,)), ("algorithm", 4, DiffusionNFT, (Online,)), ("data", 0, Images, ()),
+    ("algorithm", 0, SFT, ()), ("algorithm", 1, SOAR, (SFT,)), ("algorithm", 2, ReflexFlow, (SFT,)),
+    ("algorithm", 3, Online, ()), ("algorithm", 4, FlowGRPO, (Online,)), ("algorithm", 5, DiffusionNFT, (Online,)),
+    ("algorithm", 6, AWM, (Online,)), ("algorithm", 7, DPO, (SFT,)), ("algorithm", 8, DPOOnline, (SFT,)),
+    ("data", 0, Images, ()), ("data", 1, PairList, (Reading,)),
     ("monitor", 0, Monitor, ()), ("lora", 0, Lora, ()), ("train", 0, Train, ()), ("evaluation", 0, Evaluation, ()),
 ]  # fmt: skip
 """Heading, number of the table below it, what it describes, and whose fields another table has."""

@@ -9,14 +9,16 @@ from forked import posttrain, start
 from PIL import ExifTags, Image
 from rich.console import Console
 
+from posttrain.cli.evaluate import _default_name
 from posttrain.distributed.environment import rank_and_world_size
 from posttrain.errors import PosttrainError, RecipeError, RewardError
 from posttrain.evaluation.card import differing
-from posttrain.evaluation.compare import compare_table, load, worded, write_page
-from posttrain.evaluation.evaluate import Share, evaluate
-from posttrain.model import Sampler
+from posttrain.evaluation.compare import compare_table, load, worded
+from posttrain.evaluation.compare_page import write_page
+from posttrain.evaluation.evaluate import Share, evaluate, evaluate_apart
 from posttrain.recipe.schema import Evaluation
 from posttrain.recipe.suites import SUITES, published_as, suite_prompts
+from posttrain.sampler import Sampler
 from posttrain.sampling.latents import prompt_noise
 from posttrain.weights.files import hash_of
 
@@ -121,6 +123,50 @@ def test_another_evaluation_in_the_folder_is_refused_by_what_differs(prompts, tm
         run(NoiseSampler(), settings(prompts, seed=1), tmp_path / "half")
 
 
+def apart(sampler, evaluation, folder):
+    console = Console(file=io.StringIO(), width=200)
+    used, card = evaluate_apart(sampler, evaluation, folder, weights="raw", console=console)
+    return used.name, card["sampler"]["seed"], console.file.getvalue()
+
+
+def test_another_evaluation_of_a_model_gets_a_folder_of_its_own(prompts, tmp_path):
+    folder = tmp_path / "e"
+    assert apart(NoiseSampler(), settings(prompts), folder)[:2] == ("e", 0)
+    with pytest.raises(KeyboardInterrupt):
+        apart(NoiseSampler(lives=1), settings(prompts, seed=1), folder)
+    assert apart(NoiseSampler(), settings(prompts, seed=2), folder)[:2] == ("e-3", 2), (
+        "e-2 holds a batch of seed 1"
+    )
+    shown, going_on = NoiseSampler(), NoiseSampler()
+    assert apart(shown, settings(prompts), folder)[:2] == ("e", 0)
+    assert apart(going_on, settings(prompts, seed=1), folder)[:2] == ("e-2", 1)
+    assert (shown.calls, going_on.calls) == (0, 5)
+    (tmp_path / "e-4").mkdir()
+    (tmp_path / "e-4" / "eval.json").write_text("{")
+    assert apart(NoiseSampler(), settings(prompts, seed=4), folder)[:2] == ("e-5", 4)
+
+
+def test_an_evaluation_that_crashed_before_its_first_batch_does_not_block_the_next(prompts, tmp_path):
+    folder = tmp_path / "e"
+    with pytest.raises(KeyboardInterrupt):
+        run(NoiseSampler(lives=0), settings(prompts), folder)
+    name, seed, told = apart(NoiseSampler(), settings(prompts, seed=1), folder)
+    assert (name, seed) == ("e", 1)
+    assert "replaces an evaluation that ended before its first batch; sampler.seed (was 0, now 1)" in told
+
+
+def test_an_evaluation_that_is_being_measured_is_not_replaced(prompts, tmp_path):
+    class Busy(NoiseSampler):
+        def images(self, *arguments):
+            with pytest.raises(PosttrainError, match=r"holds another evaluation.*sampler\.seed"):
+                run(NoiseSampler(), settings(prompts, seed=1), tmp_path / "e")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Busy(), settings(prompts), tmp_path / "e")
+    run(NoiseSampler(), settings(prompts, seed=1), tmp_path / "e")
+
+
 def test_the_card_says_what_was_measured(prompts, tmp_path):
     card = run(NoiseSampler(), settings(prompts), tmp_path / "e")
     assert card["prompts"]["rows"] == 8
@@ -130,6 +176,7 @@ def test_the_card_says_what_was_measured(prompts, tmp_path):
         "weights": "raw",
         "settings": {"type": "noise"},
         "sha256": "light 0.0",
+        "base": {},
     }
     assert card["forward_equivalents"] == 16
     values = [json.loads(line) for line in (tmp_path / "e" / "records.jsonl").read_text().splitlines()]
@@ -170,7 +217,7 @@ def test_processes_that_start_at_once_share_and_do_not_collide(prompts, tmp_path
 
     children = [start(five) for _ in range(3)]
     for child in children:
-        child.join(120)
+        child.join(300)
         assert child.exitcode == 0
     whole = run(NoiseSampler(), settings(prompts), tmp_path / "whole")
     for i in range(5):
@@ -284,7 +331,7 @@ def test_compare_refuses_or_remarks_what_is_not_comparable(prompts, tmp_path):
         load([tmp_path / "a", tmp_path / "c"])
     with pytest.raises(PosttrainError, match="no finished evaluation"):
         load([tmp_path / "a", tmp_path])
-    with pytest.raises(PosttrainError, match="one folder twice"):
+    with pytest.raises(PosttrainError, match="one folder was given twice"):
         load([tmp_path / "a", tmp_path / "a"])
 
 
@@ -315,3 +362,16 @@ def test_processes_of_the_command_line_that_fail_say_why(tmp_path):
     failed = posttrain(*small, "--set", "steps=2", "--output", "two", "--processes=2", cwd=tmp_path, code=1)
     assert "of 2 failed" in failed.stderr
     assert "sampler.steps (was 1, now 2)" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "suite", "name"),
+    [
+        ("runs/r/sft/final", None, "eval-r-sft"),
+        ("./runs/r/sft", "geneval", "eval-r-sft-geneval"),
+        ("runs/r/sft/checkpoints/step-00000040", None, "eval-r-sft-step-00000040"),
+        ("owner/model", None, "eval-owner-model"),
+    ],
+)
+def test_the_folder_of_an_evaluation_tells_of_which_weights_it_is(model, suite, name):
+    assert _default_name(model, suite) == name

@@ -1,9 +1,8 @@
 """A file or folder of a run is there whole or not at all, whatever stops its writing."""
 
-import contextlib
 import multiprocessing
 import os
-import resource
+import re
 import shutil
 import time
 import types
@@ -12,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from forked import finished, start
+from full_disk import most_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from posttrain.errors import PosttrainError
-from posttrain.support import files
+from posttrain.support import files, write_errors
 from posttrain.support.differences import differences
-from posttrain.support.files import aside, locked, publish, published, write
+from posttrain.support.files import locked, published, write
 from posttrain.support.paths import is_path
-from posttrain.support.wording import multiples_near
+from posttrain.support.wording import nearest
 from posttrain.weights.fitting import misfit
 
 STOPS = [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()]
@@ -29,17 +29,6 @@ STOPS = [OSError(28, "No space left on device"), RuntimeError("a bug"), Keyboard
 
 def tree(folder):
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
-
-
-@contextlib.contextmanager
-def most_bytes(count):
-    """The system refuses to write more than ``count`` bytes to any file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=["disk", "exception", "interrupt"])
@@ -129,17 +118,6 @@ def test_a_kill_leaves_the_old_folder_and_the_next_write_clears_up(tmp_path, mom
     assert tree(tmp_path) == {"final/a": "old"}
 
 
-def test_of_processes_that_publish_a_shared_folder_the_first_one_wins(tmp_path):
-    with aside(tmp_path / "data", shared=True) as one, aside(tmp_path / "data", shared=True) as other:
-        for part, text in ((one, "one"), (other, "other")):
-            part.mkdir()
-            (part / "a").write_text(text)
-        publish(one, tmp_path / "data", replace=False)
-        with pytest.raises(OSError, match="not empty"):
-            publish(other, tmp_path / "data", replace=False)
-    assert tree(tmp_path) == {"data/a": "one"}
-
-
 TENSORS = {"a": torch.zeros(100_000)}
 
 
@@ -175,8 +153,8 @@ def test_torch_does_not_say_why_a_write_was_cut_off_but_the_disk_does(tmp_path, 
 
 def test_safetensors_words_for_a_full_disk_are_known():
     words = "Error while serializing: I/O error: No space left on device (os error 28)"
-    assert files.problem(RuntimeError(words)) == "the disk is full"
-    assert files.problem(RuntimeError("CUDA error: device-side assert triggered")) is None
+    assert write_errors.problem(RuntimeError(words)) == "the disk is full"
+    assert write_errors.problem(RuntimeError("CUDA error: device-side assert triggered")) is None
 
 
 def test_a_lock_is_held_against_others_and_goes_with_its_process(tmp_path):
@@ -203,9 +181,11 @@ def test_a_lock_is_held_against_others_and_goes_with_its_process(tmp_path):
 
 @given(st.integers(1, 10**6), st.integers(1, 10**4))
 def test_the_nearest_multiples_are_multiples_around_the_value(value, unit):
-    near = [int(word) for word in multiples_near(value, unit).split(" or ")]
+    words = nearest(value, unit)
+    near = [int(word) for word in re.findall(r"\d+", words)]
     assert all(n > 0 and n % unit == 0 and abs(n - value) <= unit for n in near)
     assert len(near) == (2 if value >= unit else 1)
+    assert words.startswith("the nearest are " if len(near) == 2 else "the nearest is ")
 
 
 @pytest.mark.parametrize(
@@ -233,5 +213,5 @@ def test_weights_fit_in_all_names_and_shapes_or_are_told():
     own = {name: torch.zeros(2) for name in "abc"}
     assert misfit(own, dict(own)) is None
     state = {"b": torch.zeros(3), "c": own["c"], "x": own["a"], "y": own["a"]}
-    assert misfit(own, state) == "no a; unexpected x; unexpected y and 1 more"
-    assert misfit(own, {**own, "b": torch.zeros(3)}) == "b of shape (3,), not (2,)"
+    assert misfit(own, state) == "1 missing (a); 2 left over (x, y); 1 of another shape (b: (3,), not (2,))"
+    assert misfit(own, {**own, "b": torch.zeros(3)}) == "1 of another shape (b: (3,), not (2,))"

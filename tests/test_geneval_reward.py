@@ -283,7 +283,7 @@ def test_weights_that_lack_a_layer_are_refused_not_made_up(detector_folder, tmp_
     state = load_file(file)
     del state["class_predictor.bias"]
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(RewardError, match=r"do not fit: no class_predictor\.bias"):
+    with pytest.raises(RewardError, match=r"do not fit: 1 missing \(class_predictor\.bias\)"):
         load_detector(tmp_path / "lacking", (64, 96), 16, CPU)
 
 

@@ -169,8 +169,8 @@ def test_each_image_is_read_with_its_own_prompt_alone(published):
     [
         (lambda s: s.pop("blip.visual_encoder.pos_embed"), "holds no ImageReward: 'pos_embed'"),
         (lambda s: s.pop("mlp.layers.4.bias"), "do not fit"),
-        (lambda s: s.pop("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"), "no encoder.layer.1.cross"),
-        (lambda s: s.update({"blip.visual_encoder.blocks.0.extra": torch.zeros(1)}), "unexpected encoder.layers.0.extra"),
+        (lambda s: s.pop("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"), r"1 missing \(encoder.layer.1.cross"),
+        (lambda s: s.update({"blip.visual_encoder.blocks.0.extra": torch.zeros(1)}), r"1 left over \(encoder.layers.0.extra"),
         (lambda s: s.update({"blip.text_encoder.embeddings.word_embeddings.weight": torch.zeros(9, WIDTH)}), "the weights expect 9"),
     ],
 )  # fmt: skip

@@ -87,6 +87,19 @@ def test_items_without_a_required_field_are_refused_with_its_name(given, lack):
         Items(torch.ones(2), {name: torch.zeros(2, dtype=torch.int64) for name in given}, TABLE)
 
 
+@pytest.mark.parametrize("name", ["weight", "conditions", "condition", "take", "nbytes"])
+def test_a_field_that_an_attribute_would_hide_is_refused(name):
+    rows = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"a field cannot be called '{name}'"):
+        Items(torch.ones(2), {"prompt_index": rows, "sample_index": rows, name: rows}, TABLE)
+
+
+def test_a_weight_that_is_not_one_number_for_each_item_is_refused():
+    rows = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"weight has the shape \(2, 1\), not \(n,\)"):
+        Items(torch.ones(2, 1), {"prompt_index": rows, "sample_index": rows}, TABLE)
+
+
 @pytest.mark.parametrize(("weight", "x"), [(2, 3), (3, 2)])
 def test_items_of_which_one_part_has_another_length_are_refused_with_all_lengths(weight, x):
     rows = torch.zeros(3, dtype=torch.int64)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lines import line_policy
+from stored import stored
 
 from posttrain.parallel.strategy import Layout
 
@@ -75,8 +76,8 @@ def test_a_role_that_is_loaded_leaves_the_weights_that_are_in_use():
     policy.add_role("ema")
     low = policy.masters.copies["a"]
     with policy.using("old"):
-        policy.load("ema", {"a": torch.tensor([6.0])})
+        policy.load("ema", {"a": stored(torch.tensor([6.0]))})
         assert low.item() == 5
     assert (low.item(), policy.roles["ema"]["a"].item()) == (2, 6)
-    policy.load(None, {"a": torch.tensor([7.0])})
+    policy.load(None, {"a": stored(torch.tensor([7.0]))})
     assert low.item() == 7

@@ -10,7 +10,7 @@ from pipelines import load
 from torch import nn
 
 from posttrain.distributed.world import ALONE
-from posttrain.engine import checkpoint
+from posttrain.engine.checkpoint_folder import CheckpointFolder, Retention
 from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
 from posttrain.policy import Policy, masters
@@ -126,7 +126,7 @@ def test_the_transformer_computes_in_bf16_and_the_rest_sees_float32(tune):
     for name, low in policy.masters.copies.items():
         assert torch.equal(low, policy.trained[name].to(torch.bfloat16)), "lowered once a step"
         assert policy.trained[name].grad is None
-    assert {m["exp_avg"].dtype for n in moved if (m := strategy.moments(n))} == {torch.float32}
+    assert {m["exp_avg"].values.dtype for n in moved if (m := strategy.moments(n))} == {torch.float32}
 
 
 def test_a_step_that_is_not_finite_changes_neither_masters_nor_copies():
@@ -174,9 +174,10 @@ def test_a_checkpoint_restores_masters_and_copies(tmp_path):
     policy, strategy = lowered(Full())
     strategy.backward(velocity(policy).square().mean())
     strategy.step(1.0)
-    saved = checkpoint.save(tmp_path, 1, policy, strategy, {}, keep=1)
+    with CheckpointFolder(tmp_path, policy, strategy, "run", print) as folder:
+        folder.save(1, {}, Retention(1))
     other, into = lowered(Full())
-    checkpoint.restore(saved, other, into)
+    CheckpointFolder(tmp_path, other, into, "run", print).restore()
     assert torch.equal(velocity(other), velocity(policy))
     assert all(torch.equal(other.trained[n], p) for n, p in policy.trained.items())
 

@@ -12,6 +12,7 @@ from ranks import on_ranks
 from posttrain.distributed.world import ALONE
 from posttrain.engine import micro_batch, trial
 from posttrain.engine.micro_batch import (
+    Size,
     Trial,
     items_in_step,
     largest_micro_batch,
@@ -24,7 +25,7 @@ from posttrain.optim.settings import Train
 from posttrain.parallel.single import Single
 from posttrain.policy.out_of_memory import OutOfMemory
 from posttrain.stages import micro_batch as settled_micro_batch
-from posttrain.stages.micro_batch import remember, settled
+from posttrain.stages.micro_batch import remember, set_damaged_aside, settled
 
 RECIPE = SimpleNamespace(device="cpu", parallel=Single())
 LACK = torch.OutOfMemoryError("CUDA out of memory")
@@ -83,6 +84,33 @@ def test_a_number_that_is_none_is_not_remembered(tmp_path, number):
     assert settled(RECIPE, stage(), tmp_path, 1) is None
 
 
+DAMAGE = {
+    "empty": b"",
+    "no text": b"\xff",
+    "a list": b"[]",
+    "no size": b"{}",
+    "a size that is none": b'{"micro_batch": 0}',
+    "modes that are none": b'{"micro_batch": 2, "modes": [{"given": []}]}',
+    "modes that are no list": b'{"micro_batch": 2, "modes": null}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_memory_is_named_and_set_aside(tmp_path, content):
+    notes, file = [], tmp_path / "micro_batch.json"
+    set_damaged_aside(tmp_path, notes.append)
+    remember(RECIPE, tmp_path, 1, 1)
+    set_damaged_aside(tmp_path, notes.append)
+    assert notes == []
+    file.write_bytes(content)
+    set_damaged_aside(tmp_path, notes.append)
+    set_damaged_aside(tmp_path, notes.append)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [content]
+    (line,) = notes
+    assert line.startswith(f"{str(file)!r} is damaged: ")
+    assert line.endswith("; it is now 'micro_batch.damaged.json', and what it held is found again by trying")
+
+
 class Three(Pull):
     """Makes three items of each sample, says the stand-in for its rehearsal."""
 
@@ -97,7 +125,7 @@ class Trials:
         monkeypatch.setattr(
             micro_batch,
             "rehearse",
-            lambda algorithm: SimpleNamespace(
+            lambda algorithm, rule=None: SimpleNamespace(
                 rows_with=rows, items=3.0 if isinstance(algorithm, Three) else 1.0
             ),
         )
@@ -125,7 +153,7 @@ def found(made=None, world=ALONE, repeatable=True, state=None, policy=None, **fi
 
 def test_numbers_are_doubled_as_long_as_they_pay(monkeypatch):
     trials = Trials(monkeypatch, fastest=4)
-    assert found() == (4, [Trial(1, 8.0, 1000), Trial(2, 16.0, 2000), Trial(4, 32.0, 4000)])
+    assert found() == Size(4, [Trial(1, 8.0, 1000), Trial(2, 16.0, 2000), Trial(4, 32.0, 4000)], False)
     assert trials.tried == [1, 2, 4, 8]
     assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
 
@@ -139,8 +167,8 @@ def test_no_further_size_is_tried_once_the_time_is_over(monkeypatch):
         return len(trials.tried) == 2
 
     strategy = descending(policy)
-    size, tried = largest_micro_batch(made.algorithm, made.train, policy, strategy, "sample", 4, expired)
-    assert (size, len(tried), asked) == (8, 2, [1, 2])
+    size = largest_micro_batch(made.algorithm, made.train, policy, strategy, "sample", 4, expired)
+    assert (size.items, len(size.trials), size.crowded, asked) == (8, 2, False, [1, 2])
     assert trials.tried == [4, 8]
 
 
@@ -150,7 +178,8 @@ def test_twice_as_many_must_be_a_twentieth_faster(monkeypatch, gain, rate, numbe
     assert (micro_batch.GAIN, micro_batch.FILLED) == (1.05, 0.9)
     monkeypatch.setattr(micro_batch, "GAIN", gain)
     monkeypatch.setattr(trial, "timed", lambda policy, strategy, sample, rows: ({1: 1, 2: 2 / rate}[rows], 0))
-    assert found(stage(batch_size=2))[0] == number
+    size = found(stage(batch_size=2))
+    assert (size.items, size.crowded) == (number, False)
 
 
 @pytest.mark.parametrize(
@@ -167,62 +196,65 @@ def test_twice_as_many_must_be_a_twentieth_faster(monkeypatch, gain, rate, numbe
 def test_no_more_are_tried_than_a_step_has(monkeypatch, train, algorithm, number, rows):
     train = {"checkpoint_every": 4, "sample_every": None, **train}
     trials = Trials(monkeypatch, rows=rows, fastest=10**6)
-    assert found(stage(algorithm=algorithm, **train))[0] == number
+    assert found(stage(algorithm=algorithm, **train)).items == number
     assert trials.tried == [rows * 2**i for i in range(number.bit_length())]
 
 
-# expected for 2 n items after n: 1000 n + 2 * 500 n (n > 1, half of it before), and 8 bytes for the weight
+# expected for 2 n items after n: 1000 n + 2 * 500 n, half of it before, and 8 bytes for the weight
 @pytest.mark.parametrize(
     ("free", "number"),
     [
         (8008 / 0.9 + 1, 8),
         (8008 / 0.9 - 1, 4),
         (4008 / 0.9 + 1, 4),
-        (3008 / 0.9 + 1, 2),
-        (3008 / 0.9 - 1, 1),
+        (2008 / 0.9 + 1, 2),
+        (2008 / 0.9 - 1, 1),
         (1, 1),
     ],
 )
 def test_what_is_likely_not_to_fit_is_not_tried(monkeypatch, free, number):
-    # 1 item: 1000 bytes, so 2 are expected to take 1000 + 2 * 1000; 4 after 2: 2000 + 2 * 1000
+    # 1 item: 1000 bytes, so 2 are expected to take twice that; 4 after 2: 2000 + 2 * 1000
     trials = Trials(monkeypatch, free=free, fastest=10**6)
-    assert found()[0] == number
+    size = found()
+    assert (size.items, size.crowded) == (number, True)
     assert max(trials.tried) == number
 
 
 def test_moments_are_two_numbers_of_4_bytes_a_weight(monkeypatch):
     for more, number in ((1, 2), (-1, 1)):
-        Trials(monkeypatch, free=(3000 + 80) / 0.9 + more)
+        Trials(monkeypatch, free=(2000 + 80) / 0.9 + more)
         policy = line_policy()
         policy.model.transformer.a = torch.nn.Parameter(torch.ones(10))
         policy.find_parameters()
-        assert found(policy=policy)[0] == number
+        assert found(policy=policy).items == number
 
 
 def test_moments_that_are_there_already_need_no_more_room(monkeypatch):
-    Trials(monkeypatch, free=3000 / 0.9 + 1)
-    assert found()[0] == 1
-    assert found(state={torch.zeros(1): {"step": 1}})[0] == 2
+    Trials(monkeypatch, free=2000 / 0.9 + 1)
+    assert found().items == 1
+    assert found(state={torch.zeros(1): {"step": 1}}).items == 2
+
+
+@pytest.mark.parametrize(("free", "number"), [(5000, 4), (4999, 2), (4000, 2), (3999, 1)])
+def test_what_every_size_takes_is_not_expected_twice(monkeypatch, free, number):
+    # 1 item: 2000 bytes, so 2 are expected to take at most 4000; they take 3000, so 4 are expected to take 5000
+    monkeypatch.setattr(micro_batch, "FILLED", 1.0)
+    Trials(monkeypatch, each=1000, base=1000, free=free)
+    assert found(state={torch.zeros(1): {}}).items == number
 
 
 def test_trials_that_took_no_more_than_those_before_are_expected_to_go_on_so(monkeypatch):
-    trials = Trials(monkeypatch, each=-100, base=1000, free=1000 / 0.9)
-    # 1: 900, then max(-100, 0) more for each doubling; the first doubling is 900 + 2 * 900
-    assert found(state={torch.zeros(1): {}})[0] == 1
-    trials.each, trials.base = 0, 300
-    monkeypatch.setattr(micro_batch, "FILLED", 0.5)  # of 600 just as much
-    monkeypatch.setattr(micro_batch, "available_memory", lambda device: 600)
-    assert found(stage(batch_size=8), state={torch.zeros(1): {}})[0] == 1, (
-        "the first is not yet known to go on so"
-    )
-    trials.base = 100
-    assert found(stage(batch_size=8), state={torch.zeros(1): {}})[0] == 8
+    # 1: 900, then max(-100, 0) more for each doubling; the first doubling is 900 + 900
+    Trials(monkeypatch, each=-100, base=1000, free=1000 / 0.9)
+    assert found(state={torch.zeros(1): {}}).items == 1
+    Trials(monkeypatch, each=0, base=300, free=600 / 0.9 + 1)
+    assert found(stage(batch_size=8), state={torch.zeros(1): {}}).items == 8
 
 
 @pytest.mark.parametrize("room", [2, 3])
 def test_what_ran_out_of_memory_ends_the_search(monkeypatch, room):
     trials = Trials(monkeypatch, room=room)
-    assert found()[0] == 2
+    assert found().items == 2
     assert trials.tried == [1, 2, 4]
     assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
 
@@ -265,11 +297,12 @@ def test_ranks_share_a_step_and_take_what_the_slowest_and_fullest_can(monkeypatc
 
     monkeypatch.setattr(trial, "timed", timed)
     results = on_ranks(2, lambda world: found(stage(batch_size=8), world))
-    assert results == [(4, [Trial(n, n / 1.0, 300 * n) for n in (1, 2, 4)])] * 2
+    assert results == [Size(4, [Trial(n, n / 1.0, 300 * n) for n in (1, 2, 4)], False)] * 2
     monkeypatch.setattr(micro_batch, "available_memory", lambda device: 10 * dist.get_rank() or None)
-    assert [number for number, _ in on_ranks(2, lambda world: found(stage(batch_size=8), world))] == [1, 1]
+    sizes = on_ranks(2, lambda world: found(stage(batch_size=8), world))
+    assert [(size.items, size.crowded) for size in sizes] == [(1, True), (1, True)]
     assert trials.tried == []
-    assert [number for number, _ in on_ranks(2, lambda world: found(stage(batch_size=1), world))] == [1, 1]
+    assert [s.items for s in on_ranks(2, lambda world: found(stage(batch_size=1), world))] == [1, 1]
 
 
 def test_what_was_found_in_a_line():
@@ -281,22 +314,25 @@ def test_what_was_found_in_a_line():
 
 
 @pytest.mark.parametrize(
-    ("first", "room", "tried", "number"),
+    ("first", "room", "tried", "number", "crowded"),
     [
-        (8, 64, [8, 16, 32], 32),
-        (3, 64, [3, 6, 12, 24], 24),
-        (40, 64, [32], 32),  # no more than a step has
-        (32, 5, [32, 16, 8, 4], 4),
-        (12, 5, [12, 6, 3], 3),
-        (8, 1, [8, 4, 2, 1], 1),
+        (8, 64, [8, 16, 32], 32, False),
+        (3, 64, [3, 6, 12, 24], 24, False),
+        (40, 64, [32], 32, False),  # no more than a step has
+        (4, 8, [4, 8, 16], 8, True),
+        (32, 5, [32, 16, 8, 4], 4, True),
+        (12, 5, [12, 6, 3], 3, True),
+        (8, 1, [8, 4, 2, 1], 1, True),
     ],
 )
 def test_sizes_begin_with_the_first_or_with_the_largest_of_its_halves_that_fits(
-    monkeypatch, first, room, tried, number
+    monkeypatch, first, room, tried, number, crowded
 ):
     trials = Trials(monkeypatch, room=room)
-    size, told = found(first=first)
-    assert (size, trials.tried) == (number, tried), "what did not fit is not tried again"
+    size = found(first=first)
+    told = size.trials
+    assert (size.items, trials.tried) == (number, tried), "what did not fit is not tried again"
+    assert size.crowded is crowded
     assert told[0].items == min(t for t in tried if t <= room)
     assert told[-1].items == number
     assert all(type(trial.items) is int for trial in told)

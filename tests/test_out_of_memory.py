@@ -50,7 +50,7 @@ def gradient(model, chunk, world=None):
         strategy.zero_grad()
         return True
 
-    halve_until_it_fits(lambda: update(SFT(), policy, items, strategy, settings, 1), policy, undone)
+    halve_until_it_fits(lambda: update(SFT(), policy, items, strategy, settings), policy, undone)
     return torch.cat([gradient.flatten() for gradient in strategy.optimizer.seen]), policy
 
 

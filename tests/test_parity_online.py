@@ -1,4 +1,4 @@
-"""Flow-GRPO's and DiffusionNFT's formulas reproduce the published implementations' recorded numbers."""
+"""Flow-GRPO's, DiffusionNFT's and AWM's formulas reproduce the published implementations' recorded numbers."""
 
 import ast
 
@@ -7,9 +7,12 @@ import torch
 from parity_vectors import assert_close, ids, of_kind
 
 from posttrain.algorithm import Items
+from posttrain.algorithms._online import clipped_loss
+from posttrain.algorithms.awm import AWM
 from posttrain.algorithms.diffusion_nft import DiffusionNFT, implicit_losses, optimality
 from posttrain.algorithms.flow_grpo import FlowGRPO
 from posttrain.condition import Conditions
+from posttrain.flow import interpolate
 from posttrain.flow.advantages import group_advantages
 from posttrain.model import FlowModel
 from posttrain.policy import Policy
@@ -37,11 +40,11 @@ class Recorded(FlowModel):
     save = save_lora = load_weights = unused
 
 
-def policy_of(v, **roles):
-    policy = Policy(Recorded(v.transformer()))
+def policy_of(v, weights="weight.", **roles):
+    policy = Policy(Recorded(v.transformer(weights)))
     for role, prefix in roles.items():
-        weights = v.under(prefix)  # the position embedding is a buffer, the same in all
-        policy.add_role(role, {name: weights[name] for name in policy.parameters})
+        tensors = v.under(prefix)  # the position embedding is a buffer, the same in all
+        policy.add_role(role, {name: tensors[name] for name in policy.parameters})
     return policy
 
 
@@ -142,3 +145,60 @@ def test_parity_diffusion_nft_step(v):
     positive, negative = implicit_losses(v["v"], v["v_old"], latents, v["x0"], sigma, nft.beta)
     assert_close(positive, v["positive_loss"], 1e-5)
     assert_close(negative, v["negative_loss"], 1e-5)
+
+
+def awm_of(v):
+    assert v.meta["loss_type"] == "exp_first", "a ratio for each noise level, not for their mean"
+    weighting = {"t**2": "t_squared"}.get(v.meta["weighting"], v.meta["weighting"].lower())
+    numbers = ["beta", "ema_beta", "clip_range", "advantage_max", "adv_clip_max"]
+    return AWM(
+        train_timesteps=int(v.meta["steps"]),
+        weighting=weighting,
+        kl_weighting=v.meta["kl_weight"].lower(),
+        **({"ghuber_power": v.number("ghuber_power")} if weighting == "ghuber" else {}),
+        **{name: v.number(name) for name in numbers},
+    )
+
+
+@pytest.mark.parametrize("v", of_kind("awm_step"), ids=ids)
+def test_parity_awm_step(v):
+    awm, config = awm_of(v), ast.literal_eval(v.meta["config"])
+    averaged = {"old": "ema_weight."} if awm.ema_beta else {}
+    policy = policy_of(v, "old_weight.", reference="ref_weight.", **averaged)
+    null = torch.zeros(1, v["prompt_embeds"].shape[1], config["joint_attention_dim"])
+    conditions = conditions_of(v, null, torch.zeros(1, config["pooled_projection_dim"]))
+    n, steps = len(v["x0"]), awm.train_timesteps
+    x0, sample = v["x0"].repeat(steps, 1, 1, 1), torch.arange(n).repeat(steps)
+    fields = {
+        "latents": interpolate(x0, v["noise"], v["sigmas"]), "target": v["noise"] - x0, "sigma": v["sigmas"],
+        "advantage": v["advantages"].clamp(-awm.adv_clip_max, awm.adv_clip_max)[sample],
+        "prompt_index": 1 + sample, "sample_index": sample,
+    }  # fmt: skip
+    items = awm.with_frozen_velocities(Items(torch.ones(n * steps), fields, conditions), policy)
+    assert_close(items.old_log_prob, v["old_log_prob"], 1e-4)
+    policy.model.transformer.load_state_dict(v.under("weight."))
+    losses = awm.loss(items, policy)
+    losses.per_item.mean().backward()
+    assert_close(losses.metrics["log_prob"], v["log_prob"], 1e-4)
+    assert_close(losses.metrics["ratio"], v["ratio"], 1e-4)
+    assert_close(losses.metrics["policy_loss"].mean(), v["policy_loss"], 1e-4)
+    assert_close(losses.metrics["kl"].mean(), v["kl"], 1e-4)
+    if awm.ema_beta:
+        assert_close(losses.metrics["ema_kl"].mean(), v["ema_kl"], 1e-4)
+    assert_close(losses.per_item.mean(), v["loss"], 1e-4)
+    for name, gradient in v.under("grad.").items():
+        assert_close(policy.parameters[name].grad, gradient, 1e-4)
+    norm = torch.stack([p.grad.norm() for p in policy.trained.values() if p.grad is not None]).norm()
+    assert_close(norm, v["grad_norm"], 1e-4)
+
+
+@pytest.mark.parametrize("v", of_kind("awm_step"), ids=ids)
+def test_parity_awm_ratio_and_loss_of_the_recorded_log_probabilities(v):
+    awm, steps = awm_of(v), int(v.meta["steps"])
+    ratio = (v["log_prob"] - v["old_log_prob"]).exp()
+    assert_close(ratio, v["ratio"], 1e-5)
+    advantage = v["advantages"].clamp(-awm.adv_clip_max, awm.adv_clip_max) / awm.adv_clip_max
+    loss = clipped_loss(ratio, (advantage * awm.advantage_max).repeat(steps), awm.clip_range).mean()
+    assert_close(loss, v["policy_loss"], 1e-5)
+    kl = awm.beta * v["kl"] + (awm.ema_beta * v["ema_kl"] if awm.ema_beta else 0)
+    assert_close(v["policy_loss"] + kl, v["loss"], 1e-5)

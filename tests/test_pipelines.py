@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from families import FAMILIES
 from forked import posttrain
 from pipelines import pipeline_folder
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from posttrain.errors import DataError, ModelError, RecipeError
 from posttrain.flow.sampling_settings import Sampling
-from posttrain.models.pipelines import SDXL, Flux
+from posttrain.models.pipelines import SDXL
 from posttrain.models.sd3 import SD3
 from posttrain.recipe.file import parse_recipe
 from posttrain.stages.artifact import open_sampler
@@ -54,8 +55,8 @@ def sdxl(tmp_path_factory):
         vae=vae(4),
         text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)),
-        tokenizer=tokenizers()[0],
-        tokenizer_2=tokenizers()[0],
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("sdxl")
     own.save_pretrained(folder)
@@ -63,44 +64,22 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flux(tmp_path_factory):
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    torch.manual_seed(0)
-    own = FluxPipeline(
-        transformer=FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-            axes_dims_rope=(4, 4, 8), guidance_embeds=True,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(4),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
-        text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=1000, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=2)
-        ),
-        tokenizer=tokenizers()[0],
-        tokenizer_2=tokenizers()[1],
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("flux")
-    own.save_pretrained(folder)
-    return folder
+def flux():
+    return FAMILIES["flux"].path
 
 
-def tokenizers():
+def tokenizer():
     from transformers import AutoTokenizer
 
-    folder = pipeline_folder()
-    return [AutoTokenizer.from_pretrained(f"{folder}/{name}") for name in ("tokenizer", "tokenizer_3")]
+    return AutoTokenizer.from_pretrained(f"{pipeline_folder()}/tokenizer")
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
 def test_images_belong_to_prompt_and_index(kind, request):
     folder = request.getfixturevalue(kind)
-    spec = model_of(str(folder))
-    assert spec.type == kind
+    assert model_of(str(folder)).type == kind
     settings = Sampling(resolution=32, steps=2, guidance=3.0)
-    sampler = spec.sampler(CPU, settings)
+    sampler, _ = open_sampler(str(folder), CPU, settings)
     both = sampler.images(["a circle", "a square"], [0, 1], settings)
     assert both.shape == (2, 3, 32, 32)
     assert both.min() >= 0
@@ -109,7 +88,7 @@ def test_images_belong_to_prompt_and_index(kind, request):
     assert sampler.forward_equivalents == 2 * 2 * (2 if kind == "sdxl" else 1)
     torch.testing.assert_close(sampler.images(["a square"], [1], settings)[0], both[1], atol=1e-4, rtol=0)
     assert (sampler.images(["a square"], [0], settings)[0] - both[1]).abs().max() > 1e-3
-    other = spec.sampler(CPU, settings)
+    other, _ = open_sampler(str(folder), CPU, settings)
     assert other.fingerprint() == sampler.fingerprint()
 
 
@@ -127,7 +106,7 @@ def test_eval_and_sample_take_a_pipeline_by_its_index(sdxl, tmp_path):
 
 
 def test_a_recipe_evaluates_them_and_does_not_train_them(flux, sdxl, tmp_path):
-    head = f"name: x\nmodel: {{type: flux, path: {flux}}}\n"
+    head = f"name: x\nmodel: {{type: sdxl, path: {sdxl}}}\n"
     evaluation = (
         "evaluation: {prompts: {type: shapes, count: 2}, rewards: shapes, resolution: 32, steps: 1}\n"
     )
@@ -138,12 +117,12 @@ def test_a_recipe_evaluates_them_and_does_not_train_them(flux, sdxl, tmp_path):
     stage = (
         "stages: [{name: a, algorithm: {type: sft}, data: {type: shapes, images: 4}, train: {steps: 1}}]\n"
     )
-    with pytest.raises(RecipeError, match="flux can be evaluated, not trained"):
+    with pytest.raises(RecipeError, match="sdxl can be evaluated, not trained"):
         parse_recipe(head + stage + evaluation, "r.yaml")
     with pytest.raises(RecipeError, match="neither a stage nor an evaluation"):
         parse_recipe(head + "stages: []\n", "r.yaml")
-    with pytest.raises(RecipeError, match="is a StableDiffusionXLPipeline, not a FluxPipeline"):
-        parse_recipe(head.replace(str(flux), str(sdxl)) + "stages: []\n" + evaluation, "r.yaml")
+    with pytest.raises(RecipeError, match="is a FluxPipeline, not a StableDiffusionXLPipeline"):
+        parse_recipe(head.replace(str(sdxl), str(flux)) + "stages: []\n" + evaluation, "r.yaml")
 
 
 def test_what_they_cannot_do_is_said(sdxl, tmp_path):
@@ -156,5 +135,5 @@ def test_what_they_cannot_do_is_said(sdxl, tmp_path):
     with pytest.raises(DataError, match=r"guidance 0\.5: .* give 1 or more"):
         SDXL(path=str(sdxl)).sampler(CPU, Sampling(resolution=32, steps=1, guidance=0.5))
     with pytest.raises(ModelError, match="not trained"):
-        Flux(path=str(sdxl)).load(CPU, "fp32")
+        SDXL(path=str(sdxl)).load(CPU, "fp32")
     assert isinstance(model_of("./nowhere"), SD3)

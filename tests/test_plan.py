@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from plans import SOAR, counts_of, need, planned, soar_counts
+from safetensors.torch import load_file
 
 from posttrain.algorithm import Algorithm
 from posttrain.engine.rehearsal import rehearse
@@ -19,10 +21,16 @@ from posttrain.planning.sizes import Sizes, Transformer, disk_bytes, stage_sizes
 from posttrain.policy.activations import Checkpointing
 from posttrain.policy.tuning import Full, Lora
 from posttrain.recipe.file import load_recipe, overridden, shipped_recipes
+from posttrain.weights.pipeline_folder import local_folder
 
 COSTS = {
+    "awm": (
+        6,
+        14 + 6 * (1 + 1 + 1 + 3),
+    ),  # at six noise levels the velocity before the batch, old and reference
     "diffusion_nft": (9, 10 + 9 * (1 + 1 + 3)),  # ten rollout steps; old, reference and policy at nine points
     "flow_grpo": (9, 2 * 10 + 9 * 2 * (3 + 1)),  # the same under guidance, with a reference at each step
+    "reflexflow": (1, 3 + 2 * 3),  # a step, and the velocity at clean and biased latents; a pair is trained
     "sft": (1, 3),
     "soar": (7, 2 + 7 * 3),  # one guided rollout step, and a forward-backward at each of seven points
 }
@@ -176,10 +184,11 @@ def test_encoders_at_rest_are_on_the_device_only_while_they_work():
     cached = peak("cache.prompts=true")
     assert cached.memory.host == encoders
     assert cached.memory.total == everything.memory.total - encoders
-    # where training needs little, the encoders' work needs most
+    # where training needs little, the work of all encoders at once needs most, of a block at a time it does not
     spread = "parallel={strategy: fsdp2}"
-    assert peak("model.offload=true", spread, devices=8).memory.phase == "text"
     assert peak("cache.prompts=true", spread, devices=8).memory.phase == "fill prompts"
+    assert peak("model.offload=true", spread, devices=8).memory.phase == "training"
+    assert soar_counts(load_recipe("sd35m-soar", checks=False)).bytes_at_work("prompts") < 1.2e9
 
 
 def test_the_rows_of_bf16_weights_take_3_5_1_4_and_0_19_gb():
@@ -237,7 +246,8 @@ def test_images_of_many_sizes_are_planned_for_the_largest(tmp_path, monkeypatch)
     for name, *_ in rows:
         (data.parent / "images" / f"{name}.jpg").write_bytes(b"x")
     data.write_text(
-        "".join(json.dumps({"md5": n, "bw": w, "bh": h, "caption_en": c}) + "\n" for n, w, h, c in rows)
+        "".join(json.dumps({"md5": n, "bw": w, "bh": h, "caption_en": c}) + "\n" for n, w, h, c in rows),
+        encoding="utf-8",
     )
     found = known(recipe.stages[0].data, counts_of(recipe.model, cuda=True), "sft")
     assert (found.size, found.prompts, found.images) == ((512, 640), 2, 3)
@@ -268,4 +278,38 @@ def test_a_checkpoint_has_weights_moments_ema_and_the_roles_that_move():
     )
     for stage, copies in ((moving, 2), (reference, 1)):  # NFT: EMA and old policy; GRPO: EMA
         sizes = Sizes(trained=10, frozen=0, moments=80, roles=0)
-        assert disk_bytes(stage, sizes) == stage.train.keep_checkpoints * (40 * (1 + copies) + 80) + 40
+        one = 40 * (1 + copies) + 80
+        assert disk_bytes(stage, sizes) == stage.train.keep_checkpoints * one + 40
+        more = {"steps": 100, "checkpoint_every": 30, "keep_every": 30, "keep_best": "ocr"}
+        kept = stage.model_copy(update={"train": stage.train.model_copy(update=more)})
+        assert disk_bytes(kept, sizes) == (stage.train.keep_checkpoints + 3 + 1) * one + 40
+
+
+def test_an_export_that_rounds_has_the_exact_weights_beside_it():
+    stage, sizes = planned("sft").stages[0], Sizes(trained=10, frozen=0, moments=80, roles=0, exported=2)
+    exact = disk_bytes(stage, replace(sizes, exported=4))
+    assert disk_bytes(stage, sizes) == exact + 20
+
+
+def test_a_full_export_has_its_own_copy_of_what_was_not_trained():
+    full, lora = planned("sft"), planned("sft", "{type: lora}")
+    folder = local_folder("posttrain/tiny-sd3")
+    parts = (
+        "vae",
+        "scheduler",
+        *(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")),
+    )
+    files = [file for part in parts for file in (folder / part).iterdir()]
+    half = [
+        file for file in files if file.suffix == ".safetensors"
+    ]  # and becomes float32, as the transformer
+    numbers = sum(t.numel() for file in half for t in load_file(file).values() if t.is_floating_point())
+    beside = sum(file.stat().st_size for file in files) + 2 * numbers
+    for recipe, expected in ((full, beside), (lora, 0)):
+        needs, (stage,) = need(recipe), recipe.stages
+        sizes_of = counts_of(recipe.model, cuda=False).shape(stage.tune).transformer
+        sizes = stage_sizes(recipe, stage, sizes_of)
+        assert sizes.companions == beside
+        assert needs.disk - disk_bytes(stage, replace(sizes, companions=0)) == expected
+    elsewhere = overridden(full, ["model.path=stabilityai/stable-diffusion-3.5-medium"])
+    assert stage_sizes(elsewhere, elsewhere.stages[0], sizes_of).companions is None

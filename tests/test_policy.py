@@ -119,10 +119,10 @@ def test_steps_are_taken_on_the_weights_as_they_are(monkeypatch):
             0, 0, [0, 1, 2, 3], torch.zeros(4, 3, 16, 16), ["a red circle"] * 4, [0, 1, 2, 3], (16, 16)
         )
         batch, soar = encoded(images, model, draws), SOAR(trajectory_length=2)
-        for step in (1, 2):
+        for _ in range(2):
             with torch.no_grad(), policy.casts_kept():
                 items = soar.collect(batch, Tools(policy, draws))
-            update(soar, policy, items, strategy, settings, step)
+            update(soar, policy, items, strategy, settings)
         found.append(torch.cat([p.detach().flatten() for p in policy.trained.values()]))
     assert torch.equal(*found)
     assert not torch.equal(

@@ -49,5 +49,5 @@ def test_every_file_and_recipe_that_the_docs_name_exists():
     for text in (README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / target).exists() or (ROOT / "docs" / target).exists(), target
-        for name in re.findall(r"posttrain (?:run|check|recipes copy) ([a-z0-9-]+)(?=[\s`\n])", text):
+        for name in re.findall(r"posttrain (?:run|check|recipes copy) ([a-z0-9][a-z0-9-]*)(?=[\s`\n])", text):
             assert name in shipped_recipes(), name

@@ -1,5 +1,7 @@
 """Tests that faulty recipes are refused with line, field, value and remedy."""
 
+import json
+
 import pytest
 from faulty_recipes import OVERRIDES, WRITTEN
 from hypothesis import given, settings
@@ -61,7 +63,7 @@ FAULTS = [
     ("18 misspelt precision", swap("precision: bf16", "precision: fp8"), 23, ["precision", "'fp8'", "fp32, bf16"]),
     ("19 no such device", swap("seed: 3", "device: gpu"), 2, ["device", "'gpu'", "'cuda'"]),
     ("19 a device in the wrong case", swap("seed: 3", "device: CUDA"), 2, ["device", "'CUDA'", "did you mean 'cuda'"]),
-    ("no type", swap("algorithm: {type: sft}", "algorithm: {cond_dropout: 0.1}"), 6, ["stages.0.algorithm", "no 'type'", "flow_grpo, sft, soar"]),
+    ("no type", swap("algorithm: {type: sft}", "algorithm: {cond_dropout: 0.1}"), 6, ["stages.0.algorithm", "no 'type'", "flow_grpo, reflexflow, sft, soar"]),
     ("a folder that the hub could not have", GOOD.replace(str(pipeline_folder()), "models/"), 3, ["model.path", "does not exist"]),
     ("19 a GPU that is not there", swap("seed: 3", "device: cuda:99"), 2, ["device", "'cuda:99'", "CUDA devices"]),
     ("20 a list where a mapping belongs", swap("{steps: 100, precision: bf16}", "[100]"), 23, ["train", "a block of fields", "a list of 1"]),
@@ -204,7 +206,9 @@ def test_an_unknown_name_lists_the_shipped_recipes():
 def test_every_shipped_recipe_is_valid_and_described(name):
     recipe = parse_recipe(recipe_text(name), f"{name}.yaml", checks=False)
     assert recipe.name == name
-    assert len(shipped_recipes()[name]) > 20
+    said = shipped_recipes()[name]
+    assert len(said) > 20
+    assert said.endswith("."), "the first line stands alone in the list"
     assert parse_recipe(dump_recipe(recipe), "resolved", checks=False) == recipe
 
 
@@ -355,9 +359,10 @@ def test_a_transformer_in_several_files_can_be_started_from(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("model_index.json", b"{", "cannot be read"),
+        ("model_index.json", b"{", "is damaged: "),
         ("model_index.json", b"[]", "no JSON object"),
-        ("vae/config.json", b"{", "cannot be read"),
+        ("model_index.json", b"[" * 100_000, "is damaged: maximum recursion"),
+        ("vae/config.json", b"{", "is damaged: "),
         ("transformer/x.safetensors", b"", "no safetensors file"),
         ("transformer/x.safetensors", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         ("transformer/x.safetensors", b"\x02" + bytes(7) + b"{", "only a part"),
@@ -366,7 +371,9 @@ def test_a_transformer_in_several_files_can_be_started_from(tmp_path):
 def test_a_model_that_cannot_be_read_is_a_problem_of_the_recipe(tmp_path, file, content, words):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "vae").mkdir()
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    index = {"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    index["transformer"] = ["diffusers", "SD3Transformer2DModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     (tmp_path / file).write_bytes(content)
     with pytest.raises(RecipeError, match=rf"^r\.yaml:3: model\.path: .*{words}"):
         parse_recipe(GOOD.replace(str(pipeline_folder()), str(tmp_path)), "r.yaml")

@@ -70,6 +70,32 @@ def test_without_a_resume_step_the_file_starts_empty(path):
     assert [row["step"] for row in read_metrics(path)] == [1]
 
 
+def test_a_resume_keeps_the_rows_that_the_checkpoint_counted(path):
+    """A reading of step 4 came after the checkpoint of step 4: it is taken again."""
+    file = MetricsFile(path)
+    for step in (0, 1, 2, 3, 4):
+        file.log(step, {"loss": step / 10})
+    counted = file.on_disk()
+    file.log(4, {"heldout/shapes": 1.0})
+    file.log(5, {"loss": 0.5})
+    file.close()
+    assert counted == 5
+    file = MetricsFile(path, resume_step=4, rows=counted)
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3, 4]
+    file.log(4, {"heldout/shapes": 1.0})
+    assert file.on_disk() == 6
+    file.close()
+    MetricsFile(path, resume_step=0, rows=0).close()
+    assert read_metrics(path) == [], "also what belongs to step 0"
+
+
+def test_a_line_that_was_left_out_lets_no_later_row_take_its_place(path):
+    write(path, range(1, 7))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))  # as mended
+    MetricsFile(path, resume_step=4, rows=4).close()
+    assert [row["step"] for row in read_metrics(path)] == [2, 3, 4]
+
+
 def test_a_torn_last_line_is_dropped_and_the_next_starts_on_its_own(path):
     write(path, [1, 2])
     whole = path.read_text()

@@ -5,6 +5,7 @@ from plans import SOAR, counts_of, need, planned, soar_counts
 
 from posttrain.planning import remedies
 from posttrain.planning.needs import evaluation_needs
+from posttrain.planning.phases import StagePlan
 from posttrain.planning.remedies import evaluation_remedies, stage_remedies
 from posttrain.recipe.file import load_recipe, overridden
 
@@ -103,3 +104,18 @@ def test_the_evaluation_has_remedies_too():
     assert first.needs.memory.total <= whole - 1e9
     (other,) = evaluation_remedies(recipe, counts, 1e9)
     assert "model.offload=true" in other.settings
+
+
+def test_a_lora_is_offered_packed_weights_last_and_they_need_less_once_they_are_loaded():
+    recipe = overridden(planned("sft"), ["stages.only.tune.type=lora"])
+    counts = counts_of(recipe.model, cuda=False)
+    offered = [change.setting for change in remedies._changes(recipe, recipe.stages[0], counts, 1)]
+    assert offered[-2:] == ["stages.only.tune.base=int8", "stages.only.tune.base=nf4"]
+    frozen = []
+    for setting in (None, *offered[-2:]):
+        changed = recipe if setting is None else overridden(recipe, [setting])
+        frozen.append(counts.shape(changed.stages[0].tune).transformer.frozen)
+        phases = dict(StagePlan(changed, changed.stages[0], counts, 1, 8).phases())
+        loading = phases["loading"].activations if setting else 0
+        assert loading == frozen[0] - frozen[-1]
+    assert frozen[0] > frozen[1] > frozen[2]

@@ -1,13 +1,15 @@
 """Encoders that wait in the CPU's memory give the same results, and a run goes on wherever they wait."""
 
+import pytest
 import torch
 from pipelines import load, pipeline_folder
 from runs import HEAD, recipe, run_quietly, stage
+from torch import nn
 
 from posttrain.models._resting import Resting
 from posttrain.models.sd3 import SD3, SD3FlowModel
 
-META = torch.device("meta")
+META, HERE = torch.device("meta"), torch.device("cpu")
 
 
 def test_encoders_at_rest_come_to_work_and_give_the_same():
@@ -55,3 +57,80 @@ def test_where_encoders_lie_may_change_when_a_run_goes_on(tmp_path):
     run_quietly(recipe(stage("sft")), tmp_path / "run")
     printed = run_quietly(recipe(stage("sft"), overrides=["model.offload=true"]), tmp_path / "run")
     assert "sft: finished before, skipped" in printed
+
+
+class Encoder(nn.Module):
+    """Three blocks, a weight before them, and one that they share."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(4, 4, bias=False)
+        self.inner = nn.Module()
+        self.inner.layers = nn.ModuleList(nn.Linear(4, n, bias=False) for n in (4, 4, 6))
+        self.seen = []
+
+    def forward(self, fails=None):
+        for number, layer in enumerate(self.inner.layers):
+            layer.forward = lambda x, number=number: self.look(number == fails)
+            layer(None)
+
+    def look(self, fails):
+        where = [p.device.type for p in self.parameters()]
+        self.seen.append(where)
+        if fails:
+            raise ValueError("it fails")
+
+
+def test_blocks_are_on_the_device_only_while_they_are_called():
+    encoder = Encoder()
+    resting = Resting([encoder], HERE, by_block=True)
+    assert resting.bytes_at_work() == 4 * (16 + 24)
+    assert Resting([encoder], HERE).bytes_at_work() == 4 * (16 + 16 + 16 + 24)
+    come = []
+    resting._come = lambda tensors, original=resting._come: come.append(len(tensors)) or original(tensors)
+    resting.rest()
+    kept = {name: p.data_ptr() for name, p in encoder.named_parameters()}
+    here = []
+    encoder.look = lambda fails: here.append(
+        [n for n, p in encoder.named_parameters() if p.data_ptr() != kept[n]]
+    )
+    with resting.working():
+        encoder()
+    assert here == [["before.weight", f"inner.layers.{k}.weight"] for k in range(3)]
+    assert come == [1, 1, 1, 1]
+
+
+def test_a_block_that_fails_leaves_the_device():
+    encoder = Encoder()
+    resting = Resting([encoder], HERE, by_block=True)
+    resting.rest()
+    kept = {name: p.data_ptr() for name, p in encoder.named_parameters()}
+    with resting.working():
+        with pytest.raises(ValueError, match="it fails"):
+            encoder(fails=1)
+        layers = {n: p for n, p in encoder.named_parameters() if "layers" in n}
+        assert all(p.data_ptr() == kept[n] for n, p in layers.items())
+    assert {n: p.data_ptr() for n, p in encoder.named_parameters()} == kept
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in encoder.modules())
+
+
+def test_no_text_encoder_reads_a_block_outside_its_call(monkeypatch):
+    model = load()
+    before = model.encode_prompts(["a red circle"])
+    resting = model.encoders["prompts"]
+
+    def spoil(tensors):
+        for tensor in tensors:
+            tensor.data = torch.full_like(tensor.data, 97)
+
+    monkeypatch.setattr(resting, "_leave", spoil)
+    resting.rest()
+    after = model.encode_prompts(["a red circle"])
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_text_encoders_of_a_pipeline_come_block_by_block():
+    encoders = load().encoders["prompts"]
+    assert len(encoders.blocks) == 2 + 2 + 1
+    whole = sum(p.nbytes for m in encoders.modules for p in m.parameters())
+    assert encoders.bytes_at_work() < whole

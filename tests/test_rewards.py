@@ -12,8 +12,7 @@ from tiny_clip import tiny_clip
 
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError, RewardError
-from posttrain.registry import discover
-from posttrain.reward import Reward, checked
+from posttrain.reward import Scores, checked
 from posttrain.rewards.callable import Callable
 from posttrain.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from posttrain.rewards.ocr import OCR, quoted, similarity
@@ -113,6 +112,7 @@ def test_pickscore_without_its_weights_says_what_to_give():
 
 def test_a_function_of_ones_own_is_found_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "my_taste.py").write_text(
+        "from posttrain.reward import Reward\nfive = 5\nclass Taste(Reward):\n    pass\n"
         "def redness(images, prompts, metadata):\n    return [float(i[0].mean() - i[1:].mean()) for i in images]\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -121,8 +121,14 @@ def test_a_function_of_ones_own_is_found_in_the_current_folder(tmp_path, monkeyp
     assert reward.label == "redness"
     red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
     assert reward.load(CPU)(red, ["", ""], [{}, {}]).value.tolist() == [1, 1]
-    with pytest.raises(RewardError, match="has no attribute 'blueness'"):
+    with pytest.raises(RewardError, match="the module 'my_taste' has no 'blueness'"):
         Callable(function="my_taste:blueness").load(CPU)
+    with pytest.raises(
+        RewardError, match=r"is a class of rewards, no function: .*\[{type: 'my_taste:Taste'}\]"
+    ):
+        Callable(function="my_taste:Taste").load(CPU)
+    with pytest.raises(RewardError, match="'my_taste:five' is int, no function"):
+        Callable(function="my_taste:five").load(CPU)
     assert "no module 'my_tasto'" in Callable(function="my_tasto:redness").problem()
 
 
@@ -145,10 +151,18 @@ def test_what_is_no_score_is_refused(returned, words):
         checked("own", own)(torch.zeros(3, 3, 4, 4), ["a", "b", "c"], [{}] * 3)
 
 
-@pytest.mark.parametrize("name", sorted(discover(Reward, "posttrain.rewards")))
-def test_every_reward_says_its_range_and_what_it_needs(name):
-    kind = Reward.variants[name]
-    low, high = kind.range
-    assert low < high
-    assert isinstance(kind.requires, tuple)
-    assert kind.__doc__
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([0.5, 0.5], "reward 'own' returned list, where Scores are expected"),
+        (torch.zeros(2), "returned Tensor, where Scores"),
+        (None, "returned NoneType, where Scores"),
+        (Scores([0.5, 0.5]), "returned value as list, not as a tensor"),  # pyright: ignore[reportArgumentType]
+        (Scores(torch.zeros(2), {"part": [1, 2]}), "returned part as list"),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_a_scorer_that_gives_no_scores_is_named(returned, words):
+    with pytest.raises(RewardError, match=words):
+        checked("own", lambda images, prompts, metadata: returned)(
+            torch.zeros(2, 3, 4, 4), ["a", "b"], [{}] * 2
+        )

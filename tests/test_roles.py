@@ -3,16 +3,21 @@
 import pytest
 import torch
 from lines import line_policy
+from stored import stored
 
 from posttrain.condition import Conditions
 from posttrain.parallel.strategy import Layout
 from posttrain.policy import Policy
+from posttrain.policy.piece import Piece
 
 CONDITIONS = Conditions({"c": torch.tensor([-1.0, 10.0, 20.0])})
 
 
 def value(policy, role=None):
-    return {name: tensor.item() for name, tensor in policy.gathered_weights(role)}
+    return {
+        name: policy.whole_weight(role, name).item()
+        for name in (policy.roles[role] if role else policy.trained)
+    }
 
 
 def test_a_policy_begins_with_nothing_but_its_weights():
@@ -117,6 +122,9 @@ class Noting(Layout):
     def gathered(self, parameter, held):
         return -held
 
+    def piece(self, parameter, held):
+        return Piece(held, torch.Size([2]), start=1)
+
     def synchronize(self):
         self.calls.append("settle")
 
@@ -132,9 +140,9 @@ def test_a_layout_cuts_what_comes_in_joins_what_goes_out_and_is_told_of_writing(
     assert [policy.roles[n]["a"].item() for n in ("own", "given")] == [2, -5]
     assert (value(policy), value(policy, "given")) == ({"a": -2}, {"a": 5})
     assert policy.layout.calls == []
-    policy.load("own", {"a": torch.tensor([3.0])})
-    policy.load(None, {"a": torch.tensor([4.0])})
-    assert (policy.roles["own"]["a"].item(), policy.trained["a"].item()) == (-3, -4)
+    policy.load("own", {"a": stored(torch.tensor([0, 3.0]))})
+    policy.load(None, {"a": stored(torch.tensor([0, 4.0]))})
+    assert (policy.roles["own"]["a"].item(), policy.trained["a"].item()) == (3, 4)
     assert policy.layout.calls == ["settle"] * 2
     with policy.using("own"):
         assert policy.layout.calls == ["settle"] * 3 + ["written"]
@@ -144,9 +152,9 @@ def test_a_layout_cuts_what_comes_in_joins_what_goes_out_and_is_told_of_writing(
 def test_loading_a_role_leaves_the_trained_weights():
     policy = line_policy(2)
     policy.add_role("ema")
-    policy.load("ema", {"a": torch.tensor([6.0])})
+    policy.load("ema", {"a": stored(torch.tensor([6.0]))})
     assert (value(policy), value(policy, "ema")) == ({"a": 2}, {"a": 6})
-    policy.load(None, {"a": torch.tensor([8.0])})
+    policy.load(None, {"a": stored(torch.tensor([8.0]))})
     assert (value(policy), value(policy, "ema")) == ({"a": 8}, {"a": 6})
     assert policy.trained["a"].requires_grad
 

@@ -6,17 +6,19 @@ import shutil
 
 import pytest
 import torch
-from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
+from runs import EVALUATION, HEAD, TRAIN, cut_off_after, recipe, run_quietly, stage
 from safetensors.torch import load_file
+from stored import whole_state
 
-from posttrain.engine import checkpoint
+from posttrain.engine.checkpoint_folder import saved
 from posttrain.engine.tracker import read_metrics
 from posttrain.engine.trainer import train
 from posttrain.errors import ModelError, PosttrainError, RecipeError, TrainingError
 from posttrain.policy import Policy
-from posttrain.recipe.file import load_recipe
+from posttrain.recipe.file import dump_recipe, load_recipe
 from posttrain.sampling.latents import sample_images
 from posttrain.stages.artifact import open_artifact
+from posttrain.support.files import published
 
 CPU = torch.device("cpu")
 SOAR = "{type: soar, trajectory_length: 2}"
@@ -109,7 +111,7 @@ def test_another_recipe_in_the_same_folder_is_refused_by_field(finished):
     changed = made.model_copy(
         update={"stages": [made.stages[0].model_copy(update={"train": train_}), *made.stages[1:]]}
     )
-    with pytest.raises(RecipeError, match=r"stages\.0\.train\.learning_rate \(was 0\.001, now 0\.0005\)"):
+    with pytest.raises(RecipeError, match=r"stages\.sft\.train\.learning_rate \(was 0\.001, now 0\.0005\)"):
         run_quietly(changed, folder)
 
 
@@ -145,6 +147,8 @@ def test_a_lora_stage_starts_from_the_merged_stage_before(finished):
     description = json.loads((folder / "lora" / "final" / "posttrain.json").read_text())
     assert description["parents"] == ["../../soar/final"]
     assert sorted(p.name for p in (folder / "lora" / "final").iterdir()) == [
+        "README.md",
+        "grid.png",
         "posttrain.json",
         "pytorch_lora_weights.safetensors",
     ]
@@ -196,8 +200,8 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(
             run_quietly(made, tmp_path / "killed")
     printed = run_quietly(made, tmp_path / "killed")
     assert ("going on after step" in printed) is (dies_after > 2)
-    a, b = (checkpoint.saved(folder / "soar" / "checkpoints")[-1] for folder in folders)
-    first, second = (torch.load(c / "state.pt", weights_only=True) for c in (a, b))
+    a, b = (saved(folder / "soar" / "checkpoints")[-1] for folder in folders)
+    first, second = (whole_state(c) for c in (a, b))
     assert_equal_weights(first["trained"], second["trained"])
     assert_equal_weights(first["roles"]["ema"], second["roles"]["ema"])
     for one, other in zip(first["optimizer"].values(), second["optimizer"].values(), strict=True):
@@ -208,9 +212,29 @@ def test_a_killed_stage_goes_on_to_the_same_weights_bit_for_bit(
     assert account["samples"] == 20
 
 
+def test_a_stage_of_reflexflow_goes_on_to_the_same_weights_and_records(tmp_path, monkeypatch):
+    made = recipe(stage("s", "{type: reflexflow}"))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_quietly(made, whole)
+    cut_off_after(3, made, cut, monkeypatch)
+    assert "going on after step 2" in run_quietly(made, cut)
+    assert_equal_weights(*(weights(folder / "s") for folder in (whole, cut)))
+    names = ("loss", "matching_loss", "drift_loss", "exposure_bias", "grad_norm")
+    rows, again = (
+        [{n: row[n] for n in names} for row in read_metrics(folder / "s" / "metrics.jsonl")]
+        for folder in (whole, cut)
+    )
+    assert rows == again
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["matching_loss"] + 10 * row["drift_loss"], rel=1e-5)
+        assert 0 < row["drift_loss"] < 4
+    account = json.loads((cut / "s" / "stage.json").read_text())
+    assert account["forward_equivalents"] == 9 * account["samples"] == 9 * 20
+
+
 def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_among_them(finished):
     folder, _, _ = finished
-    assert [p.name for p in checkpoint.saved(folder / "sft" / "checkpoints")] == [
+    assert [p.name for p in saved(folder / "sft" / "checkpoints")] == [
         "step-00000004",
         "step-00000006",
     ]
@@ -218,7 +242,7 @@ def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_among_them(fini
 
 def test_the_exported_weights_are_the_moving_average(finished):
     folder, _, _ = finished
-    state = torch.load(checkpoint.saved(folder / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True)
+    state = whole_state(saved(folder / "sft" / "checkpoints")[-1])
     final = weights(folder / "sft")
     assert_equal_weights({n: final[n] for n in state["roles"]["ema"]}, state["roles"]["ema"])
     assert not torch.equal(state["trained"]["proj_out.weight"], state["roles"]["ema"]["proj_out.weight"])
@@ -226,10 +250,20 @@ def test_the_exported_weights_are_the_moving_average(finished):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     wild = TRAIN.replace("learning_rate: 1e-3", "learning_rate: 1e30")
-    with pytest.raises(TrainingError, match=r"step \d: loss .* not finite; the step was not taken"):
+    with pytest.raises(TrainingError, match=r"step 4: loss .* not finite; the step was not taken, as were 3"):
         run_quietly(recipe(stage("sft", train=wild)), tmp_path / "run")
-    assert not (tmp_path / "run" / "sft" / "final").exists()
-    assert not (tmp_path / "run" / "sft" / "stage.json").exists()
+    stage_folder = tmp_path / "run" / "sft"
+    assert not (stage_folder / "final").exists()
+    assert not (stage_folder / "stage.json").exists()
+    rows = [
+        json.loads(line) for line in (stage_folder / "refused_steps.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert len(rows) == 10
+    assert [row["step"] for row in rows] == [2] * 2 + [3] * 4 + [4] * 4
+    assert set(rows[0]) == {"step", "id", "prompt", "sample", "loss", "sigma"}
+    assert rows[0]["prompt"].startswith("a photo of")
+    told = [row["step"] for row in read_metrics(stage_folder / "metrics.jsonl") if "refused_steps" in row]
+    assert told == [2, 3, 4]
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
@@ -242,29 +276,25 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path):
             run_quietly(recipe(stage("sft")), tmp_path / "run")
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_clear_error_and_leaves_the_checkpoint_before(tmp_path):
     target = tmp_path / "step-00000001"
-    with checkpoint.published(target) as part:
+    with published(target) as part:
         (part / "a").write_text("good")
 
-    def full(*_):
+    with pytest.raises(PosttrainError, match=r"the disk is full .* GB free"), published(target):
         raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with (
-        pytest.raises(PosttrainError, match=r"the disk is full .* GB free"),
-        checkpoint.published(target) as part,
-    ):
-        torch.save({}, part / "a")
     assert (target / "a").read_text() == "good"
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_a_checkpoint_of_another_rank_is_refused(tmp_path, whole):
+def test_checkpoints_of_another_rank_are_refused(tmp_path, whole):
     shutil.copytree(whole(2), tmp_path / "run")
     (tmp_path / "run" / "soar" / "stage.json").unlink()
-    (tmp_path / "run" / "recipe.yaml").unlink()
-    with pytest.raises(PosttrainError, match="another LoRA rank"):
+    for file in ("recipe.yaml", "soar/recipe.yaml"):
+        (tmp_path / "run" / file).write_text(dump_recipe(tuned(3)))
+    with pytest.raises(
+        PosttrainError, match="step-00000006: it is of another run, or of a stage with other settings"
+    ):
         run_quietly(tuned(3), tmp_path / "run")
 
 
@@ -279,9 +309,7 @@ def test_start_from_a_path_is_the_model_written_there(finished, tmp_path):
 def test_bf16_autocast_keeps_weights_and_optimizer_in_float32(finished, tmp_path):
     bf16 = TRAIN.replace("{", "{precision: bf16, gradient_checkpointing: full, ")
     run_quietly(recipe(stage("sft", train=bf16)), tmp_path / "run")
-    state = torch.load(
-        checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1] / "state.pt", weights_only=True
-    )
+    state = whole_state(saved(tmp_path / "run" / "sft" / "checkpoints")[-1])
     assert {t.dtype for t in state["trained"].values()} == {torch.float32}
     assert {s["exp_avg"].dtype for s in state["optimizer"].values()} == {torch.float32}
     runs = (tmp_path / "run", finished[0])
@@ -302,7 +330,7 @@ def test_the_python_api_runs_the_same_recipe(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(HEAD + "stages:\n" + stage("sft"))
-    folder = posttrain.run(posttrain.load_recipe("r.yaml", ["name=other"]))
+    folder = posttrain.run(posttrain.load_recipe("r.yaml", ["name=other"])).folder
     assert folder == tmp_path / "runs" / "other"
     assert (folder / "sft" / "final" / "model_index.json").is_file()
 
@@ -370,13 +398,14 @@ def test_what_is_no_checkpoint_or_not_finished_is_said(finished, tmp_path):
         open_artifact(str(folder / "sft" / "checkpoints" / "step-00000006"), CPU, "elsewhere")
     shutil.copytree(folder / "sft", tmp_path / "sft")
     shutil.rmtree(tmp_path / "sft" / "final")
+    (tmp_path / "sft" / "checkpoints" / "step-00000008.damaged").mkdir()
     with pytest.raises(
-        ModelError, match=r"is not finished; give a checkpoint of it, such as .*step-00000006"
+        ModelError, match=r"is not finished; give a checkpoint of it, such as .*step-00000006'"
     ):
         open_artifact(str(tmp_path / "sft"), CPU)
     lost = tmp_path / "a" / "b" / "checkpoints" / "step-00000006"
     shutil.copytree(folder / "sft" / "checkpoints" / "step-00000006", lost)
-    with pytest.raises(ModelError, match=r"has no recipe\.yaml to say of what"):
+    with pytest.raises(ModelError, match="does not say by which recipe it was made"):
         open_artifact(str(lost), CPU)
 
 

@@ -1,14 +1,16 @@
 """Tests that online stages chain, keep their reference, resume exactly, and record what they did."""
 
 import json
+import shutil
 import sys
 import types
 
 import pytest
 import torch
 from runs import EVALUATION, cut_off_after, recipe, run_quietly, stage
+from stored import whole_state
 
-from posttrain.engine import checkpoint
+from posttrain.engine.checkpoint_folder import saved
 from posttrain.engine.monitor import collapsed, hacking
 from posttrain.engine.tracker import read_metrics
 from posttrain.errors import RewardError, TrainingError
@@ -17,6 +19,7 @@ LORA = "{type: lora, rank: 2, alpha: 4}"
 SOAR = "{type: soar, trajectory_length: 1}"
 GRPO = "{type: flow_grpo, group_size: 4, num_steps: 4, guidance_scale: 2.0}"
 NFT = "{type: diffusion_nft, group_size: 4, num_steps: 4}"
+AWM = "{type: awm, group_size: 4, num_steps: 4, train_timesteps: 2, off_policy: true}"
 PROMPTS = "{prompts: {type: shapes, count: 12}, resolution: 16}"
 TRAIN = (
     "{steps: 4, batch_size: 8, steps_per_batch: 2, micro_batch: 8, learning_rate: 1e-2, checkpoint_every: 2, "
@@ -44,13 +47,17 @@ def brightness(monkeypatch):
     return module
 
 
+ROUNDING = 1e-10
+"""A KL below it is 0 but for rounding: a row's place in a micro-batch may change its last digit, on some CPUs."""
+
+
 def first_kl(folder, name):
     return read_metrics(folder / name / "metrics.jsonl")[0]["kl"]
 
 
 @pytest.mark.parametrize("before", ["merge", "stack"])
 def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, before, recwarn):
-    """After soar (LoRA) then grpo (LoRA), the KL at step 0 is exactly 0 to soar, and not to base."""
+    """After soar (LoRA) then grpo (LoRA), the KL at step 0 is 0 to soar, and not to base."""
     lora = f"{{type: lora, rank: 2, alpha: 4, before: {before}}}"
     made = recipe(
         stage("soar", SOAR, TRAIN.replace("steps: 4,", "steps: 6,"), tune=LORA),
@@ -61,12 +68,12 @@ def test_the_reference_is_the_stage_before_or_what_the_recipe_names(tmp_path, be
         online("nft-to-base", NFT, start_from="to-base", reference="base", tune=lora),
     )
     run_quietly(made, tmp_path / "run")
-    assert first_kl(tmp_path / "run", "to-soar") == 0
-    assert first_kl(tmp_path / "run", "to-parent") == 0
-    assert first_kl(tmp_path / "run", "to-base") > 0
+    assert first_kl(tmp_path / "run", "to-soar") < ROUNDING
+    assert first_kl(tmp_path / "run", "to-parent") < ROUNDING
+    assert first_kl(tmp_path / "run", "to-base") > 1000 * ROUNDING
     full = first_kl(tmp_path / "run", "full-to-base")
     assert full == pytest.approx(first_kl(tmp_path / "run", "to-base"), rel=1e-2)
-    assert first_kl(tmp_path / "run", "nft-to-base") > 0
+    assert first_kl(tmp_path / "run", "nft-to-base") > 1000 * ROUNDING
     assert not any("peft_config" in str(w.message) for w in recwarn), "peft advises against stacking"
 
 
@@ -90,8 +97,8 @@ def test_a_lora_named_by_its_folder_brings_its_parents(tmp_path):
         len(json.loads((tmp_path / "two" / "more" / "final" / "posttrain.json").read_text())["parents"]) == 2
     )
     assert opened is not None
-    assert first_kl(tmp_path / "two", "more") == 0
-    assert first_kl(tmp_path / "three", "more") > 0
+    assert first_kl(tmp_path / "two", "more") < ROUNDING
+    assert first_kl(tmp_path / "three", "more") > 1000 * ROUNDING
 
 
 def test_a_stacked_adapter_starts_from_the_very_model_that_a_merged_one_does(tmp_path):
@@ -106,16 +113,13 @@ def test_a_stacked_adapter_starts_from_the_very_model_that_a_merged_one_does(tmp
     assert one["reward"] == pytest.approx(two["reward"], abs=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", [GRPO, NFT])
+@pytest.mark.parametrize("algorithm", [GRPO, NFT, AWM])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path, algorithm, monkeypatch):
     made = recipe(online("rl", algorithm, TRAIN.replace("steps: 4,", "steps: 6,")), evaluation=EVALUATION)
     run_quietly(made, tmp_path / "whole")
     cut_off_after(5, made, tmp_path / "cut", monkeypatch)
     run_quietly(made, tmp_path / "cut")
-    states = [
-        torch.load(checkpoint.saved(tmp_path / n / "rl" / "checkpoints")[-1] / "state.pt", weights_only=True)
-        for n in ("whole", "cut")
-    ]
+    states = [whole_state(saved(tmp_path / n / "rl" / "checkpoints")[-1]) for n in ("whole", "cut")]
     for name, tensor in states[0]["trained"].items():
         assert torch.equal(tensor, states[1]["trained"][name])
     assert "reference" not in states[0]["roles"], "a role that never moves is not kept twice"
@@ -147,8 +151,13 @@ def test_a_run_records_what_its_samples_earned(tmp_path, brightness):
 
 def test_a_reward_that_fails_stops_the_run_and_keeps_what_it_failed_on(tmp_path, brightness):
     brightness.score = lambda images, prompts, metadata: [float("nan")] * len(prompts)
-    with pytest.raises(RewardError, match=r"reward 'score' returned nan for prompt 'a photo .*failed_reward"):
+    words = (
+        r"rl, step 3: .*reward 'score' returned nan for prompt 'a photo .*failed_reward.*refused_steps\.jsonl"
+    )
+    with pytest.raises(TrainingError, match=words):
         run_quietly(recipe(online("rl")), tmp_path / "run")
+    lines = (tmp_path / "run" / "rl" / "refused_steps.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 8
     kept = (tmp_path / "run" / "rl" / "failed_reward" / "prompts.jsonl").read_text().splitlines()
     assert len(kept) == 8
     assert (tmp_path / "run" / "rl" / "failed_reward" / json.loads(kept[0])["image"]).is_file()
@@ -194,8 +203,15 @@ def test_held_out_scores_are_read_and_an_alarm_acts(tmp_path, brightness):
     printed, account = run("rollback")
     assert "rolled back to step" in printed
     assert account["steps"] < 14
-    last = checkpoint.saved(tmp_path / "rollback" / "rl" / "checkpoints")[-1]
+    last = saved(tmp_path / "rollback" / "rl" / "checkpoints")[-1]
     assert last.name == f"step-{account['steps']:08d}"
+    shutil.rmtree(tmp_path / "rollback" / "rl" / "final")
+    printed, again = run("rollback")
+    assert f"what the stage wrote is made again from its checkpoint of step {account['steps']}" in printed
+    same = {name: again[name] for name in again if name != "peak_memory_bytes"}
+    assert same == {name: account[name] for name in same}
+    assert brightness.calls == [], "it is published, and not trained until the same alarm"
+    assert [*(tmp_path / "rollback" / "rl" / "final").rglob("*transformer*/*.safetensors")]
 
 
 def test_reward_hacking_is_a_rising_reward_and_a_falling_score():

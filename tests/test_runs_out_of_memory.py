@@ -10,7 +10,7 @@ from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
 from small_memory import no_room_for, remembered
 from test_run import assert_equal_weights, weights
 
-from posttrain.engine import checkpoint
+from posttrain.engine.checkpoint_folder import saved
 from posttrain.errors import TrainingError
 from posttrain.models.sd3 import SD3FlowModel
 from posttrain.parallel.single import Alone
@@ -73,7 +73,7 @@ def test_a_run_out_of_memory_goes_on_in_halves_and_remembers_it(tmp_path, monkey
         SD3FlowModel, "velocity", lambda self, x, *rest: seen.append(len(x)) or velocity(self, x, *rest)
     )
     (tmp_path / "run" / "sft" / "stage.json").unlink()
-    shutil.rmtree(checkpoint.saved(tmp_path / "run" / "sft" / "checkpoints")[-1])
+    shutil.rmtree(saved(tmp_path / "run" / "sft" / "checkpoints")[-1])
     run_quietly(recipe(stage("sft")), tmp_path / "run")
     assert set(seen) == {2}
 

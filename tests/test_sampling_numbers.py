@@ -177,16 +177,15 @@ def test_a_sampler_follows_its_settings_and_counts_its_own_cost():
     assert sampler.fingerprint() == hash_of({"w": torch.tensor(0.5)})
 
 
-@pytest.mark.parametrize(("precision", "autocast"), [("fp32", None), ("bf16", torch.bfloat16)])
-def test_a_models_sampler_has_the_precision_asked_for(precision, autocast):
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_models_sampler_has_weights_of_the_precision_asked_for(precision, dtype):
     model = Encoding()
-    model.transformer.requires_grad_(False)
     spec = SimpleNamespace(card_settings=lambda: {"type": "linear"})
     sampler = flow_sampler(model, spec, settings(precision=precision), "here")
     assert sampler.policy.model is model
-    assert sampler.policy.autocast is autocast
+    assert sampler.policy.autocast is None
     assert (sampler.source, sampler.settings) == ("here", {"type": "linear"})
-    assert model.transformer.w.requires_grad == (precision == "bf16")
+    assert model.transformer.w.dtype == dtype
 
 
 class Block:
@@ -223,15 +222,14 @@ def test_a_model_with_its_own_sampler_is_not_loaded():
 @pytest.mark.parametrize(
     ("fields", "source"), [({"path": Path("weights/here")}, "weights/here"), ({}, "linear")]
 )
-def test_a_model_without_its_own_sampler_is_loaded_in_fp32_and_named_by_its_path_or_else_its_type(
+def test_a_model_without_its_own_sampler_is_loaded_as_asked_and_named_by_its_path_or_else_its_type(
     fields, source
 ):
     cpu, asked = torch.device("cpu"), settings(precision="bf16")
     spec = Block(**fields)
     sampler = sampler_of(spec, cpu, asked)
-    assert spec.asked == [("sampler", cpu, asked), ("load", cpu, "fp32")]
+    assert spec.asked == [("sampler", cpu, asked), ("load", cpu, "bf16")]
     assert sampler.policy.model is spec.loaded
-    assert sampler.policy.autocast is torch.bfloat16
     assert sampler.source == source
     assert isinstance(sampler.source, str)
     assert sampler.settings == {"type": "linear"}
@@ -274,8 +272,7 @@ def test_the_sampler_of_a_block_is_its_own_or_that_of_the_loaded_model():
     assert spec.asked == [(device, wanted)]
     spec = Named(path="here")
     sampler = sampler_of(spec, device, wanted)
-    assert spec.asked == [(device, wanted), (device, "fp32")]
+    assert spec.asked == [(device, wanted), (device, "bf16")]
     assert (sampler.source, sampler.settings) == ("here", {"type": "linear"})
     assert isinstance(sampler.policy.model, Encoding)
-    assert sampler.policy.autocast is torch.bfloat16
     assert sampler_of(Named(), device, wanted).source == "linear"

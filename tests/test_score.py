@@ -12,22 +12,41 @@ from typer.testing import CliRunner
 
 from posttrain.cli.app import app
 from posttrain.data.lines import lines
-from posttrain.errors import PosttrainError
+from posttrain.errors import DataError, PosttrainError
 from posttrain.recipe.file import chosen_rewards
 from posttrain.reward import Scores
 from posttrain.rewards.jpeg import JpegIncompressibility
 from posttrain.rewards.pickscore import PickScore
 from posttrain.rewards.shapes import Shapes
 from posttrain.scoring.conformance import conformance, differences
+from posttrain.scoring.folder import image_files
 from posttrain.scoring.probes import COUNT, probe
 from posttrain.shapes.dataset import scene_at
 from posttrain.shapes.render import render
-from posttrain.support.images import to_pil
+from posttrain.support.images import grid_png, to_pil
 from posttrain.weights.files import sha256
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "conformance").glob("*.json"))
 CPU = torch.device("cpu")
+
+
+def test_grids_in_a_folder_are_not_scored(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "000-00.png")
+    (tmp_path / "grid.png").write_bytes(grid_png(Image.new("RGB", (8, 8))))
+    assert image_files([tmp_path]) == [tmp_path / "000-00.png"]
+    assert image_files([tmp_path / "grid.png"]) == [tmp_path / "grid.png"]  # named by itself
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")  # one of that name that is no grid
+    (tmp_path / "torn.png").write_bytes(b"no image")  # an error of its own, later
+    assert [file.name for file in image_files([tmp_path])] == ["000-00.png", "grid.png", "torn.png"]
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "step-1.png").write_bytes(grid_png(Image.new("RGB", (8, 8))))
+    with pytest.raises(DataError, match=r"only grids of images \(step-1\.png\) in this folder .*\.tiff\)$"):
+        image_files([tmp_path / "grids"])
+    (tmp_path / "above").mkdir()
+    (tmp_path / "grids").rename(tmp_path / "above" / "grids")
+    with pytest.raises(DataError, match=r"no image in this folder .*, not in its subfolders\)$"):
+        image_files([tmp_path / "above"])
 
 
 def posttrain(*arguments):
@@ -140,7 +159,7 @@ def test_the_interval_of_one_prompts_images_has_a_width(scenes, tmp_path):
 def test_mistakes_are_one_clear_error(scenes, tmp_path, monkeypatch, arguments, words):
     folder, _ = scenes
     monkeypatch.chdir(tmp_path)
-    Path("three.txt").write_text("a\nb\nc\n")
+    Path("three.txt").write_text("a\nb\nc\n", encoding="utf-8")
     write(Path("half.jsonl"), [{"image": "0.png", "prompt": "a"}, {"prompt": "b"}])
     write(Path("other.jsonl"), [{"image": "9.png", "prompt": "a"}])
     write(Path("few.jsonl"), [{"image": "0.png", "prompt": "a"}])
@@ -175,17 +194,17 @@ def test_differences_are_told_one_by_one():
     assert differences(here, copy.deepcopy(here), 0) == []
     there = copy.deepcopy(here)
     there["cases"][0]["score"] += 1e-3
-    there["cases"][3]["details"]["strict"] = 1.0
-    there["cases"][4]["image"] = "0" * 64
+    there["cases"][1]["details"]["strict"] = 1.0
+    there["cases"][2]["image"] = "0" * 64
     there["settings"]["score"] = "strict"
-    del there["cases"][5]
+    del there["cases"][3]
     found = "\n".join(differences(here, there, 1e-5))
     for words in (
         "settings: ",
         "case 0: score: 1.0 here",
         "case 3: strict",
-        "case 4: another image",
-        "case 5: only here",
+        "case 6: another image",
+        "case 9: only here",
     ):
         assert words in found
     assert "case 0" not in "\n".join(differences(here, there, 1e-2))

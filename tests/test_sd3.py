@@ -9,12 +9,14 @@ from safetensors import safe_open
 
 from posttrain.condition import Conditions
 from posttrain.errors import ModelError
+from posttrain.flow.guidance import CLASSIFIER_FREE, UNGUIDED
 from posttrain.models.sd3 import SD3
 from posttrain.policy import Policy
 from posttrain.policy.tuning import Full, Lora
 from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
 from posttrain.sampling.prompts import encode
-from posttrain.weights.transformer import LORA, adapter_state
+from posttrain.weights.transformer import LORA, adapter_entries
+from posttrain.weights.writing import entries_of
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
 
@@ -118,7 +120,7 @@ def test_a_full_artifact_loads_in_diffusers_and_gives_the_same_samples(tmp_path)
     torch.testing.assert_close(diffusers_latents(pipeline, noise, 4, 4.5), own, rtol=1e-5, atol=1e-5)
 
 
-def test_a_lora_artifact_loads_in_diffusers_with_its_alpha_and_merges_to_the_same_model(tmp_path):
+def test_a_lora_artifact_loads_in_diffusers_with_its_strength_and_merges_to_the_same_model(tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
     model = load()
@@ -131,12 +133,16 @@ def test_a_lora_artifact_loads_in_diffusers_with_its_alpha_and_merges_to_the_sam
     conditions, rows = encode(model, PROMPTS)
     arguments = (conditions, rows, noise, model.sigmas(4, 16, 16), 4.5, "euler")
     own = sample_latents(Policy(model), *arguments)
-    weights = dict(model.transformer.named_parameters())
+    weights = entries_of(dict(model.transformer.named_parameters()))
     model.save_lora(tmp_path / "final", weights)
+    layers = {n: e.read() for n, e in adapter_entries(model.transformer, weights).items()}
     StableDiffusion3Pipeline.save_lora_weights(
         tmp_path / "diffusers",
-        transformer_lora_layers=adapter_state(model.transformer, weights),
-        transformer_lora_adapter_metadata=model.transformer.peft_config["default"].to_dict(),
+        transformer_lora_layers={n: 3 * t if "lora_B" in n else t for n, t in layers.items()},
+        transformer_lora_adapter_metadata={
+            **model.transformer.peft_config["default"].to_dict(),
+            "lora_alpha": 4,
+        },
     )
     ours, theirs = (safe_open(tmp_path / f / LORA, "pt") for f in ("final", "diffusers"))
     assert ours.keys() == theirs.keys()
@@ -171,6 +177,28 @@ def test_lora_matches_the_published_modules_and_counts_its_parameters():
     assert trained == tune.trainable_parameters(shapes)
 
 
+@pytest.mark.parametrize("name", ["large", "large-turbo"])
+def test_the_published_large_models_have_the_published_number_of_weights_and_a_single_file(name):
+    block = SD3(path=f"stabilityai/stable-diffusion-3.5-{name}")
+    outline = block.outline("fp32", torch.device("meta"))
+    count = lambda tensors: sum(t.numel() for t in tensors)  # noqa: E731
+    assert count(outline.transformer.parameters()) == 8_056_627_520
+    # in bf16 the 9.99 and 6.31 GB of its two files
+    assert 2 * count(outline.transformer.state_dict().values()) == pytest.approx(16.3e9, rel=1e-3)
+    assert (block.sides(), block.native_side()) == ((16, 3072), 1024)
+    names = outline.transformer.state_dict().keys()
+    assert block.single_file().transformer(names).keys() == names
+    assert block.origin()["license_link"] == f"https://huggingface.co/{block.path}/blob/main/LICENSE.md"
+
+
+def test_large_turbo_takes_no_guidance_and_other_models_do():
+    path = "stabilityai/stable-diffusion-3.5-large"
+    for name, rule in ((path, CLASSIFIER_FREE), (f"{path}-turbo", UNGUIDED)):
+        block = SD3(path=name)
+        assert block.guidance_rule() is rule
+        assert block.outline("fp32", torch.device("meta")).guidance_rule is rule
+
+
 def test_lora_targets_that_match_nothing_are_named():
     with pytest.raises(ModelError, match=r"'attn\.to_qq'.*attn\.to_q"):
         Lora(targets=["attn.to_q", "attn.to_qq"]).apply(load().transformer, 0)
@@ -202,13 +230,13 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     state = load_file(pipeline_folder() / "transformer" / "diffusion_pytorch_model.safetensors")
     wrong = {"proj_out.bias": torch.zeros(3)}
     save_file({**state, **wrong}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ModelError, match=r"proj_out\.bias of shape \(3,\), not \(16,\)"):
+    with pytest.raises(ModelError, match=r"1 of another shape \(proj_out\.bias: \(3,\), not \(16,\)\)"):
         model.load_weights(tmp_path)
     save_file(
         {k: v for k, v in state.items() if k != "proj_out.bias"},
         tmp_path / "diffusion_pytorch_model.safetensors",
     )
-    with pytest.raises(ModelError, match=r"no proj_out\.bias"):
+    with pytest.raises(ModelError, match=r"1 missing \(proj_out\.bias\)"):
         model.load_weights(tmp_path)
 
 
@@ -237,7 +265,7 @@ def test_a_left_out_text_encoder_stays_out_of_the_artifact(tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
     model = load(text_encoder_3=False)
-    model.save(tmp_path / "final", "fp16", {})
+    model.save(tmp_path / "final", "fp32", {})
     assert not (tmp_path / "final" / "text_encoder_3").exists()
     none = {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "final", **none)

@@ -1,18 +1,22 @@
 """Shapes images show what their prompts say, their files keep the format, and the detector judges them rightly."""
 
+import functools
 import hashlib
 import io
 import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from imperfect_shapes import FLAWS, imperfect
 from PIL import Image, ImageDraw, ImageFilter
 
 from posttrain.data.prompts import prompt_rows
 from posttrain.data.settings import ShapesPrompts
-from posttrain.errors import DataError, RewardError
+from posttrain.errors import DataError, PosttrainError, RewardError
 from posttrain.reward import checked
 from posttrain.rewards._geneval import graded, lenient, strict
 from posttrain.rewards.shapes import Shapes
@@ -57,6 +61,26 @@ def test_the_judge_agrees_with_the_truth_on_99_of_100_scenes_of_every_kind(seen)
         good = lenient(objects, scene.metadata) and strict(objects, scene.metadata)
         right[scene.metadata["tag"]] += good and graded(objects, scene.metadata) == 1
     assert min(right.values()) >= 0.99 * SCENES / len(TASKS), right
+
+
+def test_the_detector_agrees_with_the_labels_of_190_of_200_imperfect_images():
+    right = dict.fromkeys(FLAWS, 0)
+    for flaw in FLAWS:
+        for index in range(40):
+            image = imperfect(flaw, index)
+            seen = [(kind, d["color"]) for kind, found in detect(image.pixels).items() for d in found]
+            right[flaw] += Counter(seen) == Counter((t.kind, t.color) for t in image.things)
+    assert sum(right.values()) >= 190, right
+    assert min(right.values()) >= 32, right
+
+
+def test_two_nearly_equal_squares_of_a_model_score_alike():
+    files = sorted((Path(__file__).parent / "squares").glob("*.png"))
+    scores = Shapes().load(torch.device("cpu"))
+    task = {"prompt": "a photo of a square", "include": [{"class": "square", "count": 1}]}
+    images = torch.tensor(np.stack([pixels(Image.open(file)) for file in files]))
+    assert scores(images, [task["prompt"]] * 2, [task] * 2).value.tolist() == [1.0, 1.0]
+    assert all(detect(image)["square"][0]["color"] == "blue" for image in images.numpy())
 
 
 def of_kind(*tags, count=60):
@@ -124,10 +148,10 @@ def test_things_keep_apart_and_inside_the_image(style):
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.size + b.size) / 2 + GAP
 
 
-def test_captions_are_the_prompts_of_clean_scenes_and_flawed_in_a_tenth_of_web_scenes():
+def test_captions_are_the_prompts_of_clean_scenes_and_flawed_in_a_fifth_of_web_scenes():
     clean, web = ([scene_at(5, i, style) for i in range(600)] for style in ("clean", "web"))
     assert all(scene.caption == scene.metadata["prompt"] for scene in clean)
-    assert 0.06 < sum(s.caption != s.metadata["prompt"] for s in web) / len(web) < 0.15
+    assert 0.14 < sum(s.caption != s.metadata["prompt"] for s in web) / len(web) < 0.27
     for scene in clean + web:
         for text in (scene.caption, scene.metadata["prompt"]):
             assert set(text.split()) <= set(VOCABULARY)
@@ -176,6 +200,15 @@ def test_a_data_set_is_in_the_published_format_and_a_function_of_its_settings(tm
     assert contents(tmp_path / "other")["train.jsonl"] != a["train.jsonl"]
 
 
+def test_several_processes_render_the_same_data_set(tmp_path, monkeypatch):
+    build(tmp_path / "alone", 12, 4, "web")
+    monkeypatch.setattr(dataset, "MANY", 12)
+    monkeypatch.setattr(dataset, "CHUNK", 5)
+    monkeypatch.setattr(dataset, "ProcessPoolExecutor", functools.partial(dataset.ProcessPoolExecutor, 2))
+    build(tmp_path / "together", 12, 4, "web")
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+
+
 def test_a_finished_data_set_stays_and_another_is_refused(tmp_path, monkeypatch):
     build(tmp_path / "a", 6, 0)
     monkeypatch.setattr(dataset, "render", None)  # rendering again would fail
@@ -201,7 +234,7 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_nothing(tmp_path, monkeypa
         return whole(scene)
 
     monkeypatch.setattr(dataset, "render", until_full)
-    with pytest.raises(DataError, match=r"data/a.*No space left"):
+    with pytest.raises(PosttrainError, match=r"data/a': the disk is full"):
         build(tmp_path / "data" / "a", 6, 0)
     assert not contents(tmp_path)
     assert not (tmp_path / "data" / "a").exists()
@@ -236,7 +269,7 @@ def test_the_reward_gives_the_rules_verdicts_and_refuses_a_prompt_without_metada
             score(images[:1], ["a photo of a dog"], [{"prompt": "a photo of a dog"}])
 
 
-@pytest.mark.parametrize(("kind", "value"), [("graded", -1.0), ("lenient", 1.0), ("strict", 0.0)])
+@pytest.mark.parametrize(("kind", "value"), [("graded", 0.0), ("lenient", 1.0), ("strict", 0.0)])
 def test_score_picks_the_verdict_that_is_the_value(kind, value):
     scene = next(s for s in of_kind("single_object"))
     places = ((14, 14), (46, 14), (30, 46))

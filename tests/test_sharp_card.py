@@ -6,7 +6,7 @@ import json
 import pytest
 
 from posttrain.evaluation import card as module
-from posttrain.evaluation.card import card, differing, result, summaries
+from posttrain.evaluation.card import card, differing, other_settings, result, summaries
 from posttrain.evaluation.intervals import bootstrap_interval
 from posttrain.recipe.schema import Evaluation
 from posttrain.rewards.jpeg import JpegCompressibility
@@ -145,3 +145,27 @@ def test_what_may_differ_between_two_tries_is_no_difference():
     results = ("images", "scores", "tags", "tag_means", "forward_equivalents", "seconds", "grid_prompts")
     assert differing(dict.fromkeys(results, 1), dict.fromkeys(results, 2)) == []
     assert differing({"model": {"images": 1}}, {"model": {"images": 2}}) == ["model.images (was 1, now 2)"]
+
+
+def test_an_evaluation_is_compared_with_a_card_by_its_settings_but_not_by_any_weights():
+    def evaluation(**fields):
+        given = {"prompts": {"type": "shapes", "count": 6}, "rewards": ["jpeg_compressibility"], **fields}
+        return Evaluation.model_validate(given)
+
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    before = card(Drawn(), evaluation(), rows, "ema")
+    before["scorers"][NAME]["weights"] = {"file": "a"}
+    before |= {"model": {}, "versions": {}, "scores": {}}
+    assert other_settings(before, evaluation(), rows) == []
+    assert other_settings(before, evaluation(steps=9), rows) == ["sampler.steps (was 40, now 9)"]
+    assert other_settings(before, evaluation(grid=9), rows) == ["shown.grid (was 8, now 9)"]
+    assert other_settings(before, evaluation(grid=9), rows, ["shown"]) == []
+    assert other_settings(before, evaluation(batch_size=9), rows, ["sampler.batch_size"]) == []
+    fewer = other_settings(before, evaluation(), rows[:1])
+    assert fewer[:2] == ["prompts.rows (was 2, now 1)", "prompts.distinct (was 2, now 1)"]
+    (other,) = other_settings(before, evaluation(rewards=["jpeg_incompressibility"]), rows)[:1]
+    assert other.startswith(
+        "scorers.jpeg_compressibility (was {'type': 'jpeg_compressibility', 'weights': None}, now None"
+    )
+    before["prompts"] = before["prompts"] | {"path": "elsewhere"}
+    assert other_settings(before, evaluation(), rows) == []

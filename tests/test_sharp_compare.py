@@ -5,10 +5,13 @@ import io
 import json
 
 import pytest
+from html_page import checked, rows_of
+from PIL import Image
 from rich.console import Console
 
 from posttrain.errors import PosttrainError
-from posttrain.evaluation.compare import Comparison, Evaluated, compare_table, worded, write_page
+from posttrain.evaluation.compare import Comparison, Evaluated, compare_table, worded
+from posttrain.evaluation.compare_page import write_page
 from posttrain.evaluation.intervals import paired_difference
 
 CARD = {
@@ -109,7 +112,7 @@ def test_the_direction_is_the_first_evaluations(pair):
 def test_the_table_has_a_row_for_each_score_and_model(pair):
     pair.evaluations[0].records["p", 0]["scores"]["low"] = -50.0
     table = compare_table(pair)
-    assert table.title == "4 shared samples, against a"
+    assert str(table.title) == "4 shared samples, against a"
     assert (table.title_justify, table.title_style, table.box, table.pad_edge) == ("left", "dim", None, False)
     columns = [[str(cell) for cell in column.cells] for column in table.columns]
     assert [c.header for c in table.columns] == ["score", "model", "mean", "difference [95 %]"]
@@ -131,41 +134,49 @@ def test_the_table_has_a_row_for_each_score_and_model(pair):
     assert "+2.500 [+1.000, +4.000]" in text.getvalue()
 
 
-def test_the_page_shows_those_with_most_images_first(pair, tmp_path):
+def drawn(file, color):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), color).save(file)
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def test_the_page_has_the_scores_and_those_images_that_there_are(pair, tmp_path):
     a, b = pair.evaluations
     for one in (a, b):
         one.card["grid_prompts"] = ["q"]
-        (one.folder / "grid").mkdir(parents=True)
-    (a.folder / "grid" / "000.png").write_bytes(b"first")
-    a.records["p", 1]["image"] = "7.jpg"
-    (a.folder / "7.jpg").write_bytes(b"kept")
-    write_page(pair, tmp_path / "deep" / "er" / "c.html", 2)
-    page = (tmp_path / "deep" / "er" / "c.html").read_text()
-    png, jpeg = (
-        f"data:image/{kind};base64,{base64.b64encode(d).decode()}"
-        for kind, d in (("png", b"first"), ("jpeg", b"kept"))
-    )
-    assert page.index(png) < page.index(jpeg), "two evaluations have an image of q, one of p"
-    assert page.count("<img") == 2, "what is not on disk is a dash"
-    assert "s 3.000, low -3.000<" in page, "details are left out"
-    assert "<td>s</td><td>2.000</td><td>4.500<small>+2.500 [+1.000, +4.000]</small></td>" in page
-    assert '<p class="warn">beware</p>' in page
-    assert ">4 samples of" in page
-    assert "<h1>a · b</h1>" in page
-    assert "image 1<" in page
-    write_page(pair, tmp_path / "deep" / "er" / "c.html", 9)
-    assert (tmp_path / "deep" / "er" / "c.html").read_text().count("<tr><td>") == 2 + 2, (
-        "only rows with an image"
-    )
-    write_page(pair, tmp_path / "deep" / "er" / "c.html", 1)
-    assert jpeg not in (tmp_path / "deep" / "er" / "c.html").read_text()
+    first = drawn(a.folder / "grid" / "000.png", "red")
+    a.records["p", 1]["image"] = "7.png"
+    kept = drawn(a.folder / "7.png", "blue")
+    target = tmp_path / "deep" / "er" / "c.html"
+    write_page(pair, target, 2)
+    page = checked(target.read_text("utf-8"))
+    assert page.one("h1").text == "a · b"
+    assert page.one("p", class_="lead").text == "4 samples of the same prompts and noise, against a."
+    assert page.one("p", class_="warn").text == "Beware: beware"
+    assert sorted(i.attrs["src"] for i in page.all("img")) == sorted([first, kept])
+    assert len(page.all("p", class_="none")) == 2, "b has kept no image"
+    shown = rows_of(page.one(id="results").all("table")[0])
+    assert list(shown["a"]) == ["s", "low (lower is better)"], "s/part is a detail, which b's card lacks"
+    assert [shown[name]["s"].one("span", class_="value").text for name in "ab"] == ["2.000", "4.500"]
+    assert shown["b"]["s"].one("small", class_="better").text == "+2.500 (+1.000 to +4.000) better"
+    assert shown["b"]["low (lower is better)"].text == "-4.500 -2.500 (-4.000 to -1.000) better"
+    assert [bool(shown[name]["s"].all("span", class_="best")) for name in "ab"] == [False, True]
+    assert [f.text for f in page.one(id="g").all("figcaption")][:2] == [
+        "a s 3.000 low -3.000",
+        "b s 7.000 low -7.000",
+    ]
+    assert [e.text for e in page.all("span", class_="change")] == ["+4.000", "+1.000"], "most gained first"
+    write_page(pair, target, 1)
+    assert len(checked(target.read_text("utf-8")).one(id="g").all("article")) == 1
+    assert kept not in target.read_text("utf-8"), "q changed most"
 
 
 def test_names_on_the_page_are_escaped(pair, tmp_path):
     pair.remarks[0] = "<script>"
     write_page(pair, tmp_path / "c.html", 0)
-    assert "&lt;script&gt;" in (tmp_path / "c.html").read_text()
-    assert "<table class" not in (tmp_path / "c.html").read_text()
+    page = checked((tmp_path / "c.html").read_text("utf-8"))
+    assert page.one("p", class_="warn").text == "Beware: <script>"
+    assert not page.all("img")
 
 
 def test_a_page_that_cannot_be_written_is_told(pair, tmp_path):

@@ -7,7 +7,9 @@ import pytest
 from test_sharp_compare import CARD, records
 
 from posttrain.errors import PosttrainError
-from posttrain.evaluation.compare import EXPECTED, _names, load
+from posttrain.evaluation.compare import EXPECTED, load
+from posttrain.evaluation.likeness import other_base, unlike
+from posttrain.evaluation.names import distinct_names
 
 
 def write(folder, rows, card):
@@ -58,6 +60,48 @@ def test_differences_in_two_places_stand_in_one_remark(tmp_path):
     ]
 
 
+def with_base(**base):
+    return CARD | {"model": {"base": base}}
+
+
+def test_models_of_two_bases_are_told_apart_by_their_components(tmp_path):
+    rows = records(("p", 0, 1.0, {}))
+    one = with_base(vae="1", transformer="2", text="3")
+    cards = {"a": one, "b": with_base(vae="9", transformer="2", tokenizer="4"), "c": CARD, "d": one}
+    for name, card in cards.items():
+        write(tmp_path / name, rows, card)
+    assert load([tmp_path / n for n in "abd"]).remarks == [
+        "a and b were made from two base models: text, tokenizer, vae differ"
+    ]
+    assert other_base(one, with_base()) == other_base(with_base(), one) == other_base(CARD, one) == []
+
+
+def test_evaluations_of_a_run_that_may_not_be_compared_are_told():
+    card = with_base(vae="1") | {
+        "prompts": {"sha256": "p"},
+        "sampler": {"steps": 4, "batch_size": 2},
+        "scorers": {"s": {}},
+    }
+    free = card | {"sampler": {"steps": 4, "batch_size": 9}, "versions": {"torch": "9"}}
+    assert [*unlike({"base": {}, "a": card, "b": free, "c": {}})] == []
+    assert [*unlike({})] == []
+    others = {
+        "p": card | {"prompts": {"sha256": "q"}},
+        "s": card | {"sampler": {"steps": 5, "batch_size": 2}},
+        "r": card | {"scorers": {"s": {"weights": {"path": "x"}}}},
+        "v": card | with_base(vae="2"),
+        "all": with_base(vae="2") | {"prompts": {}, "sampler": {}, "scorers": {}},
+    }
+    assert [*unlike({"base": card, **others, "last": card})] == [
+        "p was evaluated on other prompts than base: do not compare their scores.",
+        "s was evaluated with other sampling settings than base: do not compare their scores.",
+        "r was evaluated by other rewards than base: do not compare their scores.",
+        "v was evaluated on another base model (vae differ) than base: do not compare their scores.",
+        "all was evaluated on other prompts and with other sampling settings and by other rewards and "
+        "on another base model (vae differ) than base: do not compare their scores.",
+    ]
+
+
 def test_what_may_differ_is_listed():
     assert EXPECTED == (
         "model.weights",
@@ -66,6 +110,7 @@ def test_what_may_differ_is_listed():
         "model.settings.revision",
         "shown",
         "sampler.batch_size",
+        "model.base",
     )
 
 
@@ -76,13 +121,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         load([first])
     with pytest.raises(PosttrainError, match=r"^'.*none' holds no finished evaluation \(no eval\.json\)$"):
         load([first, tmp_path / "none"])
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "run.json").write_text("{}")
+    with pytest.raises(PosttrainError, match=r"\(no eval\.json\): 'posttrain report' compares runs$"):
+        load([first, tmp_path / "several"])
     with pytest.raises(
         PosttrainError, match=r"^the evaluations share no sample: other prompts, or other image numbers$"
     ):
         load([first, write(tmp_path / "b", records(("p", 1, 1.0, {})), CARD)])
     with pytest.raises(PosttrainError, match=r"^the evaluations share no score$"):
         load([first, write(tmp_path / "c", rows, {"scores": {"t": {}}})])
-    with pytest.raises(PosttrainError, match=r"^compare was given one folder twice$"):
+    with pytest.raises(PosttrainError, match=r"^one folder was given twice$"):
         load([first, tmp_path / "run"])
 
 
@@ -93,8 +142,8 @@ def test_names_are_as_long_as_needed_to_differ(tmp_path):
 
 
 def test_names_of_paths_of_different_lengths():
-    assert _names([Path("/c"), Path("/a/x/y"), Path("/b/x/y")]) == ["//c", "a/x/y", "b/x/y"]
-    assert _names([Path("/b/c"), Path("/a/b/c/evaluation")])[1] == "a/b/c"
+    assert distinct_names([Path("/c"), Path("/a/x/y"), Path("/b/x/y")]) == ["//c", "a/x/y", "b/x/y"]
+    assert distinct_names([Path("/b/c"), Path("/a/b/c/evaluation")])[1] == "a/b/c"
 
 
 def test_what_one_of_three_lacks_is_compared_in_none(tmp_path):

@@ -142,8 +142,8 @@ def test_the_credit_is_not_given_where_the_place_holds_or_what_it_names_is_unkno
 
 
 def test_one_verdict_is_the_value_and_the_others_are_details():
-    found, tasks = [{"a": [thing()] * 3}, {"a": [thing()]}], [task(clause("a"))] * 2
-    expected = {"graded": [-1.0, 1.0], "lenient": [1.0, 1.0], "strict": [0.0, 1.0]}
+    found, tasks = [{"a": [thing()] * 4}, {"a": [thing()]}], [task(clause("a"))] * 2
+    expected = {"graded": [-2.0, 1.0], "lenient": [1.0, 1.0], "strict": [0.0, 1.0]}
     for verdict, values in expected.items():
         got = scores(found, tasks, verdict)
         assert got.value.tolist() == values
@@ -167,21 +167,22 @@ def no_place(position):
     ("row", "reason"),
     [
         ({}, NO_METADATA), ({"exclude": []}, NO_METADATA),
-        (task(clause("a")), None), (task(clause("a"), exclude=[]), None), (task(clause("a"), exclude=[clause("b", 2)]), None),
-        (task(), NO_LIST), ({"include": clause("a")}, NO_LIST), ({"include": 5}, NO_LIST), (task("a"), NO_LIST), (task(clause(3)), NO_LIST),
-        (task(clause("a"), exclude=5), NO_LIST), (task(clause("a"), exclude={"class": "a"}), NO_LIST),
-        (task(clause("a", 0)), NO_LIST), (task(clause("a", 1.0)), NO_LIST), (task({"class": "a"}), NO_LIST), (task({"count": 1}), NO_LIST),
-        (task(clause("a"), "b"), NO_LIST), (task(clause("a"), exclude=[clause("b", 0)]), NO_LIST),
-        *((task(clause("a"), clause("b", position=[r, 0])), None) for r in ("left of", "right of", "above", "below")),
-        (task(clause("a"), clause("b"), clause("c", position=["above", 1])), None),
-        (task(clause("a", position=None)), None),
-        (task(clause("a", position=["above", 0])), no_place(["above", 0])),
-        (task(clause("a"), clause("b", position=["above", 1])), no_place(["above", 1])),
-        (task(clause("a"), clause("b", position=["above", -1])), no_place(["above", -1])),
-        (task(clause("a"), clause("b", position=["beside", 0])), no_place(["beside", 0])),
-        (task(clause("a"), clause("b", position=["above", "0"])), no_place(["above", "0"])),
-        (task(clause("a"), clause("b", position=["above"])), no_place(["above"])),
-        (task(clause("a"), clause("b", position="above")), no_place("above")),
+        (task(clause("circle")), None), (task(clause("circle"), exclude=[]), None), (task(clause("circle"), exclude=[clause("square", 2)]), None),
+        (task(), NO_LIST), ({"include": clause("circle")}, NO_LIST), ({"include": 5}, NO_LIST), (task("a"), NO_LIST), (task(clause(3)), NO_LIST),
+        (task(clause("circle"), exclude=5), NO_LIST), (task(clause("circle"), exclude={"class": "a"}), NO_LIST),
+        (task(clause("circle", 0)), NO_LIST), (task(clause("circle", 1.0)), NO_LIST), (task({"class": "a"}), NO_LIST), (task({"count": 1}), NO_LIST),
+        (task(clause("circle"), "b"), NO_LIST), (task(clause("circle"), exclude=[clause("square", 0)]), NO_LIST),
+        *((task(clause("circle"), clause("square", position=[r, 0])), None) for r in ("left of", "right of", "above", "below")),
+        (task(clause("circle"), clause("square"), clause("triangle", position=["above", 1])), None),
+        (task(clause("circle", position=None)), no_place(None)),
+        (task(clause("circle"), clause("square", position=["above", False])), no_place(["above", False])), (task(clause("circle", True)), NO_LIST),
+        (task(clause("circle", position=["above", 0])), no_place(["above", 0])),
+        (task(clause("circle"), clause("square", position=["above", 1])), no_place(["above", 1])),
+        (task(clause("circle"), clause("square", position=["above", -1])), no_place(["above", -1])),
+        (task(clause("circle"), clause("square", position=["beside", 0])), no_place(["beside", 0])),
+        (task(clause("circle"), clause("square", position=["above", "0"])), no_place(["above", "0"])),
+        (task(clause("circle"), clause("square", position=["above"])), no_place(["above"])),
+        (task(clause("circle"), clause("square", position="above")), no_place("above")),
     ],
 )  # fmt: skip
 def test_what_can_be_judged_and_why_the_rest_cannot(row, reason):
@@ -189,8 +190,28 @@ def test_what_can_be_judged_and_why_the_rest_cannot(row, reason):
     assert Shapes().prompt_problem(row) == (None if reason is None else f"shapes: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (task(clause("circl")), "shapes: the detector knows no 'circl' (did you mean 'circle'?)"),
+        (task(clause("circle"), exclude=[clause("dog", 2)]), "shapes: the detector knows no 'dog'"),
+        (
+            task(clause("circle", color="pink")),
+            "shapes: 'pink' is none of the colours red, green, blue, yellow",
+        ),
+        (
+            task(clause("circle", color=["red"])),
+            "shapes: ['red'] is none of the colours red, green, blue, yellow",
+        ),
+        (task(clause("circle", color="red")), None),
+    ],
+)
+def test_what_the_detector_of_shapes_can_never_find_is_no_prompt(row, reason):
+    assert Shapes().prompt_problem(row) == reason
+
+
 def test_the_shapes_reward_judges_each_image_by_its_own_task():
-    assert (Shapes.range, Shapes().score, Shapes().higher_is_better) == ((-float("inf"), 1.0), "graded", True)
+    assert (Shapes.range, Shapes().score, Shapes().higher_is_better) == ((0.0, 1.0), "graded", True)
     images = torch.full((2, 3, 64, 64), 0.9, dtype=torch.float64)
     images[0, :, 20:40, 20:40] = torch.tensor([214, 48, 49], dtype=torch.float64).view(3, 1, 1) / 255
     tasks = [task(clause("square", color="red")), task(clause("square", 2))]
@@ -198,9 +219,23 @@ def test_the_shapes_reward_judges_each_image_by_its_own_task():
     assert got.value.tolist() == [1.0, 0.0]
     assert {k: v.tolist() for k, v in got.details.items()} == {"lenient": [1, 0], "strict": [1, 0]}
     assert Shapes(score="strict").load(CPU)(images[:1], ["p"], tasks[1:]).details["graded"].tolist() == [0.5]
-    with pytest.raises(ValueError, match=r"^prompt 'q' cannot be judged: it has no GenEval metadata"):
+    with pytest.raises(ValueError, match=r"^prompt 'q' cannot be judged: shapes: it has no GenEval metadata"):
         Shapes().load(CPU)(images, ["p", "q"], [tasks[0], {}])
     with pytest.raises(ValueError, match="shorter"):
         Shapes().load(CPU)(images, ["p", "q"], tasks[:1])
     with pytest.raises(ValueError, match="shorter"):
         Shapes().load(CPU)(images[:1], ["p", "q"], tasks[:1])
+
+
+def test_the_shapes_reward_is_never_below_0_and_geneval_is_as_published():
+    images = torch.full((1, 3, 64, 64), 0.9, dtype=torch.float64)
+    for left in (4, 24, 44):
+        images[0, :, 20:34, left : left + 14] = (
+            torch.tensor([214, 48, 49], dtype=torch.float64).view(3, 1, 1) / 255
+        )
+    one = task(clause("square"))
+    for verdict in ("graded", "strict"):
+        got = Shapes(score=verdict).load(torch.device("cpu"))(images, ["a square"], [one])
+        assert got.value.tolist() == [0.0]
+        assert min(values.item() for values in got.details.values()) == 0.0
+    assert scores([{"square": [thing()] * 3}], [one], "graded").value.tolist() == [-1.0]

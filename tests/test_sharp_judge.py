@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import until
 
-from posttrain.errors import RewardError
+from posttrain.errors import NotFinite, RewardError
 from posttrain.reward import Scores
+from posttrain.scoring import judge as judges
 from posttrain.scoring.batches import draw_and_score, grid_positions, load_scorers, samples_of
 from posttrain.scoring.judge import Judge, Verdict
 
@@ -19,7 +21,7 @@ CPU = torch.device("cpu")
 
 def reward(label, score, weight=1.0, higher=True):
     """A reward whose scores are ``score(images, prompts, rows)``; it keeps the device it is loaded on."""
-    kind = SimpleNamespace(label=label, weight=weight, higher_is_better=higher, loaded=[])
+    kind = SimpleNamespace(label=label, weight=weight, higher_is_better=higher, loaded=[], limit_minutes=1)
     kind.load = lambda device: (kind.loaded.append(device), score)[1]
     return kind
 
@@ -134,7 +136,7 @@ def test_a_verdict_has_every_reward_and_detail_as_float32(tmp_path):
     assert {v.dtype for v in (*found.rewards.values(), *found.details.values())} == {torch.float32}
     assert model.threads == [threading.current_thread()], "decoding is the caller's"
     assert seen[0][0] == torch.float32
-    assert seen[0][1].name.startswith("rewards_"), "scoring is the worker's"
+    assert seen[0][1].name == "reward bright", "scoring is the reward's"
     assert not (tmp_path / "failures").exists()
 
 
@@ -156,7 +158,8 @@ def test_the_first_failure_keeps_its_images_and_prompts(tmp_path, existing):
         for level in (1.0, 0.0):
             waiting = judge.submit(torch.full((2, 3, 4, 4), level), batch(f"p{level}", "q"))
             with pytest.raises(
-                RewardError, match=r"^reward 'bad' failed .*division by zero \(its images and prompts are in "
+                RewardError,
+                match=r"(?s)^reward 'bad' failed .*division by zero\n.*\nIts images and prompts are in ",
             ):
                 waiting.result()
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
@@ -169,19 +172,31 @@ def test_the_first_failure_keeps_its_images_and_prompts(tmp_path, existing):
     )
 
 
-def test_only_one_batch_is_scored_at_a_time_and_closing_drops_what_waits(tmp_path):
-    begun, go, count = threading.Event(), threading.Event(), []
+def test_an_image_that_is_not_finite_is_kept_and_named_by_its_position(tmp_path):
+    images = torch.zeros(2, 3, 4, 4)
+    images[1] = torch.nan
+    with (
+        Judge(Halving(), [reward("len", lengths)], tmp_path / "failures") as judge,
+        pytest.raises(NotFinite, match=r"(?s)for prompt 'q' is not finite.*failures'\.$") as caught,
+    ):
+        judge.submit(images, batch("p", "q")).result()
+    assert caught.value.positions == [1]
+    assert len(list((tmp_path / "failures").iterdir())) == 3
+
+
+def test_only_one_batch_is_scored_at_a_time_and_closing_drops_what_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "CLOSE_SECONDS", 60)
+    begun, count = threading.Event(), []
 
     def slow(images, prompts, rows):
         count.append(prompts[0])
         begun.set()
-        go.wait(5)
+        until(lambda: judge._worker._closed)
         return Scores(torch.zeros(len(prompts)))
 
     with Judge(Halving(), [reward("slow", slow)], tmp_path) as judge:
         waiting = [judge.submit(torch.zeros(1, 3, 1, 1), batch(name)) for name in "ab"]
-        begun.wait(5)
-        threading.Timer(0.05, go.set).start()
+        assert begun.wait(60)
     assert count == ["a"]
     assert waiting[0].done(), "closing waits for the worker"
     assert waiting[1].cancelled()

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import time
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from PIL import Image
 
 from posttrain.errors import RewardError
 from posttrain.rewards import imagereward
+from posttrain.rewards._link import Answer
 from posttrain.rewards._pixels import of_pil
 from posttrain.rewards.imagereward import ImageReward
 from posttrain.rewards.unifiedreward import HIGHEST, QUESTION, SIDE, UnifiedReward, score_in
@@ -87,21 +86,19 @@ def test_where_imagerewards_weights_come_from():
 
 
 def completion(text):
-    return httpx.Response(200, json={"choices": [{"message": {"content": text}}]})
+    return Answer(200, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
 
 
 def judged(monkeypatch, answer, **settings):
     """A UnifiedReward whose server is ``answer(request)``, and the bodies it was sent."""
     sent = []
 
-    def handle(request):
-        body = json.loads(request.content)
-        sent.append((str(request.url), body))
-        return answer(body)
+    class Fake:
+        def request(self, method, url, json):
+            sent.append((url, json))
+            return answer(json)
 
-    monkeypatch.setattr(
-        UnifiedReward, "client", lambda self: httpx.Client(transport=httpx.MockTransport(handle))
-    )
+    monkeypatch.setattr(UnifiedReward, "link", lambda self: Fake())
     settings = {"retries": 0, "backoff_seconds": 0.0, **settings}
     return UnifiedReward(url="http://judge/v1/", **settings).load(CPU), sent
 
@@ -139,18 +136,20 @@ def test_the_judges_score_is_divided_by_5_for_each_image(monkeypatch):
 
 def test_after_a_failure_the_rest_is_not_asked(monkeypatch):
     def answer(body):
-        time.sleep(0.15)  # so that the failure is seen before many more are asked
-        return httpx.Response(400, text="no")
+        return Answer(400, b"no")
 
     score, sent = judged(monkeypatch, answer, concurrency=1)
     with pytest.raises(RewardError, match="status 400: no"):
         score(torch.zeros(40, 3, 2, 2), ["a"] * 40, [{}] * 40)
-    assert len(sent) < 20
+    assert len(sent) == 1
     with pytest.raises(ValueError, match="argument 2"):
         score(torch.zeros(2, 3, 2, 2), ["a"], [{}])
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         UnifiedReward(url="http://x", concurrency=0)
-    with pytest.raises(ValueError, match="pattern"):
+    assert UnifiedReward(url="http://x", concurrency=1024).concurrency == 1024
+    with pytest.raises(ValueError, match="less than or equal to 1024"):
+        UnifiedReward(url="http://x", concurrency=1025)
+    with pytest.raises(ValueError, match=r"pattern|has not the form"):
         UnifiedReward(url="http://x", question="Is it good?")
 
 
@@ -172,9 +171,9 @@ def test_the_last_score_of_1_to_5_is_read(text, score):
 
 def test_a_reply_that_is_none_shows_its_beginning_and_a_long_one_its_end():
     for response in (
-        httpx.Response(200, text="<html>"),
-        httpx.Response(200, json=[]),
-        httpx.Response(200, json={"choices": None}),
+        Answer(200, b"<html>"),
+        Answer(200, b"[]"),
+        Answer(200, b'{"choices": null}'),
     ):
         with pytest.raises(ValueError, match=r"^not a chat completion: "):
             score_in(response)

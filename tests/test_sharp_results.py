@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.evaluation.intervals import paired_difference
 from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
-from posttrain.evaluation.report.verdict import difference, verdict
+from posttrain.evaluation.report.verdict import Gain, difference, gain_of, verdict
 from posttrain.support.wording import duration, short
 
 
@@ -32,6 +32,11 @@ def test_a_stage_without_files_is_empty():
     assert (empty.account, empty.card, empty.samples, empty.metrics, empty.images) == ({}, {}, [], [], {})
     assert empty.scores == {}
     assert StageResult("a", None, None).card is not empty.card
+
+
+def test_cards_are_found_by_the_name_of_the_stage():
+    found = results(stage("base", [1]), stage("sft", [2]))
+    assert found.cards == {"base": found.stages[0].card, "sft": found.stages[1].card}
 
 
 def test_score_names_are_in_order_without_repeats():
@@ -62,6 +67,36 @@ def test_the_pairs_of_one_prompt_are_drawn_together():
         stage("x", [1.0, 1.0, 3.0, 3.0], prompts=list("aabb")),
     )
     assert difference(base, other, "s") == (2.0, 1.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high", "higher", "kind"),
+    [
+        (0.5, 0.25, 2, True, "better"), (0.5, 0.25, 2, False, "worse"), (-0.5, -2, -0.25, True, "worse"),
+        (-0.5, -2, -0.25, False, "better"), (1, 0, 2, True, "same"), (-1, -2, 0, False, "same"), (0, 0, 0, True, "same"),
+    ],
+)  # fmt: skip
+def test_a_gain_has_a_direction_where_its_interval_leaves_out_0(change, low, high, higher, kind):
+    assert Gain(change, low, high, higher).kind == kind
+
+
+def test_the_gain_of_a_stage_is_over_its_own_base():
+    base, other, mine = stage("base", [0.0, 1.0]), stage("x", [0.5, 1.5]), stage("mine", [0.25, 1.25])
+    found = Results("run", [base, other, mine], "", {}, {"x": mine})
+    assert gain_of(found, other, "s") == Gain(0.25, 0.25, 0.25, True)
+    assert gain_of(found, mine, "s") == Gain(0.25, 0.25, 0.25, True), (
+        "over the first stage where nothing else is said"
+    )
+    assert gain_of(found, base, "s") is None
+    assert gain_of(found, other, "t") is None
+    del other.card["scores"]["s"]["higher_is_better"]
+    assert gain_of(found, other, "s").kind == "better", "higher is the default"
+    other.card["scores"]["s"]["higher_is_better"] = False
+    assert gain_of(found, other, "s").kind == "worse"
+    base.card["prompts"], mine.card["prompts"] = {"sha256": "a"}, {"sha256": "b"}
+    assert gain_of(found, mine, "s") is None, "other prompts"
+    mine.card["prompts"], mine.samples = {"sha256": "a"}, []
+    assert gain_of(found, mine, "s") is None, "no sample in common"
 
 
 def test_the_verdict_with_nothing_measured():
@@ -139,7 +174,8 @@ def test_a_figure_has_three_digits_and_a_prefix(value, unit, text):
     ("seconds", "text"),
     [
         (None, "–"), (0, "0 s"), (0.4, "< 1 s"), (1, "1 s"), (99.4, "99 s"), (99.9, "2 min"), (100, "2 min"), (89 * 60, "89 min"),
-        (5969, "99 min"), (6000, "1 h 40 min"), (7260, "2 h 01 min"), (151, "3 min"),
+        (5969, "99 min"), (6000, "1 h 40 min"), (7260, "2 h 01 min"), (151, "3 min"), (359_969, "99 h 59 min"), (359_971, "4 days 4 h"),
+        (432_000, "5 days 0 h"), (3_600 * 500 + 1_801, "20 days 21 h"),
     ],
 )  # fmt: skip
 def test_a_duration_is_in_the_unit_a_person_would_use(seconds, text):
@@ -170,17 +206,42 @@ def test_a_run_folder_is_read_whole(tmp_path):
         (grid / name).touch()
     (tmp_path / "x" / "stage.json").write_text('{"steps": 3}')
     (tmp_path / "x" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
-    (grid.parent / "eval.json").write_text('{"scores": {"s": {"mean": 1}}, "grid_prompts": ["p", "q", "r"]}')
-    (grid.parent / "records.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q"}\n')
+    (grid.parent / "eval.json").write_text(
+        '{"scores": {"s": {"mean": 1, "low": 0, "high": 2}}, "grid_prompts": ["p", "q", "r"]}'
+    )
+    (grid.parent / "records.jsonl").write_text('{"prompt": "p", "index": 0, "scores": {}}\n')
     found = load_results(tmp_path)
     assert (found.name, found.recipe, found.environment) == ("demo", "name: demo\n", {"device": "cpu"})
     base, x = found.stages
-    assert base == StageResult("base", None, None)
+    assert base == StageResult("base", None, None, environment={"device": "cpu"})
     assert (x.name, x.algorithm, x.parent, x.account) == ("x", "sft", "base", {"steps": 3})
     assert x.metrics == [{"step": 1, "loss": 0.5}]
-    assert x.scores == {"s": {"mean": 1}}
-    assert x.samples == [{"prompt": "p"}, {"prompt": "q"}]
-    assert x.images == {"p": grid / "000.png", "q": grid / "001.png"}
+    assert x.scores == {"s": {"mean": 1, "low": 0, "high": 2}}
+    assert x.samples == [{"prompt": "p", "index": 0, "scores": {}}]
+    assert x.images == {("p", 0): grid / "000.png", ("q", 0): grid / "001.png"}
+    assert x.grids == {}
+
+
+def test_images_and_grids_that_a_stage_kept_are_found(tmp_path):
+    stages = [{"name": "x", "algorithm": "sft", "parent": "base"}]
+    (tmp_path / "run.json").write_text(json.dumps({"stages": stages}))
+    evaluation, samples = tmp_path / "x" / "evaluation", tmp_path / "x" / "samples"
+    for file in ("grid/000.png", "images/a.png", "images/b.png"):
+        (evaluation / file).parent.mkdir(parents=True, exist_ok=True)
+        (evaluation / file).touch()
+    samples.mkdir()
+    for name in ("step-00000010.png", "step-00000002.png", "step-x.png", "other.png"):
+        (samples / name).touch()
+    rows = [
+        {"prompt": "p", "index": i, "scores": {"s": i}, "image": f"images/{name}.png"}
+        for i, name in enumerate(("a", "b", "gone"))
+    ]
+    (evaluation / "eval.json").write_text('{"scores": {}, "grid_prompts": ["p"]}')
+    (evaluation / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (x,) = load_results(tmp_path).stages
+    assert x.images == {("p", 0): evaluation / "grid/000.png", ("p", 1): evaluation / "images/b.png"}
+    assert x.scored == {("p", 0): {"s": 0}, ("p", 1): {"s": 1}, ("p", 2): {"s": 2}}
+    assert x.grids == {2: samples / "step-00000002.png", 10: samples / "step-00000010.png"}
 
 
 def test_a_folder_without_a_run_is_empty_and_named_by_itself(tmp_path: Path):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import pytest
 import torch
 
-from posttrain.errors import RewardError
+from posttrain.errors import NotFinite, RewardError
 from posttrain.reward import Reward, Scores, checked
 from posttrain.weights.published import Weights
 
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 def test_the_facts_of_a_reward_that_says_nothing_of_them():
     assert Reward.higher_is_better is True
-    assert (Reward.requires, dict(Reward.weights), Reward.unmeasured) == ((), {}, {"weight"})
+    assert (Reward.requires, dict(Reward.weights)) == ((), {})
     assert Plain().weight == 1.0
     assert Plain().label == "sharp_plain"
     assert Plain().prompt_problem({"prompt": "p"}) is None
@@ -117,7 +117,33 @@ def test_a_checked_score_is_passed_on_without_gradients():
     found = checked("r", score)(images, prompts, rows)
     assert found.value.tolist() == [2, 2]
     assert not found.value.requires_grad
-    assert given == [(images, prompts, rows)]
+    ((copied, *others),) = given
+    assert torch.equal(copied, images)
+    assert others == [prompts, rows]
+
+
+def test_a_reward_that_changes_its_arguments_changes_them_for_no_one_else():
+    def spoiling(images, prompts, metadata):
+        images.mul_(0)
+        metadata[0]["include"].clear()
+        metadata.clear()
+        prompts[0] = "spoilt"
+        return Scores(torch.zeros(1))
+
+    images, prompts, rows = torch.ones(1, 3, 1, 1), ["a"], [{"include": [1]}]
+    checked("r", spoiling)(images, prompts, rows)
+    assert images.tolist() == [[[[1.0]]] * 3]
+    assert (prompts, rows) == (["a"], [{"include": [1]}])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_image_that_is_not_finite_is_never_scored(value):
+    images, calls = torch.zeros(3, 3, 2, 2), []
+    images[1, 2, 0, 1] = images[2, 0, 0, 0] = value
+    words = r"^the image for prompt 'b' is not finite, so it is not used \(2 of 3 images\): .*autoencoder"
+    with pytest.raises(NotFinite, match=words) as caught:
+        checked("r", lambda *_: calls.append(1))(images, ["a", "b", "c"], [{}] * 3)
+    assert (caught.value.positions, calls) == ([1, 2], [])
 
 
 def test_no_prompts_are_no_error():
@@ -138,6 +164,10 @@ def test_no_prompts_are_no_error():
         (Scores(torch.tensor([0.0, torch.nan])), "^reward 'r' returned nan for prompt 'b'$"),
         (Scores(torch.tensor([-torch.inf, torch.inf])), "^reward 'r' returned -inf for prompt 'a'$"),
         (
+            Scores(torch.tensor([0, 1e39], dtype=torch.float64)),
+            r"^reward 'r' returned 1e\+39 for prompt 'b'$",
+        ),
+        (
             Scores(torch.zeros(2), {"d": torch.tensor([0, torch.inf])}),
             "^reward 'r' returned inf for prompt 'b'$",
         ),
@@ -148,10 +178,17 @@ def test_what_is_no_score_is_refused(scores, words):
         answer(scores)
 
 
+def test_the_positions_of_scores_that_are_not_finite_are_told():
+    with pytest.raises(NotFinite) as caught:
+        answer(Scores(torch.tensor([0.0, torch.nan])))
+    assert caught.value.positions == [1]
+
+
 @pytest.mark.parametrize(("prompts", "shown"), [(["a", "b"], "'a'"), ([], "''")])
 def test_an_exception_is_named_and_kept_as_the_cause(prompts, shown):
     with pytest.raises(
-        RewardError, match=f"^reward 'r' failed on prompts such as {shown}: division by zero$"
+        RewardError,
+        match=f"^reward 'r' failed on prompts such as {shown}: ZeroDivisionError: division by zero\n",
     ) as caught:
         checked("r", lambda *_: 1 / 0)(torch.zeros(2, 3, 1, 1), prompts, [])
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

@@ -1,5 +1,6 @@
 """Rewards without a network, by hand: OCR's distance, JPEG sizes, a function of one's own."""
 
+import hashlib
 import io
 import sys
 from types import SimpleNamespace
@@ -120,15 +121,34 @@ def test_a_function_of_ones_own_gets_everything_and_may_return_any_numbers(monke
     for name in ("sharp_none:f", "sharp_none.deep:f"):
         words = f"no module {name.partition(':')[0]!r}, neither installed nor in the folder {tmp_path}"
         assert Callable(function=name).problem() == words
-    with pytest.raises(RewardError, match=r"^cannot load the reward 'sharp_bad:f': division by zero$"):
-        Callable(function="sharp_bad:f").load(CPU)
     with pytest.raises(
-        RewardError, match=r"^cannot load the reward 'sharp_own:other': .*no attribute 'other'"
+        RewardError,
+        match=r"^cannot load the reward 'sharp_bad:f': ZeroDivisionError: division by zero \(.*sharp_bad\.py, line 1\)$",
     ):
+        Callable(function="sharp_bad:f").load(CPU)
+    with pytest.raises(RewardError, match=r"^cannot load the reward 'sharp_own:other': .*has no 'other'"):
         Callable(function="sharp_own:other").load(CPU)
     for wrong in ("f", "m:", ":f", "m:f.g", "1m:f", "m:1f"):
-        with pytest.raises(ValueError, match="pattern"):
+        with pytest.raises(ValueError, match=r"pattern|has not the form"):
             Callable(function=wrong)
+
+
+def test_the_source_of_a_function_is_the_module_named_and_the_one_that_defines_it(monkeypatch, tmp_path):
+    texts = {
+        "sharp_first": "from sharp_second import taste\nfrom sys import exit\n",
+        "sharp_second": "taste = lambda *_: [1]\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    reward = Callable(function="sharp_first:taste")
+    assert reward.source_files() == {name: tmp_path / f"{name}.py" for name in texts}
+    assert reward.hashes() == {
+        "source": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    }
+    assert [*Callable(function="sharp_first:exit").source_files()] == ["sharp_first"], "sys has no file"
 
 
 def test_a_function_is_found_in_the_current_folder_when_it_is_loaded_first(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lines import Line, descending, line_policy
+from stored import stored
 
 from posttrain.distributed.world import ALONE
 from posttrain.optim.settings import Train
@@ -13,6 +14,12 @@ from posttrain.parallel.shares import Shares
 from posttrain.parallel.single import Alone, Single
 from posttrain.parallel.strategy import Layout, Parallel, Strategy
 from posttrain.policy import Policy
+from posttrain.policy.piece import Piece
+
+
+def kept(moments):
+    """Moments as a checkpoint has them."""
+    return {name: {key: stored(t) for key, t in of.items()} for name, of in moments.items()}
 
 
 def two_weights(a=3.0, b=4.0):
@@ -79,11 +86,12 @@ def test_moments_go_by_name_and_are_tensors_of_their_own():
     assert strategy.moments("a") == {}
     step = torch.tensor(4.0)
     given = {"b": {"step": step, "exp_avg": torch.tensor([2.0]), "exp_avg_sq": torch.tensor([3.0])}}
-    strategy.load_moments(given)
+    strategy.load_moments(kept(given))
     assert strategy.moments("a") == {}
     found = strategy.moments("b")
-    assert {name: value.item() for name, value in found.items()} == {"step": 4, "exp_avg": 2, "exp_avg_sq": 3}
-    assert all(found[name].data_ptr() != given["b"][name].data_ptr() for name in found)
+    assert {name: p.values.item() for name, p in found.items()} == {"step": 4, "exp_avg": 2, "exp_avg_sq": 3}
+    assert all(found[name].values.data_ptr() != given["b"][name].data_ptr() for name in found)
+    assert all(p.everywhere and p.shape == p.values.shape for p in found.values())
     state = strategy.optimizer.state[policy.parameters["b"]]
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     assert strategy.optimizer.param_groups[0]["lr"] == 0.5
@@ -97,41 +105,44 @@ def test_moments_go_by_name_and_are_tensors_of_their_own():
 def test_an_optimizer_that_counts_in_plain_numbers_gets_them_back():
     policy = two_weights()
     strategy = descending(policy)
-    strategy.load_moments({"a": {"step": torch.tensor(4), "m": torch.tensor([2.0])}})
+    strategy.load_moments(kept({"a": {"step": torch.tensor(4), "m": torch.tensor([2.0])}}))
     state = strategy.optimizer.state[policy.parameters["a"]]
     assert state == {"step": 4, "m": torch.tensor([2.0])}
     assert type(state["step"]) is int
-    assert {n: (type(t), t.item()) for n, t in strategy.moments("a").items()} == {
+    assert {n: (type(p.values), p.values.item()) for n, p in strategy.moments("a").items()} == {
         "step": (torch.Tensor, 4),
         "m": (torch.Tensor, 2),
     }
 
 
-def test_moments_of_a_weights_shape_are_placed_as_it_lies():
+def test_moments_are_placed_as_the_strategy_lays_them():
     class Placed(Alone):
-        def as_moment(self, parameter, whole):
+        def as_moment(self, parameter, stored):
             assert parameter is self.policy.trained["a"]
-            return -whole
+            return -stored.whole()
 
     policy = line_policy()
     strategy = Placed(policy, ALONE, Layout(), torch.optim.AdamW(policy.trained.values()))
-    strategy.load_moments({"a": {"step": torch.tensor(4.0), "exp_avg": torch.tensor([2.0])}})
-    assert {n: t.tolist() for n, t in strategy.moments("a").items()} == {"step": 4, "exp_avg": [-2]}
+    strategy.load_moments(kept({"a": {"step": torch.tensor(4.0), "exp_avg": torch.tensor([2.0])}}))
+    assert {n: p.values.tolist() for n, p in strategy.moments("a").items()} == {"step": -4, "exp_avg": [-2]}
 
 
 class Parted(torch.Tensor):
     """Stands for a tensor of which each process has a part."""
 
-    def full_tensor(self):
-        return torch.cat([self.as_subclass(torch.Tensor)] * 2)
+    def to_local(self):
+        return self.as_subclass(torch.Tensor)
 
 
-def test_what_is_in_parts_is_put_together(monkeypatch):
+def test_of_what_is_in_parts_each_process_gives_its_own(monkeypatch):
     policy = line_policy()
     strategy = descending(policy)
     part = torch.tensor([2.0]).as_subclass(Parted)
     strategy.optimizer.state[policy.trained["a"]] = {"m": part, "step": 3}
-    assert {n: v.tolist() for n, v in strategy.moments("a").items()} == {"m": [2, 2], "step": 3}
+    strategy.layout.piece = lambda parameter, held: Piece(held, torch.Size([2]), 1)
+    m, step = strategy.moments("a").values()
+    assert (m.values.tolist(), m.start, m.end, m.everywhere) == ([2], 1, 2, False)
+    assert (step.values.tolist(), step.start, step.everywhere) == (3, 0, True)
     norm = SimpleNamespace(full_tensor=lambda: torch.tensor(7.0))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: norm)
     assert strategy.step(1.0) == 7

@@ -28,8 +28,12 @@ DEFAULTS = {
     "gradient_checkpointing": "off",
     "compile": False,
     "log_every": 10,
+    "stop_after_refused": 3,
     "checkpoint_every": 500,
+    "checkpoint_minutes": 15.0,
     "keep_checkpoints": 2,
+    "keep_every": None,
+    "keep_best": None,
     "sample_every": 500,
 }
 
@@ -55,9 +59,13 @@ ALLOWED = {
     "precision": ["bf16"],
     "gradient_checkpointing": ["selective", "full"],
     "compile": [True],
+    "stop_after_refused": [1],
     "log_every": [1],
     "checkpoint_every": [1],
+    "checkpoint_minutes": [0, 0.5, None],
     "keep_checkpoints": [1],
+    "keep_every": [500, 1500],
+    "keep_best": ["ocr"],
     "sample_every": [1, None],
 }
 REFUSED = {
@@ -78,7 +86,9 @@ REFUSED = {
     "gradient_checkpointing": ["some"],
     "log_every": [0],
     "checkpoint_every": [0],
+    "checkpoint_minutes": [-1],
     "keep_checkpoints": [0],
+    "keep_every": [0],
     "sample_every": [0],
     "unknown": [1],
 }
@@ -94,7 +104,7 @@ def test_values_up_to_the_bounds_are_taken(field):
 def test_values_beyond_the_bounds_are_refused_by_field(field):
     for value in REFUSED[field]:
         with pytest.raises(ValidationError) as caught:
-            Train(**{"steps": 500, field: value})
+            Train.model_validate({"steps": 500, field: value})
         assert {error["loc"][0] for error in caught.value.errors() if error["loc"]} == {field}
 
 
@@ -105,13 +115,13 @@ def test_a_block_cannot_be_changed():
 
 def test_a_micro_batch_that_is_no_count_says_what_is():
     with pytest.raises(ValidationError, match=r"-2 is not allowed: a whole number of 1 or more, or auto"):
-        Train(steps=1, micro_batch=-2)
+        Train.model_validate({"steps": 1, "micro_batch": -2})
 
 
 def test_a_warm_up_is_shorter_than_the_stage():
     assert Train(steps=3, warmup_steps=2).warmup_steps == 2
     with pytest.raises(ValidationError, match=r"warmup_steps 3 must be less than steps 3"):
-        Train(steps=3, warmup_steps=3)
+        Train.model_validate({"steps": 3, "warmup_steps": 3})
 
 
 @pytest.mark.parametrize("value", [0.3, 0.999, "off", "selective", "full", "auto"])
@@ -124,14 +134,14 @@ def test_what_the_backward_may_recompute(value):
 @pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, -0.5, True, "half", "0.5", None])
 def test_a_share_of_activations_is_between_0_and_1(value):
     with pytest.raises(ValidationError, match="off, selective, full, auto, or the share of activations"):
-        Train(steps=1, compile=True, gradient_checkpointing=value)
+        Train.model_validate({"steps": 1, "compile": True, "gradient_checkpointing": value})
     with pytest.raises(ValidationError, match="is not allowed: true, false or auto"):
-        Train(steps=1, compile=value) if value is not True else Train(steps=1, compile=1)
+        Train.model_validate({"steps": 1, "compile": value if value is not True else 1})
 
 
 def test_only_the_compiler_keeps_a_share():
     with pytest.raises(ValidationError, match=r"0\.3 needs compile: true or auto") as caught:
-        Train(steps=1, gradient_checkpointing=0.3)
+        Train.model_validate({"steps": 1, "gradient_checkpointing": 0.3})
     assert caught.value.errors()[0]["ctx"]["path"] == ("gradient_checkpointing",)
 
 
@@ -140,7 +150,7 @@ def test_only_the_compiler_keeps_a_share():
     [
         ({"batch_size": 2}, "steps_per_batch", "3 is more than the batch_size, 2"),
         ({"steps": 10}, "steps", "10 is no multiple of steps_per_batch, 3; the nearest are 9 or 12"),
-        ({"steps": 2}, "steps", "2 is no multiple of steps_per_batch, 3; the nearest are 3"),
+        ({"steps": 2}, "steps", "2 is no multiple of steps_per_batch, 3; the nearest is 3"),
         ({"checkpoint_every": 4}, "checkpoint_every", "the nearest are 3 or 6"),
         ({"sample_every": 5}, "sample_every", "the nearest are 3 or 6"),
     ],
@@ -150,7 +160,7 @@ def test_batches_of_several_steps_are_whole(fields, wrong, words):
     assert Train(**good).steps == 9
     assert Train(**{**good, "sample_every": 3}).sample_every == 3
     with pytest.raises(ValidationError) as caught:
-        Train(**{**good, **fields})
+        Train.model_validate({**good, **fields})
     (error,) = caught.value.errors()
     assert error["ctx"]["path"] == (wrong,)
     assert words in error["msg"]

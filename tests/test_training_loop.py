@@ -10,7 +10,7 @@ from ranks import on_ranks
 
 from posttrain.engine import trainer
 from posttrain.engine.trainer import EMA, REFERENCE, train
-from posttrain.errors import TrainingError
+from posttrain.errors import AlgorithmError, StepRefused, TrainingError
 from posttrain.optim.schedule import learning_rate
 from posttrain.optim.settings import Train
 from posttrain.policy.out_of_memory import OutOfMemory
@@ -82,6 +82,12 @@ def test_the_watch_ends_a_stage_before_the_next_batch_is_drawn():
 def test_data_that_end_too_soon_are_an_error():
     with pytest.raises(TrainingError, match="the data ended after 2 of 5 steps"):
         trained([of([1])] * 2, settings(5))
+
+
+def test_what_is_collected_must_be_items(monkeypatch):
+    monkeypatch.setattr(Pull, "collect", lambda self, batch, tools: None)
+    with pytest.raises(AlgorithmError, match="collect of 'pull-in-test' returned NoneType, not Items"):
+        trained([of([1])], settings(1))
 
 
 def test_the_average_moves_after_every_step_by_its_decay():
@@ -260,3 +266,50 @@ def test_learning_rates_of_every_schedule_in_closed_form():
 
 def test_roles_have_the_names_that_checkpoints_and_artifacts_know():
     assert (trainer.EMA, trainer.REFERENCE) == ("ema", "reference")
+
+
+NAN = math.nan
+
+
+def test_a_refused_step_moves_nothing_and_keeps_its_number_and_learning_rate():
+    given = settings(3, schedule="linear", ema=0.5)  # lr 1, 2/3, 1/3
+    policy = line_policy(0)
+    policy.add_role(EMA)
+    watch, policy, drawn = trained([of([1.0]), of([2, NAN]), of([1.0])], given, policy=policy)
+    assert policy.trained["a"].item() == pytest.approx(-(1 + 1 / 3))
+    assert policy.roles[EMA]["a"].item() == pytest.approx(-0.5 * 0.5 - 0.5 * 4 / 3), "it moved twice"
+    assert [step for step, *_ in watch.told] == [1, 3]
+    assert [step for step, _ in noted("after")] == [1, 3], "no role moves after a batch without a step"
+    assert (watch.asked, drawn) == ([0, 1, 2], 3)
+    ((step, words, samples),) = watch.not_taken
+    assert (step, words) == (2, "loss nan, gradient norm nan is not finite; the step was not taken")
+    assert [(s["id"], s["sample"], math.isnan(s["x"])) for s in samples] == [(1, 1, True)]
+
+
+def test_the_other_steps_on_a_batch_are_taken():
+    given = settings(2, steps_per_batch=2)
+    watch, policy, _ = trained([of([NAN, 2, 1, 4])], given, policy=line_policy(0, micro_batch=2))
+    assert policy.trained["a"].item() == pytest.approx(-3)
+    assert ([step for step, *_ in watch.told], [step for step, *_ in watch.not_taken]) == ([2], [1])
+    assert [step for step, _ in noted("after")] == [2]
+    assert noted("check") == [[-1.0, -1.0]], "the weights are still those that collected the items"
+
+
+def test_a_batch_that_cannot_be_collected_refuses_all_its_steps():
+    class Unscored(Pull):
+        def collect(self, batch, tools):
+            if not batch.latents.isfinite().all():
+                raise StepRefused("a reward", [{"sample": 0}])
+            return super().collect(batch, tools)
+
+    given = settings(4, steps_per_batch=2)
+    watch, policy, drawn = trained(
+        [of([NAN, 2]), of([1, 1])], given, policy=line_policy(0), algorithm=Unscored()
+    )
+    assert [(step, samples) for step, _, samples in watch.not_taken] == [
+        (1, [{"id": 0, "sample": 0}]),
+        (2, [{"id": 0, "sample": 0}]),
+    ]
+    assert policy.trained["a"].item() == pytest.approx(-2)
+    assert (watch.asked, drawn) == ([0, 2], 2)
+    assert [step for step, *_ in watch.told] == [3, 4]

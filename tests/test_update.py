@@ -1,6 +1,7 @@
 """One optimizer step on weighted items: numbers worked out by hand, on one process and on several."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,18 +10,18 @@ from ranks import on_ranks
 
 from posttrain.algorithm import Losses
 from posttrain.engine.trainer import OnPolicy, update
-from posttrain.errors import TrainingError
+from posttrain.errors import AlgorithmError, StepRefused, TrainingError
 from posttrain.optim.settings import Train
 from posttrain.policy.out_of_memory import OutOfMemory
 
 FREE = Train(steps=4, max_grad_norm=1e9)
 
 
-def step(items, micro_batch=64, settings=FREE, check=None, a=1.0, algorithm=None, number=1):
+def step(items, micro_batch=64, settings=FREE, check=None, a=1.0, algorithm=None):
     """The metrics of a step of learning rate 1, and the weight after it."""
     NOTES.clear()
     policy = line_policy(a, micro_batch=micro_batch)
-    metrics = update(algorithm or Pull(), policy, items, descending(policy), settings, number, check)
+    metrics = update(algorithm or Pull(), policy, items, descending(policy), settings, check)
     return {name: float(value) for name, value in metrics.items()}, policy.trained["a"].item()
 
 
@@ -43,7 +44,7 @@ def test_compiled_blocks_see_micro_batches_of_one_size_while_there_are_items(mic
     policy = line_policy(micro_batch=micro_batch)
     policy.compiled = True
     items = items_of([2, 9, 7, 4, 0.5], weight=[1, 0, 0, 3, 4])
-    metrics = update(Pull(), policy, items, descending(policy), FREE, 1)
+    metrics = update(Pull(), policy, items, descending(policy), FREE)
     assert policy.trained["a"].item() == pytest.approx(1 - 2)
     assert metrics["loss"].item() == pytest.approx(2 - 1)
     assert [xs for xs, _ in noted("loss")] == seen
@@ -55,9 +56,40 @@ def test_however_many_they_are_items_are_trained_in_their_order(compiled):
     policy = line_policy(micro_batch=16)
     policy.compiled = compiled
     weight = [float(i % 3 == 0) for i in range(40)]  # torch's other sort keeps the order of up to 16
-    update(Pull(), policy, items_of(range(40), weight), descending(policy), FREE, 1)
+    update(Pull(), policy, items_of(range(40), weight), descending(policy), FREE)
     (seen,) = [xs for xs, _ in noted("loss")]
     assert seen == list(range(0, 40, 3)) + [1, 2] * compiled
+
+
+class Averaged(Pull):
+    """Gives ``returned`` of the losses that it should give."""
+
+    type: str = "averaged-in-test"
+    returned: ClassVar = None
+
+    def loss(self, items, policy):
+        return type(self).returned(super().loss(items, policy))
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda losses: Losses(losses.per_item.mean()), r"returned per_item as \(\), not one .* \(2,\)"),
+        (lambda losses: Losses(losses.per_item[:, None]), r"returned per_item as \(2, 1\)"),
+        (lambda losses: Losses(losses.per_item, {"twice": 3}), "returned twice as int"),
+        (lambda losses: losses.per_item, "loss of 'averaged-in-test' returned Tensor, not Losses"),
+        (lambda losses: None, "returned NoneType, not Losses"),
+    ],
+)
+def test_what_is_not_one_loss_for_each_item_is_refused(returned, words, monkeypatch):
+    monkeypatch.setattr(Averaged, "returned", staticmethod(returned))
+    with pytest.raises(AlgorithmError, match=words):
+        step(items_of([2, 4]), algorithm=Averaged())
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(AlgorithmError, match="items of 'pull-in-test': a weight is negative, -3"):
+        step(items_of([2, 4], weight=[1, -3]))
 
 
 def test_the_gradient_is_clipped_to_the_norm_that_is_told_before_it():
@@ -69,8 +101,8 @@ def test_the_gradient_is_clipped_to_the_norm_that_is_told_before_it():
 def test_two_steps_do_not_add_up_their_gradients():
     policy = line_policy()
     strategy = descending(policy)
-    for number in (1, 2):
-        update(Pull(), policy, items_of([2.0]), strategy, FREE, number)
+    for _ in range(2):
+        update(Pull(), policy, items_of([2.0]), strategy, FREE)
     assert policy.trained["a"].item() == pytest.approx(1 - 2 - 2)
     assert policy.trained["a"].grad is None
 
@@ -87,15 +119,71 @@ def test_without_weight_there_is_no_step(weight):
 def test_a_step_that_is_not_finite_is_refused_with_the_weights_as_they_were(x):
     policy = line_policy()
     strategy = descending(policy)
-    with pytest.raises(TrainingError, match=r"step 7: loss (nan|inf), gradient norm (nan|inf) is not finite"):
-        update(Pull(), policy, items_of([1, x]), strategy, FREE, 7)
+    words = r"^loss (nan|inf), gradient norm (nan|inf) is not finite; the step was not taken$"
+    with pytest.raises(StepRefused, match=words) as refused:
+        update(Pull(), policy, items_of([1, x, 5], weight=[1, 1, 0]), strategy, FREE)
     assert policy.trained["a"].item() == 1
     assert policy.trained["a"].grad is None
+    ((sample,)) = refused.value.samples
+    assert sample == {"sample": 1, "loss": pytest.approx(x, nan_ok=True), "x": pytest.approx(x, nan_ok=True)}
+
+
+class Overflowing(Pull):
+    """A loss that overflows, with a gradient of x; or a finite loss with a gradient that is NaN."""
+
+    spoils: str = "loss"
+
+    def loss(self, items, policy):
+        made = super().loss(items, policy)
+        if self.spoils == "loss":
+            return Losses(made.per_item + torch.where(items.x > 2, math.inf, 0.0))
+        root = (policy.trained["a"] - 1).sqrt()  # 0, and its derivative is infinite
+        return Losses(made.per_item + 0 * root)
+
+
+@pytest.mark.parametrize(("spoils", "suspects"), [("loss", [1]), ("gradient", [0, 1])])
+def test_a_loss_or_a_gradient_alone_that_is_not_finite_refuses_the_step(spoils, suspects):
+    policy, check = line_policy(micro_batch=1), OnPolicy(1)
+    with pytest.raises(StepRefused) as refused:
+        update(Overflowing(spoils=spoils), policy, items_of([2, 3]), descending(policy), FREE, check)
+    assert policy.trained["a"].item() == 1
+    assert [row["sample"] for row in refused.value.samples] == suspects
+
+
+def test_losses_that_are_not_finite_are_not_checked_on_policy():
+    NOTES.clear()
+    policy, check = line_policy(), OnPolicy(1)
+    with pytest.raises(StepRefused):
+        update(Pull(), policy, items_of([math.nan]), descending(policy), FREE, check)
+    assert (noted("check"), check.done) == ([], False)
+
+
+def test_all_ranks_refuse_alike_and_each_names_its_own_samples():
+    def work(world):
+        policy = line_policy()
+        items = items_of([math.inf, 2] if world.rank else [1, 2])
+        with pytest.raises(StepRefused, match="gradient norm") as refused:
+            update(Pull(), policy, items, summing(descending(policy, world=world)), FREE)
+        return policy.trained["a"].item(), [row["sample"] for row in refused.value.samples]
+
+    assert on_ranks(2, work) == [(1, []), (1, [0])]
+
+
+def summing(strategy):
+    """``strategy``, whose step adds up the gradients of all ranks first, as DDP does."""
+    step, world, weight = strategy.step, strategy.world, strategy.policy.trained["a"]
+
+    def summed(max_norm):
+        weight.grad = world.sum(weight.grad)
+        return step(max_norm)
+
+    strategy.step = summed
+    return strategy
 
 
 def test_metrics_are_float32_and_cut_off_from_the_graph():
     policy = line_policy()
-    metrics = update(Pull(), policy, items_of([3.0]), descending(policy), FREE, 1)
+    metrics = update(Pull(), policy, items_of([3.0]), descending(policy), FREE)
     assert {value.dtype for value in metrics.values()} == {torch.float32}
     assert not any(value.requires_grad for value in metrics.values())
 
@@ -154,7 +242,7 @@ def test_memory_that_fails_in_the_optimizer_is_no_reason_to_try_again():
 
     strategy.optimizer.step = failing
     with pytest.raises(TrainingError, match="in the optimizer's step") as found:
-        update(Pull(), policy, items_of([1.0]), strategy, FREE, 1)
+        update(Pull(), policy, items_of([1.0]), strategy, FREE)
     assert not isinstance(found.value, OutOfMemory)
 
 
@@ -168,7 +256,7 @@ def test_weights_are_lowered_once_for_all_micro_batches():
             return super().loss(items, policy)
 
     policy = line_policy(micro_batch=1, autocast=torch.bfloat16)
-    update(Looking(), policy, items_of([1.0, 2.0]), descending(policy), FREE, 1)
+    update(Looking(), policy, items_of([1.0, 2.0]), descending(policy), FREE)
     assert nested == [0, 0], "one block of autocast is open"
     assert torch.autocast_increment_nesting() == 1, "and is closed at the end"
     torch.autocast_decrement_nesting()
@@ -190,7 +278,7 @@ class Begins:
 def test_the_strategy_is_told_of_the_last_micro_batch_alone():
     policy = line_policy(micro_batch=1)
     begins = Begins(strategy := descending(policy))
-    update(Pull(), policy, items_of([1, 2, 3]), strategy, FREE, 1)
+    update(Pull(), policy, items_of([1, 2, 3]), strategy, FREE)
     assert begins.told == [False, False, True]
 
 
@@ -202,7 +290,7 @@ def test_ranks_share_one_normaliser_and_tell_the_same(recwarn):
     def work(world):
         policy = line_policy(micro_batch=1)
         begins = Begins(strategy := descending(policy, world=world))
-        metrics = update(Pull(), policy, items_of(*shares[world.rank]), strategy, FREE, 1)
+        metrics = update(Pull(), policy, items_of(*shares[world.rank]), strategy, FREE)
         return {k: float(v) for k, v in metrics.items()}, policy.trained["a"].item(), begins.told
 
     (one, a, begun), (two, b, begun_too) = on_ranks(2, work)
@@ -220,7 +308,7 @@ def test_a_rank_without_items_that_count_takes_part():
     def work(world):
         policy = line_policy()
         items = items_of([3, 5], weight=[0, 0] if world.rank else [1, 1])
-        metrics = update(Pull(), policy, items, descending(policy, world=world), FREE, 1)
+        metrics = update(Pull(), policy, items, descending(policy, world=world), FREE)
         return policy.trained["a"].item(), float(metrics["loss"])
 
     NOTES.clear()

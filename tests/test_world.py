@@ -11,6 +11,7 @@ from posttrain.distributed import world
 from posttrain.distributed.world import ALONE, World, joined
 from posttrain.errors import PosttrainError
 from posttrain.parallel.shares import Share, Shares
+from posttrain.support.stopping import Stopped
 
 CPU = torch.device("cpu")
 
@@ -154,6 +155,36 @@ class Group:
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(self, "device", device))
 
 
+def test_processes_stop_together_when_a_signal_told_one_of_them(monkeypatch):
+    def work(w):
+        told = [w.any(False), w.any(w.rank == 1)]
+        monkeypatch.setattr(world.stopping, "requested", lambda: w.rank == 2)
+        with pytest.raises(Stopped):
+            World(w.rank, w.size).stop_if_told()
+        return told
+
+    assert on_ranks(3, work) == [[False, True]] * 3
+    assert ALONE.any(True) is True
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer. Look there", PosttrainError),
+        ("shapes differ", RuntimeError),
+    ],
+)
+def test_the_loss_of_another_process_is_told_from_other_errors(monkeypatch, error, kind):
+    def fails(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(dist, "all_reduce", fails)
+    with pytest.raises(kind) as raised:
+        World(1, 2).sum(torch.ones(1))
+    lost = "process 1 of 2 lost another one, whose error is the reason: "
+    assert str(raised.value) == (error if kind is RuntimeError else lost + error.partition(". ")[0])
+
+
 @pytest.mark.parametrize(("kind", "here", "gpus"), [("cpu", "9", 0), ("cuda", "2", 2), ("cuda", None, 1)])
 def test_several_processes_meet_as_the_environment_says(nowhere, kind, here, gpus):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
@@ -166,8 +197,8 @@ def test_several_processes_meet_as_the_environment_says(nowhere, kind, here, gpu
         assert group.gone == 0
     (((backend,), named),) = group.made
     assert backend == ("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl")
-    assert named == {"timeout": world.PATIENCE}
-    assert world.PATIENCE.total_seconds() == 30 * 60
+    # the launcher's limit comes first
+    assert named["timeout"].total_seconds() == 30 * 60 + world.HEADSTART_SECONDS
     assert group.device == (device if kind == "cuda" else None)
     assert group.gone == 1
 

@@ -12,6 +12,9 @@ from typing import Any
 from posttrain.cache.room import Room, writing
 from posttrain.cache.store import ABOUT
 
+KEPT = {"images": "what was read of large data sets", "counts": "what plans counted"}
+"""Folders in the user's cache folder beside the stores -> what their files keep. They only save time."""
+
 
 @dataclass(frozen=True)
 class StoreSummary:
@@ -40,7 +43,7 @@ def contents(root: Path) -> list[StoreSummary]:
 def _summary(file: Path) -> StoreSummary:
     """The summary of the store whose ABOUT file is ``file``."""
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         about = {}
     shards = []
@@ -68,6 +71,37 @@ def clear(root: Path) -> int:
             with contextlib.suppress(OSError):  # the folder stays if it holds other files
                 store.folder.rmdir()
     return sum(store.size for store in stores)
+
+
+def kept_beside(user_folder: Path) -> dict[str, int]:
+    """What the user's cache folder keeps beside the stores, in words -> its bytes, where there is any."""
+    sizes = {words: sum(size for _, size in _kept_in(user_folder / name)) for name, words in KEPT.items()}
+    return {words: size for words, size in sizes.items() if size}
+
+
+def clear_beside(user_folder: Path) -> int:
+    """Remove what the user's cache folder keeps beside the stores. Returns the number of bytes freed.
+
+    Raises PosttrainError if a file cannot be removed.
+    """
+    freed = 0
+    for folder in (user_folder / name for name in KEPT):
+        with writing(folder):
+            for file, size in _kept_in(folder):
+                file.unlink(missing_ok=True)
+                freed += size
+        with contextlib.suppress(OSError):  # it stays if it holds other files
+            folder.rmdir()
+    return freed
+
+
+def _kept_in(folder: Path) -> list[tuple[Path, int]]:
+    """The files that keep something in ``folder``, and their bytes."""
+    found = []
+    for file in (*folder.glob("*.json"), *folder.glob(".*.json.*.part")):
+        with contextlib.suppress(FileNotFoundError):  # another process may rename it meanwhile
+            found.append((file, file.stat().st_size))
+    return found
 
 
 def age(when: float | None) -> str:

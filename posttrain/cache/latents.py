@@ -6,10 +6,8 @@ decoding. The crop is always the central one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +18,7 @@ from posttrain.cache.keys import digest
 from posttrain.cache.room import Demand
 from posttrain.cache.store import Entry, Store, size_of
 from posttrain.data.loader import ImageSource, PlannedBatch
+from posttrain.data.place import Place
 from posttrain.model import FlowModel
 from posttrain.support.progress import stage_progress
 from posttrain.support.randomness import Draws, generator
@@ -43,7 +42,7 @@ class LatentCache:
         self.store, self.model, self.source, self.kind = store, model, source, kind
         records = source.records
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashes = pool.map(_content_hash, [record.path for record in records.values()])
+            hashes = pool.map(_content_hash, [record.image for record in records.values()])
             self._hashes = dict(zip(records, hashes, strict=True))
 
     def fill(self, name: str, console: Console, rank: int = 0, world_size: int = 1) -> None:
@@ -120,13 +119,13 @@ class LatentCache:
             return
         posterior = self.model.posterior(torch.stack([pixels for _, _, pixels in images]))
         for (i, flip, _), mean, logvar in zip(images, *posterior, strict=True):
-            key = self._key(i, flip)
+            key, name = self._key(i, flip), f"the image {str(self.source.records[i].image)!r}"
             if self.kind == "mean_logvar":
-                self.store.add(key, {"mean": mean, "logvar": logvar})
+                self.store.add(key, {"mean": mean, "logvar": logvar}, name)
             else:
                 # The noise is a function of the key, so every run and process keeps the same draw.
                 noise = torch.randn(mean.shape, generator=generator("cache", key)).to(mean.device)
-                self.store.add(key, {"latents": self.model.latents(mean, logvar, noise)})
+                self.store.add(key, {"latents": self.model.latents(mean, logvar, noise)}, name)
 
     def _key(self, i: int, flip: bool) -> str:
         return digest(self._hashes[i], *self.source.bucket_of[i], flip)
@@ -141,9 +140,8 @@ class LatentCache:
         return sum(size[self.source.bucket_of[i]] for i, _ in jobs)
 
 
-def _content_hash(path: Path) -> str:
+def _content_hash(image: Place) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return image.sha256()
     except OSError:
-        return str(path)  # an unreadable file is never kept, and decoding it will report why
+        return str(image)  # an unreadable file is never kept, and decoding it will report why

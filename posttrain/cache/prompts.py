@@ -73,4 +73,5 @@ class PromptCache:
             return
         encoded = self.model.encode_prompts(prompts)
         for i, prompt in enumerate(prompts):
-            self.store.add(digest(prompt), {name: tensor[i] for name, tensor in encoded.items()})
+            entry = {name: tensor[i] for name, tensor in encoded.items()}
+            self.store.add(digest(prompt), entry, f"the prompt {prompt[:60]!r}")

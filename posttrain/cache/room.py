@@ -16,8 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from posttrain.errors import PosttrainError
-from posttrain.support.files import locked, problem, publish
+from posttrain.support.files import locked, publish
+from posttrain.support.terminal import note
 from posttrain.support.wording import short
+from posttrain.support.write_errors import problem
 
 SHARDS = "*/*.safetensors"
 """The shards of all stores, relative to the cache's folder."""
@@ -72,7 +74,7 @@ class Room:
         else:
             work = f"all {demand.count}, {size}"
         line = f"{demand.name}: {work}, in the cache {store} (limit {limit})"
-        console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+        note(console, line)
 
     def use(self, shard: Path) -> None:
         """Mark ``shard`` as used now. From then on this process does not remove it."""

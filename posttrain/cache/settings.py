@@ -5,14 +5,14 @@ Nothing heavy is imported: every command reads a recipe.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from posttrain.registry import AnyPath, Spec, field_error
+from posttrain.registry import FREE, NO_PATH, MaybePath, Spec, field_error
+from posttrain.support.paths import default_folder, expanded
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -27,7 +27,9 @@ def size_in_bytes(value: Any) -> Any:
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise ValueError(f"{value!r} is no size: write a number and a unit, such as 500MB, 20GB or 1.5TB")
-    return round(float(match[1]) * units[match[2].lower()])
+    if (size := float(match[1]) * units[match[2].lower()]) >= 2**63:
+        raise ValueError(f"{value[:40]!r} is more than any disk has")
+    return round(size)
 
 
 class Cache(Spec):
@@ -41,9 +43,9 @@ class Cache(Spec):
     size."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype on disk. ``fp32`` keeps values as they were computed; ``bf16`` rounds float32 values."""
-    path: AnyPath | None = None
+    path: Annotated[MaybePath, FREE] = NO_PATH
     """Folder of the cache. Default: ``posttrain`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
-    max_size: Annotated[int, BeforeValidator(size_in_bytes), Field(ge=1_000_000)] = 50 * 10**9
+    max_size: Annotated[int, BeforeValidator(size_in_bytes), Field(ge=1_000_000), FREE] = 50 * 10**9
     """Largest size of the folder, in bytes or as a text such as ``50GB``; at least 1 MB. When it is full, the
     files that were used longest ago are removed."""
 
@@ -56,15 +58,17 @@ class Cache(Spec):
                     raise field_error((name,), message)
         return self
 
+    def deciding(self, *, late: bool = True) -> dict[str, Any]:
+        """What is cached otherwise than it is computed; see :meth:`posttrain.registry.Spec.deciding`."""
+        del late  # no field is marked LATE
+        cached = [*(["prompts"] if self.prompts else []), *(["latents"] if self.latents != "off" else [])]
+        return {
+            "latents": "sampled" if self.latents == "sampled" else "not sampled",
+            "dtype": f"bf16 for {' and '.join(cached)}" if self.dtype == "bf16" else "fp32",
+        }
+
     def folder(self) -> Path:
         """The cache's folder, as an absolute path."""
         if self.path is not None:
-            return self.path.expanduser().absolute()
+            return expanded(self.path).absolute()
         return default_folder()
-
-
-def default_folder() -> Path:
-    """``posttrain`` in the user's cache folder, by the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # the specification says to ignore relative values
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "posttrain"

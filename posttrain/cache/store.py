@@ -7,33 +7,32 @@ first reads the entry. If two processes write one entry at once, the store has i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import time
-import zlib
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.cache.room import Room, writing
-from posttrain.support.files import aside, publish
+from posttrain.cache.shard import Entry, Shard, checksum, fault
+from posttrain.errors import ModelError
+from posttrain.support.files import aside, clear_stale, publish
+from posttrain.weights.fitting import not_finite
 
 ABOUT = "about.json"
 """A readable record of what the entries depend on."""
 SHARD_BYTES, SHARD_ENTRIES = 64 * 2**20, 1024
 """A shard is written at either limit. It is the most that a kill can lose, and the unit of removal."""
-STALE_SECONDS = 3600
-"""An unfinished file older than this was left by a killed process: a shard is written in seconds."""
+HELD_ENTRY, HELD_BYTES = 16 * 2**10, 256 * 2**20
+"""Entries of at most so many bytes stay in memory once they are read, up to so many bytes in all. Reading one
+from a shard takes longer than to train on it."""
 HEADER_BYTES = 512
 """Upper bound of what an entry takes in its shard's header."""
-
-Entry = dict[str, Tensor]
-"""Name -> tensor."""
 
 
 class Store:
@@ -53,9 +52,11 @@ class Store:
         warn: Callable[[str], None],
     ) -> None:
         self.room, self.folder, self.dtype, self.warn = room, room.root / name, dtype, warn
-        self._shards: dict[Path, _Shard] = {}
+        self._shards: dict[Path, Shard] = {}
         self._shard_of: dict[str, Path] = {}
         self._verified: set[str] = set()
+        self._held: dict[str, Entry] = {}
+        self._held_bytes = 0
         self._pending: dict[str, Entry] = {}
         self._pending_bytes = 0
         self._dtypes: dict[str, str] = {}
@@ -63,7 +64,7 @@ class Store:
         self._about = json.dumps(about, indent=2)
         with writing(self.folder):
             self._make_folder()
-            _remove_stale(self.folder)
+            clear_stale(self.folder)
         self.refresh()
 
     def refresh(self) -> None:
@@ -72,10 +73,10 @@ class Store:
             if file in self._shards or file in self._unremovable:
                 continue
             try:
-                self._shards[file] = _Shard(file)
+                self._shards[file] = Shard(file)
             except FileNotFoundError:
                 continue  # another process removed it
-            except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 self._discard(file, str(error))
                 continue
             for key in self._shards[file].checksums:
@@ -94,6 +95,8 @@ class Store:
 
         None if there is no such entry or it is damaged; a shard with a damaged entry is reported and removed.
         """
+        if (held := self._held.get(key)) is not None:
+            return held
         if key in self._pending:
             return _as_computed(self._pending[key], self._dtypes)
         if key not in self._shard_of:
@@ -101,17 +104,34 @@ class Store:
         while (file := self._shard_of.get(key)) is not None:
             shard = self._shards[file]
             entry = shard.read(key)
-            if key in self._verified or checksum(key, entry, shard.dtypes) == shard.checksums[key]:
+            if key not in self._verified:
+                if (why := fault(key, entry, shard)) is not None:
+                    self._discard(file, why)
+                    continue
                 self._verified.add(key)
-                return _as_computed(entry, shard.dtypes)
-            self._discard(file, "its content does not have the checksum that was written with it")
+            return self._hold(key, _as_computed(entry, shard.dtypes))
         return None
 
-    def add(self, key: str, entry: Entry) -> None:
-        """Add ``entry``; :meth:`flush` writes it. All entries of a store have the same tensor names."""
-        rounded_entry = {
-            name: rounded(t.detach(), self.dtype).cpu().contiguous() for name, t in entry.items()
-        }
+    def _hold(self, key: str, entry: Entry) -> Entry:
+        """``entry``, which is kept in memory if it is small."""
+        size = sum(t.nbytes for t in entry.values())
+        if size <= HELD_ENTRY and self._held_bytes + size <= HELD_BYTES:
+            self._held[key] = {name: t.clone() for name, t in entry.items()}  # not a view of a shard's file
+            self._held_bytes += size
+        return entry
+
+    def add(self, key: str, entry: Entry, name: str) -> None:
+        """Add ``entry``, the encoding of what ``name`` says; :meth:`flush` writes it.
+
+        All entries of a store have the same tensor names. Raises ModelError if a number is not finite, since
+        every later run would read it.
+        """
+        rounded_entry = {n: rounded(t.detach(), self.dtype).cpu().contiguous() for n, t in entry.items()}
+        if wrong := not_finite(rounded_entry):
+            raise ModelError(
+                f"the encoding of {name} is not finite ({', '.join(wrong)}): the encoder overflows in its "
+                "precision or its weights are damaged; try model.dtype bf16 or fp32"
+            )
         self._dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in entry.items()}
         self._pending[key] = rounded_entry
         self._pending_bytes += size_of(entry, self.dtype)
@@ -131,16 +151,17 @@ class Store:
     def _make_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / ABOUT).is_file():
-            with aside(self.folder / ABOUT, shared=True) as part:
-                part.write_text(self._about)
+            with aside(self.folder / ABOUT, secrets.token_hex(4)) as part:
+                part.write_text(self._about, "utf-8")
                 publish(part, self.folder / ABOUT)
 
     def _write(self, entries: Mapping[str, Entry]) -> None:
         checksums = {key: checksum(key, entry, self._dtypes) for key, entry in entries.items()}
-        about = json.dumps({"checksums": checksums, "computed": self._dtypes}, sort_keys=True)
+        kept = {"store": self.folder.name, "checksums": checksums, "computed": self._dtypes}
+        about = json.dumps(kept, sort_keys=True)
         name = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
         file = self.folder / f"{name}.safetensors"
-        with writing(self.folder), aside(file, shared=True) as part:
+        with writing(self.folder), aside(file, secrets.token_hex(4)) as part:
             self._make_folder()  # the cache may have been cleared since the start
             # safetensors refuses tensors that share memory, as the rows of one batch do
             tensors = {f"{key}/{n}": t.clone() for key, entry in entries.items() for n, t in entry.items()}
@@ -166,35 +187,6 @@ class Store:
             self._unremovable.add(file)  # another user's file; do not open it again
 
 
-class _Shard:
-    """An open shard. It stays readable when another process removes the file.
-
-    Raises SafetensorError, ValueError, KeyError, TypeError or OSError if the file is damaged.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.tensors = safe_open(file, framework="pt")
-        about = json.loads((self.tensors.metadata() or {})["posttrain"])
-        self.checksums: dict[str, int] = about["checksums"]
-        self.dtypes: dict[str, str] = about["computed"]
-        """Tensor name -> the dtype in which it was computed."""
-        if set(self.tensors.keys()) != {f"{key}/{name}" for key in self.checksums for name in self.dtypes}:
-            raise ValueError("its tensors are not those that it lists")
-
-    def read(self, key: str) -> Entry:
-        return {name: self.tensors.get_tensor(f"{key}/{name}") for name in self.dtypes}
-
-
-def checksum(key: str, entry: Entry, dtypes: Mapping[str, str]) -> int:
-    """The CRC-32 of an entry: its key, names, shapes, values, and dtypes as stored and as computed."""
-    value = zlib.crc32(key.encode())
-    for name, tensor in sorted(entry.items()):
-        identity = f"{name} {tensor.dtype} {dtypes[name]} {tuple(tensor.shape)}"
-        value = zlib.crc32(identity.encode(), value)
-        value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
-    return value
-
-
 def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """``tensor`` in ``dtype``, if that is the smaller one."""
     return tensor.to(dtype) if dtype is not None and dtype.itemsize < tensor.dtype.itemsize else tensor
@@ -210,10 +202,3 @@ def size_of(entry: Entry, dtype: torch.dtype | None) -> int:
 
 def _as_computed(entry: Entry, dtypes: Mapping[str, str]) -> Entry:
     return {name: tensor.to(getattr(torch, dtypes[name])) for name, tensor in entry.items()}
-
-
-def _remove_stale(folder: Path) -> None:
-    for part in folder.glob(".*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > STALE_SECONDS:
-                part.unlink()

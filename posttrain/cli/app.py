@@ -1,4 +1,4 @@
-"""Defines ``posttrain`` with the commands for runs, recipes, samples and Shapes; adds the other commands."""
+"""Defines ``posttrain`` with the commands for runs, recipes and Shapes; adds the other commands."""
 
 from __future__ import annotations
 
@@ -10,18 +10,34 @@ from typing import Annotated
 import typer
 
 from posttrain.cli import cache as cli_cache
+from posttrain.cli import catalogue as cli_catalogue
 from posttrain.cli import evaluate as cli_eval
+from posttrain.cli import export as cli_export
 from posttrain.cli import plan as cli_plan
+from posttrain.cli import report as cli_report
 from posttrain.cli import rewards as cli_rewards
-from posttrain.cli.options import BaseOption, DebugOption, DeviceOption, RecipeArgument, terminal
-from posttrain.distributed.launch import CHILD
+from posttrain.cli import sample as cli_sample
+from posttrain.cli import schema as cli_schema
+from posttrain.cli import smoke as cli_smoke
+from posttrain.cli import status as cli_status
+from posttrain.cli import version as cli_version
+from posttrain.cli.ending import run_to_the_end
+from posttrain.cli.options import (
+    MAX_SEED,
+    DebugOption,
+    RecipeArgument,
+    terminal,
+)
+from posttrain.cli.warn import show_in_one_line
+from posttrain.support.display import print_any_text, restart_in_utf8
 
 app = typer.Typer(
-    help="Post-train rectified-flow text-to-image models by SFT, SOAR, Flow-GRPO, DiffusionNFT, or chains.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # else the line ends of docstrings are shown, in addition to the terminal's
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.callback()(cli_version.options)
 recipes_app = typer.Typer(
     help="List, show or copy the recipes that come with posttrain.", no_args_is_help=False
 )
@@ -47,12 +63,27 @@ def run(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Number of processes, each on its own GPU.")] = 1,
+    nproc: Annotated[
+        int, typer.Option(min=1, max=1024, help="Number of processes, each on its own GPU.")
+    ] = 1,
+    fresh: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE",
+            help="Remove what this stage, and those trained from it, wrote; begin them anew. Repeatable.",
+        ),
+    ] = None,
+    smoke: Annotated[
+        bool,
+        typer.Option("--smoke", help="Run all of it once in about a minute, shrunk, in runs/NAME-smoke."),
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a recipe: train its stages, evaluate them and write a report.
 
-    The same command resumes an interrupted run. It also works under torchrun, accelerate launch and srun.
+    The same command resumes an interrupted run, also with a changed recipe if nothing that was trained would
+    differ. Ctrl-C and SIGTERM finish the step and write a checkpoint (exit code 75); a second one stops at
+    once. It also works under torchrun, accelerate launch and srun.
     """
     del debug
     from posttrain.distributed.launch import run_in_processes
@@ -60,9 +91,12 @@ def run(
     from posttrain.stages.chain import run as run_recipe
     from posttrain.stages.processes import check_processes
 
+    if smoke:
+        cli_smoke.run_shrunk(recipe, overrides or (), output, nproc, fresh or ())
+        return
     loaded = load_recipe(recipe, overrides or ())
     if nproc == 1:
-        run_recipe(loaded, output, terminal())
+        run_recipe(loaded, output, terminal(), fresh or ())
         return
     # check once here, not once in every process
     check_or_raise(loaded)
@@ -85,7 +119,7 @@ def check(
     from posttrain.recipe.file import load_recipe
 
     console, loaded = terminal(), load_recipe(recipe, overrides or ())
-    console.print(overview(loaded), highlight=False)
+    console.print(overview(loaded))
     if data:
         from posttrain.planning.scan import scan_data
 
@@ -101,12 +135,13 @@ def recipes_list(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     from rich.table import Table
+    from rich.text import Text
 
     from posttrain.recipe.file import shipped_recipes
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, summary in shipped_recipes().items():
-        table.add_row(f"[bold]{name}[/bold]", summary)
+        table.add_row(Text(name, "bold"), summary)
     terminal().print(table)
 
 
@@ -129,49 +164,26 @@ def recipes_copy(
 ) -> None:
     """Copy a shipped recipe to a file that you can edit."""
     del debug
+    from shlex import quote
+
     from posttrain.errors import PosttrainError
     from posttrain.recipe.file import recipe_text
+    from posttrain.support.files import write
 
     text, target = recipe_text(name), target or Path(f"{name}.yaml")
     if target.is_dir():
         target = target / f"{name}.yaml"
     if target.exists():
         raise PosttrainError(f"{str(target)!r} exists: give another target")
-    target.write_text(text)
-    terminal().print(f"wrote {target}; run it with: posttrain run {target}", highlight=False)
-
-
-@app.command()
-def sample(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A stage's folder, a diffusers folder, or a hub name.")
-    ],
-    prompt: Annotated[list[str], typer.Option(help="The prompt. Repeatable.")],
-    output: Annotated[Path, typer.Option(help="The folder for the images.")] = Path("samples"),
-    images: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
-    resolution: Annotated[int, typer.Option(min=8, help="Side of the images in pixels.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 40,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 4.5,
-    solver: Annotated[str, typer.Option(help="euler, dpm1 or dpm2.")] = "euler",
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
-    base: BaseOption = None,
-    device: DeviceOption = "auto",
-    debug: DebugOption = False,
-) -> None:
-    """Sample images for prompts and write them with a grid."""
-    del debug
-    from posttrain.stages.samples import SampleSettings, draw
-
-    settings = SampleSettings(images, resolution, steps, guidance, solver, seed, base, device)
-    files = draw(model, prompt, output, settings, terminal())
-    terminal().print(f"wrote {len(files)} images and grid.png to {output}", highlight=False)
+    write(target, text)
+    terminal().print(f"wrote {target}; run it with: posttrain run {quote(str(target))}", soft_wrap=True)
 
 
 @shapes_app.command("build")
 def shapes_build(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the data set.")],
-    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    images: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of images.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the scenes.")] = 0,
     style: Annotated[str, typer.Option(help="clean, or web (wrong captions and clutter).")] = "clean",
     debug: DebugOption = False,
 ) -> None:
@@ -180,55 +192,32 @@ def shapes_build(
     from posttrain.errors import PosttrainError
     from posttrain.shapes.dataset import build
     from posttrain.shapes.scene import STYLES
+    from posttrain.support.wording import counted
 
     if style not in STYLES:
         raise PosttrainError(f"--style: no style {style!r}; there are {', '.join(STYLES)}")
     build(folder, images, seed, style)
-    terminal().print(f"wrote {images} images to {folder}", highlight=False)
+    terminal().print(f"wrote {counted(images, 'image')} to {folder}", soft_wrap=True)
 
 
+app.command("sample")(cli_sample.draw_samples)
 app.command("eval")(cli_eval.evaluate_model)
 app.command("compare")(cli_eval.compare_evaluations)
+app.command("status")(cli_status.show_status)
+app.command("export")(cli_export.export_stage)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
+app.command("report")(cli_report.write_reports)
+app.command("schema")(cli_schema.show_schema)
+cli_catalogue.register(app)
 cli_rewards.register(app)
 cli_cache.register(app)
 
 
 def main() -> None:
-    """Run the command line. An error that the user can correct is one message and exit code 1."""
+    """Run the command line."""
+    restart_in_utf8()
+    print_any_text()
+    show_in_one_line()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that torchvision is missing
-    debug = "--debug" in sys.argv
-    try:
-        app()
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # typer turns Ctrl-C into an exit with code 130
-        if isinstance(stop, SystemExit) and stop.code != 130:
-            raise
-        if CHILD in os.environ:
-            sys.exit(130)  # the process that started this one prints the message
-        _fail("interrupted; the same command resumes from the last checkpoint", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        from posttrain.errors import PosttrainError
-
-        if debug or not isinstance(error, (PosttrainError, OSError, MemoryError)):
-            raise
-        _fail(str(error) or type(error).__name__, 1)
-
-
-def _fail(message: str, code: int) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(
-        f"[bold red]error:[/bold red] {_escaped(message)}", soft_wrap=True, highlight=False
-    )
-    sys.exit(code)
-
-
-def _escaped(message: str) -> str:
-    from rich.markup import escape
-
-    return escape(message)
+    run_to_the_end(app)

@@ -27,7 +27,7 @@ def cache_list(context: typer.Context, path: PathOption = None) -> None:
         return
     from rich.table import Table
 
-    from posttrain.cache.contents import age, contents
+    from posttrain.cache.contents import age, contents, kept_beside
     from posttrain.support.wording import short
 
     stores = contents(root := _root(path))
@@ -41,21 +41,31 @@ def cache_list(context: typer.Context, path: PathOption = None) -> None:
     if stores:
         terminal().print(table)
     total = short(sum(kept.size for kept in stores), "B")
-    terminal().print(f"{total} in {root}", soft_wrap=True, highlight=False, markup=False)
+    terminal().print(f"{total} in {root}", soft_wrap=True)
+    for what, size in (kept_beside(root) if path is None else {}).items():
+        terminal().print(f"{short(size, 'B')} beside them: {what}", soft_wrap=True)
 
 
 @cache_app.command("clear")
 def cache_clear(path: PathOption = None, debug: DebugOption = False) -> None:
-    """Remove all cached encodings. Runs encode again what they need."""
+    """Remove all cached encodings. Runs encode again what they need.
+
+    Without --path it also removes what was read of large data sets, and what plans counted.
+    """
     del debug
-    from posttrain.cache.contents import clear
+    from posttrain.cache.contents import clear, clear_beside
     from posttrain.support.wording import short
 
-    freed = short(clear(root := _root(path)), "B")
-    terminal().print(f"removed {freed} from {root}", soft_wrap=True, highlight=False, markup=False)
+    freed = clear(root := _root(path)) + (clear_beside(root) if path is None else 0)
+    terminal().print(f"removed {short(freed, 'B')} from {root}", soft_wrap=True)
 
 
 def _root(path: Path | None) -> Path:
     from posttrain.cache.settings import default_folder
+    from posttrain.errors import PosttrainError
+    from posttrain.support.paths import expanded, is_file
 
-    return default_folder() if path is None else path.expanduser().absolute()
+    root = default_folder() if path is None else expanded(path).absolute()
+    if is_file(root):
+        raise PosttrainError(f"{str(root)!r} is a file; the cache is a folder")
+    return root

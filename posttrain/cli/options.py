@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from posttrain.support.terminal import Terminal
+
+MAX_SIDE, MAX_SEED = 16_384, 2**63 - 1
+"""The largest side in pixels and the largest seed, as in a recipe."""
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -19,8 +22,8 @@ BaseOption = Annotated[
 ]
 
 
-def terminal() -> Console:
+def terminal() -> Terminal:
     """The console on which commands print. Only commands that print import rich."""
-    from rich.console import Console
+    from posttrain.support.terminal import Terminal
 
-    return Console()
+    return Terminal()

@@ -15,11 +15,13 @@ def plan_resources(
     gpu: Annotated[
         str | None, typer.Option(help='The GPU, such as "H100 80GB". Default: this machine.')
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of GPUs.")] = 1,
     memory: Annotated[
         str | None, typer.Option(help="Memory of a GPU that --gpu does not know, such as 48GB.")
     ] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.001, help="Dense bf16 TFLOP/s of that GPU.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, max=1e6, help="Dense bf16 TFLOP/s of that GPU.")
+    ] = None,
     mfu: Annotated[
         float | None,
         typer.Option(
@@ -82,6 +84,6 @@ def _measured(file: Path) -> float:
     from posttrain.errors import PosttrainError
 
     try:
-        return float(json.loads(file.read_text())["engine"]["mfu"])
+        return float(json.loads(file.read_text(encoding="utf-8"))["engine"]["mfu"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PosttrainError(f"--measured: {str(file)!r} is no result of a benchmark: {error}") from error

@@ -37,7 +37,7 @@ def rewards_list(context: typer.Context) -> None:
         return
     from posttrain.scoring.catalogue import listing
 
-    terminal().print(listing(), soft_wrap=True, highlight=False)
+    terminal().print(listing(), soft_wrap=True)
 
 
 @rewards_app.command("fetch")
@@ -57,7 +57,6 @@ def rewards_fetch(
     for source, path in fetch(name):
         terminal().print(
             f"{source.repo} ({source.weights.licence}): complete and as published, in {path}",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -76,7 +75,7 @@ def score(
     prompt: Annotated[str | None, typer.Option(help="One prompt for all images.")] = None,
     overrides: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The JSONL file to write the scores to.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that are scored at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Images that are scored at once.")] = 16,
     conformance: Annotated[
         bool,
         typer.Option("--conformance", help="Score fixed images, to compare machines; writes JSON."),
@@ -112,15 +111,16 @@ def score(
     from posttrain.evaluation.card import result
     from posttrain.evaluation.report.table import card_table
     from posttrain.scoring.folder import image_files, score_files, with_prompts
+    from posttrain.support.files import write
+    from posttrain.support.wording import counted
 
     if not images:
         raise PosttrainError("say which images to score: files or folders")
     items = with_prompts(image_files(images), prompts, prompt, rewards)
     records = score_files(items, rewards, resolve(device), batch_size)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(record) + "\n" for record in records))
-    terminal().print(card_table(f"{len(records)} images", result(records, rewards)))
+        write(output, "".join(json.dumps(record) + "\n" for record in records))
+    terminal().print(card_table(counted(len(records), "image"), result(records, rewards)))
     return None
 
 
@@ -134,9 +134,28 @@ def serve_reward(
         str | None,
         typer.Option(metavar="VAR", help="The environment variable that holds the clients' token."),
     ] = None,
-    max_mb: Annotated[int, typer.Option(min=1, help="Largest request in MB (1000000 bytes).")] = 256,
+    max_mb: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Largest request in MB (1000000 bytes).")
+    ] = 256,
+    max_connections: Annotated[
+        int, typer.Option(min=1, max=65_536, help="Connections at a time. Beyond it, idle ones are closed.")
+    ] = 512,
+    transfer_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1, max=86_400, help="Within this time a request must arrive, and its answer be taken."
+        ),
+    ] = 60.0,
+    reward_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            max=86_400,
+            help="A reward that takes longer for a batch is ended and started again, once.",
+        ),
+    ] = 600.0,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images of waiting requests that are scored together.")
+        int, typer.Option(min=1, max=65_536, help="Images of waiting requests that are scored together.")
     ] = 64,
     overrides: SetOption = None,
     device: DeviceOption = "auto",
@@ -145,27 +164,32 @@ def serve_reward(
     """Serve a reward over HTTP, for recipes that use a reward of type remote."""
     del debug
     import os
+    from contextlib import closing
     from importlib.util import find_spec
 
     from posttrain.errors import PosttrainError
     from posttrain.recipe.file import chosen_rewards
-    from posttrain.support.device import resolve, set_tf32
+    from posttrain.support.device import resolve
 
     if missing := [package for package in ("fastapi", "uvicorn") if find_spec(package) is None]:
         raise PosttrainError(f"serve-reward needs {', '.join(missing)}: pip install 'posttrain[rewards]'")
-    from posttrain.scoring.server.app import application, check_exposure, serve
+    from posttrain.scoring.server.app import application
+    from posttrain.scoring.server.batching import Batcher
+    from posttrain.scoring.server.limits import Limits
+    from posttrain.scoring.server.listen import check_exposure, serve
+    from posttrain.scoring.server.worker import Worker
 
     token = None if token_env is None else os.environ.get(token_env)
     if token_env is not None and not token:
         raise PosttrainError(f"--token-env: the environment variable {token_env!r} is missing or empty")
     check_exposure(host, token)
     (reward,) = chosen_rewards([name], overrides or ())
-    set_tf32(False)
-    app = application(
-        reward, resolve(device), token=token, max_bytes=max_mb * 1_000_000, batch_size=batch_size
-    )
+    limits = Limits(max_mb * 1_000_000, max_connections, transfer_seconds)
     try:
-        serve(app, host, port, lambda url: typer.echo(f"{reward.label}: {url}"))
+        with closing(Worker(reward, resolve(device), reward_seconds)) as worker:
+            worker.start()
+            app = application(reward, Batcher(worker, batch_size), limits, token)
+            serve(app, host, port, limits, lambda url: typer.echo(f"{reward.label}: {url}"))
     except KeyboardInterrupt:
         typer.echo("stopped")
 
@@ -174,6 +198,7 @@ def _conform(rewards, device, output: Path | None, against: Path | None, toleran
     """Score the fixed images of the conformance test, write the scores, and compare them with ``against``."""
     from posttrain.errors import PosttrainError, RewardError
     from posttrain.scoring.conformance import conformance, differences, read
+    from posttrain.support.files import write
 
     if len(rewards) != 1:
         raise PosttrainError(f"--conformance takes one reward at a time, not {len(rewards)}")
@@ -181,8 +206,7 @@ def _conform(rewards, device, output: Path | None, against: Path | None, toleran
     scored = conformance(rewards[0], device)
     text = json.dumps(scored, indent=1) + "\n"
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text)
+        write(output, text)
     elif expected is None:
         typer.echo(text, nl=False)
     if expected is not None:
@@ -190,6 +214,5 @@ def _conform(rewards, device, output: Path | None, against: Path | None, toleran
             raise RewardError(f"{scored['reward']} differs from {against}:\n  " + "\n  ".join(problems))
         terminal().print(
             f"{scored['reward']}: {len(scored['cases'])} scores as in {against}, to {tolerance:g}",
-            highlight=False,
             soft_wrap=True,
         )

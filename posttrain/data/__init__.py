@@ -1,8 +1,5 @@
-"""What a stage trains on: images with captions, rendered shapes, or prompts.
+"""What a stage trains on: images with captions, pairs of images, or prompts."""
 
-Only the settings are imported here, so that reading a recipe does not import torch.
-"""
+from posttrain.data.settings import Images
 
-from posttrain.data.settings import AnyData, Data, Images, PromptData, ShapesData, with_type
-
-__all__ = ["AnyData", "Data", "Images", "PromptData", "ShapesData", "with_type"]
+__all__ = ["Images"]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from posttrain.data.rows import Bucket
+from posttrain.data.table import Bucket
 from posttrain.errors import DataError
-from posttrain.support.wording import multiples_near
+from posttrain.support.wording import nearest
 
 MAX_ASPECT = 2
 """Buckets have aspect ratios from 1:2 to 2:1. A longer image is cropped at its ends."""
@@ -52,8 +52,7 @@ def bucket_problem(bucket: Bucket, divisor: int, max_pixels: int) -> str | None:
     """Why a row's bucket cannot be used, with the nearest allowed sides; None if it can be used."""
     for name, side in zip(("bw", "bh"), bucket, strict=True):
         if side % divisor:
-            near = multiples_near(side, divisor)
-            return f"{name} {side} is not a multiple of {divisor}; the nearest is {near}"
+            return f"{name} {side} is not a multiple of {divisor}; {nearest(side, divisor)}"
     if bucket[0] * bucket[1] > max_pixels:
         return f"a bucket of {bucket[0]} x {bucket[1]} pixels is more than max_pixels ({max_pixels})"
     return None

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from posttrain.data.place import Place
 from posttrain.errors import DataError
 from posttrain.support.quiet import exif_warnings_hidden
 
@@ -22,13 +24,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000
 class BadImage(DataError):
     """An image cannot be used. ``reason`` is the message without the path."""
 
-    def __init__(self, path: Path, reason: str):
+    def __init__(self, path: Path | Place, reason: str):
         super().__init__(f"{path}: {reason}")
-        self.path = path
         self.reason = reason
 
 
-def open_image(path: Path, max_pixels: int) -> Image.Image:
+def open_image(path: Path | Place, max_pixels: int) -> Image.Image:
     """The first frame of ``path``, upright, as 8-bit RGB.
 
     Raises BadImage (a DataError) if the file is truncated or damaged, is no image of :data:`FORMATS`, has
@@ -39,7 +40,7 @@ def open_image(path: Path, max_pixels: int) -> Image.Image:
         return _rgb(path, ImageOps.exif_transpose(image), image.format)
 
 
-def image_size(path: Path, max_pixels: int) -> tuple[int, int]:
+def image_size(path: Path | Place, max_pixels: int) -> tuple[int, int]:
     """(width, height) of the image that :func:`open_image` returns, read from the header where possible.
 
     Raises BadImage, but does not detect damage after the header.
@@ -53,21 +54,22 @@ def image_size(path: Path, max_pixels: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: Path | Place, max_pixels: int) -> Iterator[Image.Image]:
     """Open ``path``; every failure inside the block becomes a BadImage."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     # Other libraries allow truncated images for the whole process; Pillow then fills the rest with grey.
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
     try:
-        if not path.stat().st_size:
+        source = path.source() if isinstance(path, Place) else path
+        if isinstance(source, Path) and not source.stat().st_size:
             raise BadImage(path, "the file has zero bytes")
         Image.init()
         formats = [name for name in FORMATS if name in Image.OPEN]
-        with exif_warnings_hidden(), Image.open(path, formats=formats) as image:
+        with exif_warnings_hidden(), Image.open(source, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height} pixels"
                 raise BadImage(path, f"{size} are more than max_pixels ({max_pixels})")
-            if image.format in ("JPEG", "MPO") and _ends_in_padding(path):
+            if image.format in ("JPEG", "MPO") and _ends_in_padding(source):
                 raise BadImage(path, "truncated: its end is all zeros")
             yield image
     except (BadImage, MemoryError):
@@ -82,16 +84,17 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _ends_in_padding(path: Path) -> bool:
+def _ends_in_padding(source: Path | BytesIO) -> bool:
     """Whether a JPEG ends in zeros, as interrupted downloads do. Pillow would show its lost part as grey."""
-    with path.open("rb") as handle:
+    with source.open("rb") if isinstance(source, Path) else BytesIO(source.getbuffer()) as handle:
         handle.seek(-1, 2)
         if handle.read() != b"\0":
             return False
-    return not path.read_bytes().rstrip(b"\0").endswith(b"\xff\xd9")
+        handle.seek(0)
+        return not handle.read().rstrip(b"\0").endswith(b"\xff\xd9")
 
 
-def _rgb(path: Path, image: Image.Image, file_format: str | None) -> Image.Image:
+def _rgb(path: Path | Place, image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.float32)
         if isinstance(clear := image.info.get("transparency"), int):

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from posttrain.data.buckets import bucket_problem, bucket_sizes, nearest_bucket, to_pixels
-from posttrain.data.decode import BadImage, image_size
-from posttrain.data.lines import Problem, listing
+from posttrain.data.assignment import assigned
+from posttrain.data.buckets import to_pixels
+from posttrain.data.lines import Problem, listing, one_for_each_row
 from posttrain.data.order import batches, batches_per_epoch, rank_slice
-from posttrain.data.rows import Bucket, Record, read_records, stop_beyond_tolerance
+from posttrain.data.rows import read_records
 from posttrain.data.settings import Images
-from posttrain.data.workers import CentreCrops, DecodeCheck, EpochCrops, flipped, read
+from posttrain.data.table import Bucket, Record, Table, stop_beyond_tolerance
+from posttrain.data.workers import CentreCrops, DecodeCheck, EpochCrops, Seen, flipped, read
 from posttrain.errors import DataError
 from posttrain.support.randomness import generator
 
@@ -44,6 +46,11 @@ class ImageBatch:
     bucket: Bucket
     """(w, h) in pixels."""
 
+    def take(self, positions: Sequence[int]) -> ImageBatch:
+        """The batch of the images at ``positions`` (from 0) alone."""
+        lists = _lists_at(self, positions, "ids", "captions", "sample_index")
+        return replace(self, pixels=self.pixels[list(positions)], **lists)
+
 
 @dataclass(frozen=True)
 class PlannedBatch:
@@ -59,35 +66,31 @@ class PlannedBatch:
 
     def take(self, positions: Sequence[int]) -> PlannedBatch:
         """The batch of the images at ``positions`` (from 0) alone."""
-
-        def taken(values: list) -> list:
-            return [values[position] for position in positions]
-
-        return PlannedBatch(
-            self.step, taken(self.ids), taken(self.flips), taken(self.captions), taken(self.sample_index)
-        )
+        return replace(self, **_lists_at(self, positions, "ids", "flips", "captions", "sample_index"))
 
 
 class ImageSource:
-    """The images that ``spec`` lists, each assigned to a bucket whose sides are multiples of ``divisor``.
+    """The images of ``spec``, each assigned to a bucket whose sides are multiples of ``divisor``.
+
+    With a ``table`` its rows are taken, and ``spec`` says how to read their images.
 
     ``records`` maps an image's id to its row, ``buckets`` a bucket to its ids, ``bucket_of`` an id to its
     bucket. ``skipped`` lists each unusable row known so far once; a rank knows of undecodable images only
-    those that it has met itself. ``notes`` are remarks for the user. Raises DataError if the files of
-    ``spec`` cannot be read or if more rows are unusable than it tolerates.
+    those that it has met itself. ``files`` tells whether the images are still the same; it, ``layout`` and
+    ``listed`` are those of :class:`posttrain.data.table.Table`. ``notes`` are remarks for the user. Raises
+    DataError if the files of ``spec`` cannot be read or if more rows are unusable than it tolerates.
     """
 
-    def __init__(self, spec: Images, divisor: int):
-        table = read_records(spec)
-        self.spec, self.rows, self.notes = spec, table.rows, table.notes
+    def __init__(self, spec: Images, divisor: int, table: Table | None = None):
+        table = table or read_records(spec)
+        self.spec, self.rows, self.notes, self.files = spec, table.rows, table.notes, table.files
+        self.layout, self.listed = table.layout, table.listed
         self.skipped: list[Problem] = list(table.problems)
         self.records: dict[int, Record] = {}
         self.buckets: dict[Bucket, list[int]] = {}
-        sizes = bucket_sizes(spec.resolution, divisor) if spec.resolution else []
-        for record in table.records:
-            bucket = _assigned(record, spec, divisor, sizes)
-            if isinstance(bucket, Problem):
-                self.skipped.append(bucket)
+        for record, bucket in zip(table.records, assigned(table, spec, divisor), strict=True):
+            if isinstance(bucket, str):
+                self.skipped.append(record.problem(bucket))
                 continue
             self.records[record.id] = record
             self.buckets.setdefault(bucket, []).append(record.id)
@@ -162,19 +165,27 @@ class ImageSource:
             else:
                 yield i, flip, to_pixels(image[None])[0]
 
-    def scan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Problem]:
-        """Decode every image and return all problems of the data, sorted by line.
+    def scan(
+        self,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        seen: dict[int, Seen] | None = None,
+    ) -> list[Problem]:
+        """Decode every image and return all problems of the data, sorted by file and line.
 
-        ``progress`` is called with (images read, images). With ``tolerance: 1`` in the settings the source
-        can be made, and scanned, however many rows are unusable.
+        ``progress`` is called with (images read, images). ``seen`` receives id -> what is known, of each
+        image that can be decoded. With ``tolerance: 1`` in the settings the source can be made, and
+        scanned, however many rows are unusable.
         """
-        by_line = {problem.line: problem for problem in self.skipped}
-        problems = read(DecodeCheck(self.spec, self.records), self.records, self.spec.workers)
-        for done, problem in enumerate(problems, 1):
-            if problem is not None:
-                by_line.setdefault(problem.line, problem)
+        problems = list(self.skipped)
+        check = DecodeCheck(self.spec, self.records, seen=seen is not None)
+        found = read(check, self.records, self.spec.workers)
+        for done, (i, outcome) in enumerate(zip(self.records, found, strict=True), 1):
+            if isinstance(outcome, Problem):
+                problems.append(outcome)
+            elif outcome is not None and seen is not None:
+                seen[i] = outcome
             progress(done, len(self.records))
-        return [by_line[line] for line in sorted(by_line)]
+        return one_for_each_row(problems)
 
     def _plan(
         self, batch_size: int, key: tuple[object, ...], start_step: int
@@ -204,7 +215,7 @@ class ImageSource:
                 yield i, image
 
     def _skip(self, problem: Problem) -> None:
-        if all(problem.line != known.line for known in self.skipped):
+        if all(problem.row != known.row for known in self.skipped):
             self.skipped.append(problem)
             stop_beyond_tolerance(self.spec, self.skipped, self.rows)
 
@@ -225,15 +236,6 @@ class ImageSource:
             self._skip(problem)
 
 
-def _assigned(record: Record, spec: Images, divisor: int, sizes: Sequence[Bucket]) -> Bucket | Problem:
-    """The bucket of ``record``: the nearest of ``sizes``, or the row's own one if there are none."""
-    if not sizes:
-        if record.bucket is None:
-            reason = "no 'bw' and 'bh'; add them, or give the recipe's data a 'resolution'"
-        elif not (reason := bucket_problem(record.bucket, divisor, spec.max_pixels)):
-            return record.bucket
-        return Problem(record.line, record.path, reason)
-    try:
-        return nearest_bucket(*(record.bucket or image_size(record.path, spec.max_pixels)), sizes)
-    except BadImage as error:
-        return Problem(record.line, record.path, error.reason)
+def _lists_at(batch: Any, positions: Sequence[int], *names: str) -> dict[str, list]:
+    """The elements at ``positions`` of the lists ``names`` of ``batch``."""
+    return {name: [getattr(batch, name)[n] for n in positions] for name in names}

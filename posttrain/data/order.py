@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from posttrain.data.rows import Bucket
+from posttrain.data.table import Bucket
 from posttrain.support.randomness import generator
 
 Buckets = Mapping[Bucket, Sequence[int]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.lines import Problem, json_object, lines, listing, string, text
 from posttrain.data.settings import PromptFile, ShapesPrompts
-from posttrain.errors import DataError
+from posttrain.errors import DataError, PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.reward import Reward
@@ -57,8 +57,18 @@ def read_prompts(path: Path, rewards: Sequence[Reward] = ()) -> list[dict[str, A
     return rows
 
 
+def distinct_prompts(prompts: PromptFile | ShapesPrompts) -> int | None:
+    """How many distinct prompts there are; None if their file is not on this machine."""
+    try:
+        return len({row["prompt"] for row in prompt_rows(prompts)})
+    except (OSError, PosttrainError):
+        return None
+
+
 def _json_row(raw: bytes) -> dict[str, Any]:
     row = json_object(raw)
+    if not isinstance(row.get("tag", ""), str):
+        raise ValueError(f"'tag' must be text, not {json.dumps(row['tag'])[:60]}")
     return {**row, "prompt": string(row, "prompt")}
 
 
@@ -71,5 +81,5 @@ def _text_row(raw: bytes) -> dict[str, Any]:
 def _is_object(raw: bytes) -> bool:
     try:
         return isinstance(json.loads(raw), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

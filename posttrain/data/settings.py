@@ -1,33 +1,24 @@
-"""The ``data`` and ``prompts`` blocks of a recipe.
-
-Nothing heavy is imported: every command reads a recipe, and most commands touch no image.
-"""
+"""How a recipe names images and prompts: the fields that its ``data`` and ``prompts`` blocks share."""
 
 from __future__ import annotations
 
-from abc import ABC
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from posttrain.registry import AnyPath, Named, Spec
+from posttrain.flow.sampling_settings import MAX_SIDE
+from posttrain.registry import FREE, NO_PATH, AnyPath, MaybePath, Spec, field_error
+
+MAX_WORKERS = 256
 
 
-class Data(Named, ABC):
-    """The ``data`` block of a stage."""
+class Reading(Spec):
+    """How listed images are found and made ready for training."""
 
-
-class Images(Data):
-    """Images with captions, listed in a JSONL file."""
-
-    type: Literal["images"] = "images"
-    images: AnyPath
-    """JSONL file with one object per line: either ``md5`` (the image is ``{md5}.jpg``), ``caption_en``,
-    ``bw`` and ``bh``, or ``image`` (a path) and ``caption``."""
-    image_dir: AnyPath | None = None
-    """Folder of the images. Default: the folder of the JSONL file."""
-    resolution: Annotated[int, Field(gt=0)] | None = None
+    image_dir: MaybePath = NO_PATH
+    """Folder that paths of images start at. Default: the folder of the list or table."""
+    resolution: Annotated[int, Field(gt=0, le=MAX_SIDE)] | None = None
     """Training area, as the side in pixels of a square. Each image is trained at the size of about this area
     whose aspect ratio is nearest to its own. Default: each row names its size, ``bw`` x ``bh`` pixels."""
     crop: Literal["random", "center"] = "random"
@@ -35,42 +26,50 @@ class Images(Data):
     a part in each epoch."""
     flip: bool = False
     """Whether to mirror each image left to right with probability 1/2, drawn in each epoch."""
-    tolerance: Annotated[float, Field(ge=0, le=1)] = 0.01
+    tolerance: Annotated[float, Field(ge=0, le=1), FREE] = 0.01
     """Fraction of the rows, 0 to 1, that may be skipped because they cannot be used. More stop the run."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=MAX_WORKERS), FREE] = 0
     """Processes that decode images ahead; with 0 the training process decodes. It changes speed only."""
     max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
     """Largest image in pixels. A larger one is refused before it is decoded, as it may be a decompression
     bomb. Default: the limit beyond which Pillow refuses to open an image."""
 
-    def build(self, folder: Path) -> Images:
-        """Return these images, which exist already; ``folder`` is not used."""
+    def for_cache(self) -> dict[str, str]:
+        """The fields with which every image has one crop, as the cache of latents needs."""
+        return {} if self.crop == "center" else {"crop": "center"}
+
+
+class Images(Reading):
+    """Images with captions, as they lie in a folder, an archive, a table, a list, or on the hub."""
+
+    images: AnyPath
+    """What holds or lists the images. A folder: images with ``.txt`` captions of the same stem, or with a
+    ``metadata.jsonl`` or ``metadata.csv``, or ``.parquet`` or ``.tar`` files. A file: ``.jsonl``, ``.csv``,
+    ``.parquet`` or ``.tar``. With ``split``: a data set's hub name, or its folder. See docs/data.md."""
+    image_column: str | None = None
+    """Column that names or holds the image; of ``.tar`` files, the ending. Default: found by its usual
+    names."""
+    caption_column: str | None = None
+    """Column of the caption. Default: found by its usual names."""
+    split: str | None = Field(default=None, pattern=r"^\w[\w.-]*$", examples=["train"])
+    """Split of a data set that the library ``datasets`` reads, such as ``train``."""
+    subset: str | None = None
+    """Subset (configuration) of that data set. Default: its only one."""
+
+    @model_validator(mode="after")
+    def _subset_is_used(self) -> Self:
+        if self.subset is not None and self.split is None:
+            raise field_error(("subset",), "it has no effect without 'split', which asks for a data set")
         return self
 
 
-class ShapesData(Data):
-    """Scenes of coloured shapes with captions, rendered before the stage starts."""
+class PairList(Reading):
+    """Pairs of images of one prompt, of which one was preferred, in a list or in tables."""
 
-    type: Literal["shapes"] = "shapes"
-    images: Annotated[int, Field(gt=0)]
-    """Number of images to render."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the scenes: equal seeds render equal images."""
-    style: Literal["clean", "web"] = "clean"
-    """``clean`` renders what the caption says; ``web`` adds flaws that images on the web have."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode images ahead; with 0 the training process decodes. It changes speed only."""
-
-    def build(self, folder: Path) -> Images:
-        """Render the images into a subfolder of ``folder``, unless it has them; stages share the subfolder.
-
-        Only one process may call this at a time. Raises DataError if the folder cannot be written.
-        """
-        from posttrain.shapes.dataset import build  # only stages that train on shapes need the renderer
-
-        folder = folder / f"shapes-{self.style}-{self.images}-{self.seed}"
-        build(folder, self.images, self.seed, self.style)
-        return Images(images=folder / "train.jsonl", image_dir=folder / "images", workers=self.workers)
+    pairs: AnyPath
+    """JSONL file with one object per line: ``prompt``, and ``chosen`` and ``rejected``, the paths of two
+    images; ``bw`` and ``bh`` too where there is no ``resolution``. Or a ``.parquet`` file, or a folder of
+    them, as Pick-a-Pic v2 has: ``caption``, ``jpg_0``, ``jpg_1``, ``label_0``, ``label_1``."""
 
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
@@ -84,6 +83,10 @@ class PromptFile(Spec):
     """Text file with one prompt per line, or ``.jsonl`` file with one object per line: its ``prompt``, and
     metadata that the rewards read, such as GenEval's."""
 
+    def in_words(self) -> str:
+        """The prompts in a few words."""
+        return str(self.path)
+
 
 class ShapesPrompts(Spec):
     """Prompts of the Shapes data set, spread evenly over the tasks.
@@ -91,12 +94,16 @@ class ShapesPrompts(Spec):
     Training also meets most of these prompts, since there are few. Only the noise is held out."""
 
     type: Literal["shapes"] = "shapes"
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=100_000)
     """Number of prompts."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the prompts."""
     tasks: list[Task] = Field(default=[*get_args(Task)], min_length=1)
     """GenEval's tasks to take prompts of. Default: all six."""
+
+    def in_words(self) -> str:
+        """The prompts in a few words."""
+        return f"{self.count} Shapes prompts"
 
     @field_validator("tasks")
     @classmethod
@@ -111,30 +118,3 @@ AnyPrompts = Annotated[
     BeforeValidator(lambda v: {"type": "file", "path": v} if isinstance(v, str | Path) else v),
 ]
 """The type of a recipe's ``prompts`` field: a file's path, or a block."""
-
-
-class PromptData(Data):
-    """Prompts, for algorithms that train on their own samples."""
-
-    type: Literal["prompts"] = "prompts"
-    prompts: AnyPrompts
-    """Prompts to sample images for: a file's path, or ``{type: shapes, count: N}``."""
-    resolution: Annotated[int, Field(ge=8)] = 512
-    """Side of the sampled images in pixels; they are square."""
-
-
-def with_type(block: Any) -> Any:
-    """``block`` with the ``type`` that its keys imply, if it has none. Other values are unchanged."""
-    if not isinstance(block, dict) or "type" in block:
-        return block
-    if isinstance(block.get("images"), str | Path):
-        return {"type": "images", **block}
-    if "prompts" in block:
-        return {"type": "prompts", **block}
-    return block
-
-
-AnyData = Annotated[
-    Annotated[Images | ShapesData | PromptData, Field(discriminator="type")], BeforeValidator(with_type)
-]
-"""The type of a recipe's ``data`` field."""

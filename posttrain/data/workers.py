@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from posttrain.data.buckets import cover_and_crop
 from posttrain.data.decode import BadImage, open_image
 from posttrain.data.lines import Problem
-from posttrain.data.rows import Bucket, Record
 from posttrain.data.settings import Images
+from posttrain.data.table import Bucket, Record
 from posttrain.support.randomness import generator
+from posttrain.support.stopping import ignored
 
 CENTRE = (0.5, 0.5)
 """Offsets of the central crop; see :func:`posttrain.data.buckets.cover_and_crop`."""
@@ -29,6 +31,7 @@ def read(dataset: Dataset[Any], jobs: Iterable[Any], workers: int) -> DataLoader
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
+        worker_init_fn=ignored,
         generator=torch.Generator(),  # by default each start would draw from the global generator
     )
 
@@ -37,19 +40,33 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-class DecodeCheck(Dataset[Problem | None]):
-    """Maps an image's id to the reason that it cannot be decoded, or None."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of an image that was decoded."""
 
-    def __init__(self, spec: Images, records: dict[int, Record]):
-        self.spec, self.records = spec, records
+    sha256: str
+    """A hash of its bytes."""
+    size: Bucket
+    """Its (width, height) in pixels, upright."""
 
-    def __getitem__(self, index: int) -> Problem | None:
+
+class DecodeCheck(Dataset["Problem | Seen | None"]):
+    """Maps an image's id to the reason that it cannot be decoded, or else to None; ``seen``: to what is known
+    of it."""
+
+    def __init__(self, spec: Images, records: dict[int, Record], *, seen: bool = False):
+        self.spec, self.records, self.seen = spec, records, seen
+
+    def __getitem__(self, index: int) -> Problem | Seen | None:
         record = self.records[index]
         try:
-            open_image(record.path, self.spec.max_pixels)
+            image = open_image(record.image, self.spec.max_pixels)
         except BadImage as error:
-            return Problem(record.line, record.path, error.reason)
-        return None
+            return record.problem(error.reason)
+        try:
+            return Seen(record.image.sha256(), image.size) if self.seen else None
+        except OSError as error:
+            return record.problem((error.strerror or str(error)).lower())
 
 
 class EpochCrops(Dataset[NDArray[np.uint8] | Problem]):
@@ -93,7 +110,7 @@ def _crop(
     spec: Images, record: Record, bucket: Bucket, offsets: tuple[float, float], flip: bool
 ) -> NDArray[np.uint8] | Problem:
     try:
-        image = open_image(record.path, spec.max_pixels)
+        image = open_image(record.image, spec.max_pixels)
     except BadImage as error:
-        return Problem(record.line, record.path, error.reason)
+        return record.problem(error.reason)
     return cover_and_crop(image, bucket, offsets, flip)

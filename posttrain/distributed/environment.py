@@ -78,7 +78,11 @@ def _first_host(nodes: str) -> str:
         return nodes.split(",")[0]
     try:
         listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise PosttrainError(

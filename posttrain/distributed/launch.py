@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
+import random
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from typing import IO
+from pathlib import Path
 
+from posttrain.distributed.children import Child, end_all, wait_for_all
 from posttrain.distributed.environment import rank_and_world_size
 from posttrain.errors import PosttrainError
+from posttrain.support.heartbeat import CHILD, FOLDER, anew_file, note_begun_anew, patience_seconds
+from posttrain.support.stopping import deferred
 
-CHILD = "POSTTRAIN_CHILD"
-"""Set in the environment of processes that :func:`run_in_processes` started."""
+PORTS = range(20_000, 32_768)
+"""Below those that Linux, macOS and Windows give to programs that ask for any port."""
 OPTIONS = ("--nproc", "--processes")
 """The commands' options for the number of processes."""
 
@@ -24,36 +27,30 @@ OPTIONS = ("--nproc", "--processes")
 def run_in_processes(count: int) -> None:
     """Run this process's command in ``count`` processes, each with a RANK, and return when all are done.
 
-    Only rank 0 writes to the terminal; the stderr of another rank is shown if that one fails. Raises
-    PosttrainError if one fails, after stopping the others, and if a launcher started this process as one of
-    several.
+    Only rank 0 writes to the terminal; the stderr of another rank is shown if that one fails. A signal that
+    stops this process stops them in order. Raises Stopped then, and PosttrainError, after stopping the
+    others, if one fails, is stopped, or gives no sign for as long as
+    :func:`posttrain.support.heartbeat.patience_seconds` says; also if a launcher started this process as
+    one of several.
     """
     rank, size = rank_and_world_size()
     if size > 1:
         raise PosttrainError(
             f"this is process {rank} of {size} that a launcher started: leave {' or '.join(OPTIONS)} out"
         )
+    patience = patience_seconds()
     # torch.distributed.elastic could start them, but reports those that it stops itself as failed, too
-    errors = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 closed below
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the exit stops the children below
-    children = _started(count, errors)
-    try:
-        while any(child.poll() is None for child in children):
-            _stop_if_failed(children, errors)
-            time.sleep(0.2)
-        _stop_if_failed(children, errors)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-        for child in children:
-            child.wait()
-        for file in errors:
-            file.close()
-        signal.signal(signal.SIGTERM, before)
+    with deferred(), tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
+        children = _started(count, Path(folder))
+        try:
+            wait_for_all(children, patience)
+        finally:
+            end_all(children)
+            if anew_file(folder).exists():
+                note_begun_anew()
 
 
-def _started(count: int, errors: Sequence[IO[str]]) -> list[subprocess.Popen]:
+def _started(count: int, folder: Path) -> list[Child]:
     command = [sys.executable, "-m", "posttrain", *_without_options(sys.argv[1:])]
     environment = {
         "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)),
@@ -62,42 +59,22 @@ def _started(count: int, errors: Sequence[IO[str]]) -> list[subprocess.Popen]:
         **os.environ,
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        CHILD: "1",
+        CHILD: str(os.getpid()),
+        FOLDER: str(folder),
     }
-    return [
-        subprocess.Popen(
-            command,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL if rank else None,
-            stderr=errors[rank] if rank else None,
-        )
-        for rank in range(count)
-    ]
+    children = []
+    for rank in range(count):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if not rank:
+            process = subprocess.Popen(command, env=own)
+        else:
+            with (folder / f"{rank}.stderr").open("wb") as errors:
+                process = subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=errors)
+        children.append(Child(rank, process, folder))
+    return children
 
 
-def _stop_if_failed(children: Sequence[subprocess.Popen], errors: Sequence[IO[str]]) -> None:
-    """Raise PosttrainError if a process failed, after showing its stderr."""
-    failed = [rank for rank, child in enumerate(children) if child.poll() not in (None, 0)]
-    if not failed:
-        return
-    # a killed process comes first: the others fail because they cannot reach it any more
-    rank = min(failed, key=lambda rank: (children[rank].returncode > 0, rank))
-    if rank:
-        errors[rank].seek(0)
-        sys.stderr.write(errors[rank].read())
-    code = children[rank].returncode
-    if code >= 0:
-        reason = f"failed (exit code {code}); its messages are above"
-    elif -code == signal.SIGKILL:
-        reason = "was killed by SIGKILL, which is what a system without free memory does"
-    else:
-        reason = f"was killed by {signal.Signals(-code).name}"
-    raise PosttrainError(
-        f"process {rank} of {len(children)} {reason}. The same command continues from where it stopped"
-    )
-
-
-def _without_options(arguments: list[str]) -> list[str]:
+def _without_options(arguments: Sequence[str]) -> list[str]:
     """The command line without the options that give a number of processes."""
     kept, is_value = [], False
     for argument in arguments:
@@ -108,6 +85,12 @@ def _without_options(arguments: list[str]) -> list[str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+    """A port that no program uses now, and that no system gives to one that asks for any port.
+
+    The processes open it only seconds later, when they have loaded. Raises PosttrainError if there is none.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as listening:
+            listening.bind(("127.0.0.1", port))
+            return port
+    raise PosttrainError(f"none of the ports {PORTS[0]} to {PORTS[-1]} is free: set MASTER_PORT")

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from posttrain.distributed.environment import rank_and_world_size
 from posttrain.errors import PosttrainError
+from posttrain.support import stopping
+from posttrain.support.heartbeat import beat, patience_seconds
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(minutes=30)
-"""How long a process waits for the others, which may be computing a slow reward."""
+HEADSTART_SECONDS = 60
+"""A launcher that sees a process hang says so this long before the others give up waiting for it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,18 @@ class World:
         if self.size == 1:
             return values
         total = values.detach().clone()
-        dist.all_reduce(total)
+        with self._exchange():
+            dist.all_reduce(total)
         return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any of the processes."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))))
+
+    def stop_if_told(self) -> None:
+        """Raise Stopped in all processes if a signal told one of them to stop."""
+        if self.any(stopping.requested()):
+            raise stopping.Stopped
 
     def max(self, value: int) -> int:
         """The largest of the processes' values."""
@@ -56,7 +68,8 @@ class World:
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows.contiguous())
+        with self._exchange():
+            dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     def local(self, rows: Tensor) -> Tensor:
@@ -68,7 +81,8 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self._exchange():
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: T) -> T:
@@ -76,7 +90,8 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with self._exchange():
+            dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def barrier(self) -> None:
@@ -91,6 +106,21 @@ class World:
         yield
         if self.is_main:
             self.barrier()
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Turn the loss of another process within the block into a PosttrainError."""
+        beat()
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if not isinstance(error, dist.DistError) and "gloo" not in text and "NCCL" not in text:
+                raise
+            raise PosttrainError(
+                f"process {self.rank} of {self.size} lost another one, whose error is the reason: "
+                f"{text.splitlines()[0].partition('. ')[0]}"
+            ) from error
 
 
 ALONE = World()
@@ -127,7 +157,8 @@ def joined(device: torch.device, *, group: bool = False) -> Iterator[World]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    dist.init_process_group(backend, timeout=PATIENCE, **alone)
+    timeout = datetime.timedelta(seconds=patience_seconds() + HEADSTART_SECONDS)
+    dist.init_process_group(backend, timeout=timeout, **alone)
     try:
         yield World(rank, size)
     finally:

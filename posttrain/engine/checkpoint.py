@@ -1,119 +1,95 @@
-"""Writes a stage's training state, and restores it."""
+"""Reads the files of a checkpoint back as a training state, and checks them.
+
+A checkpoint has ``state.json``, a safetensors file of each process that held numbers of its own, and the
+manifest. Nothing in it is a pickle.
+"""
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from posttrain.distributed.world import World
-from posttrain.errors import PosttrainError
-from posttrain.parallel.strategy import Strategy
-from posttrain.policy.policy import Policy
-from posttrain.support.files import published
+from posttrain.engine.manifest import (
+    MANIFEST,
+    Damage,
+    Manifest,
+    check_files,
+    check_keys,
+    keys_of,
+    kind_of,
+    read_manifest,
+)
+from posttrain.engine.part_file import read_pieces
+from posttrain.engine.state import StoredState
+from posttrain.policy.piece import Piece, Stored
 
-STATE = "state.pt"
+STATE = "state.json"
+"""The file of all that is no tensor."""
 
 
-def save(
-    folder: Path,
-    step: int,
-    policy: Policy,
-    strategy: Strategy,
-    extra: dict[str, Any],
-    keep: int,
-    protected: int | None = None,
-) -> Path:
-    """Write the complete training state after ``step`` steps.
+class Values(BaseModel):
+    """What ``state.json`` has; see :class:`posttrain.engine.state.State`."""
 
-    Every process calls it, and the main one writes. Tensors are whole and stored by the weight's name, so
-    the state can be restored under any strategy, on any number of processes. Of the checkpoints in
-    ``folder``, the last ``keep`` stay, and the one of step ``protected``. ``extra`` is stored as it is given.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    step: int
+    forward_equivalents: int
+    extra: dict[str, Any]
+
+
+def part_names(count: int) -> list[str]:
+    """The names of the files with tensors, if ``count`` processes write one."""
+    return [f"tensors-{i}-of-{count}.safetensors" for i in range(1, count + 1)]
+
+
+def load(checkpoint: Path) -> StoredState:
+    """The state in ``checkpoint``, memory-mapped, its files not compared with its manifest. Raises Damage."""
+    return _loaded(checkpoint, read_manifest(checkpoint))
+
+
+def verified(checkpoint: Path, *fingerprints: str) -> StoredState:
+    """The state in ``checkpoint``, after every byte and key was compared with the manifest.
+
+    Raises Damage where they differ, Foreign where the checkpoint is of none of ``fingerprints``.
     """
-    target, world = folder / f"step-{step:08d}", strategy.world
-    state = _state(step, policy, strategy, extra)
-    if world.is_main:
-        with published(target, _bytes(state)) as part:
-            torch.save(state, part / STATE)
-        for old in saved(folder)[:-keep]:
-            if old.name != f"step-{protected if protected is not None else -1:08d}":
-                shutil.rmtree(old)
-    world.barrier()
-    return target
+    return _loaded(checkpoint, check_files(checkpoint, *fingerprints))
 
 
-def saved(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / STATE).is_file())
+def _loaded(checkpoint: Path, manifest: Manifest) -> StoredState:
+    names = part_names(len(manifest.files) - 1)
+    if manifest.files.keys() != {STATE, *names}:
+        raise Damage(f"{MANIFEST} lists the files {sorted(manifest.files)}, not {sorted([STATE, *names])}")
+    values = _values(checkpoint)
+    if manifest.step != values.step:
+        raise Damage(f"the state is of step {values.step}, and {MANIFEST} says {manifest.step}")
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for name in names:
+        for path, piece in read_pieces(checkpoint / name).items():
+            pieces[path].append(piece)
+    state, kinds = StoredState(values.step, values.forward_equivalents, values.extra), {}
+    for path, own in pieces.items():
+        try:
+            stored = Stored(own)
+        except ValueError as error:
+            raise Damage(f"{path} is not whole: {error}") from error
+        state.add(path, stored)
+        kinds[path] = kind_of(stored.dtype, stored.shape)
+    check_keys(manifest, {**dict(keys_of(values.model_dump())), **kinds})
+    return state
 
 
-def read(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """What :func:`save` wrote. Raises PosttrainError if it cannot be read."""
+def _values(checkpoint: Path) -> Values:
     try:
-        return torch.load(checkpoint / STATE, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:
-        raise PosttrainError(
-            f"cannot read the checkpoint {str(checkpoint)!r}: {error}. Remove it to continue from the one "
-            "before"
-        ) from error
-
-
-def restore(checkpoint: Path, policy: Policy, strategy: Strategy) -> tuple[int, dict[str, Any]]:
-    """Load a checkpoint into ``policy`` and ``strategy``; return its step and the stage's ``extra``.
-
-    Raises PosttrainError if it cannot be read or holds other weights than the policy trains.
-    """
-    # memory-mapped on the CPU: a process with sharded weights reads only its own shards
-    state = read(checkpoint, torch.device("cpu"))
-    trained, stored = policy.trained, state["trained"]
-    if trained.keys() != stored.keys() or any(
-        strategy.layout.shape(trained[name]) != stored[name].shape for name in trained
-    ):
-        raise PosttrainError(
-            f"the checkpoint {str(checkpoint)!r} holds other weights than this stage trains "
-            f"({len(stored)} tensors, not {len(trained)}, or other shapes: another LoRA rank?)"
-        )
-    for role, weights in {None: stored, **state["roles"]}.items():
-        policy.load(role, weights)
-    strategy.mark_loaded()
-    strategy.load_moments({name: moments for name, moments in state["optimizer"].items() if moments})
-    # records show the sum over all processes, so only one process may have the stored sum
-    policy.forward_equivalents = state["forward_equivalents"] if strategy.world.is_main else 0
-    return state["step"], state["extra"]
-
-
-def _state(step: int, policy: Policy, strategy: Strategy, extra: dict[str, Any]) -> dict[str, Any]:
-    """The state to be written; on processes that do not write, None in the place of each tensor."""
-    world = strategy.world
-    moving = [role for role in policy.roles if role not in policy.static]
-    return {
-        "step": step,
-        "trained": {name: _kept(tensor, world) for name, tensor in policy.gathered_weights(None)},
-        "roles": {
-            role: {name: _kept(tensor, world) for name, tensor in policy.gathered_weights(role)}
-            for role in moving
-        },
-        "optimizer": {
-            name: {key: _kept(value, world) for key, value in strategy.moments(name).items()}
-            for name in policy.trained
-        },
-        "forward_equivalents": sum(world.gather_objects(policy.forward_equivalents)),
-        "extra": extra,
-    }
-
-
-def _kept(tensor: Tensor, world: World) -> Tensor | None:
-    if not world.is_main:
-        return None
-    # all whole tensors of sharded weights would not fit on one device together
-    return tensor.cpu() if world.size > 1 else tensor
-
-
-def _bytes(state: Any) -> int:
-    """The size of all tensors in nested dicts, in bytes."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    return sum(_bytes(value) for value in state.values()) if isinstance(state, dict) else 0
+        return Values.model_validate(json.loads((checkpoint / STATE).read_bytes()))
+    except FileNotFoundError:
+        raise Damage(f"{STATE} is missing") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise Damage(f"{STATE} is no training state: {where}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise Damage(f"{STATE} cannot be read: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from posttrain.engine.trial import Sample, try_out
 from posttrain.errors import PosttrainError, TrainingError
 from posttrain.policy.blocks import blocks
-from posttrain.policy.out_of_memory import is_out_of_memory, too_little
+from posttrain.policy.out_of_memory import OutOfMemory, is_out_of_memory, too_little
 
 if TYPE_CHECKING:
     from posttrain.parallel.strategy import Strategy
@@ -23,16 +23,19 @@ OPTIONS: dict[str, Any] = {"dynamic": False}
 """Options of torch.compile. Kernels for fixed sizes are faster, and buckets keep the sizes few."""
 
 
-def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample, kept: float = 1.0) -> str | None:
+def compile_blocks(
+    policy: Policy, strategy: Strategy, sample: Sample, kept: float = 1.0, rows: int = 1
+) -> str | None:
     """Compile each block separately (regional compilation), so that equal blocks share their code.
 
     ``kept`` is the share of activations, 0 to 1, that the compiler keeps for the backward, those that are
     dear to compute again.
 
-    The compilation happens in a forward and backward of the ``sample``. Returns None, or the reason why the
-    blocks of all processes stay uncompiled: the failure of the first process that had one. Raises
-    TrainingError if memory does not suffice, or if compilation fails under a strategy with sharded weights,
-    which cannot continue after a failure.
+    The compilation happens in a forward and backward of ``rows`` rows of the ``sample``: each number of rows
+    is compiled anew. Returns None, or the reason why the blocks of all processes stay uncompiled: the failure
+    of the first process that had one. If the rows do not fit into memory, the blocks are compiled all the
+    same. Raises TrainingError if not even one row fits, or if compilation fails under a strategy with sharded
+    weights, which cannot continue after a failure; OutOfMemory if the strategy cannot continue after that.
     """
     from torch._dynamo import config
     from torch._functorch import config as partitioner
@@ -44,7 +47,11 @@ def compile_blocks(policy: Policy, strategy: Strategy, sample: Sample, kept: flo
     config.cache_size_limit = max(config.cache_size_limit, VARIANTS)
     for block in compiled:
         block.compile(**OPTIONS)
-    failure = _failure_of_a_trial(policy, strategy, sample)
+    try:
+        failure = _failure_of_a_trial(policy, strategy, sample, rows)
+    except BaseException:
+        use_uncompiled(policy)
+        raise
     failures = [reason for reason in strategy.world.gather_objects(failure) if reason is not None]
     if not failures:
         # a later size that cannot be compiled then runs uncompiled, with a warning from dynamo
@@ -63,17 +70,21 @@ def use_uncompiled(policy: Policy) -> None:
     torch.compiler.reset()
 
 
-def _failure_of_a_trial(policy: Policy, strategy: Strategy, sample: Sample) -> str | None:
+def _failure_of_a_trial(policy: Policy, strategy: Strategy, sample: Sample, rows: int) -> str | None:
     """Why the compiled blocks cannot run the ``sample`` on this process; None if they can."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TF32 and about files left open
-            try_out(policy, strategy, sample, 1)
+            try_out(policy, strategy, sample, rows)
     except PosttrainError:
         raise
     except Exception as error:  # compilers raise errors of any type, and training works without them
         if is_out_of_memory(error):
-            raise too_little("with one row at a time", error) from error
+            if rows == 1:
+                raise too_little("with one row at a time", error) from error
+            if strategy.world.size > 1 or not strategy.repeatable:
+                raise OutOfMemory(error, rows, rows // 2) from error
+            return None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if strategy.layout.sharded:
             raise TrainingError(

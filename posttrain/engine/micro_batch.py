@@ -39,6 +39,16 @@ class Trial:
     """Peak memory, on top of what was held before."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """A micro-batch that was found by trying."""
+
+    items: int
+    trials: list[Trial]
+    crowded: bool
+    """Whether memory is what kept it from being larger."""
+
+
 def largest_micro_batch(
     algorithm: Algorithm,
     settings: Train,
@@ -47,8 +57,8 @@ def largest_micro_batch(
     sample: trial.Sample,
     first: int = 1,
     expired: Callable[[], bool] = lambda: False,
-) -> tuple[int, list[Trial]]:
-    """Find the largest micro-batch that fits and still raises throughput; also return the trials.
+) -> Size:
+    """Find the largest micro-batch that fits and still raises throughput.
 
     The sizes are ``first``, its double and so on; a ``first`` that does not fit is halved until it does.
     No further size is tried once ``expired``, which all processes ask and answer alike.
@@ -56,22 +66,29 @@ def largest_micro_batch(
     same sizes. Raises TrainingError if one item does not fit, and OutOfMemory if more did not and the
     strategy cannot continue after that.
     """
-    calls, limit = rehearse(algorithm), items_in_step(algorithm, settings, strategy)
-    items, trials = min(first, limit), []
-    while not trials or (items <= limit and not expired() and _all_have_room(strategy, policy, trials)):
+    calls = rehearse(algorithm, policy.model.guidance_rule)
+    limit = items_in_step(algorithm, settings, strategy)
+    items, trials, crowded = min(first, limit), list[Trial](), False
+    while not trials or (items <= limit and not expired()):
+        if trials and not _all_have_room(strategy, policy, trials):
+            crowded = True
+            break
         result = _tried(items, calls.rows_with, policy, strategy, sample)
-        if result is None and not trials:
+        if result is None:
+            crowded = True
+            if trials:
+                break
             items //= 2
             limit = items
             continue
-        if result is None or (trials and result.items_per_second < GAIN * trials[-1].items_per_second):
+        if trials and result.items_per_second < GAIN * trials[-1].items_per_second:
             break
         trials.append(result)
         items *= 2
     gc.collect()
     free_memory(policy.model.device)
     reset_peak_memory(policy.model.device)  # the stage's peak must not include that of the trials
-    return trials[-1].items, trials
+    return Size(trials[-1].items, trials, crowded)
 
 
 def items_in_step(algorithm: Algorithm, settings: Train, strategy: Strategy) -> int:
@@ -85,7 +102,8 @@ def one_trial(
 ) -> Trial:
     """The trial of a micro-batch of so many ``items``. Raises TrainingError if they do not fit, and
     OutOfMemory if the strategy cannot continue after that."""
-    result = _tried(items, rehearse(algorithm).rows_with, policy, strategy, sample)
+    calls = rehearse(algorithm, policy.model.guidance_rule)
+    result = _tried(items, calls.rows_with, policy, strategy, sample)
     if result is None:
         raise TrainingError(f"out of memory with {items} items at a time")
     return result
@@ -131,8 +149,9 @@ def _all_have_room(strategy: Strategy, policy: Policy, trials: list[Trial]) -> b
 def _has_room(strategy: Strategy, policy: Policy, trials: list[Trial]) -> bool:
     if (free := available_memory(policy.model.device)) is None:
         return True
-    last, before = trials[-1].bytes, trials[-2].bytes if len(trials) > 1 else 0
-    expected = last + 2 * max(last - before, 0)
+    last = trials[-1].bytes
+    growth = 2 * max(last - trials[-2].bytes, 0) if len(trials) > 1 else last
+    expected = last + growth
     if not strategy.optimizer.state:  # the first step will add both moments, in float32
         expected += sum(8 * strategy.layout.local(p).numel() for p in policy.trained.values())
     return expected <= FILLED * free

@@ -1,7 +1,8 @@
 """Chooses how forwards and backwards are computed where the recipe says ``auto``, by trying.
 
-A mode is whether blocks are compiled, and what the backward recomputes. Each mode is tried with the largest
-micro-batch that fits, and the fastest is taken.
+A mode is whether blocks are compiled, and what the backward recomputes. Each mode that is tried gets the
+largest micro-batch that fits, and the fastest is taken. Compiling for one size took 15 to 20 seconds on a
+machine with an H100, so few are tried.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.engine.compiling import compile_blocks, use_uncompiled
 from posttrain.engine.micro_batch import Trial, items_in_step, largest_micro_batch, one_trial, sizes_tried
+from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import TrainingError
 from posttrain.policy.activations import SELECTIVE, Checkpointing, checkpoint_blocks, share_kept
 from posttrain.policy.out_of_memory import OutOfMemory
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 
 WORTHWHILE = 600
 """Seconds of uncompiled training from which ``compile: auto`` tries to compile: ten times what it takes."""
-PATIENCE = 100
-"""Seconds after which nothing more is tried. What has begun then may take about twenty more."""
+PATIENCE = 120
+"""Seconds that trying may take."""
+COMPILING = 20
+"""Seconds that a trial is expected to take before one took longer."""
 EAGER: tuple[Checkpointing, ...] = ("off", "selective", "full")
 COMPILED: tuple[Checkpointing, ...] = ("off", SELECTIVE, 0.2, "full")
 
@@ -54,6 +58,8 @@ class Found:
     mode: Mode
     micro_batch: int
     trials: list[Trial]
+    crowded: bool
+    """Whether memory is what kept the micro-batch from being larger."""
 
     @property
     def items_per_second(self) -> float:
@@ -61,18 +67,22 @@ class Found:
 
 
 def settled(settings: Train, device: torch.device) -> Mode | None:
-    """The mode that the recipe or the device decides; None if it must be found by trying, on CUDA."""
+    """The mode that the recipe or the device decides; None if it must be found by trying, on CUDA.
+
+    A micro-batch for compiled blocks is found with the mode too: uncompiled sizes are tried faster.
+    """
     compiled, checkpointing = settings.compile, settings.gradient_checkpointing
-    if device.type == "cuda" and "auto" in (compiled, checkpointing):
+    open_questions = (compiled, checkpointing, settings.micro_batch if compiled is True else None)
+    if device.type == "cuda" and "auto" in open_questions:
         return None
     return Mode(compiled is True, "off" if checkpointing == "auto" else checkpointing)
 
 
-def enter(mode: Mode, policy: Policy, strategy: Strategy, sample: Sample | None) -> str | None:
+def enter(mode: Mode, policy: Policy, strategy: Strategy, sample: Sample | None, rows: int = 1) -> str | None:
     """Let the policy's blocks compute in ``mode``.
 
-    Compiling needs a ``sample``. If it fails, the blocks stay uncompiled, and the reason is returned. Raises
-    TrainingError as :func:`compile_blocks` does.
+    Compiling needs a ``sample``, of which ``rows`` are computed at once. If it fails, the blocks stay
+    uncompiled, and the reason is returned. Raises TrainingError as :func:`compile_blocks` does.
     """
     transformer, checkpointing = policy.model.transformer, mode.checkpointing
     if policy.compiled:
@@ -82,7 +92,7 @@ def enter(mode: Mode, policy: Policy, strategy: Strategy, sample: Sample | None)
         return None
     assert sample is not None, "a mode is compiled on a sample"
     checkpoint_blocks(transformer, "full" if checkpointing == "full" else "off")
-    if (reason := compile_blocks(policy, strategy, sample, share_kept(checkpointing))) is not None:
+    if (reason := compile_blocks(policy, strategy, sample, share_kept(checkpointing), rows)) is not None:
         checkpoint_blocks(transformer, checkpointing)
     return reason
 
@@ -100,30 +110,26 @@ def fastest(
     first, and be in its mode.
 
     ``steps`` are still to be taken. Of the modes without compilation, the first in which one item fits is
-    tried. Those with it follow if the rest of the stage would take WORTHWHILE seconds, one after the other
-    while no more than PATIENCE seconds have passed. All processes decide alike. Raises TrainingError if one
-    item fits in no mode.
+    tried. Those with it follow if the rest of the stage would take WORTHWHILE seconds. Recomputing more saves
+    memory and takes time, so each compiled mode begins with twice the micro-batch of the one before, and the
+    search ends with a mode that is slower than the one before, or that memory did not limit. It also ends
+    where one more trial would probably exceed PATIENCE seconds. All processes decide alike. Raises
+    TrainingError if one item fits in no mode.
     """
-    world, began, found = strategy.world, clock(), list[Found]()
-
-    def expired() -> bool:
-        return world.broadcast(clock() - began) > PATIENCE
-
-    search = _Search(algorithm, settings, policy, strategy, sample, expired)
+    search = _Search(algorithm, settings, policy, strategy, sample, clock)
+    found = search.first_that_works(EAGER)
     may_compile = settings.compile is not False and strategy.compiles
-    if settings.compile is not True:
-        found += search.first(False, EAGER)
+    if settings.compile == "auto" and found:
         seconds = items_in_step(algorithm, settings, strategy) * steps / found[0].items_per_second
-        may_compile = may_compile and world.broadcast(seconds) >= WORTHWHILE
-    for checkpointing in search.allowed(COMPILED) if may_compile else ():
-        if found and expired():
-            break
-        if (one := search.tried(Mode(True, checkpointing), found)) is not None:
-            found.append(one)
-    found = found or search.first(False, EAGER)
+        may_compile = may_compile and strategy.world.broadcast(seconds) >= WORTHWHILE
+    if may_compile and (compiled := search.compiled(found)):
+        found = compiled if settings.compile is True else [*found, *compiled]
+    if not found:
+        assert search.failure is not None, "a mode that does not work says why"
+        raise search.failure
     found.sort(key=lambda one: -one.items_per_second)
     if search.mode != found[0].mode:
-        enter(found[0].mode, policy, strategy, sample)
+        search.enter(found[0].mode, found[0].micro_batch)
     return found
 
 
@@ -136,49 +142,90 @@ def in_words(found: list[Found], device: torch.device) -> str:
     return line + (f"; slower were {'; '.join(others)}" if others else "")
 
 
-@dataclass
 class _Search:
-    algorithm: Algorithm
-    settings: Train
-    policy: Policy
-    strategy: Strategy
-    sample: Sample
-    expired: Callable[[], bool]
-    mode: Mode | None = None
-    """The mode that the blocks are in."""
-    failure: TrainingError | None = None
-    """Why the last mode that failed did."""
+    """Tries modes, and knows how long that took."""
 
-    def allowed(self, modes: tuple[Checkpointing, ...]) -> tuple[Checkpointing, ...]:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        settings: Train,
+        policy: Policy,
+        strategy: Strategy,
+        sample: Sample,
+        clock: Callable[[], float],
+    ) -> None:
+        self.algorithm, self.settings, self.policy = algorithm, settings, policy
+        self.strategy, self.sample, self.clock = strategy, sample, clock
+        self.mode: Mode | None = None
+        """The mode that the blocks are in."""
+        self.failure: TrainingError | None = None
+        """Why the last mode that failed did."""
+        self._began = self._last = clock()
+        self._longest = float(COMPILING)
+
+    def expired(self) -> bool:
+        """Whether one more trial would probably end after PATIENCE seconds. Called after each trial."""
+        now = self.clock()
+        self._longest = max(self._longest, now - self._last)
+        self._last = now
+        return self.strategy.world.broadcast(now - self._began + self._longest) > PATIENCE
+
+    def first_that_works(self, modes: tuple[Checkpointing, ...]) -> list[Found]:
+        """The first of the modes without compilation in which one item fits; none if none does."""
+        for checkpointing in self._allowed(modes):
+            if (one := self._tried(Mode(False, checkpointing), 1)) is not None:
+                return [one]
+        return []
+
+    def compiled(self, before: list[Found]) -> list[Found]:
+        """The compiled modes that work, in the order tried, from the micro-batch of those ``before`` on."""
+        found, items = list[Found](), before[0].micro_batch if before else 1
+        for checkpointing in self._allowed(COMPILED):
+            if self.expired() and (before or found):
+                break
+            if (one := self._tried(Mode(True, checkpointing), items)) is None:
+                if self.mode is None:
+                    break  # what cannot be compiled once cannot be compiled otherwise
+                continue
+            found.append(one)
+            slower = len(found) > 1 and one.items_per_second < found[-2].items_per_second
+            if slower or not one.crowded:
+                break
+            items = 2 * one.micro_batch
+        return found
+
+    def enter(self, mode: Mode, items: int) -> str | None:
+        """See :func:`enter`; compiled for a micro-batch of so many ``items``."""
+        rows = items * rehearse(self.algorithm, self.policy.model.guidance_rule).rows_with
+        reason = enter(mode, self.policy, self.strategy, self.sample, rows)
+        self.mode = mode if reason is None else None
+        return reason
+
+    def _allowed(self, modes: tuple[Checkpointing, ...]) -> tuple[Checkpointing, ...]:
         """What the settings allow of gradient checkpointing: all ``modes``, or what they say."""
         given = self.settings.gradient_checkpointing
         return modes if given == "auto" else (given,)
 
-    def first(self, compiled: bool, modes: tuple[Checkpointing, ...]) -> list[Found]:
-        """The first of the modes that works. Raises TrainingError if none does."""
-        for checkpointing in self.allowed(modes):
-            if (one := self.tried(Mode(compiled, checkpointing), [])) is not None:
-                return [one]
-        assert self.failure is not None, "a mode that does not work says why"
-        raise self.failure
-
-    def tried(self, mode: Mode, before: list[Found]) -> Found | None:
-        """The mode with its micro-batch, looked for from the largest of those found ``before`` on; None if
-        no item fits, or if the blocks cannot be compiled."""
-        policy, strategy, given = self.policy, self.strategy, self.settings.micro_batch
-        self.mode = mode
+    def _tried(self, mode: Mode, first: int) -> Found | None:
+        """The mode with its micro-batch, looked for from ``first`` on; None if no item fits, or if the blocks
+        cannot be compiled."""
+        given = self.settings.micro_batch
         try:
-            if (reason := enter(mode, policy, strategy, self.sample)) is not None:
+            if (reason := self.enter(mode, first if given == "auto" else given)) is not None:
                 raise TrainingError(f"compile: {reason}")
             if given == "auto":
-                first = max((one.micro_batch for one in before), default=1)
-                return Found(
-                    mode,
-                    *largest_micro_batch(
-                        self.algorithm, self.settings, policy, strategy, self.sample, first, self.expired
-                    ),
+                size = largest_micro_batch(
+                    self.algorithm,
+                    self.settings,
+                    self.policy,
+                    self.strategy,
+                    self.sample,
+                    first,
+                    self.expired,
                 )
-            return Found(mode, given, [one_trial(self.algorithm, given, policy, strategy, self.sample)])
+                return Found(mode, size.items, size.trials, size.crowded)
+            trial = one_trial(self.algorithm, given, self.policy, self.strategy, self.sample)
+            return Found(mode, given, [trial], crowded=False)
         except OutOfMemory:
             raise
         except TrainingError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import inf
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -24,11 +24,11 @@ class Monitor(Spec):
 
     A reading scores the weights that would be exported."""
 
-    every: int = Field(50, ge=1)
+    every: int = Field(default=50, ge=1)
     """Optimizer steps between readings. The first reading comes before the first step."""
-    prompts: int = Field(48, ge=2)
+    prompts: int = Field(default=48, ge=2)
     """How many of the evaluation's prompts are scored: the first ones."""
-    window: int = Field(3, ge=2)
+    window: int = Field(default=3, ge=2)
     """``reward_hacking`` compares the last reading with the one ``window`` - 1 readings before."""
     reward_hacking: Action = "warn"
     """What to do when the training reward rises while a held-out score falls by more than two standard
@@ -36,8 +36,17 @@ class Monitor(Spec):
     spread_collapse: Action = "warn"
     """What to do when the reward's standard deviation within groups, over the last 5 batches, is less than
     ``spread_fraction`` of what it was over the first 5, because samples of a prompt have become alike."""
-    spread_fraction: float = Field(0.1, gt=0, lt=1)
+    spread_fraction: float = Field(default=0.1, gt=0, lt=1)
     """The share of the first batches' spread, between 0 and 1, below which ``spread_collapse`` acts."""
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether an alarm may change the weights that the stage ends with."""
+        return "rollback" in (self.reward_hacking, self.spread_collapse)
+
+    def deciding(self, *, late: bool = True) -> dict[str, Any]:
+        """As :meth:`posttrain.registry.Spec.deciding`; nothing where no alarm changes the stage's weights."""
+        return super().deciding(late=late) if self.rolls_back else {}
 
 
 def hacking(

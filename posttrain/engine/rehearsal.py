@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from posttrain.algorithm import Algorithm, Batch, Items, Tools, Verdict
 from posttrain.condition import Condition, Conditions
+from posttrain.flow.guidance import CLASSIFIER_FREE, ClassifierFree
 from posttrain.model import FlowModel
 from posttrain.policy.policy import Policy
 from posttrain.support.randomness import Draws
@@ -46,10 +47,11 @@ class Calls:
         return self.rollout + self.frozen + 3 * self.training
 
 
-def rehearse(algorithm: Algorithm) -> Calls:
-    """Let ``algorithm`` collect one group of samples and compute its losses on the stand-in model."""
-    first, second = (Rehearsal(algorithm, size) for size in (1, 2))
-    each_number = second.bytes_per_sample - first.bytes_per_sample
+def rehearse(algorithm: Algorithm, rule: ClassifierFree = CLASSIFIER_FREE) -> Calls:
+    """Let ``algorithm`` collect one group of samples and compute its losses on the stand-in model, which is
+    guided by ``rule``."""
+    first, second = (Rehearsal(algorithm, size, rule) for size in (1, 2))
+    each_number = (second.bytes_per_sample - first.bytes_per_sample) / SQUARE**2
     count, rollout, losses = first.samples, first.rollout, first.losses
     return Calls(
         rollout=sum(call.rows for call in rollout) / count,
@@ -58,9 +60,13 @@ def rehearse(algorithm: Algorithm) -> Calls:
         rows_without=max((call.rows for call in rollout + losses if not call.gradients), default=1),
         rows_with=max((call.rows for call in rollout + losses if call.gradients), default=1),
         items=len(first.items) / count,
-        item_bytes=(first.bytes_per_sample - each_number, each_number),
+        item_bytes=(first.bytes_per_sample - SQUARE**2 * each_number, each_number),
         decoded=first.decoded,
     )
+
+
+SQUARE = 2
+"""The side of the latents: a guidance rule may work on tokens of 2 x 2."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,17 @@ class Call:
 
 
 class Rehearsal:
-    """One run of an algorithm on the stand-in model, with latents of ``size`` numbers."""
+    """One run of an algorithm on the stand-in model, with latents of so many ``channels``."""
 
-    def __init__(self, algorithm: Algorithm, size: int) -> None:
+    def __init__(self, algorithm: Algorithm, channels: int, rule: ClassifierFree = CLASSIFIER_FREE) -> None:
         model, judge, self.samples = StandIn(), StandInJudge(), algorithm.samples_per_prompt
+        model.guidance_rule = rule
         policy = Policy(model, micro_batch=1)
         for role in algorithm.roles:
             policy.add_role(role)
         tools = Tools(policy, Draws((0, 0, 0), range(self.samples)), lambda n: model.sigmas(n, 1, 1), judge)
         with torch.no_grad():
-            self.items: Items = algorithm.collect(_group(algorithm, size), tools)
+            self.items: Items = algorithm.collect(_group(algorithm, channels), tools)
         self.rollout, self.decoded = list(model.calls), judge.asked
         model.calls.clear()
         for item in self.items.split(1):
@@ -93,17 +100,17 @@ class Rehearsal:
         return self.items.nbytes / self.samples
 
 
-def _group(algorithm: Algorithm, size: int) -> Batch:
-    """A batch of one group, whose latents have ``size`` numbers."""
+def _group(algorithm: Algorithm, channels: int) -> Batch:
+    """A batch of one group, whose latents have so many ``channels``."""
     count = algorithm.samples_per_prompt
-    shape = (count, 1, 1, size)
-    return Batch(
-        torch.empty(shape, device="meta") if algorithm.needs == "rewards" else torch.rand(shape),
+    batch = Batch(
+        torch.rand(count, channels, SQUARE, SQUARE),
         torch.ones(count, dtype=torch.int64),
         Conditions({"c": torch.zeros(2, 1)}),
         [{"prompt": "rehearsal"}] * count,
         torch.zeros(count, dtype=torch.int64),
     )
+    return algorithm.as_given(batch)
 
 
 class StandIn(FlowModel):
@@ -125,7 +132,7 @@ class StandIn(FlowModel):
         raise NotImplementedError("the stand-in model has latents only")
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return (1, 1, 1)
+        return (1, SQUARE, SQUARE)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents

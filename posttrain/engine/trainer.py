@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from posttrain.algorithm import Algorithm, Batch, Items, Tools
+from posttrain.algorithm import Algorithm, Batch, Items, Losses, Tools
 from posttrain.distributed.world import World
-from posttrain.errors import TrainingError
+from posttrain.engine.suspects import described, finite, suspects
+from posttrain.errors import AlgorithmError, StepRefused, TrainingError
 from posttrain.optim.schedule import learning_rate, set_learning_rate
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.out_of_memory import halve_until_it_fits, not_repeated
 from posttrain.policy.policy import Policy
+from posttrain.support.heartbeat import beat
 
 if TYPE_CHECKING:
     from posttrain.optim.settings import Train
@@ -38,6 +40,9 @@ class Hooks(Protocol):
     def after_step(self, step: int, samples: int, metrics: dict[str, Tensor]) -> None:
         """Called after optimizer step ``step`` (from 1), which trained on ``samples`` samples of all
         processes, with its metrics, still on the device."""
+
+    def refused(self, step: int, error: StepRefused) -> None:
+        """Called in place of ``after_step`` if step ``step`` was not taken. May raise, to end the run."""
 
 
 @dataclass
@@ -61,8 +66,9 @@ def train(
     """Take the optimizer steps from ``start`` to ``settings.steps``, ``steps_per_batch`` on each batch.
 
     An exact resume depends on the order: ``before_batch`` records the state before a batch is drawn, and all
-    that follows is a function of the step. Raises TrainingError if the batches run out, a gradient is not
-    finite, or one item does not fit into memory.
+    that follows is a function of the step. A step whose loss, gradient or rewards are not finite is not
+    taken: weights, EMA and roles stay as they are, and it keeps its number and its learning rate. Raises
+    TrainingError if the batches run out, or if one item does not fit into memory.
     """
     source, step = iter(batches), start
     checked = start > 0
@@ -71,24 +77,40 @@ def train(
         if (drawn := next(source, None)) is None:
             raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
         batch, tools = drawn
-        with torch.no_grad(), policy.casts_kept():
-            items = halve_until_it_fits(partial(algorithm.collect, batch, tools), policy, undo)
+        try:
+            with torch.no_grad(), policy.casts_kept():
+                items = halve_until_it_fits(partial(algorithm.collect, batch, tools), policy, undo)
+        except StepRefused as error:
+            error.samples = described(error.samples, batch, tools)
+            for _ in range(settings.steps_per_batch):
+                step += 1
+                hooks.refused(step, error)
+            continue
+        if not isinstance(items, Items):
+            raise AlgorithmError(f"collect of {algorithm.type!r} returned {type(items).__name__}, not Items")
         items = _without_fillers(items)
         check = None if checked else OnPolicy(rows=min(policy.micro_batch, len(batch)))
-        parts = list(items.parts_by_sample(settings.steps_per_batch))
+        parts, moved = list(items.parts_by_sample(settings.steps_per_batch)), False
         for i in range(len(parts)):
             set_learning_rate(strategy.optimizer, learning_rate(settings, step))
             step += 1
-            metrics = halve_until_it_fits(
-                partial(update, algorithm, policy, parts[i], strategy, settings, step, check), policy, undo
-            )
+            try:
+                metrics = halve_until_it_fits(
+                    partial(update, algorithm, policy, parts[i], strategy, settings, check), policy, undo
+                )
+            except StepRefused as error:
+                error.samples = described(error.samples, batch, tools)
+                hooks.refused(step, error)
+                continue
+            moved = True
             checked = checked or (check is not None and check.done)
             if "skipped_steps" not in metrics:
                 check = None  # the weights are no longer those that collected the items
             if settings.ema is not None:
                 policy.move_role(EMA, settings.ema)
             hooks.after_step(step, _samples(batch, i, settings), {**items.metrics, **metrics})
-        algorithm.after_batch(policy, step)
+        if moved:
+            algorithm.after_batch(policy, step)
         del items, parts  # frees their memory before the next batch is collected
 
 
@@ -98,7 +120,6 @@ def update(
     items: Items,
     strategy: Strategy,
     settings: Train,
-    step: int,
     check: OnPolicy | None = None,
 ) -> dict[str, Tensor]:
     """Take one optimizer step on the weighted mean loss of all processes' items.
@@ -113,34 +134,57 @@ def update(
 
     Returns the weighted means (scalars) of the loss and the algorithm's metrics, and the gradient's norm
     before clipping. Returns only ``skipped_steps``, and takes no step, if all weights are 0. Raises
-    TrainingError, and leaves the weights unchanged, if the gradient is not finite.
+    StepRefused on all processes, and leaves the weights unchanged, if the loss or the gradient of any is not
+    finite; AlgorithmError if a weight is negative, or there is not one loss for each item.
     """
     world = strategy.world
+    if (items.weight < 0).any():
+        raise AlgorithmError(f"items of {algorithm.type!r}: a weight is negative, {items.weight.min():g}")
     total = world.sum(items.weight.sum())
     if not total:
         return {"skipped_steps": items.weight.new_ones(())}
     micro_batches = _micro_batches(items, policy, check, world)
     sums: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
     with policy.casts_kept():
         for i, micro_batch in enumerate(micro_batches):
+            beat()
             strategy.begin_micro_batch(last=i == len(micro_batches) - 1)
-            losses = algorithm.loss(micro_batch, policy)
-            if i == 0 and check is not None and len(micro_batch) == check.rows:
+            losses = _losses(algorithm, micro_batch, policy)
+            seen.append(losses.per_item.detach())
+            if i == 0 and check is not None and len(micro_batch) == check.rows and finite(seen[0]):
                 algorithm.check_on_policy(losses)
                 check.done = True
             share = micro_batch.weight / total
-            strategy.backward((losses.per_item * share).sum())
+            weighted = (losses.per_item * share).sum()
+            # a loss that is not finite may have a finite gradient; the factor, 1 otherwise, spoils it
+            strategy.backward(weighted * (1 + 0 * weighted.detach()))
             for name, value in {"loss": losses.per_item, **losses.metrics}.items():
                 sums[name] = sums.get(name, torch.zeros_like(total)) + (value.detach() * share).sum()
     with not_repeated("in the optimizer's step"):
         norm = strategy.step(settings.max_grad_norm)
     means = _over_all_processes(sums, world)
     if not math.isfinite(norm):
-        raise TrainingError(
-            f"step {step}: loss {means['loss'].item():.6g}, gradient norm {norm:.6g} is not finite; "
-            "the step was not taken. Try a lower learning_rate, a warm-up, or precision fp32"
-        )
+        loss = means["loss"].item()
+        samples = suspects(micro_batches, seen, every=math.isfinite(loss))
+        raise StepRefused(f"loss {loss:.6g}, gradient norm {norm:.6g}", samples)
     return {**means, "grad_norm": torch.tensor(norm)}
+
+
+def _losses(algorithm: Algorithm, items: Items, policy: Policy) -> Losses:
+    """The losses of ``items``. Raises AlgorithmError if there is not one for each: a mean over the items
+    would be multiplied by every weight, and would depend on the micro-batch."""
+    losses = algorithm.loss(items, policy)
+    if not isinstance(losses, Losses):
+        raise AlgorithmError(f"loss of {algorithm.type!r} returned {type(losses).__name__}, not Losses")
+    for name, values in {"per_item": losses.per_item, **losses.metrics}.items():
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if found != (len(items),):
+            raise AlgorithmError(
+                f"loss of {algorithm.type!r} returned {name} as {found}, not one number for each of "
+                f"{len(items)} items, {(len(items),)}"
+            )
+    return losses
 
 
 def _micro_batches(items: Items, policy: Policy, check: OnPolicy | None, world: World) -> list[Items]:

@@ -12,7 +12,7 @@ from posttrain.sampling.prompts import encode
 from posttrain.support.device import peak_memory, reset_peak_memory, synchronize
 
 if TYPE_CHECKING:
-    from posttrain.data.batches import BatchSource
+    from posttrain.data.source import BatchSource
     from posttrain.model import FlowModel
     from posttrain.parallel.strategy import Strategy
     from posttrain.policy.policy import Policy

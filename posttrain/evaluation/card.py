@@ -15,9 +15,9 @@ from posttrain.support.differences import differences
 from posttrain.support.versions import versions
 
 if TYPE_CHECKING:
-    from posttrain.model import Sampler
     from posttrain.recipe.schema import Evaluation
     from posttrain.reward import Reward
+    from posttrain.sampler import Sampler
 
 Row = Mapping[str, Any]
 FORMAT = 1
@@ -33,10 +33,28 @@ def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights:
 
     ``weights`` says which weights the sampler has ("base", "raw" or "ema").
     """
+    settings = _settings(evaluation, rows)
+    return {
+        "format": FORMAT,
+        "prompts": settings["prompts"],
+        "model": {
+            "source": sampler.source,
+            "weights": weights,
+            "settings": sampler.settings,
+            "sha256": sampler.fingerprint(),
+        },
+        "sampler": settings["sampler"],
+        "shown": settings["shown"],
+        "scorers": {r.label: {**r.measures(), "weights": r.hashes()} for r in evaluation.rewards},
+        "versions": versions(PACKAGES),
+    }
+
+
+def _settings(evaluation: Evaluation, rows: Sequence[Row]) -> dict[str, Any]:
+    """The entries of a card that are known without a model, and without the weights of rewards."""
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
     digest = hashlib.sha256(lines.encode()).hexdigest()
     return {
-        "format": FORMAT,
         "prompts": {
             **evaluation.prompts.model_dump(mode="json"),
             "rows": len(rows),
@@ -44,17 +62,23 @@ def card(sampler: Sampler, evaluation: Evaluation, rows: Sequence[Row], weights:
             "sha256": digest,
             "published_as": published_as(digest),
         },
-        "model": {
-            "source": sampler.source,
-            "weights": weights,
-            "settings": sampler.settings,
-            "sha256": sampler.fingerprint(),
-        },
         "sampler": evaluation.model_dump(mode="json", exclude={"prompts", "rewards", "grid", "keep"}),
         "shown": evaluation.model_dump(mode="json", include={"grid", "keep"}),
-        "scorers": {r.label: {**r.measures(), "weights": r.hashes()} for r in evaluation.rewards},
-        "versions": versions(PACKAGES),
+        "scorers": {r.label: r.measures() for r in evaluation.rewards},
     }
+
+
+def other_settings(
+    before: Mapping[str, Any], evaluation: Evaluation, rows: Sequence[Row], free: Sequence[str] = ()
+) -> list[str]:
+    """A line for each setting in which the evaluation of the card ``before`` is not ``evaluation``.
+
+    ``free`` are further entries that may differ. Weights of model and rewards are not compared.
+    """
+    now = _settings(evaluation, rows)
+    scorers = {label: {**scorer, "weights": None} for label, scorer in before["scorers"].items()}
+    then = {**{name: before[name] for name in now}, "scorers": scorers}
+    return list(differences(then, now, (*FREE, *free)))
 
 
 def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:

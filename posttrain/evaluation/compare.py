@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from posttrain.errors import PosttrainError
 from posttrain.evaluation.card import differing
 from posttrain.evaluation.intervals import paired_difference
-from posttrain.evaluation.parts import CARD, RECORDS
-from posttrain.support.files import writing
+from posttrain.evaluation.likeness import other_base
+from posttrain.evaluation.names import distinct_names
+from posttrain.evaluation.parts import CARD, read_evaluation
+from posttrain.support.paths import is_file
+from posttrain.weights.run_folders import is_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ Key = tuple[str, int]
 """A sample's prompt, and the number of the image among those of the prompt."""
 EXPECTED = (
     *("model.weights", "model.sha256", "model.settings.type", "model.settings.revision"),
-    *("shown", "sampler.batch_size"),
+    *("shown", "sampler.batch_size", "model.base"),
 )
 """Entries of the result card that may differ between compared evaluations without a remark."""
 
@@ -90,8 +90,8 @@ def load(folders: Sequence[Path]) -> Comparison:
     """
     if len(folders) < 2:
         raise PosttrainError("compare needs two evaluations or more")
-    paths = [f / "evaluation" if (f / "evaluation" / CARD).is_file() else f for f in folders]
-    evaluations = [_read(path, name) for path, name in zip(paths, _names(folders), strict=True)]
+    paths = [f / "evaluation" if is_file(f / "evaluation" / CARD) else f for f in folders]
+    evaluations = [_read(path, name) for path, name in zip(paths, distinct_names(folders), strict=True)]
     first, *others = evaluations
     keys = [key for key in first.records if all(key in other.records for other in others)]
     if not keys:
@@ -108,6 +108,8 @@ def _remarks(first: Evaluated, other: Evaluated, shared: int) -> Iterator[str]:
     if len(other.records) != shared or len(first.records) != shared:
         counts = f"{len(first.records)} in {first.name}, {len(other.records)} in {other.name}"
         yield f"compared on the {shared} samples that all have ({counts})"
+    if others := other_base(first.card, other.card):
+        yield f"{first.name} and {other.name} were made from two base models: {', '.join(others)} differ"
     lines = [line for line in differing(first.card, other.card) if not line.startswith(EXPECTED)]
     if lines:
         named = (s.replace("(was", f"({first.name}:").replace(", now", f", {other.name}:") for s in lines)
@@ -120,7 +122,7 @@ def compare_table(comparison: Comparison) -> Table:
     from rich.text import Text
 
     title = f"{len(comparison.keys)} shared samples, against {comparison.evaluations[0].name}"
-    table = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", title_style="dim", box=None, pad_edge=False)
     for heading in ("score", "model"):
         table.add_column(heading, overflow="fold")
     table.add_column("mean", justify="right", no_wrap=True)
@@ -131,7 +133,7 @@ def compare_table(comparison: Comparison) -> Table:
             if "not significant" in change.plain:
                 change.stylize("dim")
             mean = f"{comparison.mean(evaluated, score):.3f}"
-            table.add_row("" if i else comparison.heading(score), evaluated.name, mean, change)
+            table.add_row(Text("" if i else comparison.heading(score)), Text(evaluated.name), mean, change)
     return table
 
 
@@ -142,58 +144,9 @@ def worded(difference: tuple[float, float, float]) -> str:
     return f"{text} not significant" if low <= 0 <= high else text
 
 
-def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
-    """Write an HTML page with the table, and the images of up to ``prompts`` shared samples side by side.
-
-    The page has no scripts and needs no network. Raises PosttrainError if ``target`` cannot be written.
-    """
-    from jinja2 import Environment, PackageLoader
-
-    loader = PackageLoader("posttrain.evaluation.report", "")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    count = {key: sum(e.image(key) is not None for e in comparison.evaluations) for key in comparison.keys}
-    with_images = sorted((key for key in comparison.keys if count[key]), key=lambda k: -count[k])
-    page = environment.get_template("compare.html.j2").render(
-        names=[e.name for e in comparison.evaluations],
-        scores=[(comparison.heading(s), _score_cells(comparison, s)) for s in comparison.scores],
-        remarks=comparison.remarks,
-        samples=len(comparison.keys),
-        rows=[(key, [_cell(e, key) for e in comparison.evaluations]) for key in with_images[:prompts]],
-    )
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page)  # directly, since the target may be a pipe
-
-
-def _score_cells(comparison: Comparison, score: str) -> list[tuple[float, str]]:
-    """Each evaluation's mean, and the text of its difference from the first one's."""
-    first, *others = comparison.evaluations
-    cells = [(comparison.mean(first, score), "")]
-    return cells + [(comparison.mean(e, score), worded(comparison.difference(e, score))) for e in others]
-
-
-def _cell(of: Evaluated, key: Key) -> tuple[str | None, dict[str, float]]:
-    file = of.image(key)
-    scores = {name: value for name, value in of.records[key]["scores"].items() if "/" not in name}
-    if file is None or not file.is_file():
-        return None, scores
-    kind = "jpeg" if file.suffix == ".jpg" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}", scores
-
-
 def _read(folder: Path, name: str) -> Evaluated:
-    if not (folder / CARD).is_file():
-        raise PosttrainError(f"{str(folder)!r} holds no finished evaluation (no {CARD})")
-    records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
-    card = json.loads((folder / CARD).read_text())
+    if not is_file(folder / CARD):
+        hint = ": 'posttrain report' compares runs" if is_run(folder) else ""
+        raise PosttrainError(f"{str(folder)!r} holds no finished evaluation (no {CARD}){hint}")
+    card, records = read_evaluation(folder)
     return Evaluated(name, folder, card, {(r["prompt"], r["index"]): r for r in records})
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that differ from each other, without the folder ``evaluation``."""
-    paths = [[p for p in f.absolute().parts if p != "evaluation"] for f in folders]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = [os.sep.join(p[-length:]) for p in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise PosttrainError("compare was given one folder twice")

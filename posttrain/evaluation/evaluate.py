@@ -7,10 +7,13 @@ is the same.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,8 @@ from posttrain.evaluation.parts import (
     COST,
     LOCK,
     RECORDS,
+    Occupied,
+    at_work,
     claim,
     finished,
     merge_parts,
@@ -32,14 +37,15 @@ from posttrain.scoring.batches import draw_and_score, grid_positions, load_score
 from posttrain.support.files import locked, published
 from posttrain.support.images import save_image, to_pil
 from posttrain.support.progress import stage_progress
+from posttrain.support.terminal import note
 from posttrain.support.wording import no_multiple
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from posttrain.model import Sampler
     from posttrain.recipe.schema import Evaluation
     from posttrain.reward import Scorer
+    from posttrain.sampler import Sampler
     from posttrain.scoring.batches import Sample
 
 
@@ -68,25 +74,65 @@ def evaluate(
     result card, or None if other processes still have batches to measure.
 
     Raises DataError if the resolution does not fit the model, RewardError if a reward fails, and
-    PosttrainError if ``folder`` holds anything but this evaluation.
+    PosttrainError if ``folder`` holds anything but this evaluation, or another one that measured nothing.
     """
+    draft, work = _prepared(sampler, evaluation, folder, weights)
+    return _evaluated(work, draft, share, name, console)
+
+
+def evaluate_apart(
+    sampler: Sampler,
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    weights: str,
+    console: Console,
+    share: Share = Share(),
+) -> tuple[Path, dict[str, Any] | None]:
+    """As :func:`evaluate`, into the first of ``folder``, ``folder-2``, ``folder-3`` and so on that holds this
+    evaluation or nothing. Returns the folder too."""
+    draft, work = _prepared(sampler, evaluation, folder, weights)
+    for number in itertools.count(2):
+        try:
+            return work.folder, _evaluated(work, draft, share, work.folder.name, console)
+        except Occupied:
+            work = replace(work, folder=folder.with_name(f"{folder.name}-{number}"))
+    raise AssertionError("the numbers do not end")
+
+
+def _prepared(
+    sampler: Sampler, evaluation: Evaluation, folder: Path, weights: str
+) -> tuple[dict[str, Any], _Work]:
+    """The card without results, and the work. Raises DataError."""
     if evaluation.resolution % sampler.divisor:
         problem = no_multiple(evaluation.resolution, sampler.divisor)
         raise DataError(f"evaluation.resolution: {problem}")
     rows = prompt_rows(evaluation.prompts, evaluation.rewards)
     work = _Work(sampler, evaluation, folder, samples_of(rows, evaluation.images_per_prompt))
     draft = card(sampler, evaluation, rows, weights)
+    draft["model"]["base"] = dict(sampler.base())
+    return draft, work
+
+
+def _evaluated(
+    work: _Work, draft: Mapping[str, Any], share: Share, name: str, console: Console
+) -> dict[str, Any] | None:
+    """Claim the folder and measure this process's share. Raises Occupied if the folder holds something
+    else."""
+    folder = work.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK):
-        if (before := claim(folder, draft)) is not None:
-            return before
-    _measure_share(work, share, name, console)
-    with locked(folder / LOCK):
-        if (before := finished(folder)) is not None:
-            return before
-        if not all(part(folder, batch).is_dir() for batch in work.batches):
-            return None
-        return _finish(work, draft)
+    with contextlib.ExitStack() as working:
+        with locked(folder / LOCK):
+            if (before := claim(folder, draft, partial(note, console))) is not None:
+                return before
+            working.enter_context(at_work(folder))
+        _measure_share(work, share, name, console)
+        with locked(folder / LOCK):
+            if (before := finished(folder)) is not None:
+                return before
+            if not all(part(folder, batch).is_dir() for batch in work.batches):
+                return None
+            return _finish(work, draft)
 
 
 @dataclass(frozen=True)
@@ -148,13 +194,13 @@ def _measure(work: _Work, batch: int, scorers: Mapping[str, Scorer], grid: Mappi
             "seconds": time.monotonic() - started,
             "forward_equivalents": sampler.forward_equivalents - spent,
         }
-        (folder / COST).write_text(json.dumps(cost))
-        (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / COST).write_text(json.dumps(cost), "utf-8")
+        (folder / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
 
 
 def _finish(work: _Work, draft: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the parts, and write the result card."""
-    records, cost = merge_parts(work.folder, len(work.batches))
+    records, cost = merge_parts(work.folder, [len(work.samples_in(batch)) for batch in work.batches])
     finished_card = {
         **draft,
         **result(records, work.evaluation.rewards),

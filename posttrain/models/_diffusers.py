@@ -9,18 +9,23 @@ A family in diffusers' folder format is two short classes (see :mod:`posttrain.m
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from posttrain.errors import ModelError
+from posttrain.flow.guidance import CLASSIFIER_FREE, ClassifierFree
 from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
+from posttrain.models._licences import origin_of
 from posttrain.models._outline import Configs, configs_at, outlined
+from posttrain.registry import FREE
 from posttrain.weights import pipeline_folder
-from posttrain.weights.files import header_shapes
+from posttrain.weights.files import header_shapes, headers
 from posttrain.weights.hugging_face import explained, quiet
+from posttrain.weights.pipeline import load_pipeline
+from posttrain.weights.token_counts import TokenCounts, token_counts
 
 if TYPE_CHECKING:
     from typing import Self
@@ -47,9 +52,13 @@ class DiffusersModel(Model, ABC):
     """A branch, tag or commit of the hub repository."""
     dtype: DtypeName = "fp32"
     """Precision of the text encoders, and of a frozen transformer (LoRA). The VAE is always fp32."""
-    offload: bool = False
+    offload: Annotated[bool, FREE] = False
     """Keep the text encoders and the VAE in the CPU's memory and move them to the device only while they
     work. Encoders whose outputs are cached are always moved off the device."""
+
+    def kind(self) -> str:
+        """The class of the pipeline in diffusers."""
+        return self.pipelines[0]
 
     def left_out(self) -> frozenset[str]:
         """The components that this block switches off."""
@@ -66,14 +75,18 @@ class DiffusersModel(Model, ABC):
 
         if (reason := self.missing()) is not None:
             raise ModelError(reason)
-        kind: Any = getattr(diffusers, self.pipelines[0])
+        kind: Any = getattr(diffusers, self.kind())
         dtypes = self._dtypes(transformer_dtype)
         with quiet(), explained(self.path):
-            if (source := pipeline_folder.local_folder(self.path)) is None:
+            if (source := pipeline_folder.complete_folder(self.path, self.left_out())) is None:
                 source = Path(kind.download(self.path, revision=self.revision))
-            absent = self.left_out() | (self.optional - pipeline_folder.components(source))
-            pipeline = kind.from_pretrained(source, torch_dtype=dtypes, **dict.fromkeys(absent))
-        return self.flow(self, pipeline, source, device)
+        held = pipeline_folder.components(source)
+        needed = {*kind._get_signature_keys(kind)[0]} - {*kind._optional_components}
+        if lacking := sorted(needed - held - self.optional - self.left_out()):
+            index = str(source / pipeline_folder.INDEX)
+            raise ModelError(f"{index!r} names no {', '.join(lacking)}, which a {self.kind()} needs")
+        absent = self.left_out() | (self.optional - held)
+        return self.flow(self, load_pipeline(kind, source, dtypes, absent), source, device)
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
         configs = configs_at(self.path)
@@ -86,12 +99,23 @@ class DiffusersModel(Model, ABC):
         absent = self.left_out() | self.optional
         kept = {name: config for name, config in configs.items() if name not in self.left_out()}
         with quiet():
-            pipeline = outlined(self.pipelines[0], kept, absent, self._dtypes(transformer_dtype), device)
+            pipeline = outlined(self.kind(), kept, absent, self._dtypes(transformer_dtype), device)
         settled = self.model_copy(update={"offload": False})  # an outline has no weights to offload
         return None if pipeline is None else self.flow(settled, pipeline, Path(self.path), device)
 
     def frozen_dtype(self) -> DtypeName:
         return self.dtype
+
+    def origin(self) -> dict[str, Any]:
+        return origin_of(self.path)
+
+    def export_dtype(self) -> DtypeName:
+        """bf16 where the base's transformer is published in bf16, else fp32, which rounds nothing."""
+        if (folder := pipeline_folder.local_folder(self.path)) is None:
+            return "fp32"
+        weights = headers(folder / "transformer")
+        kinds = {kind for name, (kind, _) in weights.items() if name not in self.buffers}
+        return "bf16" if kinds == {"BF16"} else "fp32"
 
     def rests(self, encoder: EncoderName, *, cached: bool) -> bool:
         return self.offload or cached
@@ -100,18 +124,46 @@ class DiffusersModel(Model, ABC):
         return None if self.offload else self.model_copy(update={"offload": True})
 
     def missing(self) -> str | None:
-        return pipeline_folder.missing(self.path, "transformer", self.pipelines)
+        return pipeline_folder.missing(self.path, "transformer", self.pipelines, self.left_out())
 
-    def divisor(self) -> int | None:
+    def weight_files(self) -> Mapping[str, Path]:
+        return pipeline_folder.files_of(self.path, self.left_out())
+
+    def sides(self) -> tuple[int, int | None] | None:
         if (configs := configs_at(self.path)) is None:
             return None
-        return self.divisor_of(configs["transformer"], compression(configs["vae"]))
+        transformer, factor = configs["transformer"], compression(configs["vae"])
+        return self.divisor_of(transformer, factor), self.longest_side(transformer, factor)
+
+    def native_side(self) -> int | None:
+        return native_side(configs_at(self.path) or {}, "transformer")
 
     @classmethod
     def divisor_of(cls, transformer: Any, factor: int) -> int:
         """The number of pixels that image sides must be multiples of. ``transformer`` is its configuration;
         one latent stands for ``factor`` x ``factor`` pixels."""
         return factor * cls.packing * (transformer.get("patch_size") or 1)
+
+    def longest_side(self, transformer: Any, factor: int) -> int | None:
+        """The longest side of an image in pixels; None if any will do. For the arguments see
+        :meth:`divisor_of`."""
+        if (positions := transformer.get("pos_embed_max_size")) is None:
+            return None
+        return positions * self.divisor_of(transformer, factor)
+
+    def guidance_rule(self) -> ClassifierFree:
+        return self.guidance_rule_of((configs_at(self.path) or {}).get("transformer", {}))
+
+    def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
+        """How a guidance scale acts on a transformer of this configuration."""
+        del transformer
+        return CLASSIFIER_FREE
+
+    def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
+        if (folder := pipeline_folder.local_folder(self.path)) is None:
+            return {}
+        longest = getattr(self, "max_sequence_length", None)  # most families have such a field
+        return token_counts(folder, captions, self.left_out(), longest)
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         if (folder := pipeline_folder.local_folder(self.path)) is None:
@@ -125,6 +177,15 @@ class DiffusersModel(Model, ABC):
         return {component: torch_dtype(name) for component, name in names.items()}
 
 
+def native_side(configs: Configs, denoiser: str) -> int | None:
+    """The side in pixels of the images that a pipeline with these ``configs`` is made for; None if they do
+    not tell. ``denoiser`` is the component whose ``sample_size`` counts latents."""
+    vae = configs.get("vae", {})
+    if isinstance(latents := configs.get(denoiser, {}).get("sample_size"), int) and vae:
+        return latents * compression(vae)
+    return side if isinstance(side := vae.get("sample_size"), int) else None
+
+
 def compression(vae: Any) -> int:
     """How many pixels of a side become one latent, from the autoencoder's configuration. Raises ModelError if
     the configuration does not tell."""
@@ -133,6 +194,6 @@ def compression(vae: Any) -> int:
         ("block_out_channels", 1),
         ("temperal_downsample", 0),
     ):
-        if (levels := vae.get(name)) is not None:
+        if isinstance(levels := vae.get(name), list | tuple):
             return 2 ** (len(levels) - extra)
     raise ModelError(f"the autoencoder's configuration has no 'block_out_channels': {sorted(vae)}")

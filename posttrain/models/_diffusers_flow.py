@@ -1,28 +1,36 @@
 """Defines the base class of loaded, trainable diffusers pipelines.
 
 A family writes :meth:`DiffusersFlowModel.encode` and :meth:`DiffusersFlowModel.velocity`. It overrides
-``scaled`` and ``unscaled`` (latents), ``posterior`` or ``sigmas`` if its pipeline differs there.
+``scaled`` and ``unscaled`` (latents), ``encoded``, ``decoded`` and ``latent_channels`` (autoencoder),
+``uniform_grid``, ``mu``, ``grid_mu`` or ``sigma`` if its pipeline differs there.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from posttrain.errors import ModelError
+from posttrain.flow.guidance import ClassifierFree
+from posttrain.flow.rectified import shift_sigma
 from posttrain.model import DtypeName, EncoderName, FlowModel, torch_dtype
 from posttrain.models._resting import Resting
 from posttrain.weights import pipeline_folder
+from posttrain.weights.adapter import load_adapter
+from posttrain.weights.companions import write_components
 from posttrain.weights.files import content_hash
-from posttrain.weights.hugging_face import explained, quiet
-from posttrain.weights.transformer import LORA, next_adapter, save_component
+from posttrain.weights.hugging_face import quiet
+from posttrain.weights.transformer import LORA, save_component
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from posttrain.condition import Condition
+    from posttrain.weights.writing import Entry
 
 PROMPT_BATCH = 8
 """Rows in every call of the text encoders; the empty prompt fills up a short batch. The number of rows
@@ -43,6 +51,10 @@ class Block(Protocol):
 
     def divisor_of(self, transformer: Any, factor: int) -> int: ...
 
+    def longest_side(self, transformer: Any, factor: int) -> int | None: ...
+
+    def guidance_rule_of(self, transformer: Any) -> ClassifierFree: ...
+
     def encoding_settings(self) -> dict[str, Any]: ...
 
 
@@ -58,11 +70,12 @@ class DiffusersFlowModel(FlowModel):
         self.pipeline, self.source = pipeline, source
         self.vae, self.scheduler = pipeline.vae, pipeline.scheduler
         self.check()
-        self.shift = float(self.scheduler.config.shift)
+        check_scheduler(self.scheduler.config)
+        self.guidance_rule = spec.guidance_rule_of(self.transformer.config)
         self.factor = pipeline.vae_scale_factor
         self.divisor = spec.divisor_of(self.transformer.config, self.factor)
         self.encoders: dict[EncoderName, Resting] = {
-            "prompts": Resting(self.text_encoders(), device),
+            "prompts": Resting(self.text_encoders(), device, by_block=True),
             "images": Resting([self.vae], device),
         }
         for module in (self.transformer, self.vae, *self.text_encoders()):
@@ -92,13 +105,59 @@ class DiffusersFlowModel(FlowModel):
         config = self.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
+    def encoded(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The autoencoder's mean and log-variance (n, c, h, w) of ``pixels`` (n, 3, H, W), in one call."""
+        posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """The pixels (n, 3, H, W) in [-1, 1] of the autoencoder's ``latents``, in one call."""
+        return self.vae.decode(latents).sample
+
+    def latent_channels(self) -> int:
+        """The number of channels of latents."""
+        return self.vae.config.latent_channels
+
+    def sigma(self, t: Tensor, size: Sequence[int]) -> Tensor:
+        config = self.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return shift_sigma(t, config.shift)
+        mu = self.mu(self.tokens(size))
+        linear = config.get("time_shift_type") == "linear"
+        return shift_sigma(t, mu if linear else math.exp(mu))
+
     def sigmas(self, steps: int, height: int, width: int) -> list[float]:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        extra = {}
-        if scheduler.config.get("use_dynamic_shifting"):
-            extra["mu"] = _mu(scheduler.config, (height // self.divisor) * (width // self.divisor))
-        scheduler.set_timesteps(steps, **extra)
+        dynamic = scheduler.config.get("use_dynamic_shifting")
+        mu = self.grid_mu(self.tokens(self.latent_shape(height, width)[1:]), steps) if dynamic else None
+        scheduler.set_timesteps(steps, sigmas=self.uniform_grid(steps), **({} if mu is None else {"mu": mu}))
         return scheduler.sigmas.tolist()
+
+    def uniform_grid(self, steps: int) -> list[float] | None:
+        """The ``steps`` falling times from 1 on that the pipeline gives to its scheduler; None if it leaves
+        them to the scheduler."""
+        del steps
+        return None
+
+    def tokens(self, size: Sequence[int]) -> int:
+        """The number of tokens of latents of ``size`` (h, w)."""
+        side = self.divisor // self.factor
+        return (size[0] // side) * (size[1] // side)
+
+    def mu(self, tokens: int) -> float:
+        """The size of the dynamic shift for images of so many ``tokens``; its logarithm if
+        ``time_shift_type`` is exponential. Linear between the configured sizes, as ``calculate_shift`` in
+        diffusers' pipelines."""
+        config = self.scheduler.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        slope = (most - base) / (high - low)
+        return tokens * slope + (base - slope * low)
+
+    def grid_mu(self, tokens: int, steps: int) -> float:
+        """The same for a sampling grid of so many ``steps``, where a pipeline's shift depends on them."""
+        del steps
+        return self.mu(tokens)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         import torch
@@ -121,16 +180,19 @@ class DiffusersFlowModel(FlowModel):
         with torch.no_grad(), self.encoders["images"].working():
             for images in pixels.to(self.device, torch.float32).split(at_once) if len(pixels) else ():
                 full = torch.cat([images, images.new_zeros(at_once - len(images), 3, height, width)])
-                posterior = self.vae.encode(full).latent_dist
-                mean.append(posterior.mean[: len(images)])
-                logvar.append(posterior.logvar[: len(images)])
+                for found, moment in zip((mean, logvar), self.encoded(full), strict=True):
+                    found.append(moment[: len(images)])
         return torch.cat(mean), torch.cat(logvar)
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         return self.scaled(super().latents(mean, logvar, noise))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return (self.vae.config.latent_channels, height // self.factor, width // self.factor)
+        most = self.spec.longest_side(self.transformer.config, self.factor)
+        # without this check the transformer fails in its forward, in units of its own
+        if most is not None and max(height, width) > most:
+            raise ModelError(f"{width} x {height} px is too large: this model's sides have at most {most} px")
+        return (self.latent_channels(), height // self.factor, width // self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         import torch
@@ -138,8 +200,9 @@ class DiffusersFlowModel(FlowModel):
         pixels = latents.shape[-1] * latents.shape[-2] * self.factor**2
         with torch.no_grad(), self.encoders["images"].working():
             batches = self.unscaled(latents.float()).split(max(1, PIXELS // pixels))
-            images = torch.cat([self.vae.decode(batch).sample for batch in batches])
-            return (images / 2 + 0.5).clamp(0, 1)
+            images = torch.cat([self.decoded(batch) for batch in batches])
+            images = images / 2 + 0.5
+            return images.clamp(0, 1) + 0 * images  # infinity stays no number, and does not become white
 
     def identity(self, encoder: EncoderName) -> dict[str, Any]:
         if encoder == "images":
@@ -159,36 +222,37 @@ class DiffusersFlowModel(FlowModel):
     def encoder_modules(self, encoder: EncoderName) -> Sequence[Any]:
         return self.encoders[encoder].modules
 
+    def bytes_at_work(self, encoder: EncoderName) -> int:
+        return self.encoders[encoder].bytes_at_work()
+
     def text_encoders(self) -> list[Any]:
         """The pipeline's text encoders, in the order of their names."""
         return [getattr(self.pipeline, n) for n in sorted(self._components()) if n.startswith("text_encoder")]
 
-    def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, dtype: DtypeName, weights: Mapping[str, Entry]) -> None:
         used = self._components()
-        pipeline_folder.link_components(self.source, folder, used - {"transformer"})
+        write_components(self.source, folder, used - {"transformer"}, torch_dtype(dtype))
         pipeline_folder.write_index(self.source, folder, used)
         save_component(self.transformer, folder / "transformer", torch_dtype(dtype), weights)
+
+    def save_exact(self, folder: Path, weights: Mapping[str, Entry]) -> None:
+        save_component(self.transformer, folder / "transformer", torch_dtype("fp32"), weights)
 
     def load_weights(self, source: Path, merge: bool = True) -> None:
         if not (source / LORA).is_file():
             return super().load_weights(source, merge)
-        with quiet(), explained(str(source / LORA)):
-            name = next_adapter(self.transformer)
-            # diffusers' loader also reads the formats of other tools
-            self.pipeline.load_lora_weights(str(source), adapter_name=name)
-            if merge:
-                self.transformer.fuse_lora(adapter_names=[name])
-                self.transformer.unload_lora()
-        return None
+        return load_adapter(self.transformer, source / LORA, merge=merge, pipeline=self.pipeline)
 
     def _components(self) -> set[str]:
         return {name for name, component in self.pipeline.components.items() if component is not None}
 
 
-def _mu(config: Any, tokens: int) -> float:
-    """The logarithm of the dynamic shift for images of so many ``tokens``: linear between the configured
-    sizes, as ``calculate_shift`` in diffusers' pipelines."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (most - base) / (high - low)
-    return tokens * slope + (base - slope * low)
+def check_scheduler(config: Any) -> None:
+    """Raise ModelError if the scheduler's sigmas are no shift of a uniform grid: training draws from a shift,
+    and would learn other noise levels than those at which images are sampled."""
+    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
+        if config.get(name):
+            raise ModelError(
+                f"scheduler/scheduler_config.json: {name} is true; sigmas must be a uniform grid that is "
+                "shifted, as without it"
+            )

@@ -21,6 +21,8 @@ Configs = Mapping[str, Mapping[str, Any]]
 """The configuration of each component, as in :data:`posttrain.models._published.PUBLISHED`."""
 CONFIG_FILES = {"scheduler": "scheduler_config.json"}
 """The configuration files that are not called ``config.json``."""
+PIPELINE = "pipeline"
+"""Where :data:`Configs` have the pipeline's own settings, those in its index that name no component."""
 
 
 def configs_at(path: str) -> Configs | None:
@@ -33,7 +35,11 @@ def configs_at(path: str) -> Configs | None:
     configs = {
         n: c for n in names if (c := pipeline_folder.config(path, n, CONFIG_FILES.get(n, "config.json")))
     }
-    return configs if {"transformer", "vae"} <= configs.keys() else PUBLISHED.get(path)
+    if not {"transformer", "vae"} <= configs.keys():
+        return PUBLISHED.get(path)
+    index = pipeline_folder.index_in(folder)
+    own = {n: v for n, v in index.items() if n[0] != "_" and not isinstance(v, list)}
+    return {**configs, PIPELINE: own} if own else configs
 
 
 def outlined(
@@ -53,21 +59,22 @@ def outlined(
 
     kind: Any = getattr(diffusers, pipeline)
     types = kind._get_signature_types()
-    names, _ = kind._get_signature_keys(kind)
+    names, optional = kind._get_signature_keys(kind)
     made: dict[str, Any] = dict.fromkeys(names)
     models = {name for name in made if not name.startswith(("tokenizer", "scheduler"))}
     if models - configs.keys() - {*absent, *kind._optional_components}:
         return None
-    with torch.device(device):
-        for name in made.keys() & configs.keys():
+    for name in made.keys() & configs.keys():
+        with torch.device("cpu" if name == "scheduler" else device):  # schedulers compute when they are made
             made[name] = _component(dict(configs[name]), types[name])
-            if isinstance(made[name], torch.nn.Module):
-                made[name].to(dtypes.get(name, dtypes["default"]))
+        if isinstance(made[name], torch.nn.Module):
+            made[name].to(dtypes.get(name, dtypes["default"]))
     for name in made:
         if name.startswith("tokenizer") and (encoder := made.get(name.replace("tokenizer", "text_encoder"))):
             made[name] = Numbering(encoder.config)
     made["scheduler"] = made["scheduler"] or types["scheduler"][0]()
-    return kind(**made)
+    own = {name: value for name, value in configs.get(PIPELINE, {}).items() if name in optional}
+    return kind(**made, **own)
 
 
 def _component(config: dict[str, Any], types: Sequence[Any]) -> Any:
@@ -94,6 +101,11 @@ class Numbering:
         self.model_max_length = int(getattr(config, "max_position_embeddings", 512))
         end = getattr(config, "eos_token_id", None)
         self.end = end if isinstance(end, int) else 1
+        self.added_tokens_encoder: dict[str, int] = {}
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
+        """The contents of ``messages``."""
+        return " ".join(message["content"] for message in messages)
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None, **_: Any) -> SimpleNamespace:
         """``input_ids`` and ``attention_mask``, (n, length) each: the words' numbers, padded with the end
@@ -105,6 +117,14 @@ class Numbering:
         rows = [[*row[: length - 1], *[self.end] * (length - len(row[: length - 1]))] for row in rows]
         ids = torch.tensor(rows, device="cpu")
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    def encode(self, text: str) -> list[int]:
+        """The numbers of the words of ``text``, with the end token."""
+        return [*range(len(text.split())), self.end]
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words, in which some pipelines look for embeddings that were trained."""
+        return text.split()
 
     def batch_decode(self, ids: torch.Tensor, **_: Any) -> list[str]:
         """The numbers as text, for messages."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from posttrain.model import Sampler
+from posttrain.sampler import Sampler
 from posttrain.support.randomness import generator
 from posttrain.weights.files import hash_of
 
@@ -19,19 +19,11 @@ if TYPE_CHECKING:
 class PipelineSampler(Sampler):
     """Calls a pipeline with one generator for each image, seeded by the image's prompt and index."""
 
-    def __init__(
-        self,
-        pipeline: Any,
-        denoiser: str,
-        source: str,
-        settings: dict[str, Any],
-        arguments: dict[str, Any],
-    ) -> None:
-        self.pipeline, self.source, self.settings, self.arguments = pipeline, source, settings, arguments
+    def __init__(self, pipeline: Any, denoiser: str, source: str, settings: dict[str, Any]) -> None:
+        self.pipeline, self.source, self.settings = pipeline, source, settings
         self.device = pipeline.device
         self.denoiser = getattr(pipeline, denoiser)
-        # FLUX packs 2 x 2 latents into a token
-        self.divisor = pipeline.vae_scale_factor * (2 if denoiser == "transformer" else 1)
+        self.divisor = pipeline.vae_scale_factor
         self.forward_equivalents = 0
         self.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -47,7 +39,6 @@ class PipelineSampler(Sampler):
             guidance_scale=settings.guidance,
             generator=generators,
             output_type="pt",
-            **self.arguments,
         )
         return output.images.float().clamp(0, 1)
 

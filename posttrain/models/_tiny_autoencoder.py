@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.data.loader import ImageSource
-from posttrain.data.settings import ShapesData
 from posttrain.errors import TrainingError
 
 BATCH, LEARNING_RATE, KL_WEIGHT = 16, 2e-3, 1e-4
 
 
-def fitted_autoencoder(channels: int, images: int, steps: int, seed: int, folder: Path) -> Any:
-    """An AutoencoderKL of 0.6 M parameters with ``channels`` latent channels, in half precision.
+def fitted_autoencoder(
+    channels: int, images: ImageSource, steps: int, seed: int, device: torch.device
+) -> Any:
+    """An AutoencoderKL of 0.6 M parameters with ``channels`` latent channels, in half precision, on the CPU.
 
-    It is trained for ``steps`` steps on ``images`` Shapes images, which are rendered into ``folder``. Its
-    loss is L1 + 1e-4 KL; the KL is summed over channels and averaged over positions. Its configuration scales
-    latents to mean 0 and standard deviation 1. Raises TrainingError if the loss becomes infinite or NaN.
+    It is trained for ``steps`` steps on ``images``, on ``device``. Its loss is L1 + 1e-4 KL; the KL is summed
+    over channels and averaged over positions. Its configuration scales latents to mean 0 and standard
+    deviation 1. Raises TrainingError if the loss becomes infinite or NaN.
     """
-    data = ShapesData(images=images, seed=seed, style="web")
-    source = ImageSource(data.build(folder), divisor=8)
-    batches = (batch.pixels for batch in source.batches(BATCH, ("autoencoder", seed), 0))
-    vae = _autoencoder(channels)
+    order = images.batches(BATCH, ("autoencoder", seed), 0)
+    batches = (batch.pixels.to(device) for batch in order)
+    vae = _autoencoder(channels).to(device)
     _fit(vae, batches, steps)
     _set_scale(vae, torch.cat([next(batches) for _ in range(32)]))
-    return vae.half()
+    return vae.cpu().half()
 
 
 def _autoencoder(channels: int) -> Any:

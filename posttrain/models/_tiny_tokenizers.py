@@ -25,8 +25,10 @@ def clip_tokenizer(words: list[str], length: int) -> Any:
     vocabulary = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), START, END]
     with tempfile.TemporaryDirectory() as folder:
         numbers = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-        Path(folder, "vocab.json").write_text(json.dumps(numbers))
-        Path(folder, "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+        Path(folder, "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
+        Path(folder, "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=length, pad_token=END)
     for word in words:
         if len(ids := tokenizer(word).input_ids) != 3:
@@ -42,6 +44,20 @@ def t5_tokenizer(words: list[str], length: int) -> Any:
     pieces += [(chr(c), -10.0) for c in range(ord("a"), ord("z") + 1)]
     pieces += [(f"▁{word}", -1.0) for word in words]
     return T5TokenizerFast(vocab=pieces, model_max_length=length, extra_ids=0)
+
+
+def qwen_tokenizer(words: list[str], length: int) -> Any:
+    """A Qwen tokenizer, whose letters are bytes, that gives each of ``words`` one token, also after a space.
+
+    Prompts have at most ``length`` tokens. ``<|im_start|>`` and ``<|im_end|>`` are special tokens.
+    """
+    from transformers import Qwen2Tokenizer
+
+    texts = [f"{word} {word}" for word in words]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator([texts], vocab_size=10_000, show_progress=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.model_max_length = length
+    return tokenizer
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:

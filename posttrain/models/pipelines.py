@@ -1,16 +1,21 @@
-"""Defines Stable Diffusion XL and FLUX, which can be evaluated but not trained."""
+"""Defines Stable Diffusion XL, which can be evaluated but not trained."""
 
 from __future__ import annotations
 
 from abc import ABC
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from posttrain.errors import DataError, ModelError
-from posttrain.model import DtypeName, FlowModel, Model, Sampler, torch_dtype
+from posttrain.model import DtypeName, FlowModel, Model, torch_dtype
+from posttrain.models._diffusers import native_side
+from posttrain.sampler import Sampler
 from posttrain.weights.hugging_face import explained, quiet
-from posttrain.weights.pipeline_folder import local_folder, missing
+from posttrain.weights.pipeline import load_pipeline
+from posttrain.weights.pipeline_folder import complete_folder, config, files_of, missing
 
 if TYPE_CHECKING:
     import torch
@@ -47,52 +52,38 @@ class Pipeline(Model, ABC):
             )
         dtype = torch_dtype(self.dtype or settings.precision)
         with quiet(), explained(self.path):
-            folder = local_folder(self.path)
-            pipeline = DiffusionPipeline.from_pretrained(
-                self.path if folder is None else folder, revision=self.revision, torch_dtype=dtype
-            )
+            if (folder := complete_folder(self.path)) is None:
+                folder = Path(DiffusionPipeline.download(self.path, revision=self.revision))
+        pipeline = load_pipeline(DiffusionPipeline, folder, {"default": dtype})
         name = type(pipeline).__name__
         pipeline.watermark = None  # SDXL would mark the images if the watermark package is installed
         if name not in self.pipelines:
             raise ModelError(f"{self.path!r} is a {name}, not a {' or '.join(self.pipelines)}")
         pipeline.set_progress_bar_config(disable=True)
-        return PipelineSampler(
-            pipeline.to(device), self.denoiser, self.path, self.card_settings(), self.arguments(settings)
-        )
+        return PipelineSampler(pipeline.to(device), self.denoiser, self.path, self.card_settings())
 
-    def arguments(self, settings: Sampling) -> dict[str, Any]:
-        """Arguments of the pipeline's call beside prompts, size, steps and guidance."""
-        del settings
-        return {}
+    def native_side(self) -> int | None:
+        components = (self.denoiser, "vae")
+        found = {name: config(self.path, name) for name in components}
+        return native_side({name: kept for name, kept in found.items() if kept is not None}, self.denoiser)
+
+    def weight_files(self) -> Mapping[str, Path]:
+        return files_of(self.path)
 
     def missing(self) -> str | None:
         return missing(self.path, self.denoiser, self.pipelines)
 
 
 class SDXL(Pipeline):
-    """Stable Diffusion XL (1024 px, guidance 5 to 7)."""
+    """Stable Diffusion XL, 1024 px, guidance 5 to 7 (Podell et al. 2023, arXiv:2307.01952)."""
 
     type: Literal["sdxl"] = "sdxl"
     pipelines: ClassVar = ("StableDiffusionXLPipeline",)
     denoiser: ClassVar = "unet"
 
-    def arguments(self, settings: Sampling) -> dict[str, Any]:
+    def sampler(self, device: torch.device, settings: Sampling) -> Sampler:
         if settings.guidance < 1:
             raise DataError(
                 f"guidance {settings.guidance:g}: diffusers ignores guidance below 1 for SDXL; give 1 or more"
             )
-        return super().arguments(settings)
-
-
-class Flux(Pipeline):
-    """FLUX.1. Guidance is an input of the network (dev: 3.5; schnell ignores it)."""
-
-    type: Literal["flux"] = "flux"
-    pipelines: ClassVar = ("FluxPipeline",)
-    denoiser: ClassVar = "transformer"
-
-    max_sequence_length: int = Field(512, ge=1, le=512)
-    """Maximum tokens of a prompt in T5."""
-
-    def arguments(self, settings: Sampling) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_sequence_length}
+        return super().sampler(device, settings)

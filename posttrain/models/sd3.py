@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from posttrain.errors import ModelError
+from posttrain.flow.guidance import UNGUIDED, ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._outline import configs_at
+from posttrain.models._sd3_layout import single_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from posttrain.condition import Condition
+    from posttrain.weights.single_file import SingleFile
 
+TURBO = "stabilityai/stable-diffusion-3.5-large-turbo"
+"""Its model card has guidance 0 and 4 steps; diffusers guides by scales over 1 alone."""
 T5 = frozenset({"text_encoder_3", "tokenizer_3"})
 
 
@@ -22,6 +30,10 @@ class SD3FlowModel(DiffusersFlowModel):
     """A loaded Stable Diffusion 3 pipeline."""
 
     spec: SD3
+
+    def __init__(self, spec: SD3, pipeline: Any, source: Path, device: torch.device) -> None:
+        super().__init__(spec, pipeline, source, device)
+        self.guidance_rule = spec.guidance_rule()
 
     def encode(self, prompts: list[str]) -> Condition:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -42,13 +54,6 @@ class SD3FlowModel(DiffusersFlowModel):
             return_dict=False,
             **{name: tensor.to(dtype) for name, tensor in condition.items()},
         )[0].float()
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        config = self.transformer.config
-        # without this check the transformer fails in its forward, in units of its own
-        if max(height, width) > (most := config.pos_embed_max_size * self.factor * config.patch_size):
-            raise ModelError(f"{width} x {height} px is too large: this model's sides have at most {most} px")
-        return super().latent_shape(height, width)
 
     def check(self) -> None:
         pipeline, config = self.pipeline, self.transformer.config
@@ -75,7 +80,7 @@ class SD3FlowModel(DiffusersFlowModel):
 
 
 class SD3(DiffusersModel):
-    """A Stable Diffusion 3 / 3.5 pipeline."""
+    """A Stable Diffusion 3 / 3.5 pipeline (Esser et al. 2024, arXiv:2403.03206)."""
 
     type: Literal["sd3"] = "sd3"
     pipelines: ClassVar = ("StableDiffusion3Pipeline",)
@@ -83,11 +88,19 @@ class SD3(DiffusersModel):
     optional: ClassVar = T5
     buffers: ClassVar = frozenset({"pos_embed.pos_embed"})
 
-    max_sequence_length: int = Field(256, ge=1, le=512)
+    max_sequence_length: int = Field(default=256, ge=1, le=512)
     """Maximum tokens of a prompt in T5, in training and evaluation. The published runs trained with 77 (SOAR)
     or 128 (Flow-GRPO, DiffusionNFT) and evaluated with 256."""
     text_encoder_3: bool = True
     """False leaves out the T5 encoder, as diffusers allows; its embeddings are then zeros."""
+
+    def single_file(self) -> SingleFile | None:
+        configs = configs_at(self.path)
+        return None if configs is None else single_file(configs["transformer"]["num_layers"])
+
+    def guidance_rule(self) -> ClassifierFree:
+        # nothing in its folder tells the distilled model from Large
+        return UNGUIDED if self.path == TURBO else super().guidance_rule()
 
     def left_out(self) -> frozenset[str]:
         return frozenset() if self.text_encoder_3 else T5

@@ -14,7 +14,8 @@ from posttrain.distributed.world import World
 from posttrain.parallel.shares import Share, Shares
 from posttrain.parallel.strategy import Parallel, Strategy
 from posttrain.parallel.zero import Zero
-from posttrain.registry import AnyPath, field_error
+from posttrain.registry import NO_PATH, MaybePath, field_error
+from posttrain.support.paths import expanded
 
 if TYPE_CHECKING:
     from posttrain.optim.settings import Train
@@ -47,7 +48,7 @@ class DeepSpeed(Parallel):
     """What is sharded: 1 the optimizer state, 2 also the gradients, 3 also the weights. 2 by default."""
     offload: bool = False
     """Keep the optimizer state in the CPU's memory, and with stage 3 the weights."""
-    config: AnyPath | None = None
+    config: MaybePath = NO_PATH
     """A DeepSpeed JSON file, for its ``zero_optimization`` and other settings. What the recipe decides
     (batch sizes, clipping, optimizer, schedule, precision) is taken from the recipe."""
 
@@ -157,7 +158,7 @@ class DeepSpeed(Parallel):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        file = json.loads(path.expanduser().read_text())
+        file = json.loads(expanded(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise field_error(("config",), f"cannot read {str(path)!r}: {error}") from error
     if not isinstance(file, dict) or not isinstance(file.get("zero_optimization", {}), dict):

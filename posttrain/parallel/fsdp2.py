@@ -15,6 +15,7 @@ from posttrain.parallel.shares import Share, Shares
 from posttrain.parallel.strategy import Parallel, Strategy, TorchStrategy
 from posttrain.policy.blocks import blocks
 from posttrain.policy.layout import Layout
+from posttrain.policy.piece import Piece, Stored
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -58,25 +59,28 @@ class Sharded(Layout):
     def local(self, parameter: nn.Parameter) -> Tensor:
         return _as_dtensor(parameter).to_local().data
 
+    def piece(self, parameter: nn.Parameter, held: Tensor) -> Piece:
+        mesh, shape = _as_dtensor(parameter).device_mesh, parameter.shape
+        # the rows are cut as by torch.chunk: all shards but the last ones have equally many
+        rows = min(mesh.get_local_rank() * -(-shape[0] // mesh.size()), shape[0])
+        return Piece(held, shape, rows * shape[1:].numel())
+
     def gathered(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
+        return self.distributed(parameter, held).full_tensor()
+
+    def shard(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        held = torch.empty_like(self.local(parameter), dtype=whole.dtype)
+        Stored([Piece(whole, whole.shape)]).read(self.piece(parameter, held))
+        return held
+
+    def distributed(self, parameter: nn.Parameter, held: Tensor) -> DTensor:
+        """The DTensor whose local part is ``held``, sharded like the parameter. No other process takes
+        part."""
         from torch.distributed.tensor import DTensor
 
         like = _as_dtensor(parameter)
         return DTensor.from_local(
             held, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-        ).full_tensor()
-
-    def shard(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        return self.distributed(parameter, whole).to_local().clone()
-
-    def distributed(self, parameter: nn.Parameter, whole: Tensor) -> DTensor:
-        """``whole`` as a DTensor that is sharded like the parameter. No other process takes part."""
-        from torch.distributed.tensor import distribute_tensor
-
-        like = _as_dtensor(parameter)
-        # src_data_rank=None: every process has the whole tensor, so nothing is sent
-        return distribute_tensor(
-            whole.to(like.to_local().device), like.device_mesh, like.placements, src_data_rank=None
         )
 
     def mark_written(self) -> None:
@@ -134,9 +138,13 @@ class FullySharded(TorchStrategy):
         # FSDP averages the gradients of the processes, but the losses are parts of a sum
         (loss * self.world.size).backward()
 
-    def as_moment(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    def as_moment(self, parameter: nn.Parameter, stored: Stored) -> Tensor:
+        if stored.shape != parameter.shape:
+            return super().as_moment(parameter, stored)
         assert isinstance(self.layout, Sharded), "set in __init__"
-        return self.layout.distributed(parameter, whole)
+        held = torch.empty_like(self.layout.local(parameter), dtype=stored.dtype)
+        stored.read(self.layout.piece(parameter, held))
+        return self.layout.distributed(parameter, held)
 
 
 def _as_dtensor(parameter: nn.Parameter) -> DTensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from posttrain.distributed.world import World
 from posttrain.parallel.shares import Shares
 from posttrain.policy.layout import Layout
+from posttrain.policy.piece import Piece, Stored
 from posttrain.registry import Spec
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Parallel(Spec, ABC):
     def prepare(self, policy: Policy, settings: Train, world: World) -> Strategy:
         """Spread the policy's weights over the processes and make the optimizer.
 
+        Before, every process holds the whole model, as it was loaded.
         Must be called before the policy has roles. Raises PosttrainError if the strategy that is then active
         is not what the block says.
         """
@@ -97,15 +100,16 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def moments(self, name: str) -> dict[str, Tensor]:
-        """The optimizer's state of a trained weight, as whole tensors; {} before the first step.
+    def moments(self, name: str) -> dict[str, Piece]:
+        """What this process holds of the optimizer's state of a trained weight; {} before the first step.
 
-        Every process must call it at the same time.
+        It has the same keys in every process. No other process takes part.
         """
 
     @abstractmethod
-    def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
-        """Set the optimizer's state from whole tensors, by the weight's name."""
+    def load_moments(self, moments: Mapping[str, Mapping[str, Stored]]) -> None:
+        """Set the optimizer's state from stored tensors, by the weight's name. No other process takes
+        part."""
 
     def mark_loaded(self) -> None:
         """To be called after the trained weights were loaded from a checkpoint."""
@@ -145,26 +149,28 @@ class TorchStrategy(Strategy):
         self.zero_grad()
         return value
 
-    def moments(self, name: str) -> dict[str, Tensor]:
-        state: dict[str, Any] = self.optimizer.state[self.policy.trained[name]]
-        whole = {key: v.full_tensor() if hasattr(v, "full_tensor") else v for key, v in state.items()}
-        return {key: torch.as_tensor(value) for key, value in whole.items()}
+    def moments(self, name: str) -> dict[str, Piece]:
+        parameter = self.policy.trained[name]
+        state: dict[str, Any] = self.optimizer.state[parameter]
+        return {key: self._piece(parameter, value) for key, value in state.items()}
 
-    def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
+    def _piece(self, parameter: nn.Parameter, value: Any) -> Piece:
+        if hasattr(value, "to_local"):
+            return self.layout.piece(parameter, value.to_local())
+        tensor = torch.as_tensor(value)
+        return Piece(tensor, tensor.shape, everywhere=True)
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Stored]]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
         for i, (name, parameter) in enumerate(self.policy.trained.items()):
             if name in moments:
-                state[i] = {
-                    # cloned, because the file may hold one tensor, such as the step, for all weights
-                    key: self.as_moment(parameter, value) if value.shape == parameter.shape else value.clone()
-                    for key, value in moments[name].items()
-                }
+                state[i] = {key: self.as_moment(parameter, stored) for key, stored in moments[name].items()}
                 if not isinstance(self.optimizer, torch.optim.AdamW):
                     # bitsandbytes counts its steps in an int
                     state[i]["step"] = state[i]["step"].item()  # type: ignore[assignment]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
-    def as_moment(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """``whole`` in the layout in which the optimizer keeps moments of the parameter."""
+    def as_moment(self, parameter: nn.Parameter, stored: Stored) -> Tensor:
+        """A copy of ``stored`` in the layout in which the optimizer keeps moments of the parameter."""
         del parameter
-        return whole.clone()
+        return stored.whole().clone()

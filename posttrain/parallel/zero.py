@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from posttrain.errors import TrainingError
 from posttrain.optim.optimizers import optimizer_of
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.layout import Layout
+from posttrain.policy.piece import Piece, Stored
 
 if TYPE_CHECKING:
     from posttrain.optim.settings import Train
@@ -36,6 +38,11 @@ class Partitioned(Layout):
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.data  # type: ignore[attr-defined]
+
+    def piece(self, parameter: nn.Parameter, held: Tensor) -> Piece:
+        shape = self.shape(parameter)
+        start = min(held.numel() * self.world.rank, shape.numel())
+        return Piece(held[: shape.numel() - start], shape, start)  # what follows is padding
 
     def gathered(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
         flat = self.world.gather(held.to(self.engine.device))
@@ -102,36 +109,48 @@ class Zero(Strategy):
             return math.nan
         return float(self.engine.get_global_grad_norm() or 0.0)
 
-    def moments(self, name: str) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+    def moments(self, name: str) -> dict[str, Piece]:
         parameter, states = self.policy.trained[name], self.inner.optimizer.state
         state = next((states[flat] for flat in self._flat_parameters() if states.get(flat)), None)
         if state is None:
             return {}
         keys = [key for key, value in state.items() if isinstance(value, Tensor) and value.ndim]
-        moments: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-        return {**moments, "step": torch.as_tensor(state["step"]).clone()}
+        step = torch.as_tensor(state["step"])
+        return {
+            **{key: self._moment(parameter, key) for key in keys},
+            "step": Piece(step, step.shape, everywhere=True),
+        }
 
-    def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    def _moment(self, parameter: nn.Parameter, key: str) -> Piece:
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_optimizer_state
+
+            return self.layout.piece(parameter, safe_get_local_optimizer_state(parameter, key))
+        # stages 1 and 2 cut one flat tensor of many weights: this process may have no part of this one
+        if (mapping := parameter._hp_mapping) is None:  # type: ignore[attr-defined]
+            return Piece(torch.empty(0), parameter.shape)
+        return Piece(mapping.get_hp_fragment(key), parameter.shape, mapping.lp_fragment_address.start)
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Stored]]) -> None:
+        from deepspeed.utils import safe_set_local_optimizer_state
 
         if not moments:
             return
         first = next(iter(moments.values()))
-        keys = [key for key, value in first.items() if value.ndim]
+        step, keys = first["step"].whole(), [key for key, stored in first.items() if stored.shape]
         for flat in self._flat_parameters():
             zeros = {key: torch.zeros_like(flat) for key in keys}
-            self.inner.optimizer.state[flat] = {"step": first["step"].to(flat.device, copy=True), **zeros}
+            self.inner.optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **zeros}
         if self.stage != 3:
             self.inner._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.policy.trained.items():
             for key in keys:
-                value = moments[name][key]
-                if self.stage == 3:
-                    safe_set_local_optimizer_state(parameter, self.layout.shard(parameter, value), key)
-                else:
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+                if self.stage != 3:
+                    moments[name][key].read(self._moment(parameter, key))
+                    continue
+                held = torch.zeros_like(self.layout.local(parameter))
+                moments[name][key].read(self.layout.piece(parameter, held))
+                safe_set_local_optimizer_state(parameter, held, key)
 
     def mark_loaded(self) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param

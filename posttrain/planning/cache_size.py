@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from posttrain.data.settings import PromptData
-from posttrain.planning.data import distinct_prompts, known
+from posttrain.data.prompts import distinct_prompts
+from posttrain.planning.data import known
 
 if TYPE_CHECKING:
     from posttrain.model import EncoderName
@@ -24,7 +24,7 @@ def cache_bytes(recipe: Recipe, counts: Counts) -> float | None:
         side = round((data.size[0] * data.size[1]) ** 0.5)
         if recipe.cache.prompts:
             total += _times(data.prompts, kept_bytes(recipe, counts, "prompts", side))
-        if recipe.cache.latents != "off" and not isinstance(stage.data, PromptData):
+        if recipe.cache.latents != "off" and stage.data.images_per_sample:
             total += _times(data.images, kept_bytes(recipe, counts, "images", side))
     if recipe.cache.prompts and recipe.evaluation is not None:
         total += _times(distinct_prompts(recipe.evaluation.prompts), kept_bytes(recipe, counts, "prompts", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -74,23 +75,30 @@ class Counts:
         dtype: DtypeName = self.model.frozen_dtype() if tune is not None and tune.type != "full" else "fp32"
 
         def built() -> FlowModel:
-            if (outline := self.model.outline(dtype, META)) is None:
+            if lowered is not None:
+                outline = _with_own_transformer(self.outline(tune))
+            elif tune is not None and dtype == "fp32":
+                outline = _with_own_transformer(self.outline())
+            else:
+                outline = self.model.outline(dtype, META)
+            if outline is None:
                 raise PosttrainError(
-                    "the model is not on this machine, and posttrain does not know its shape, so it cannot "
-                    "count: download the model first, or give a local folder"
+                    "a plan cannot count this model: it is of type diffusers, or it is not on this machine "
+                    "and posttrain does not know its shape; then download it first, or give a local folder"
                 )
-            if tune is not None:
+            if tune is not None and lowered is None:
                 tune.apply(outline.transformer, 0)
             for parameter in outline.transformer.parameters() if lowered is not None else ():
-                parameter.data = parameter.data.to(lowered)
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(lowered)
             return outline
 
-        return self.once(("outline", dtype, tune and tune.model_dump_json(), lowered), built)
+        return self.once(("outline", dtype, tune and tune.counted_as(), lowered), built)
 
     def shape(self, tune: Tune | None = None) -> Outline:
         """The transformer's parameters, as loaded in float32, or as ``tune`` trains them."""
         return self._stored(
-            ("shape", tune and tune.model_dump_json()),
+            ("shape", tune and tune.counted_as()),
             lambda: Outline.from_module(self.outline(tune).transformer),
             Outline.from_json,
             Outline.as_json,
@@ -105,6 +113,10 @@ class Counts:
 
         names: tuple[EncoderName, ...] = ("prompts", "images")
         return {name: self._stored(("encoder", name), lambda name=name: count(name), int) for name in names}
+
+    def bytes_at_work(self, encoder: EncoderName) -> int:
+        """Bytes that an encoder which rests has on the device while it works."""
+        return self._stored(("at work", encoder), lambda: self.outline().bytes_at_work(encoder), int)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of one image of ``size``."""
@@ -169,7 +181,7 @@ class Counts:
             return held.profile()
 
         precision = str(autocast) if lowered is None else f"lowered {lowered}"
-        key = ("memory", work, size, tune and tune.model_dump_json(), precision, mode, self.cuda)
+        key = ("memory", work, size, tune and tune.counted_as(), precision, mode, self.cuda)
         return self._stored(key, counted, Profile.from_json, Profile.as_json)
 
     def autoencoder(self, work: Literal["encode", "decode"], size: Size, images: int) -> int:
@@ -202,7 +214,7 @@ class Counts:
         self, outline: FlowModel, work: Work | Literal["training"], size: Size, rows: int
     ) -> Callable[[], Tensor]:
         if work == "text":
-            return lambda: outline.encode_prompts(["a"] * rows)["encoder_hidden_states"]
+            return lambda: next(iter(outline.encode_prompts(["a"] * rows).values()))
         latents = torch.empty(rows, *outline.latent_shape(*size), device=META)
         if work == "decode":
             return lambda: outline.decode(latents)
@@ -212,6 +224,13 @@ class Counts:
         sigma, table = torch.empty(rows, device=META), self.condition(rows)
         # each forward gathers its prompts' rows from the batch's table, which copies them
         return lambda: outline.velocity(latents, sigma, {k: v.clone() for k, v in table.items()})
+
+
+def _with_own_transformer(outline: FlowModel) -> FlowModel:
+    """``outline`` with a copy of its transformer, which takes no time beside building the encoders again."""
+    copied = copy.copy(outline)
+    copied.transformer = copied.module = copy.deepcopy(outline.transformer)
+    return copied
 
 
 def _prime(module: nn.Module) -> int:

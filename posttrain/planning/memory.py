@@ -24,7 +24,9 @@ class Phase:
     gradients: bool = False
     """Whether gradients exist already. The first backward of a step makes them as it frees activations."""
     encoders: frozenset[EncoderName] = frozenset()
-    """The encoders on the device."""
+    """The encoders that are wholly on the device."""
+    visiting: float = 0.0
+    """Bytes of an encoder that rests, and has a part of it on the device to work."""
     forward: bool = False
     """Whether the transformer runs forward."""
     backward: bool = False
@@ -79,6 +81,7 @@ def memory(
         caches = 0.0
         if not host:
             weights += sizes.rewards + sum(sizes.encoders.get(name, 0) for name in phase.encoders)
+            weights += phase.visiting
             caches = phase.caches + shares.buffer * (phase.backward or shares.gathers)
             caches += sizes.gathered * (shares.gathers and phase.forward)
             caches += sizes.gathered_gradients * (shares.gathers and phase.backward)

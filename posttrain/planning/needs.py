@@ -10,21 +10,13 @@ from typing import TYPE_CHECKING, Any
 from posttrain.cache.prompts import PROMPT_ENCODE_BATCH
 from posttrain.data.prompts import prompt_rows
 from posttrain.errors import PosttrainError
-from posttrain.model import EncoderName
+from posttrain.model import EncoderName, torch_dtype
 from posttrain.parallel.shares import Shares
 from posttrain.planning.counts import Counts
 from posttrain.planning.data import known
+from posttrain.planning.encoders import at_rest, in_cache, on_device, text_phase
 from posttrain.planning.memory import Memory, Phase, memory
-from posttrain.planning.phases import (
-    StagePlan,
-    at_rest,
-    branches_of,
-    calls_of,
-    in_cache,
-    items_in_step,
-    on_device,
-    square,
-)
+from posttrain.planning.phases import StagePlan, branches_of, calls_of, items_in_step, square
 from posttrain.planning.rates import Kind
 from posttrain.planning.settled import in_words, settled
 from posttrain.planning.sizes import Sizes, disk_bytes, stage_sizes
@@ -107,7 +99,7 @@ def evaluation_needs(recipe: Recipe, evaluation: Evaluation, counts: Counts) -> 
     """What evaluating the base model and every stage needs."""
     cached: dict[EncoderName, bool] = {"prompts": recipe.cache.prompts}
     # an outline without a tune has no trained weights
-    weights = counts.shape().transformer.frozen
+    weights = counts.shape().transformer.frozen * torch_dtype(evaluation.precision).itemsize // 4
     sizes = Sizes(0, weights, 0, 0, _reward_bytes(evaluation.rewards), counts.encoder_bytes())
     phases = _evaluation_phases(recipe, evaluation, counts, cached)
     resting = at_rest(recipe, counts, cached)
@@ -123,15 +115,15 @@ def _evaluation_phases(
     recipe: Recipe, evaluation: Evaluation, counts: Counts, cached: dict[EncoderName, bool]
 ) -> dict[str, Phase]:
     size, images = square(evaluation), evaluation.batch_size
-    forward = counts.memory("forward", size, None, AUTOCAST[evaluation.precision])
-    rows = min(MOST_ROWS, images) * branches_of(evaluation)
+    forward = counts.memory("forward", size, lowered=AUTOCAST[evaluation.precision])
+    rows = min(MOST_ROWS, images) * branches_of(evaluation, counts.model)
     prompts = PROMPT_ENCODE_BATCH if recipe.cache.prompts else images + 1
     return {
         "sampling": Phase(forward.peak(rows), encoders=on_device(recipe, counts, cached)),
         "decoding": Phase(
             counts.autoencoder("decode", size, images), encoders=on_device(recipe, counts, cached, "images")
         ),
-        "text": Phase(counts.text(prompts), encoders=on_device(recipe, counts, {}, "prompts")),
+        "text": text_phase(recipe, counts, {}, counts.text(prompts)),
     }
 
 
@@ -154,6 +146,7 @@ def _sizes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Sizes:
     if stage.monitor is not None and recipe.evaluation is not None:
         rewards += recipe.evaluation.rewards
     sizes = stage_sizes(recipe, stage, shape.transformer)
+    encoders = counts.encoder_bytes()
     # sharded weights are lowered as they are gathered
     lowers = AUTOCAST[stage.train.precision] is not None and recipe.parallel.lowers
     gathers = recipe.parallel.shares(devices).gathers
@@ -161,7 +154,8 @@ def _sizes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Sizes:
         sizes,
         lowered=2 * sizes.trained if lowers and not gathers else 0,
         rewards=_reward_bytes(rewards),
-        encoders=counts.encoder_bytes(),
+        encoders=encoders,
+        companions=sum(encoders.values()) if sizes.companions is None else sizes.companions,
         gathered=shape.gathered,
         gathered_gradients=shape.gathered_gradients,
     )

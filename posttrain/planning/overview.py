@@ -8,12 +8,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.data.settings import Images, PromptData, PromptFile, ShapesPrompts
 from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import PosttrainError
 from posttrain.parallel.shares import Shares
 from posttrain.planning.memory import Phase, memory
 from posttrain.planning.sizes import Transformer, disk_bytes, samples_of, stage_sizes
+from posttrain.stages.lineage import runs_named
 from posttrain.support.wording import counted, short
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def overview(recipe: Recipe) -> RenderableType:
     lines += [f"{stage.name}: data {_data(stage)}" for stage in recipe.stages]
     if recipe.evaluation is not None:
         lines.append(_evaluation(recipe.evaluation))
-    lines += _cache(recipe)
+    lines += [*runs_named(recipe), *_cache(recipe)]
     lines += _missing_rewards(recipe)
     return Group(*lines)
 
@@ -67,7 +67,7 @@ def _stage_table(recipe: Recipe, shapes: Shapes | None) -> Table:
 
 def _figures(recipe: Recipe, stage: Stage, shapes: Shapes | None) -> list[str]:
     """The cells of a stage's row from ``steps`` on."""
-    samples, calls = samples_of(stage), rehearse(stage.algorithm)
+    samples, calls = samples_of(stage), rehearse(stage.algorithm, recipe.model.guidance_rule())
     amounts = [short(n) for n in (stage.train.steps, samples, samples * calls.items)]
     forwards = short(samples * calls.forward_equivalents)
     if shapes is None:
@@ -79,28 +79,22 @@ def _figures(recipe: Recipe, stage: Stage, shapes: Shapes | None) -> list[str]:
 
 
 def _data(stage: Stage) -> str:
-    data = stage.data
-    if isinstance(data, PromptData):
-        size = stage.algorithm.samples_per_prompt
+    words, size = stage.data.in_words(), stage.algorithm.samples_per_prompt
+    if stage.data.gives == "prompts":
         groups, per_batch = stage.train.batch_size // size, stage.train.steps_per_batch
-        return (
-            f"{_prompts(data.prompts)} at {data.resolution} px; an iteration: {groups} prompts x {size} "
-            f"samples = {stage.train.batch_size} images, {counted(per_batch, 'optimizer step')}; rewards: "
-            + ", ".join(f"{r.label} x {r.weight:g}" for r in stage.rewards)
+        words += (
+            f"; an iteration: {groups} prompts x {size} samples = {stage.train.batch_size} images, "
+            f"{counted(per_batch, 'optimizer step')}"
         )
-    if isinstance(data, Images):
-        return f"{data.images}, resolution {data.resolution or 'as its rows say'}"
-    return f"{data.images} rendered Shapes images ({data.style})"
-
-
-def _prompts(prompts: PromptFile | ShapesPrompts) -> str:
-    return str(prompts.path) if isinstance(prompts, PromptFile) else f"{prompts.count} Shapes prompts"
+    if stage.rewards:
+        words += "; rewards: " + ", ".join(f"{r.label} x {r.weight:g}" for r in stage.rewards)
+    return words
 
 
 def _evaluation(evaluation: Evaluation) -> str:
     rewards = ", ".join(reward.label for reward in evaluation.rewards)
     return (
-        f"evaluation: base and every stage on {_prompts(evaluation.prompts)}, "
+        f"evaluation: base and every stage on {evaluation.prompts.in_words()}, "
         f"{counted(evaluation.images_per_prompt, 'image')} each at {evaluation.resolution} px, "
         f"{evaluation.steps} {evaluation.solver} steps, guidance {evaluation.guidance}; scores: {rewards}"
     )
@@ -140,7 +134,9 @@ def _encodings(recipe: Recipe) -> Iterator[str]:
         if recipe.cache.prompts:
             yield f"prompts{each('prompts', 0)}"
         if recipe.cache.latents != "off":
-            sides = {s.data.resolution for s in recipe.stages if isinstance(s.data, Images)} - {None}
+            sides = {
+                getattr(s.data, "resolution", None) for s in recipe.stages if s.data.images_per_sample
+            } - {None}
             known = ""
             if len(sides) == 1 and (side := sides.pop()) is not None and (size := each("images", side)):
                 known = f"{size} at {side} px"

@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from posttrain.cache.latents import IMAGE_ENCODE_BATCH
 from posttrain.cache.prompts import PROMPT_ENCODE_BATCH
+from posttrain.data.family import Facts
 from posttrain.engine.rehearsal import Calls, rehearse
-from posttrain.model import EncoderName
+from posttrain.model import EncoderName, Model
 from posttrain.planning.counts import Counts, Size
-from posttrain.planning.data import Known, known
+from posttrain.planning.data import known
+from posttrain.planning.encoders import in_cache, on_device, text_phase
 from posttrain.planning.memory import Phase
 from posttrain.policy.activations import share_kept
 from posttrain.policy.precision import AUTOCAST
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from posttrain.planning.profile import Profile
     from posttrain.policy.activations import Checkpointing
     from posttrain.recipe.schema import Recipe, Stage
-
-ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,19 @@ class StagePlan:
 
     def phases(self) -> Iterator[tuple[str, Phase]]:
         """Each phase with its name, in the order of a step."""
+        yield from self._loading()
         yield from self._encoding()
         yield from self._rollout()
         yield from self._training()
         yield from self._image_grids()
+
+    def _loading(self) -> Iterator[tuple[str, Phase]]:
+        """Frozen weights are whole before they are packed, layer by layer."""
+        if (tune := self.stage.tune).packing is None:
+            return
+        plain = self.counts.shape(tune.model_copy(update={"base": None})).transformer.frozen
+        more = plain - self.counts.shape(tune).transformer.frozen
+        yield "loading", Phase(float(more), encoders=on_device(self.recipe, self.counts, {}))
 
     def _encoding(self) -> Iterator[tuple[str, Phase]]:
         text, images = self.counts.text, self._on_device("images")
@@ -53,16 +62,16 @@ class StagePlan:
             distinct = self.data.prompts
             at_once = PROMPT_ENCODE_BATCH if distinct is None else min(PROMPT_ENCODE_BATCH, distinct + 1)
             # the cache is filled before any encoder has left the device
-            encoders = on_device(self.recipe, self.counts, {}, "prompts")
-            yield "fill prompts", Phase(text(at_once), encoders=encoders)
+            yield "fill prompts", text_phase(self.recipe, self.counts, {}, text(at_once))
         else:
-            yield "text", Phase(text(self.prompts), encoders=self._on_device("prompts"))
+            yield "text", text_phase(self.recipe, self.counts, self.cached, text(self.prompts))
         if self.cached["images"]:
             activations = self.counts.autoencoder("encode", self.size, IMAGE_ENCODE_BATCH)
             yield "fill latents", Phase(activations, encoders=images)
-        elif not self.calls.decoded:
+        elif several := self.stage.data.images_per_sample:
+            # the images of a sample are encoded one after the other
             activations = self.counts.autoencoder("encode", self.size, self.batch)
-            yield "encoding", Phase(activations, 4.0 * self.batch * self.latent, encoders=images)
+            yield "encoding", Phase(activations, 4.0 * several * self.batch * self.latent, encoders=images)
 
     def _rollout(self) -> Iterator[tuple[str, Phase]]:
         rows = min(self.micro_batch, self.batch)
@@ -93,7 +102,7 @@ class StagePlan:
         if not images:
             return
         size = self.size if evaluation is None else square(evaluation)
-        branches = 2 if evaluation is None else branches_of(evaluation)
+        branches = 2 if evaluation is None else branches_of(evaluation, self.recipe.model)
         activations = self._forward(size).peak(min(self.micro_batch, max(images)) * branches)
         yield "image grids", Phase(activations, encoders=self._on_device(), forward=True)
         decoding = self.counts.autoencoder("decode", size, max(images))
@@ -127,7 +136,7 @@ class StagePlan:
         return calls_of(self.stage, self.counts)
 
     @cached_property
-    def data(self) -> Known:
+    def data(self) -> Facts:
         """What is known of the stage's data."""
         return known(self.stage.data, self.counts, self.stage.name)
 
@@ -177,10 +186,11 @@ class StagePlan:
         conditions = self.counts.condition_bytes() * self.prompts
         per_sample, per_number = self.calls.item_bytes
         items = self.batch * (per_sample + per_number * self.latent)
-        if self.counts.cuda or self.calls.decoded or self.cached["images"]:
+        several = self.stage.data.images_per_sample
+        if self.counts.cuda or self.cached["images"] or not several:
             return conditions + items
         # on the CPU this batch's pixels stay until the next batch, and a copy pads the batch to full size
-        return conditions + items + 2 * self.batch * 4 * 3 * math.prod(self.size)
+        return conditions + items + 2 * several * self.batch * 4 * 3 * math.prod(self.size)
 
     @cached_property
     def casts(self) -> float:
@@ -192,30 +202,11 @@ class StagePlan:
         return on_device(self.recipe, self.counts, self.cached, *working)
 
 
-def in_cache(recipe: Recipe, stage: Stage) -> dict[EncoderName, bool]:
-    """Whether the cache has each encoder's outputs while the stage trains."""
-    images = recipe.cache.latents != "off" and stage.algorithm.needs == "images"
-    return {"prompts": recipe.cache.prompts, "images": images}
-
-
-def at_rest(recipe: Recipe, counts: Counts, cached: dict[EncoderName, bool]) -> frozenset[EncoderName]:
-    """The encoders that are in the CPU's memory except while they work, given whose outputs are
-    ``cached``."""
-    rests = recipe.model.rests
-    return frozenset(e for e in ENCODERS if counts.cuda and rests(e, cached=cached.get(e, False)))
-
-
-def on_device(
-    recipe: Recipe, counts: Counts, cached: dict[EncoderName, bool], *working: EncoderName
-) -> frozenset[EncoderName]:
-    """The encoders on the device while those in ``working`` work."""
-    return frozenset(ENCODERS) - at_rest(recipe, counts, cached) | frozenset(working)
-
-
 def calls_of(stage: Stage, counts: Counts) -> Calls:
     """How the stage's algorithm calls the model."""
     return counts.once(
-        ("calls", stage.algorithm.type, stage.algorithm.model_dump_json()), lambda: rehearse(stage.algorithm)
+        ("calls", stage.algorithm.type, stage.algorithm.model_dump_json()),
+        lambda: rehearse(stage.algorithm, counts.model.guidance_rule()),
     )
 
 
@@ -230,6 +221,6 @@ def square(sampling: Sampling) -> Size:
     return sampling.resolution, sampling.resolution
 
 
-def branches_of(sampling: Sampling) -> int:
-    """Forwards in one sampling step: two with guidance, else one."""
-    return 1 if sampling.guidance == 1 else 2
+def branches_of(sampling: Sampling, model: Model) -> int:
+    """Forwards in one sampling step: two with classifier-free guidance, else one."""
+    return 2 if model.guidance_rule().needs_empty_prompt(sampling.guidance) else 1

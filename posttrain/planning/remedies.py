@@ -18,9 +18,14 @@ from posttrain.support.wording import short
 
 if TYPE_CHECKING:
     from posttrain.planning.counts import Counts
+    from posttrain.policy.packed import Packing
     from posttrain.recipe.schema import Recipe, Stage
 
 MOST_REMEDIES = 3
+PACKINGS: dict[Packing, str] = {
+    "int8": "frozen weights rounded to 8 bits",
+    "nf4": "frozen weights rounded to 4 bits",
+}
 SLOWER = "changes no result, a little slower"
 """The price of a smaller micro-batch alone."""
 
@@ -195,6 +200,10 @@ def _changes(recipe: Recipe, stage: Stage, counts: Counts, devices: int) -> Iter
         )
     if stage.tune.type != "lora":
         yield Change(f"stages.{stage.name}.tune.type=lora", "another training: an adapter")
+        return
+    for packing, price in PACKINGS.items():
+        if stage.tune.packing is None:
+            yield Change(f"stages.{stage.name}.tune.base={packing}", price)
 
 
 def _prompt_cache(recipe: Recipe, counts: Counts) -> Iterator[Change]:

@@ -1,12 +1,13 @@
-"""Reads every image of a recipe and lists the bad ones, for ``posttrain check --data``."""
+"""Reads every image of a recipe for ``posttrain check --data``: lists bad ones, and sums the others up."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from posttrain.data.loader import ImageSource
-from posttrain.data.settings import Images
+from posttrain.data.lines import one_for_each_row
+from posttrain.data.workers import Seen
 from posttrain.errors import DataError
+from posttrain.planning.image_facts import facts, kinds
 from posttrain.support.progress import stage_progress
 
 if TYPE_CHECKING:
@@ -16,24 +17,44 @@ if TYPE_CHECKING:
 
 
 def scan_data(recipe: Recipe, console: Console) -> None:
-    """Read every image of every stage and print each bad row with its file, line and reason.
+    """Read every image of every stage. Print each bad row with its file, line and reason, then what the
+    images are and how long an epoch is, with warnings.
 
     Raises DataError if a stage has more bad rows than its ``data.tolerance`` allows.
     """
     for stage in recipe.stages:
-        if not isinstance(stage.data, Images):
-            continue  # the run itself renders these
+        if not (sources := stage.data.to_scan((recipe.model.sides() or (1,))[0])):
+            if stage.data.images_per_sample:
+                console.print(
+                    f"{stage.name}: the run makes its images first, so none is read", highlight=False
+                )
+            continue
         # list all bad rows first, and apply the tolerance at the end
-        tolerant = stage.data.model_copy(update={"tolerance": 1.0})
-        source = ImageSource(tolerant, divisor=recipe.model.divisor() or 1)
-        with stage_progress(f"{stage.name}: reading", len(source.records), 0, console) as bar:
-            problems = source.scan(lambda done, total: bar.update(done))
+        seen: list[dict[int, Seen]] = [{} for _ in sources]
+        problems, done = [], 0
+        with stage_progress(
+            f"{stage.name}: reading", sum(len(s.records) for s in sources), 0, console
+        ) as bar:
+            for source, known in zip(sources, seen, strict=True):
+                problems += source.scan(lambda read, _, before=done: bar.update(before + read), known)
+                done += len(source.records)
+        problems, first = one_for_each_row(problems), sources[0]
         for problem in problems:
-            line = f"{stage.data.images}:{problem.line}: {problem.reason}"
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-        console.print(f"{stage.name}: {source.rows} rows, {len(problems)} of them bad", highlight=False)
-        if len(problems) > stage.data.tolerance * source.rows:
+            _print(console, problem.located(first.spec.images))
+        rows, tolerance = first.rows, getattr(stage.data, "tolerance", 0.0)
+        bad = f"{len(problems)} of them bad" + (f": {kinds(problems)}" if problems else "")
+        summary = f"{first.spec.images} ({first.layout}): {rows} rows, {bad}"
+        told, warnings = facts(stage, recipe.model, sources, seen)
+        for line in (summary, *told):
+            _print(console, f"{stage.name}: {line}")
+        for line in warnings:
+            _print(console, f"{stage.name}: warning: {line}", "yellow")
+        if len(problems) > tolerance * rows:
             raise DataError(
-                f"{stage.name}: {len(problems)} of {source.rows} rows cannot be used, more than the "
-                f"tolerated {stage.data.tolerance:.1%} (data.tolerance)"
+                f"{stage.name}: {len(problems)} of {rows} rows cannot be used, more than the "
+                f"tolerated {tolerance:.1%} (data.tolerance)"
             )
+
+
+def _print(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)

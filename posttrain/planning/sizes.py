@@ -7,7 +7,6 @@ no time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from posttrain.engine.trainer import REFERENCE
 from posttrain.model import torch_dtype
 from posttrain.policy.blocks import blocks
+from posttrain.policy.packed import scale_bytes
+from posttrain.weights.files import bytes_beside
 
 if TYPE_CHECKING:
     from torch import nn
 
     from posttrain.model import EncoderName
-    from posttrain.optim.settings import OptimizerName
+    from posttrain.optim.settings import OptimizerName, Train
     from posttrain.recipe.schema import Recipe, Stage
 
 FLOAT32 = 4
@@ -43,7 +44,8 @@ class Transformer:
         """Measure a transformer, on any device, to which the stage's ``tune`` was applied."""
         parameters = list(transformer.parameters())
         trained = tuple(p.numel() for p in parameters if p.requires_grad)
-        return cls(trained, sum(p.nbytes for p in parameters if not p.requires_grad))
+        frozen = sum(p.nbytes for p in parameters if not p.requires_grad)
+        return cls(trained, frozen + scale_bytes(transformer))
 
     @classmethod
     def from_shapes(cls, recipe: Recipe, stage: Stage, shapes: Mapping[str, tuple[int, ...]]) -> Transformer:
@@ -52,12 +54,8 @@ class Transformer:
         The two matrices of an adapter count as one tensor. This matters only to 8-bit moments of matrices
         with fewer than 4096 numbers.
         """
-        trained = [stage.tune.trainable_parameters({name: shape}) for name, shape in shapes.items()]
-        frozen = 0
-        if stage.tune.type != "full":
-            numbers = sum(math.prod(shape) for shape in shapes.values())
-            frozen = numbers * torch_dtype(recipe.model.frozen_dtype()).itemsize
-        return cls(tuple(n for n in trained if n), frozen)
+        frozen = stage.tune.frozen_bytes(shapes, torch_dtype(recipe.model.frozen_dtype()).itemsize)
+        return cls(tuple(stage.tune.trained_sizes(shapes)), frozen)
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,10 @@ class Sizes:
     """Their gradients."""
     lowered: int = 0
     """Copies of the trained weights in the precision of the forwards."""
+    exported: int = FLOAT32
+    """Bytes of a number in an export."""
+    companions: int | None = 0
+    """Files of an export beside the transformer's; None if unknown."""
 
 
 def stage_sizes(recipe: Recipe, stage: Stage, transformer: Transformer) -> Sizes:
@@ -131,9 +133,10 @@ def stage_sizes(recipe: Recipe, stage: Stage, transformer: Transformer) -> Sizes
         and stage.tune.type == "lora"
     ):
         copies += transformer.frozen  # the reference has weights of its own, not just another adapter
-    return Sizes(
-        trained, transformer.frozen, moment_bytes(stage.train.optimizer, transformer.trained), copies
-    )
+    moments = moment_bytes(stage.train.optimizer, transformer.trained)
+    exported = torch_dtype(recipe.export_dtype(stage)).itemsize
+    companions = bytes_beside("transformer", recipe.model.weight_files(), exported)
+    return Sizes(trained, transformer.frozen, moments, copies, exported=exported, companions=companions)
 
 
 def moment_bytes(optimizer: OptimizerName, tensors: Iterable[int]) -> float:
@@ -144,15 +147,24 @@ def moment_bytes(optimizer: OptimizerName, tensors: Iterable[int]) -> float:
 
 
 def disk_bytes(stage: Stage, sizes: Sizes) -> float:
-    """Bytes of the stage's checkpoints and of its artifact.
+    """Bytes of the stage's checkpoints and of its artifact, which has its own copy of what was not trained.
 
     A checkpoint has the trained weights, the moments, the EMA, and the roles that move; the reference never
     does.
     """
     copies = len(stage.algorithm.roles - {REFERENCE}) + (stage.train.ema is not None)
     checkpoint = FLOAT32 * sizes.trained * (1 + copies) + sizes.moments
-    exported = torch_dtype(stage.export_dtype).itemsize if stage.tune.type == "full" else FLOAT32
-    return checkpoint * stage.train.keep_checkpoints + sizes.trained * exported
+    artifact = FLOAT32 * sizes.trained
+    if stage.tune.type == "full":
+        exact = FLOAT32 * sizes.trained if sizes.exported < FLOAT32 else 0  # from which later stages start
+        artifact = sizes.exported * sizes.trained + (sizes.companions or 0) + exact
+    return checkpoint * _checkpoints_kept(stage.train) + artifact
+
+
+def _checkpoints_kept(train: Train) -> int:
+    """How many checkpoints of a stage are on disk at its end, at most."""
+    kept = train.keep_checkpoints + (train.keep_best is not None)
+    return kept if train.keep_every is None else kept + train.steps // train.keep_every
 
 
 def samples_of(stage: Stage) -> int:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from posttrain.data.settings import Images
 from posttrain.errors import RecipeError
 from posttrain.planning.cache_size import encoding_bytes
 from posttrain.planning.data import known
+from posttrain.planning.encoders import in_cache
 from posttrain.planning.needs import Needs, stage_needs
-from posttrain.planning.phases import in_cache, items_in_step
+from posttrain.planning.phases import items_in_step
 from posttrain.planning.work import Work
 from posttrain.recipe.file import overridden
 from posttrain.stages.processes import check_processes
@@ -174,13 +174,13 @@ def _caches(recipe: Recipe, stage: Stage, counts: Counts) -> Iterator[Change]:
         each = short(counts.condition_bytes(), "B")
         unknown: Kind | None = "text" if data.prompts is None else None
         yield Change(("cache.prompts=true",), f"{each} of disk for each prompt", unknown)
-    if not cached["images"] and stage.algorithm.needs == "images":
+    if not cached["images"] and stage.data.images_per_sample:
         side = round((data.size[0] * data.size[1]) ** 0.5)
         price = f"{short(encoding_bytes(counts, 'images', side), 'B')} of disk for each image"
         crops = tuple(
-            f"stages.{other.name}.data.crop=center"
+            f"stages.{other.name}.data.{field}={value}"
             for other in recipe.stages
-            if isinstance(other.data, Images) and other.data.crop == "random"
+            for field, value in other.data.for_cache().items()
         )
         if crops:
             price += ", central crops"

@@ -126,6 +126,6 @@ def _source() -> str:
 def _read(file: Path) -> dict[str, Any]:
     """The values in ``file``; none if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
         return values if isinstance(values, dict) else {}
     return {}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.planning.data import known
-from posttrain.planning.phases import branches_of, calls_of, in_cache, square
+from posttrain.planning.encoders import in_cache
+from posttrain.planning.phases import branches_of, calls_of, square
 from posttrain.planning.rates import Kind
 from posttrain.planning.sizes import samples_of
 from posttrain.stages.hooks.image_grids import SHOWN
@@ -46,16 +47,16 @@ def stage_work(recipe: Recipe, stage: Stage, counts: Counts) -> Works:
     prompts = samples / stage.algorithm.samples_per_prompt
     if in_cache(recipe, stage)["prompts"] and data.prompts is not None:
         prompts = min(prompts, data.prompts)
-    encoded = samples
+    encoded = samples * stage.data.images_per_sample
     if in_cache(recipe, stage)["images"] and data.images is not None:
-        encoded = min(samples, data.images)
+        encoded = min(encoded, data.images)
     # selective checkpointing recomputes almost nothing
     recomputed = 1 if train.gradient_checkpointing == "full" else 0
     works: dict[Kind, Work] = {
         "training": forward * ((calls.frozen + calls.training * (3 + recomputed)) * samples),
         "rollout": forward * (calls.rollout * samples),
         "text": Work(low=counts.flops("text", size) * prompts),
-        "encode": Work(full=0 if calls.decoded else counts.flops("encode", size) * encoded),
+        "encode": Work(full=counts.flops("encode", size) * encoded if encoded else 0),
         "decode": Work(full=counts.flops("decode", size) * samples if calls.decoded else 0),
     }
     if (evaluation := recipe.evaluation) is not None:
@@ -75,7 +76,7 @@ def image_work(counts: Counts, sampling: Sampling) -> Works:
     """The work of sampling and decoding one image."""
     forward = _transformer(counts, square(sampling), sampling.precision)
     return {
-        "rollout": forward * (branches_of(sampling) * sampling.steps),
+        "rollout": forward * (branches_of(sampling, counts.model) * sampling.steps),
         "decode": Work(full=counts.flops("decode", square(sampling))),
     }
 

@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from posttrain.policy.piece import Piece
+
 
 class Layout:
     """The layout of whole weights: each process holds all of them. Sharded layouts derive from it."""
@@ -23,6 +25,10 @@ class Layout:
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The part of a weight that this process holds, as a plain tensor that may be written to."""
         return parameter.data
+
+    def piece(self, parameter: nn.Parameter, held: Tensor) -> Piece:
+        """``held``, a tensor that lies like the parameter's local part, as a piece of a whole one."""
+        return Piece(held, self.shape(parameter), everywhere=True)
 
     def gathered(self, parameter: nn.Parameter, held: Tensor) -> Tensor:
         """The whole tensor whose local part is ``held``. Every process must call it at the same time."""

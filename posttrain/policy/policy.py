@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from posttrain.condition import Condition, Conditions, concatenated
-from posttrain.flow.rectified import guided
 from posttrain.model import FlowModel
 from posttrain.policy.layout import Layout
 from posttrain.policy.masters import Masters
+from posttrain.policy.piece import Piece, Stored
 
 
 class Policy:
@@ -119,31 +119,40 @@ class Policy:
         sigma: Tensor,
         prompt: Tensor,
         conditions: Conditions,
-        scale: float,
+        scale: float | None,
         *,
         repeated: bool = False,
     ) -> Tensor:
-        """The (n, c, h, w) velocity under classifier-free guidance of ``scale``.
+        """The (n, c, h, w) velocity under guidance of ``scale``, by the model's rule; with None the velocity
+        that losses without a scale train.
 
-        ``prompt`` (n,) has each sample's row in ``conditions``. A ``scale`` of 1 gives the conditional
-        velocity and costs one forward per row; any other costs two. Without gradients the forwards have at
-        most ``micro_batch`` rows per branch. Both branches share a forward, so the loss, in micro-batches of
-        the same size, computes a ``repeated`` velocity of the rollout with the same rounding (see
-        :meth:`velocity`).
+        ``prompt`` (n,) has each sample's row in ``conditions``. Classifier-free guidance of 1 gives the
+        conditional velocity and costs one forward per row; any other costs two. Without gradients the
+        forwards have at most ``micro_batch`` rows per branch. Both branches share a forward, so the loss, in
+        micro-batches of the same size, computes a ``repeated`` velocity of the rollout with the same rounding
+        (see :meth:`velocity`).
         """
         size = len(latents) if torch.is_grad_enabled() else self.micro_batch
-        velocities = []
+        rule, velocities = self.model.guidance_rule, []
+        needs_empty_prompt = scale is not None and rule.needs_empty_prompt(scale)
         for i in range(0, len(latents), size):
             x, s, rows = (a[i : i + size] for a in (latents, sigma, prompt))
-            condition = conditions.rows(rows)
-            if scale == 1:
+            condition = self.condition(conditions, rows, scale)
+            if scale is None or not needs_empty_prompt:
                 velocities.append(self.velocity(x, s, condition, repeated=repeated))
                 continue
             both = concatenated(conditions.empty(len(x)), condition)
             x, s = torch.cat([x, x]), torch.cat([s, s])
             v_uncond, v_cond = self.velocity(x, s, both, repeated=repeated).chunk(2)
-            velocities.append(guided(v_cond, v_uncond, scale))
+            velocities.append(rule.combined(v_cond, v_uncond, scale))
         return torch.cat(velocities)
+
+    def condition(self, conditions: Conditions, prompt: Tensor, scale: float | None) -> Condition:
+        """The condition of each row of ``prompt`` (n,), with ``scale`` where the network takes it."""
+        condition = conditions.rows(prompt)
+        if scale is not None and self.model.guidance_rule.embedded:
+            condition["guidance"] = torch.full(prompt.shape, scale, device=prompt.device)
+        return condition
 
     def add_role(self, name: str, weights: dict[str, Tensor] | None = None, *, moves: bool = True) -> None:
         """Add a frozen copy of the current trained weights as role ``name``.
@@ -173,25 +182,33 @@ class Policy:
         role = [self.roles[name][n] for n in self.trained]
         torch._foreach_lerp_(role, [self.layout.local(p) for p in self.trained.values()], 1 - decay)
 
-    def gathered_weights(self, name: str | None) -> Iterator[tuple[str, Tensor]]:
-        """The name and whole value of each weight of a role, or with None of each trained weight.
+    def whole_weight(self, name: str | None, key: str) -> Tensor:
+        """The whole value of the weight ``key`` of a role, or with None of the trained weight.
 
-        Every process must go through it at the same time.
+        Every process must call it at the same time. For all weights, see
+        :func:`posttrain.policy.whole_weights.whole_weights`.
         """
-        role = self.roles[name] if name is not None else None
-        for key in self.trained if role is None else role:
-            parameter = self.parameters[key]
-            held = self.layout.local(parameter) if role is None else role[key]
-            yield key, self.layout.gathered(parameter, held)
+        parameter = self.parameters[key]
+        held = self.layout.local(parameter) if name is None else self.roles[name][key]
+        return self.layout.gathered(parameter, held)
 
-    @torch.no_grad()
-    def load(self, name: str | None, weights: Mapping[str, Tensor]) -> None:
-        """Set a role, or with None the trained weights, from whole tensors by the weight's name."""
+    def pieces(self, name: str | None) -> dict[str, Piece]:
+        """What this process holds of each weight of a role, or with None of each trained weight.
+
+        The values are not copied. No other process takes part.
+        """
+        held = self.roles[name] if name is not None else None
+        return {
+            key: self.layout.piece(p, self.layout.local(p) if held is None else held[key])
+            for key, p in ((key, self.parameters[key]) for key in (self.trained if held is None else held))
+        }
+
+    def load(self, name: str | None, weights: Mapping[str, Stored]) -> None:
+        """Set a role, or with None the trained weights, from stored tensors by the weight's name."""
         self.layout.synchronize()
-        for key, tensor in weights.items():
-            parameter = self.parameters[key]
-            held = self.layout.local(parameter) if name is None else self.roles[name][key]
-            held.copy_(self.layout.shard(parameter, tensor))
+        pieces = self.pieces(name)
+        for key, stored in weights.items():
+            stored.read(pieces[key])
         if name is None:
             self.weights_changed()
 

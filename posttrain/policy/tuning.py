@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.errors import ModelError
+from posttrain.policy.packed import Packing, frozen_bytes, pack
 from posttrain.registry import Named
 from posttrain.weights.hugging_face import quiet
 from posttrain.weights.transformer import ADAPTER
 
 if TYPE_CHECKING:
     from torch import nn
+
+PLAIN = ("to_q", "to_k", "to_v")
+"""The targets where a transformer has none of the default ones: those of diffusers'
+``train_dreambooth_lora_sana.py``."""
 
 
 class Tune(Named, ABC):
@@ -35,8 +41,31 @@ class Tune(Named, ABC):
         """
 
     @abstractmethod
+    def trained_sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """The sizes of the trained tensors, given the names and shapes of the transformer's weights. The two
+        matrices of an adapter count as one tensor."""
+
     def trainable_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The number of trained parameters, given the names and shapes of the transformer's weights."""
+        return sum(self.trained_sizes(shapes))
+
+    @abstractmethod
+    def frozen_bytes(self, shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
+        """Bytes of the weights that are not trained, loaded with ``itemsize`` bytes a number."""
+
+    def unmatched(self, layers: Collection[str]) -> list[str]:
+        """The ``targets`` that match none of the names of ``layers``."""
+        del layers
+        return []
+
+    @property
+    def packing(self) -> Packing | None:
+        """The format in which frozen weights of linear layers are kept; None: as they were loaded."""
+        return None
+
+    def counted_as(self) -> str:
+        """A text that is equal for blocks of equal sizes and work, so that a plan counts them once."""
+        return self.type
 
 
 class Full(Tune):
@@ -48,18 +77,21 @@ class Full(Tune):
         del seed
         transformer.float().requires_grad_(True)
 
-    def trainable_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return sum(math.prod(shape) for shape in shapes.values())
+    def trained_sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        return [math.prod(shape) for shape in shapes.values()]
+
+    def frozen_bytes(self, shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
+        return 0
 
 
 class Lora(Tune):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), by default as in Flow-GRPO and DiffusionNFT."""
 
     type: Literal["lora"] = "lora"
-    rank: int = Field(32, ge=1)
+    rank: int = Field(default=32, ge=1, le=16_384)
     """Rank of an adapter's two matrices, A (rank, in) and B (out, rank). Memory grows in proportion."""
-    alpha: float = Field(64.0, gt=0)
-    """The adapter's output is scaled by alpha / rank."""
+    alpha: float = Field(default=64.0, gt=0)
+    """The adapter's output is scaled by alpha / rank. Where a recipe gives the rank alone, it is the rank."""
     init: Literal["gaussian", "default"] = "gaussian"
     """How A is drawn: ``gaussian`` with std 1 / rank, or ``default``, Kaiming-uniform. B starts at 0."""
     targets: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -75,10 +107,22 @@ class Lora(Tune):
         ],
         min_length=1,
     )
-    """Endings of the names of linear layers that get an adapter, in whole dotted parts."""
+    """Endings of the names of linear layers that get an adapter, in whole dotted parts. Where a transformer
+    has none of the default, as SANA's: every ``to_q``, ``to_k`` and ``to_v``, as in diffusers' example."""
     before: Literal["merge", "stack"] = "merge"
     """Adapters of earlier stages are merged into the weights (``merge``), or with ``stack`` they stay
     frozen beside them, so that weights of half precision are not rounded again."""
+    base: Packing | None = None
+    """Format of the frozen weights of linear layers in the transformer's blocks while the stage trains:
+    ``int8`` or ``nf4`` (4 bits). Default: the model's ``dtype``. The artifact is a LoRA as ever."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_follows_the_rank(cls, given: Any) -> Any:
+        rank = given.get("rank") if isinstance(given, dict) else None
+        if isinstance(rank, int) and rank > 0 and "alpha" not in given:  # else the rank is refused
+            return {**given, "alpha": rank}
+        return given
 
     def apply(self, transformer: nn.Module, seed: int) -> None:
         import torch
@@ -87,19 +131,22 @@ class Lora(Tune):
         linear = [n for n, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
         # a layer that has adapters of earlier stages is called <name>.base_layer
         names = [n.removesuffix(".base_layer") for n in linear if ".lora_" not in n]
-        if unmatched := [t for t in self.targets if not any(self._matches(n, t) for n in names)]:
+        targets = self._targets_among(names)
+        if unmatched := self.unmatched(names):
             raise ModelError(
                 f"tune.targets: no linear layer of the transformer ends in "
                 f"{', '.join(map(repr, unmatched))}; "
                 f"the endings there are {', '.join(sorted({_ending(n) for n in names}))}"
             )
         transformer.requires_grad_(False)
+        if self.base is not None:
+            pack(transformer, self.base)
         config = LoraConfig(
             r=self.rank,
             # peft and diffusers write whole alphas as integers, and other tools expect these
             lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,  # type: ignore[arg-type]
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
-            target_modules=[n for n in names if any(self._matches(n, t) for t in self.targets)],
+            target_modules=[n for n in names if any(self._matches(n, t) for t in targets)],
         )
         # A depends on the recipe's seed alone, not on what ran before in this process
         with torch.random.fork_rng(devices=[]), quiet():
@@ -117,13 +164,36 @@ class Lora(Tune):
     def merges(self) -> bool:
         return self.before == "merge"
 
-    def trainable_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        matched = [
-            shape
+    def trained_sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        layers = {
+            name.removesuffix(".weight"): shape
             for name, shape in shapes.items()
-            if name.endswith(".weight") and any(self._matches(name[:-7], t) for t in self.targets)
-        ]
-        return sum(self.rank * (shape[0] + shape[1]) for shape in matched if len(shape) == 2)
+            if name.endswith(".weight") and len(shape) == 2
+        }
+        targets = self._targets_among(layers)
+        matched = [shape for name, shape in layers.items() if any(self._matches(name, t) for t in targets)]
+        return [self.rank * (shape[0] + shape[1]) for shape in matched]
+
+    def unmatched(self, layers: Collection[str]) -> list[str]:
+        return [t for t in self._targets_among(layers) if not any(self._matches(name, t) for name in layers)]
+
+    def frozen_bytes(self, shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
+        return frozen_bytes(shapes, itemsize, self.base)
+
+    @property
+    def packing(self) -> Packing | None:
+        return self.base
+
+    def counted_as(self) -> str:
+        # what an adapter starts from, and how its output is scaled, changes no size
+        return json.dumps([self.type, self.rank, sorted(self.targets), self.base])
+
+    def _targets_among(self, names: Collection[str]) -> Sequence[str]:
+        """The targets in a transformer whose linear layers have these ``names``."""
+        default = self.targets == type(self).model_fields["targets"].default
+        if default and not any(self._matches(name, t) for name in names for t in self.targets):
+            return PLAIN
+        return self.targets
 
     @staticmethod
     def _matches(name: str, target: str) -> bool:

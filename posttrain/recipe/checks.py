@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.data.prompts import prompt_rows
-from posttrain.data.settings import Images, PromptData, PromptFile, ShapesPrompts
+from posttrain.data.settings import PromptFile, ShapesPrompts
+from posttrain.engine.service import service_problem
 from posttrain.errors import DataError, RecipeError
+from posttrain.flow.sampling_settings import GUIDANCE
 from posttrain.optim.optimizers import problem as optimizer_problem
+from posttrain.policy.packed import problem as packing_problem
 from posttrain.recipe.messages import FieldProblem
 from posttrain.recipe.schema import Recipe, Stage
 from posttrain.recipe.suites import published_where
-from posttrain.registry import FieldPath
-from posttrain.support.paths import is_path
+from posttrain.registry import FieldPath, Spec
+from posttrain.support.paths import expanded, file_problem, folder_problem, is_file, is_path
 from posttrain.support.spelling import meant
 from posttrain.support.wording import no_multiple
+from posttrain.weights.run_folders import is_run, last_stage, weights_folder
 
 if TYPE_CHECKING:
     from posttrain.model import Model
@@ -32,11 +36,21 @@ def machine_problems(recipe: Recipe) -> list[FieldProblem]:
     model = _ModelFacts.of(recipe.model)
     return [
         *_device(recipe),
+        *_tracker(recipe),
         *_model(recipe),
         *_cache(recipe),
         *_stages(recipe, model),
         *_evaluation(recipe, model),
+        *model_problems(recipe),
     ]
+
+
+def model_problems(recipe: Recipe) -> list[FieldProblem]:
+    """What the configuration of the model refuses on any machine, with the field that is to be changed."""
+    if recipe.model.missing() is not None:
+        return []
+    unfit = recipe.model.field_problems().items()
+    return [*((("model", field), problem) for field, problem in unfit), *_guidance(recipe)]
 
 
 @dataclass(frozen=True)
@@ -45,14 +59,14 @@ class _ModelFacts:
 
     shapes: Mapping[str, tuple[int, ...]] | None
     """Name -> shape of the transformer's weights."""
-    divisor: int | None
-    """Image sides must be multiples of this many pixels."""
+    sides: tuple[int, int | None] | None
+    """What image sides must be multiples of, and the longest, in pixels."""
 
     @classmethod
     def of(cls, model: Model) -> _ModelFacts:
         if model.missing() is not None:
             return cls(None, None)
-        return cls(model.transformer_shapes(), model.divisor())
+        return cls(model.transformer_shapes(), model.sides())
 
 
 def _device(recipe: Recipe) -> Iterator[FieldProblem]:
@@ -64,14 +78,19 @@ def _device(recipe: Recipe) -> Iterator[FieldProblem]:
         yield ("device",), str(error).removeprefix("device: ")
 
 
+def _tracker(recipe: Recipe) -> Iterator[FieldProblem]:
+    if (reason := service_problem(recipe.tracker)) is not None:
+        yield ("tracker",), reason
+
+
 def _model(recipe: Recipe) -> Iterator[FieldProblem]:
     if (reason := recipe.model.missing()) is not None:
-        yield ("model", "path"), reason.removeprefix("model.path: ")
+        yield ("model", "path"), reason
 
 
 def _cache(recipe: Recipe) -> Iterator[FieldProblem]:
     folder = recipe.cache.folder()
-    if (recipe.cache.prompts or recipe.cache.latents != "off") and folder.exists() and not folder.is_dir():
+    if (recipe.cache.prompts or recipe.cache.latents != "off") and is_file(folder):
         yield ("cache", "path"), f"{str(folder)!r} is a file, a folder is expected"
 
 
@@ -87,21 +106,19 @@ def _stages(recipe: Recipe, model: _ModelFacts) -> Iterator[FieldProblem]:
 def _stage(path: FieldPath, stage: Stage, model: _ModelFacts) -> Iterator[FieldProblem]:
     if (message := optimizer_problem(stage.train.optimizer)) is not None:
         yield (*path, "train", "optimizer"), message
+    if (message := packing_problem(stage.tune.packing)) is not None:
+        yield (*path, "tune", "base"), message
     for field in ("start_from", "reference"):
         weights = getattr(stage, field)
         if weights is not None and is_path(weights):
-            yield from _weights((*path, field), Path(weights).expanduser())
+            yield from _weights((*path, field), expanded(weights))
     yield from _rewards((*path, "rewards"), stage.rewards)
-    if isinstance(stage.data, PromptData):
-        yield from _prompts((*path, "data", "prompts"), stage.data.prompts, stage.rewards)
-        yield from _resolution((*path, "data", "resolution"), stage.data.resolution, model)
-    elif isinstance(stage.data, Images):
-        yield from _file((*path, "data", "images"), stage.data.images)
-        folder = stage.data.image_dir
-        if folder is not None and not folder.is_dir():
-            message = f"no folder {str(folder)!r} (looked at {folder.absolute()})"
-            yield (*path, "data", "image_dir"), message
-        yield from _resolution((*path, "data", "resolution"), stage.data.resolution, model)
+    # the two fields that data classes share by name: see posttrain.data.family
+    if isinstance(prompts := getattr(stage.data, "prompts", None), PromptFile | ShapesPrompts):
+        yield from _prompts((*path, "data", "prompts"), prompts, stage.rewards)
+    yield from (((*path, "data", field), message) for field, message in stage.data.problems())
+    if (side := getattr(stage.data, "resolution", None)) is not None:
+        yield from _resolution((*path, "data", "resolution"), side, model)
     if model.shapes is not None and stage.tune.trainable_parameters(model.shapes) == 0:
         layers = sorted({n.rsplit(".", 1)[0].split(".", 2)[-1] for n in model.shapes if "attn" in n})
         targets = stage.tune.model_dump().get("targets", [])
@@ -118,18 +135,37 @@ def _evaluation(recipe: Recipe, model: _ModelFacts) -> Iterator[FieldProblem]:
     yield from _rewards(("evaluation", "rewards"), evaluation.rewards)
 
 
-def _resolution(path: FieldPath, resolution: int | None, model: _ModelFacts) -> Iterator[FieldProblem]:
-    if resolution is not None and model.divisor and resolution % model.divisor:
-        yield path, no_multiple(resolution, model.divisor)
+def _guidance(recipe: Recipe) -> Iterator[FieldProblem]:
+    """The guidance scales that the model cannot take."""
+    rule = recipe.model.guidance_rule()
+    blocks: list[tuple[FieldPath, Spec]] = [
+        (("stages", i, "algorithm"), stage.algorithm) for i, stage in enumerate(recipe.stages)
+    ]
+    if recipe.evaluation is not None:
+        blocks.append((("evaluation",), recipe.evaluation))
+    for path, block in blocks:
+        for name, field in type(block).model_fields.items():
+            scale = getattr(block, name)
+            if GUIDANCE in field.metadata and (reason := rule.problem(scale)) is not None:
+                yield (*path, name), f"{scale:g}: {reason}"
+
+
+def _resolution(path: FieldPath, side: int, model: _ModelFacts) -> Iterator[FieldProblem]:
+    if model.sides is None:
+        return
+    divisor, longest = model.sides
+    if side % divisor:
+        yield path, no_multiple(side, divisor)
+    if longest is not None and side > longest:
+        yield path, f"{side} is too large: this model's sides have at most {longest} pixels"
 
 
 def _prompts(
     path: FieldPath, prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward]
 ) -> Iterator[FieldProblem]:
-    if isinstance(prompts, PromptFile) and (missing := list(_file(path, prompts.path))):
+    if isinstance(prompts, PromptFile) and (missing := file_problem(prompts.path)) is not None:
         published = published_where(prompts.path)
-        where = f"; it is published as {published}" if published is not None else ""
-        yield from ((at, f"{message}{where}") for at, message in missing)
+        yield path, f"{missing}; it is published as {published}" if published is not None else missing
         return
     try:
         prompt_rows(prompts, rewards)
@@ -143,17 +179,10 @@ def _rewards(path: FieldPath, rewards: Sequence[Reward]) -> Iterator[FieldProble
             yield (*path, i), message
 
 
-def _file(path: FieldPath, file: Path) -> Iterator[FieldProblem]:
-    if file.is_dir():
-        yield path, f"{str(file)!r} is a folder, a file is expected"
-    elif not file.is_file():
-        where = f"looked at {file.absolute()}; relative paths start at the current folder"
-        yield path, f"no file {str(file)!r} ({where})"
-
-
 def _weights(path: FieldPath, folder: Path) -> Iterator[FieldProblem]:
-    if not folder.is_dir():
-        yield path, f"no folder {str(folder)!r} (looked at {folder.absolute()})"
-    elif not any(any(folder.glob(name)) for name in WEIGHT_FILES):
-        hint = " (name its folder 'final' instead)" if (folder / "final").is_dir() else ""
-        yield path, f"{str(folder)!r} holds no weights{hint}: none of {', '.join(WEIGHT_FILES)}"
+    if (message := folder_problem(folder)) is not None:
+        yield path, message
+    elif is_run(folder) and last_stage(folder) is None:
+        yield path, f"{str(folder)!r} is a run of which no stage is finished"
+    elif not any(any(weights_folder(folder).glob(name)) for name in WEIGHT_FILES):
+        yield path, f"{str(folder)!r} holds no weights: none of {', '.join(WEIGHT_FILES)}"

@@ -10,7 +10,7 @@ from posttrain.data.settings import AnyPrompts
 from posttrain.flow.sampling_settings import Sampling
 from posttrain.recipe.reward_blocks import reward_blocks
 from posttrain.recipe.variants import AnyReward, check_rewards_differ
-from posttrain.registry import Spec
+from posttrain.registry import FREE, Spec
 
 
 class Evaluation(Sampling):
@@ -20,13 +20,13 @@ class Evaluation(Sampling):
     """Prompts to draw images for: a file's path, or ``{type: shapes, count: N}``."""
     rewards: Annotated[list[AnyReward], Field(min_length=1), BeforeValidator(reward_blocks)]
     """Rewards that score the images. Each is reported by itself, so none may have a weight."""
-    images_per_prompt: int = Field(1, ge=1)
+    images_per_prompt: int = Field(default=1, ge=1, le=10_000)
     """Images drawn for each prompt, each from its own noise."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Annotated[int, FREE] = Field(default=16, ge=1, le=65_536)
     """Images sampled at a time on each process. It changes speed and memory, never the noise."""
-    grid: int = Field(8, ge=0)
+    grid: Annotated[int, FREE] = Field(default=8, ge=0, le=1000)
     """Number of prompts whose images the report shows."""
-    keep: Literal["grid", "png", "jpeg"] = "grid"
+    keep: Annotated[Literal["grid", "png", "jpeg"], FREE] = "grid"
     """Images to keep on disk. ``grid`` keeps those that the report shows; ``png`` and ``jpeg`` keep all, in
     that format, with prompt and scores in their metadata."""
 

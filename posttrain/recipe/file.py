@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import os.path
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from posttrain.data.prompts import read_prompts
 from posttrain.data.settings import PromptFile
 from posttrain.errors import RecipeError
-from posttrain.recipe.checks import machine_problems
+from posttrain.recipe.checks import machine_problems, model_problems
 from posttrain.recipe.evaluation_block import Scoring
 from posttrain.recipe.messages import listed, translated
 from posttrain.recipe.overrides import apply_overrides
@@ -25,6 +25,7 @@ from posttrain.recipe.schema import Evaluation, Recipe
 from posttrain.recipe.suites import suite_prompts
 from posttrain.registry import FieldPath
 from posttrain.reward import Reward
+from posttrain.support.paths import is_file
 from posttrain.support.shipped import shipped
 from posttrain.support.spelling import meant
 
@@ -35,7 +36,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, checks: bo
     """The recipe in the file ``source``, or the shipped one of that name, with ``a.b=c`` overrides.
 
     Raises RecipeError with every problem and its line, before any weight is loaded. ``checks=False`` checks
-    the schema only, not files, devices and packages: a plan may be made on another machine than the run's.
+    the schema and what the model refuses, not files, devices and packages: a plan may be made on another
+    machine than the run's.
     """
     name, text = _text(source)
     return parse_recipe(text, name, overrides, checks=checks)
@@ -57,6 +59,8 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), *, checks:
             problems = [(path, "is empty; write its fields, or remove it") for path in empty_sections]
             raise listed(problems, source, override_texts)
         check_or_raise(recipe, source, override_texts)
+    elif problems := model_problems(recipe):
+        raise listed(problems, source, override_texts)
     return recipe
 
 
@@ -86,15 +90,16 @@ def evaluation_settings(
     prompts: str | None,
     rewards: Sequence[str],
     overrides: Sequence[str],
+    start: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """The evaluation that the options of ``posttrain eval`` describe.
 
-    It starts from the evaluation of recipe ``like``, or from the defaults. The published ``suite``, the file
-    ``prompts`` and the names ``rewards`` replace its prompts and rewards. ``overrides`` (``a.b=c``) are
-    applied last. Raises RecipeError if prompts or rewards are missing or not valid, and DataError if a prompt
-    cannot be used.
+    It starts from the evaluation of recipe ``like``, from the published ``suite``, or else from the fields
+    ``start``. The ``suite``, the file ``prompts`` and the names ``rewards`` replace its prompts and rewards.
+    ``overrides`` (``a.b=c``) are applied last. Raises RecipeError if prompts or rewards are missing or not
+    valid, and DataError if a prompt cannot be used.
     """
-    data: dict[str, Any] = {"keep": "png"}
+    data: dict[str, Any] = {**({} if suite is not None else start or {}), "keep": "png"}
     if like is not None:
         if (evaluation := load_recipe(like).evaluation) is None:
             raise RecipeError(f"the recipe {like!r} has no evaluation")
@@ -112,7 +117,7 @@ def evaluation_settings(
     source = Source("evaluation", data)
     settings = _validated(Evaluation, source, apply_overrides(source, overrides))
     if isinstance(file := settings.prompts, PromptFile):
-        if not file.path.is_file():
+        if not is_file(file.path):
             raise RecipeError(f"--prompts: no file {str(file.path)!r}")
         read_prompts(file.path, settings.rewards)  # refuses unusable prompts before a weight is loaded
     return settings
@@ -148,7 +153,7 @@ def shipped_recipes() -> dict[str, str]:
     """Name -> summary (the first comment line) of each recipe that ships with posttrain, sorted by name."""
     folder = files(shipped("posttrain.recipes"))
     recipes = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=str)
-    return {f.name.removesuffix(".yaml"): f.read_text().splitlines()[0].lstrip("# ") for f in recipes}
+    return {f.name.removesuffix(".yaml"): f.read_text("utf-8").splitlines()[0].lstrip("# ") for f in recipes}
 
 
 def recipe_text(name: str) -> str:
@@ -156,7 +161,7 @@ def recipe_text(name: str) -> str:
     known = shipped_recipes()
     if name not in known:
         raise RecipeError(f"no recipe {name!r} is shipped{meant(name, known)}; there are {', '.join(known)}")
-    return (files(shipped("posttrain.recipes")) / f"{name}.yaml").read_text()
+    return (files(shipped("posttrain.recipes")) / f"{name}.yaml").read_text("utf-8")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -172,17 +177,34 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _text(source: str | Path) -> tuple[str, str]:
     """The name for error messages, and the text, of the recipe that ``source`` names."""
+    if not isinstance(source, str | os.PathLike):
+        raise RecipeError(
+            f"a recipe is a Recipe, a YAML file, or the name of a shipped one, not {type(source).__name__}"
+        )
     path, name = Path(source), str(source)
     # a folder may have the name of a shipped recipe; only a file takes precedence
     if isinstance(source, str) and not os.path.isfile(name) and "/" not in name and not path.suffix:
         known = shipped_recipes()
         if name not in known:
+            near = _near(path) or meant(name, known)
             raise RecipeError(
-                f"no recipe {name!r}: neither a file here nor shipped{meant(name, known)}; "
-                f"shipped are {', '.join(known)}"
+                f"no recipe {name!r}: neither a file here nor shipped{near}; shipped are {', '.join(known)}"
             )
         return f"{name}.yaml", recipe_text(name)
+    if not os.path.lexists(name) and (near := _near(path)):
+        raise RecipeError(f"no file {name!r}{near}")
     return name, read_file(path)
+
+
+def _near(path: Path) -> str:
+    """The hint that names the YAML file beside the missing ``path`` that it was meant to be; else nothing."""
+    try:
+        there = {file.stem: file.name for file in sorted(path.parent.glob("*.y*ml"))}
+    except (OSError, ValueError):  # no folder can have such a name
+        return ""
+    near = meant(path.stem, there)
+    stem = next((stem for stem in there if f"{stem!r}?" in near), None)
+    return f" (did you mean {str(path.parent / there[stem])!r}?)" if stem is not None else ""
 
 
 def _validated(schema: type[Block], source: Source, override_texts: dict[FieldPath, str]) -> Block:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import RecipeError
 from posttrain.recipe.positions import Source
-from posttrain.registry import FIELD_ERROR, FieldPath
+from posttrain.registry import FAMILIES, FIELD_ERROR, FieldPath, Named, tell_errors_with
+from posttrain.support.plugins import missing_type
 from posttrain.support.spelling import meant
 
 SHOWN_PROBLEMS = 20
@@ -51,6 +52,14 @@ def translated(
             path = (*path, *entry.get("ctx", {})["path"])
         problems.append((path, message))
     return listed(problems, source, overrides)
+
+
+def _of_python(error: ValidationError, root: type[BaseModel], fields: Mapping[str, Any]) -> RecipeError:
+    """As :func:`translated`, for a block that is made in Python, which has no lines."""
+    return translated(error, root, Source(root.__name__, dict(fields)), {})
+
+
+tell_errors_with(_of_python)
 
 
 def listed(
@@ -97,13 +106,15 @@ def _located(
 
 
 def _types(spec: type[BaseModel]) -> tuple[str, ...]:
-    """The values that ``spec`` allows for its field ``type``."""
-    field = spec.model_fields.get("type")
+    """The values that ``spec`` allows for the field that tells it from other specs."""
+    field = spec.model_fields.get("type") or spec.model_fields.get("strategy")
     return get_args(field.annotation) if field else ()
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
-    """The specs that a field's annotation allows."""
+    """The specs that a field's annotation allows; a family stands for its variants."""
+    if isinstance(annotation, type) and issubclass(annotation, Named) and Named in annotation.__bases__:
+        return [*annotation.variants.values()]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [spec for argument in get_args(annotation) for spec in _classes(argument)]
@@ -122,7 +133,8 @@ def _explained(entry: dict[str, Any], path: FieldPath, owner: type[BaseModel] | 
         return str(context["error"])
     if kind == "union_tag_invalid":
         allowed = sorted(re.findall(r"'([^']*)'", str(context["expected_tags"])))
-        return f"no type {context['tag']!r}{meant(context['tag'], allowed)}; one of {', '.join(allowed)}"
+        hint, plugins = meant(context["tag"], allowed), from_plugins(context["tag"], allowed)
+        return f"no type {context['tag']!r}{hint}; one of {', '.join(allowed)}{plugins}"
     if kind == "union_tag_not_found":
         return "is empty" if value is None else _no_type(path, owner)
     if value is None:
@@ -131,15 +143,27 @@ def _explained(entry: dict[str, Any], path: FieldPath, owner: type[BaseModel] | 
         allowed = re.findall(r"[\w.-]+", str(context["expected"]).replace(" or ", " "))
         return f"{value!r} is not allowed{meant(str(value), allowed)}; one of {', '.join(allowed)}"
     if (expected := SCALARS.get(kind) or COLLECTIONS.get(kind)) is not None:
-        return f"expected {expected}, found {_shown(value, path, source)}"
+        return f"expected {expected}, found {_shown(value, path, source)}{_block_of(value, path, owner)}"
+    field = owner.model_fields.get(str(path[-1])) if owner and path else None
+    if kind == "string_pattern_mismatch" and field and field.examples:
+        return f"{_shown(value, path, source)} has not the form of {field.examples[0]!r}"
     message = entry["msg"]
     return f"{message[:1].lower()}{message[1:]} (found {_shown(value, path, source)})"
+
+
+def from_plugins(name: str, allowed: Sequence[str]) -> str:
+    """What failed plug-ins have to do with the type ``name`` of the family that has the types ``allowed``."""
+    groups = (group for group, family in FAMILIES.items() if {*allowed} and {*allowed} <= {*family.variants})
+    return "".join(missing_type(group, name) for group in groups)
 
 
 def _unknown_field(path: FieldPath, owner: type[BaseModel] | None) -> str:
     fields = list(owner.model_fields) if owner else []
     name = next(iter(_types(owner)), owner.__name__.lower()) if owner else "this block"
-    return f"no such field{meant(path[-1], fields)}; {name} has {', '.join(fields)}"
+    variants = owner.variants.items() if owner and issubclass(owner, Named) else ()
+    others = [other for other, spec in variants if path[-1] in spec.model_fields]
+    elsewhere = f" ({', '.join(others)} has it)" if others and not meant(path[-1], fields) else ""
+    return f"no such field{meant(path[-1], fields)}; {name} has {', '.join(fields)}{elsewhere}"
 
 
 def _no_type(path: FieldPath, owner: type[BaseModel] | None) -> str:
@@ -147,6 +171,13 @@ def _no_type(path: FieldPath, owner: type[BaseModel] | None) -> str:
     field = owner.model_fields.get(name) if owner else None
     types = sorted(t for spec in _classes(field.annotation) for t in _types(spec)) if field else []
     return f"it has no 'type'; one of {', '.join(types)}" if types else "it has no 'type'"
+
+
+def _block_of(value: Any, path: FieldPath, owner: type[BaseModel] | None) -> str:
+    """How to write a block of which only the type is given; empty if ``value`` is no type of the field's."""
+    field = owner.model_fields.get(str(path[-1])) if owner and path else None
+    types = [t for spec in _classes(field.annotation) for t in _types(spec)] if field else []
+    return f": write {{type: {value}}}" if isinstance(value, str) and value in types else ""
 
 
 def _shown(value: Any, path: FieldPath, source: Source) -> str:
@@ -160,7 +191,8 @@ def _shown(value: Any, path: FieldPath, source: Source) -> str:
         return f"a block of fields ({', '.join(map(str, value))})" if value else "an empty block"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _in_file(path: FieldPath, data: Any) -> FieldPath:

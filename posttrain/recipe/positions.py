@@ -24,6 +24,7 @@ MAX_NODES = 100_000
 """Bounds what aliases can expand to."""
 MAX_DEPTH = 50
 """Bounds the nesting of blocks, because the reader is recursive."""
+MAX_INT = 2**63 - 1
 SHOWN_CHARACTERS = 40
 """How much of a text an error message quotes."""
 
@@ -208,10 +209,14 @@ class _Reader:
         if kind not in ("str", "int", "float", "bool", "null"):
             return node.value  # timestamps and the like stay texts
         try:
-            return self.yaml.constructor.construct_object(node, deep=True)
+            value = self.yaml.constructor.construct_object(node, deep=True)
         except (YAMLError, ValueError) as error:
             message = f"{node.value[:SHOWN_CHARACTERS]!r} is no {kind} that can be read"
             raise self.error(node, message) from error
+        if kind == "int" and not -MAX_INT <= value <= MAX_INT:
+            message = f"{node.value[:SHOWN_CHARACTERS]!r} is beyond {MAX_INT}, the largest number of a recipe"
+            raise self.error(node, message)
+        return value
 
     def check_characters(self, node: ScalarNode) -> None:
         # "\\ud800" in quotes makes a text that can be neither printed nor written to a file

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.support import user_code
+
 
 def reward_blocks(value: Any) -> Any:
     """``value`` as a list of reward blocks, each with its ``type``.
 
     Accepted are a name, a list of names and blocks, and a mapping from each name to a weight, a block of
-    settings, or nothing. ``module:function`` names a Python function of the user. Any other value is returned
-    unchanged, and the schema refuses it. Raises ValueError if a block in a list has no ``type``.
+    settings, or nothing. ``module:function`` names a Python function of the user, ``module:Class`` a class of
+    rewards. Any other value is returned unchanged, and the schema refuses it. Raises ValueError if a block in
+    a list has no ``type``.
     """
     if isinstance(value, str):
         return [_block(value, None)]
@@ -28,7 +31,8 @@ def reward_blocks(value: Any) -> Any:
 
 
 def _block(name: Any, settings: Any) -> Any:
-    block = {"type": "callable", "function": name} if ":" in str(name) else {"type": name}
+    own_function = ":" in str(name) and not user_code.is_class(str(name))
+    block = {"type": "callable", "function": name} if own_function else {"type": name}
     if settings is None:
         return block
     return {**block, **(settings if isinstance(settings, dict) else {"weight": settings})}

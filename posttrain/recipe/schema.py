@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.cache.settings import Cache
-from posttrain.data.settings import Images
+from posttrain.model import DtypeName
 from posttrain.parallel.auto import Auto
 from posttrain.parallel.ddp import DDP
 from posttrain.parallel.deepspeed import DeepSpeed
@@ -20,7 +20,7 @@ from posttrain.parallel.single import Single
 from posttrain.recipe.evaluation_block import Evaluation
 from posttrain.recipe.stage_block import BASE, Stage
 from posttrain.recipe.variants import AnyModel, Name
-from posttrain.registry import Spec, field_error
+from posttrain.registry import FREE, Spec, field_error
 from posttrain.support.paths import is_path
 from posttrain.support.spelling import meant
 
@@ -28,7 +28,7 @@ __all__ = ["BASE", "Evaluation", "Recipe", "Stage"]
 
 
 def _device(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+    if isinstance(value, str) and not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", value):
         hint = meant(value, ["auto", "cpu", "cuda", "mps"])
         raise ValueError(f"no device {value!r}{hint}: one of 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'")
     return value
@@ -37,25 +37,28 @@ def _device(value: Any) -> Any:
 class Recipe(Spec):
     """A model, the stages it goes through, and how the results are compared."""
 
-    name: Name
+    name: Annotated[Name, FREE]
     """Name of the run and of its folder in ``runs/``."""
     seed: int = 0
     """Seed of every random draw of the run."""
-    device: Annotated[str, BeforeValidator(_device)] = "auto"
+    device: Annotated[str, BeforeValidator(_device), FREE] = "auto"
     """Device to run on: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best available."""
     tf32: bool = True
     """Whether CUDA multiplies float32 matrices in TF32 during training. Evaluations never do."""
-    parallel: Annotated[Auto | Single | DDP | FSDP2 | DeepSpeed, Field(discriminator="strategy")] = Auto()
+    parallel: Annotated[Auto | Single | DDP | FSDP2 | DeepSpeed, Field(discriminator="strategy"), FREE] = (
+        Auto()
+    )
     """How the processes of a run train together. An unfinished run may continue under another strategy."""
-    tracker: Literal["tensorboard", "none"] = "tensorboard"
-    """Where curves and image grids are logged, besides ``metrics.jsonl``, which is always written."""
+    tracker: Annotated[Literal["tensorboard", "wandb", "mlflow", "trackio", "none"], FREE] = "tensorboard"
+    """Where curves and image grids are logged, besides ``metrics.jsonl``, which is always written. A service
+    names its project after the recipe, and its runs after the run's folder and the stage."""
     model: AnyModel
     """The model to train or evaluate, chosen by its ``type``, and where its weights are."""
     cache: Cache = Cache()
     """Encodings of prompts and images that are kept for other stages and runs. Default: none."""
     stages: list[Stage]
     """Training stages, in order. An empty list evaluates the model without training."""
-    evaluation: Evaluation | None = None
+    evaluation: Annotated[Evaluation | None, FREE] = None
     """How the base model and every stage are compared. Default: no evaluation."""
 
     @model_validator(mode="after")
@@ -86,6 +89,16 @@ class Recipe(Spec):
                 raise field_error(("stages", i, "monitor"), message)
         return self
 
+    @model_validator(mode="after")
+    def _best_is_a_score(self) -> Self:
+        scores = [reward.label for reward in self.evaluation.rewards] if self.evaluation is not None else []
+        for i, stage in enumerate(self.stages):
+            if (name := stage.train.keep_best) is not None and name not in scores:
+                known = ", ".join(map(repr, scores))
+                message = f"the evaluation has no score {name!r}{meant(name, scores)}: {known}"
+                raise field_error(("stages", i, "train", "keep_best"), message)
+        return self
+
     def _check_start(self, i: int, stage: Stage, earlier: list[str]) -> None:
         start = stage.start_from
         if start is None or is_path(start) or start in earlier:
@@ -110,17 +123,30 @@ class Recipe(Spec):
             )
         if self.cache.latents == "off":
             return self
-        if not any(stage.algorithm.needs == "images" for stage in self.stages):
+        if not any(stage.data.images_per_sample for stage in self.stages):
             raise field_error(
                 ("cache", "latents"), "no stage trains on images, so it would have no effect: remove it"
             )
         for i, stage in enumerate(self.stages):
-            if isinstance(stage.data, Images) and stage.data.crop == "random":
+            for field, value in stage.data.for_cache().items():
                 message = (
-                    "the cache keeps the latents of one crop of each image, and 'random' draws another crop "
-                    "each epoch: set 'crop: center' (no change where images have their bucket's shape)"
+                    "the cache keeps the latents of one crop of each image, and "
+                    f"{getattr(stage.data, field)!r} draws another crop each epoch: set '{field}: {value}' "
+                    "(no change where images have their bucket's shape)"
                 )
-                raise field_error(("stages", i, "data", "crop"), message)
+                raise field_error(("stages", i, "data", field), message)
+        return self
+
+    @model_validator(mode="after")
+    def _packed_weights_are_shared(self) -> Self:
+        for i, stage in enumerate(self.stages):
+            other = stage.reference not in (None, self.parent(stage))
+            if stage.tune.packing is not None and other:
+                message = (
+                    f"{stage.reference!r} has other weights than the stage starts from, and packed weights "
+                    "cannot be exchanged for others: remove it, or 'tune.base'"
+                )
+                raise field_error(("stages", i, "reference"), message)
         return self
 
     @model_validator(mode="after")
@@ -133,6 +159,12 @@ class Recipe(Spec):
                     "'parallel: {strategy: ddp}'"
                 )
                 raise field_error(("stages", i, "train", "optimizer"), message)
+            if stage.tune.packing is not None and strategy in ("fsdp2", "deepspeed"):
+                message = (
+                    f"{stage.tune.packing} packs weights whole, and {strategy} shards or moves them: take "
+                    "'parallel: {strategy: ddp}', or remove it"
+                )
+                raise field_error(("stages", i, "tune", "base"), message)
             if (
                 stage.train.compile is True
                 and isinstance(self.parallel, DeepSpeed)
@@ -144,6 +176,13 @@ class Recipe(Spec):
                 )
                 raise field_error(("stages", i, "train", "compile"), message)
         return self
+
+    def export_dtype(self, stage: Stage) -> DtypeName:
+        """The precision of the weights in the ``final/`` of ``stage``. Raises ModelError for a damaged file
+        of the base."""
+        if stage.tune.type == "lora":
+            return "fp32"
+        return self.model.export_dtype() if stage.export_dtype == "auto" else stage.export_dtype
 
     def parent(self, stage: Stage) -> str:
         """The weights that ``stage`` starts from: ``base``, a stage's name, or a path."""

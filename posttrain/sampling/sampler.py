@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.model import FlowModel, Model, Sampler
+from posttrain.model import FlowModel, Model, torch_dtype
 from posttrain.policy.policy import Policy
-from posttrain.policy.precision import AUTOCAST
+from posttrain.sampler import Sampler
 from posttrain.sampling.latents import sample_images
 from posttrain.weights.files import hash_of
 
@@ -48,12 +49,36 @@ class FlowSampler(Sampler):
 
 
 def flow_sampler(model: FlowModel, spec: Model, settings: Sampling, source: str) -> FlowSampler:
-    """A sampler of ``model``, which ``spec`` loaded from ``source``, in the precision of ``settings``."""
-    autocast = AUTOCAST[settings.precision]
-    if autocast is not None:
-        # autocast keeps low-precision copies only of weights that require gradients; sampling computes none
-        model.transformer.requires_grad_(True)
-    return FlowSampler(Policy(model, autocast=autocast), source, spec.card_settings())
+    """A sampler of ``model``, which ``spec`` loaded from ``source``. The transformer's weights are lowered to
+    the precision of ``settings``, as a rollout in training has them.
+
+    Raises ModelError if the model cannot make images of that size.
+    """
+    model.latent_shape(settings.resolution, settings.resolution)
+    _lower(model.transformer, torch_dtype(settings.precision))
+    return FlowSampler(Policy(model), source, spec.card_settings())
+
+
+def _lower(transformer: Any, dtype: torch.dtype) -> None:
+    """Cast the weights to ``dtype``, but those that diffusers keeps in float32 for accuracy."""
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
+        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+
+
+def loaded_to_draw(
+    spec: Model, device: torch.device, settings: Sampling, sources: Sequence[Path] = ()
+) -> FlowModel:
+    """The model that ``spec`` names, with the weights of each of ``sources``, as ``settings`` draw with it.
+
+    In float32 adapters are merged. In lower precision they stay beside the weights, whose rounding would
+    swallow small ones. Raises ModelError as :meth:`Model.load` and :meth:`FlowModel.load_weights` do.
+    """
+    model = spec.load(device, settings.precision)
+    for source in sources:
+        model.load_weights(source, merge=settings.precision == "fp32")
+    return model
 
 
 def sampler_of(spec: Model, device: torch.device, settings: Sampling) -> Sampler:
@@ -64,4 +89,4 @@ def sampler_of(spec: Model, device: torch.device, settings: Sampling) -> Sampler
     if (sampler := spec.sampler(device, settings)) is not None:
         return sampler
     source = spec.model_dump(mode="json").get("path", spec.type)
-    return flow_sampler(spec.load(device, "fp32"), spec, settings, source)
+    return flow_sampler(loaded_to_draw(spec, device, settings), spec, settings, source)

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.reward import checked
+from posttrain.scoring.limited import limited
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from posttrain.model import Sampler
     from posttrain.recipe.schema import Evaluation
     from posttrain.reward import Reward, Scorer
+    from posttrain.sampler import Sampler
 
 Row = Mapping[str, Any]
 """A row of a prompt file: ``prompt`` and its metadata."""
@@ -23,8 +24,8 @@ Sample = tuple[Row, int]
 
 
 def load_scorers(rewards: Sequence[Reward], device: torch.device) -> dict[str, Scorer]:
-    """Load ``rewards`` on ``device``; return their checked scoring functions by label."""
-    return {r.label: checked(r.label, r.load(device)) for r in rewards}
+    """Load ``rewards`` on ``device``; return their checked scoring functions, with time limits, by label."""
+    return {r.label: checked(r.label, limited(r, r.load(device), device)) for r in rewards}
 
 
 def draw_and_score(

@@ -12,6 +12,7 @@ from posttrain.errors import RewardError
 from posttrain.recipe.variants import AnyReward
 from posttrain.reward import Reward
 from posttrain.support.paths import is_path
+from posttrain.support.plugins import missing_type, package_of
 from posttrain.support.spelling import meant
 from posttrain.support.wording import short
 from posttrain.weights.published import Weights
@@ -39,7 +40,8 @@ def every_reward() -> dict[str, type[Reward]]:
 def reward_named(name: str) -> type[Reward]:
     """The reward class of that name. Raises RewardError if there is none."""
     if name not in (known := every_reward()):
-        raise RewardError(f"no reward {name!r}{meant(name, known)}; there are {', '.join(known)}")
+        plugins = missing_type("posttrain.rewards", name)
+        raise RewardError(f"no reward {name!r}{meant(name, known)}; there are {', '.join(known)}{plugins}")
     return known[name]
 
 
@@ -82,12 +84,15 @@ def listing() -> Text:
     lines = []
     for name, reward in every_reward().items():
         steps = "; ".join(missing(reward))
-        low, high = reward.range
+        low, high = getattr(reward, "range", (float("nan"), float("nan")))  # a plug-in's may lack it
         lines.append(
             Text.assemble(
                 (f"{name:<24}", "bold"),
                 f"{low:>6.4g} to {high:<6.4g}  ",
                 (f"missing: {steps}", "yellow") if steps else ("ready", "green"),
+                ""
+                if (package := package_of("posttrain.rewards", name)) == "posttrain"
+                else f"  from {package}",
             )
         )
         for source in sources(reward):

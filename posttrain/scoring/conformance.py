@@ -73,7 +73,7 @@ def image_hash(image: Image) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Read a conformance file. Raises RewardError if ``path`` is not one."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RewardError(f"{path}: not a conformance file: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("cases"), list):

@@ -15,6 +15,8 @@ from posttrain.data.lines import string
 from posttrain.data.prompts import read_prompts
 from posttrain.errors import DataError
 from posttrain.scoring.batches import Row, load_scorers
+from posttrain.support.images import is_grid
+from posttrain.support.paths import is_file, is_folder
 
 if TYPE_CHECKING:
     from posttrain.reward import Reward, Scorer
@@ -28,17 +30,21 @@ MAX_PIXELS = 178_956_970
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """The files among ``paths``, and the images in the folders among them, sorted by name.
 
-    Raises DataError for a file that does not exist or a folder without images.
+    Grids of images that posttrain wrote into a folder are left out. Raises DataError for a file that does not
+    exist or a folder without images.
     """
     files = []
     for path in paths:
-        images = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        if not images:
-            raise DataError(f"{path}: no image in this folder (looked for {', '.join(SUFFIXES)})")
+        if not is_folder(path):
+            files.append(path)
+            continue
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not (images := [file for file in found if not is_grid(file)]):
+            what = f"only grids of images ({found[0].name})" if found else "no image"
+            below = ", not in its subfolders" if any(p.is_dir() for p in path.iterdir()) else ""
+            raise DataError(f"{path}: {what} in this folder (looked for {', '.join(SUFFIXES)}{below})")
         files += images
-    if missing := next((file for file in files if not file.is_file()), None):
+    if missing := next((file for file in files if not is_file(file)), None):
         raise DataError(f"no file {str(missing)!r} (looked at {missing.absolute()})")
     return files
 
@@ -54,7 +60,10 @@ def with_prompts(
     if (prompts is None) == (prompt is None):
         raise DataError("say what the images should show: --prompts FILE, or --prompt TEXT for all")
     if prompt is not None:
-        row = {"prompt": string({"prompt": prompt}, "prompt")}
+        try:
+            row = {"prompt": string({"prompt": prompt}, "prompt")}
+        except ValueError as error:
+            raise DataError(f"--prompt: {error}") from error
         if reasons := [reason for reward in rewards if (reason := reward.prompt_problem(row)) is not None]:
             raise DataError(f"--prompt cannot be scored: {'; '.join(reasons)}")
         return [(image, row) for image in images]
@@ -112,7 +121,10 @@ def _paired_by_name(images: Sequence[Path], prompts: Path, rows: Sequence[Row]) 
             )
     pairs = []
     for row in rows:
-        name = Path(string(dict(row), "image")).name
+        try:
+            name = Path(string(dict(row), "image")).name
+        except ValueError as error:
+            raise DataError(f"{prompts}: {error}") from error
         if name not in by_name:
             raise DataError(f"{prompts}: image {row['image']!r} is none of the {len(images)} images given")
         pairs.append((by_name[name], row))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,14 @@ from posttrain.model import FlowModel
 from posttrain.scoring.batches import load_scorers
 from posttrain.support.files import published
 from posttrain.support.images import to_pil
+from posttrain.support.worker import Worker
 
 if TYPE_CHECKING:
     from posttrain.reward import Reward
+
+
+CLOSE_SECONDS = 5.0
+"""After an error or a signal, a batch that is being scored may take this long; nobody needs its scores."""
 
 
 class Judge:
@@ -34,20 +39,21 @@ class Judge:
         """Each reward's factor in the weighted sum to maximise; negative for a reward whose lower scores
         are better."""
         self._failed = False
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._worker = Worker("rewards")
 
     def submit(self, latents: Tensor, batch: Batch) -> Future[Verdict]:
         """Decode ``latents`` (n, c, h, w), and score the images for the prompts in ``batch.metadata``.
 
-        The future raises RewardError, with the reward's name, if a score cannot be computed. The images and
-        prompts are then in the folder ``failures``.
+        The future raises RewardError, with the reward's name, if a score cannot be computed: NotFinite if an
+        image or a score is not finite. The images and prompts of the first failure are in the folder
+        ``failures``.
         """
         images = self.model.decode(latents).float().cpu()
         return self._worker.submit(self._scored, images, batch.metadata)
 
     def close(self) -> None:
-        """Drop the batches whose scoring has not begun, and wait for the worker."""
-        self._worker.shutdown(cancel_futures=True)
+        """Drop the batches whose scoring has not begun, and wait a little for the one that has."""
+        self._worker.close(CLOSE_SECONDS)
 
     def __enter__(self) -> Judge:
         return self
@@ -67,12 +73,15 @@ class Judge:
             if not self._failed:
                 self._keep(images, rows)
             self._failed = True
-            raise RewardError(f"{error} (its images and prompts are in {str(self.failures)!r})") from error
+            error.args = (f"{error}\nIts images and prompts are in {str(self.failures)!r}.",)
+            raise
         return Verdict(rewards, details)
 
     def _keep(self, images: Tensor, rows: Sequence[Any]) -> None:
         """Save the images and prompts of a failure, for a person to look at."""
-        with published(self.failures) as folder, (folder / "prompts.jsonl").open("w") as file:
+        with published(self.failures) as folder:
+            lines = ""
             for i, (row, image) in enumerate(zip(rows, to_pil(images), strict=True)):
                 image.save(folder / f"{i:04d}.png")
-                file.write(json.dumps({"image": f"{i:04d}.png", **row}) + "\n")
+                lines += json.dumps({**row, "image": f"{i:04d}.png"}) + "\n"
+            (folder / "prompts.jsonl").write_text(lines, "utf-8")

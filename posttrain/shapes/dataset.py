@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,14 @@ from numpy.random import Generator, Philox
 from posttrain.errors import DataError
 from posttrain.shapes.render import render
 from posttrain.shapes.scene import SIZE, STYLES, TASKS, Scene, sample_scene, sample_task
-from posttrain.support.files import aside, publish
+from posttrain.support.files import locked, published
+from posttrain.support.paths import in_the_way
 
-VERSION = 4
+FILES = {"images", "train.jsonl", "metadata.jsonl", "shapes.json"}
+VERSION = 5
 """Increased when the same settings would render other images."""
+MANY, CHUNK = 8000, 250
+"""Images from which on several processes render them; and how many one renders at a time."""
 EVALUATION = 0xE7A1
 """The key of the random stream of held-out prompts, so that it differs from those of the images."""
 
@@ -33,37 +40,92 @@ def build(folder: Path, images: int, seed: int, style: str = "clean") -> None:
 
     Writes ``train.jsonl`` (md5, caption_en, bw, bh), ``images/{md5}.jpg``, ``metadata.jsonl`` (GenEval's
     format with the true prompt, one row for each image, in the same order) and ``shapes.json``. Does nothing
-    if the folder holds this data set already. Raises DataError if it holds something else or cannot be
-    written.
+    if the folder holds this data set already, also if another process renders it meanwhile. Raises DataError
+    if it holds something else, and PosttrainError if it cannot be written.
     """
-    settings = {"images": images, "seed": seed, "style": style, "version": VERSION}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if (existing := _settings(folder)) == settings:
-            return
-        content = f"another Shapes data set ({existing})" if existing else "something else"
-        raise DataError(f"{str(folder)!r} holds {content}, not {settings}: give another folder or remove it")
+    once(folder, {"images": images, "seed": seed, "style": style, "version": VERSION}, FILES, _render)
+
+
+def once(
+    folder: Path,
+    settings: Mapping[str, Any],
+    files: Set[str],
+    render: Callable[[Path, Mapping[str, Any]], None],
+) -> None:
+    """Let ``render`` write the data set of those ``settings``, its ``files``, unless ``folder`` holds it.
+
+    Raises as :func:`build` does.
+    """
+    if (problem := in_the_way(folder)) is not None:
+        raise DataError(problem)
+    if _holds(folder, settings, files):
+        return
+    lock = folder.with_name(f".{folder.name}.lock")
     try:
-        # two runs may write the same folder at once
-        with aside(folder, shared=True) as unfinished:
-            (unfinished / "images").mkdir(parents=True)
-            with (
-                (unfinished / "train.jsonl").open("w") as rows,
-                (unfinished / "metadata.jsonl").open("w") as metadata,
-            ):
-                for index in range(images):
-                    scene = scene_at(seed, index, style)
-                    data = _jpeg(scene)
-                    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-                    (unfinished / "images" / f"{md5}.jpg").write_bytes(data)
-                    row = {"md5": md5, "caption_en": scene.caption, "bw": SIZE, "bh": SIZE}
-                    rows.write(json.dumps(row) + "\n")
-                    metadata.write(json.dumps(scene.metadata) + "\n")
-            (unfinished / "shapes.json").write_text(json.dumps(settings))
-            publish(unfinished, folder, replace=False)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock):
+            try:
+                if not _holds(folder, settings, files):  # another process may have rendered it meanwhile
+                    with published(folder) as unfinished:
+                        render(unfinished, settings)
+                        (unfinished / "shapes.json").write_text(json.dumps(settings), "utf-8")
+            finally:
+                with contextlib.suppress(OSError):  # whoever waits for the lock looks at the folder again
+                    lock.unlink()
     except OSError as error:
-        if folder.is_dir() and _settings(folder) == settings:
-            return  # another run wrote it first
         raise DataError(f"cannot write the Shapes data set {str(folder)!r}: {error}") from error
+
+
+def _holds(folder: Path, settings: Mapping[str, Any], files: Set[str]) -> bool:
+    """Whether ``folder`` holds the data set. One whose ``shapes.json`` is damaged is to be rendered again.
+
+    Raises DataError if it holds something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if (existing := _settings(folder)) == settings:
+        return True
+    if existing is None and folder.is_dir() and {p.name for p in folder.iterdir()} == files:
+        return False
+    content = f"another Shapes data set ({existing})" if existing else "something else"
+    raise DataError(f"{str(folder)!r} holds {content}, not {settings}: give another folder or remove it")
+
+
+def _render(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Render the scenes that ``settings`` describe into ``folder``."""
+    (folder / "images").mkdir()
+    with (
+        (folder / "train.jsonl").open("w", encoding="utf-8") as rows,
+        (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata,
+    ):
+        for data, scene in _rendered(settings["images"], settings["seed"], settings["style"]):
+            row = {"md5": kept(folder / "images", data), "caption_en": scene.caption, "bw": SIZE, "bh": SIZE}
+            rows.write(json.dumps(row) + "\n")
+            metadata.write(json.dumps(scene.metadata) + "\n")
+
+
+def _rendered(images: int, seed: int, style: str) -> Iterator[tuple[bytes, Scene]]:
+    """The JPEG and the scene of each image in order. Many images are rendered by as many processes as there
+    are cores."""
+    make = functools.partial(_image_at, seed, style)
+    if images < MANY:
+        yield from map(make, range(images))
+        return
+    with ProcessPoolExecutor() as pool:
+        yield from pool.map(make, range(images), chunksize=CHUNK)
+
+
+def _image_at(seed: int, style: str, index: int) -> tuple[bytes, Scene]:
+    """The JPEG and the scene of image ``index``."""
+    scene = scene_at(seed, index, style)
+    return jpeg(scene), scene
+
+
+def kept(folder: Path, data: bytes) -> str:
+    """Write the JPEG ``data`` to ``folder``; returns its MD5, which is its name there."""
+    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    (folder / f"{md5}.jpg").write_bytes(data)
+    return md5
 
 
 def evaluation_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[dict[str, Any]]:
@@ -89,12 +151,13 @@ def evaluation_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> l
 def _settings(folder: Path) -> Any:
     """The settings of the data set in ``folder``; None if there is none."""
     try:
-        return json.loads((folder / "shapes.json").read_text())
+        return json.loads((folder / "shapes.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _jpeg(scene: Scene) -> bytes:
+def jpeg(scene: Scene) -> bytes:
+    """The scene's image as a JPEG."""
     buffer = io.BytesIO()
     render(scene).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()

@@ -55,7 +55,7 @@ class Style:
 
 STYLES = {
     "clean": Style(),
-    "web": Style(wrong_caption=0.1, clutter=0.5, tint=0.5, sizes=(12.0, 24.0)),
+    "web": Style(wrong_caption=0.2, clutter=0.8, tint=0.5, sizes=(12.0, 24.0)),
 }
 
 

@@ -22,7 +22,10 @@ class Account:
     next_batch: int = 0
     """Number of the batch to draw next. Unusable batches are passed over, so this is not the step."""
     updates: int = 0
-    """Optimizer steps taken; steps skipped for lack of items do not count."""
+    """Optimizer steps taken; steps skipped for lack of items, and refused ones, do not count."""
+    refused: int = 0
+    """Steps not taken because a loss, a gradient or a reward was not finite."""
+    refused_in_a_row: int = 0
     rewards: list[float] = field(default_factory=list)
     """The training reward's mean between readings."""
     spreads: list[float] = field(default_factory=list)
@@ -33,11 +36,22 @@ class Account:
     """Step of the last reading."""
     readings: list[dict[str, list[float]]] = field(default_factory=list)
     """The held-out scores of each reading; higher is better."""
+    read_with: dict[str, Any] | None = None
+    """The prompts and the settings of the readings. Those with others cannot be compared."""
     good: int | None = None
     """Step of the last reading without an alarm."""
+    best: int | None = None
+    """Step of the reading, after the first step, in which the score ``train.keep_best`` was best."""
+    best_score: float | None = None
+    """The mean of that score in that reading; higher is better."""
+    best_by: str | None = None
+    """The ``train.keep_best`` by which it was best. Another score cannot be compared with it."""
     alarms: list[str] = field(default_factory=list)
     ended_at: int | None = None
     """Step at which a hook ended the stage early, or to which an alarm rolled it back; None otherwise."""
+    rows: int | None = 0
+    """Rows of ``metrics.jsonl`` when the checkpoint was written: a resumed stage keeps these and no others.
+    None if the checkpoint does not say."""
 
     def replace_by(self, kept: dict[str, Any]) -> None:
         """Take over the account that a checkpoint kept."""

@@ -9,25 +9,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from rich.markup import escape
 
 from posttrain.cache.keys import store_identity
 from posttrain.cache.latents import LatentCache
 from posttrain.cache.prompts import PromptCache
 from posttrain.cache.room import Room
 from posttrain.cache.store import Store
-from posttrain.data.batches import BatchSource, ImageBatchSource
 from posttrain.data.prompts import prompt_rows
+from posttrain.data.source import BatchSource
 from posttrain.distributed.world import ALONE, World
 from posttrain.sampling.sampler import FlowSampler
 from posttrain.stages.hooks.image_grids import grid_samples
+from posttrain.support.terminal import note
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from posttrain.cache.settings import Cache
-    from posttrain.model import EncoderName, FlowModel, Sampler
+    from posttrain.model import EncoderName, FlowModel
     from posttrain.recipe.schema import Recipe, Stage
+    from posttrain.sampler import Sampler
 
 
 def fill_for_stage(
@@ -48,10 +49,19 @@ def fill_for_stage(
     if settings.prompts:
         store = _store(room, "prompts", settings, model, "prompts", console)
         _cache_prompts(store, model, _prompts_of_stage(recipe, stage, source), stage.name, console, world)
-    if settings.latents != "off" and isinstance(source, ImageBatchSource):
+    if settings.latents != "off" and source.images:
         store = _store(room, settings.latents, settings, model, "images", console)
-        source.latents = LatentCache(store, model, source.images, settings.latents)
-        source.latents.fill(stage.name, console, world.rank, world.size)
+        for name, images in source.images.items():
+            cache = LatentCache(store, model, images, settings.latents)
+            # one name says nothing beside the stage's
+            cache.fill(
+                stage.name if len(source.images) == 1 else f"{stage.name}: {name}",
+                console,
+                world.rank,
+                world.size,
+            )
+            source.latents[name] = cache
+            world.barrier()  # an image may be in both lists
         model.rest("images")
     world.barrier()  # otherwise a process could encode what another is still writing
 
@@ -97,9 +107,6 @@ def _store(
     room: Room, kind: str, settings: Cache, model: FlowModel, encoder: EncoderName, console: Console
 ) -> Store:
     """The store for the outputs of ``encoder``; it warns on the console of damaged files."""
-
-    def warn(line: str) -> None:
-        console.print(f"[yellow]{escape(line)}[/yellow]", highlight=False, soft_wrap=True)
-
     name, about = store_identity(kind, settings.dtype, model, encoder)
-    return Store(room, name, about, torch.bfloat16 if settings.dtype == "bf16" else None, warn)
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else None
+    return Store(room, name, about, dtype, lambda line: note(console, line, "yellow"))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from posttrain.engine.checkpoint import STATE, read
-from posttrain.errors import ModelError
-from posttrain.stages.lineage import sources
+from posttrain.engine.checkpoint import STATE, verified
+from posttrain.engine.manifest import MANIFEST, Damage
+from posttrain.errors import ModelError, RecipeError
+from posttrain.recipe.deciding import fingerprint, former_fingerprint
+from posttrain.stages.lineage import exact, sources
+from posttrain.stages.stage_state import recorded
+from posttrain.support.paths import expanded, is_file
+from posttrain.weights.transformer import fits
 
 if TYPE_CHECKING:
     import torch
 
+    from posttrain.engine.state import StoredState
     from posttrain.model import FlowModel, Model
+    from posttrain.policy.piece import Stored
     from posttrain.recipe.schema import Recipe, Stage
 
 EMA, RAW = "ema", "raw"
@@ -20,8 +27,8 @@ EMA, RAW = "ema", "raw"
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether ``path`` is a folder that :func:`posttrain.engine.checkpoint.save` wrote."""
-    return (Path(path).expanduser() / STATE).is_file()
+    """Whether ``path`` is a folder that :mod:`posttrain.engine.writing` wrote, damaged or not."""
+    return any(is_file(expanded(path) / name) for name in (STATE, MANIFEST))
 
 
 def open_checkpoint(path: str, device: torch.device, weights: str | None) -> tuple[FlowModel, Model, str]:
@@ -31,17 +38,22 @@ def open_checkpoint(path: str, device: torch.device, weights: str | None) -> tup
     """
     import torch
 
-    folder = Path(path).expanduser().absolute()
+    folder = expanded(path).absolute()
     run_folder = folder.parents[2]
     recipe, stage = _recipe_and_stage(path, run_folder, folder.parents[1].name)
-    state = read(folder, device)
-    weights, tensors = _chosen(path, state, stage, weights)
-    spec = recipe.model.build(run_folder / "model")
+    try:
+        state = verified(folder, *(of(recipe, stage.name) for of in (fingerprint, former_fingerprint)))
+    except Damage as damage:
+        raise ModelError(f"the checkpoint {path!r} cannot be used: {damage}") from damage
+    weights, chosen = _chosen(path, state, stage, weights)
+    tensors = {name: stored.whole() for name, stored in chosen.items()}
+    spec = recipe.model.build(run_folder / "model", device)
     model = spec.load(device, "fp32")
     for source in sources(recipe, recipe.parent(stage), run_folder):
-        model.load_weights(source, merge=stage.tune.merges)
+        model.load_weights(exact(source), merge=stage.tune.merges)
     stage.tune.apply(model.transformer, recipe.seed)
     parameters = dict(model.transformer.named_parameters())
+    fits({name: p for name, p in parameters.items() if p.requires_grad}, tensors, folder)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
@@ -49,29 +61,23 @@ def open_checkpoint(path: str, device: torch.device, weights: str | None) -> tup
 
 
 def _recipe_and_stage(path: str, run_folder: Path, name: str) -> tuple[Recipe, Stage]:
-    """The recipe of the run that the checkpoint ``path`` belongs to, and its stage ``name``."""
-    from posttrain.recipe.file import parse_recipe
-
-    if not (file := run_folder / "recipe.yaml").is_file():
-        raise ModelError(
-            f"{path!r} is a checkpoint, but {str(run_folder)!r} has no recipe.yaml to say of what"
-        )
-    recipe = parse_recipe(file.read_text(), str(file), checks=False)
-    stage = next((s for s in recipe.stages if s.name == name), None)
-    if stage is None:
-        raise ModelError(f"{path!r} is a checkpoint of {name!r}, which is no stage of {str(file)!r}")
-    return recipe, stage
+    """The recipe by which the checkpoint ``path`` was trained, and its stage ``name``."""
+    try:
+        recipe = recorded(run_folder, name)
+    except RecipeError as error:
+        raise ModelError(f"{path!r} is a checkpoint, but {error}") from error
+    return recipe, next(stage for stage in recipe.stages if stage.name == name)
 
 
 def _chosen(
-    path: str, state: dict[str, Any], stage: Stage, weights: str | None
-) -> tuple[str, dict[str, torch.Tensor]]:
+    path: str, state: StoredState, stage: Stage, weights: str | None
+) -> tuple[str, dict[str, Stored]]:
     """Which weights are opened, and their tensors by name."""
-    chosen = weights or (EMA if EMA in state["roles"] else RAW)
+    chosen = weights or (EMA if EMA in state.roles else RAW)
     if chosen == RAW:
-        return RAW, state["trained"]
-    if EMA not in state["roles"]:
+        return RAW, state.trained
+    if EMA not in state.roles:
         raise ModelError(
             f"{path!r} has no EMA weights: stage {stage.name!r} keeps none; there are the raw ones"
         )
-    return EMA, state["roles"][EMA]
+    return EMA, state.roles[EMA]

@@ -13,11 +13,31 @@ import torch
 from posttrain.engine import modes
 from posttrain.engine.micro_batch import Trial
 from posttrain.engine.modes import Found, Mode
+from posttrain.errors import DamagedError
 from posttrain.recipe.schema import Recipe, Stage
+from posttrain.stages.stage_state import Note
 from posttrain.support.device import resolve
 from posttrain.support.files import write
+from posttrain.support.records import read_object
 
-FILE = "micro_batch.json"
+FILE, SET_ASIDE = "micro_batch.json", "micro_batch.damaged.json"
+
+
+def set_damaged_aside(folder: Path, note: Note) -> None:
+    """Give the file in a stage's ``folder`` a name that says so, and tell the user, if it is damaged."""
+    if not (file := folder / FILE).exists():
+        return
+    try:
+        content = read_object(file, "micro_batch")
+        whole = {
+            "micro_batch": _is_size(content["micro_batch"]),
+            "modes": _are_modes(content.get("modes", [])),
+        }
+        if wrong := [repr(name) for name, is_whole in whole.items() if not is_whole]:
+            raise DamagedError(f"{str(file)!r} is damaged: {' and '.join(wrong)} is not what was written")
+    except DamagedError as error:
+        file.replace(file.with_name(SET_ASIDE))
+        note(f"{error}; it is now {SET_ASIDE!r}, and what it held is found again by trying")
 
 
 def settled(recipe: Recipe, stage: Stage, folder: Path, processes: int) -> int | None:
@@ -36,12 +56,9 @@ def settled_mode(recipe: Recipe, stage: Stage, folder: Path, processes: int) -> 
     if (decided := modes.settled(stage.train, resolve(recipe.device))) is not None:
         return decided
     found = _read(recipe, folder, processes).get("modes")
-    try:
-        best = found[0]  # type: ignore[index]
-        known = best["given"] == _given(stage)
-        return Mode(bool(best["compiled"]), best["checkpointing"]) if known else None
-    except (TypeError, LookupError):
-        return None  # nothing was found, or the file is damaged
+    if not found or not _are_modes(found) or found[0]["given"] != _given(stage):
+        return None
+    return Mode(found[0]["compiled"], found[0]["checkpointing"])
 
 
 def remember(
@@ -81,19 +98,29 @@ def remember_modes(
 def _remembered(recipe: Recipe, folder: Path, processes: int) -> int | None:
     """The micro-batch in ``folder``; None where there is none, or it was found in other circumstances."""
     number = _read(recipe, folder, processes).get("micro_batch")
-    return number if type(number) is int and number >= 1 else None  # a bool is no number here
+    return number if _is_size(number) else None
 
 
 def _read(recipe: Recipe, folder: Path, processes: int) -> dict[str, Any]:
     """The content of the file in ``folder``; empty where there is none, or for other circumstances."""
     try:
-        content = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
+        content = read_object(folder / FILE)
+    except DamagedError:
         return {}
     now = _circumstances(recipe, processes)
-    if not isinstance(content, dict) or {name: content.get(name) for name in now} != now:
-        return {}
-    return content
+    return content if {name: content.get(name) for name in now} == now else {}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 1  # a bool is no number here
+
+
+def _are_modes(value: Any) -> bool:
+    fields = {"compiled": (bool,), "checkpointing": (str, float), "given": (list,)}
+    return isinstance(value, list) and all(
+        isinstance(mode, dict) and all(isinstance(mode.get(name), kinds) for name, kinds in fields.items())
+        for mode in value
+    )
 
 
 def _given(stage: Stage) -> list[Any]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from posttrain.data.batches import BatchSource, batch_source_of
-from posttrain.engine import checkpoint
+from posttrain.data.family import Opening
+from posttrain.data.source import BatchSource
+from posttrain.engine.checkpoint_folder import CheckpointFolder
 from posttrain.engine.trainer import EMA, REFERENCE
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.policy import Policy
 from posttrain.policy.precision import AUTOCAST
+from posttrain.recipe.deciding import fingerprint, former_fingerprint
 from posttrain.stages.account import Account
 from posttrain.stages.caches import fill_for_stage
-from posttrain.stages.micro_batch import settled, settled_mode
+from posttrain.stages.made_from import confirm_data
+from posttrain.stages.micro_batch import set_damaged_aside, settled, settled_mode
 from posttrain.stages.stage_run import StageRun, Training
 from posttrain.support.device import bf16_problem, reset_peak_memory
 
@@ -25,16 +28,26 @@ def prepare(run: StageRun, reference: dict[str, Tensor] | None) -> Training:
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.stage.train.precision == "bf16" and (reason := bf16_problem(run.model.device)) is not None:
         run.warn(f"{run.stage.name}: {reason}")
+    if run.world.is_main:
+        set_damaged_aside(run.folder, run.note)
     micro_batch = run.world.broadcast(settled(run.recipe, run.stage, run.folder, run.world.size))
     mode = run.world.broadcast(settled_mode(run.recipe, run.stage, run.folder, run.world.size))
     policy, strategy = _prepare_policy(run, 1 if micro_batch is None else micro_batch, reference)
     reset_peak_memory(run.model.device)
-    start, account = _restore(run, policy, strategy)
-    source = _open_source(run)
-    fill_for_stage(run.recipe, run.stage, run.model, source, run.console, run.world)
-    return Training(
-        run, policy, strategy, source, account, start, mode, search_micro_batch=micro_batch is None
+    checkpoints = CheckpointFolder(
+        run.folder / "checkpoints",
+        policy,
+        strategy,
+        fingerprint(run.recipe, run.stage.name),
+        tell=lambda text: run.warn(f"{run.stage.name}: {text}"),
+        former=[former_fingerprint(run.recipe, run.stage.name)],
     )
+    start, account = _restore(run, checkpoints)
+    source = _open_source(run)
+    confirm_data(run, source, start)
+    fill_for_stage(run.recipe, run.stage, run.model, source, run.console, run.world)
+    search = micro_batch is None
+    return Training(run, policy, strategy, source, checkpoints, account, start, mode, search)
 
 
 def _prepare_policy(
@@ -57,13 +70,16 @@ def _prepare_policy(
     return policy, strategy
 
 
-def _restore(run: StageRun, policy: Policy, strategy: Strategy) -> tuple[int, Account]:
-    """Load the last checkpoint; returns the number of finished steps, and the account."""
-    if not (checkpoints := checkpoint.saved(run.folder / "checkpoints")):
+def _restore(run: StageRun, checkpoints: CheckpointFolder) -> tuple[int, Account]:
+    """Load the newest whole checkpoint; returns the number of finished steps, and the account."""
+    if (restored := checkpoints.restore()) is None:
         return 0, Account()
-    start, kept = checkpoint.restore(checkpoints[-1], policy, strategy)
-    run.note(f"{run.stage.name}: going on after step {start}")
-    return start, Account(**kept)
+    account = Account(**{"rows": None, **restored.extra})
+    if run.ended is not None and run.ended.step == restored.step:
+        account.ended_at, account.alarms = run.ended.step, run.ended.alarms
+    else:
+        run.note(f"{run.stage.name}: going on after step {restored.step}")
+    return restored.step, account
 
 
 def _open_source(run: StageRun) -> BatchSource:
@@ -71,8 +87,8 @@ def _open_source(run: StageRun) -> BatchSource:
     stage, world = run.stage, run.world
     batch_size, group_size = stage.train.batch_size, stage.algorithm.samples_per_prompt
     with world.main_first():
-        source = batch_source_of(
-            stage.data, run.model, run.run_folder / "data", batch_size, group_size, stage.rewards, world
+        source = stage.data.open(
+            Opening(run.model, run.run_folder / "data", batch_size, group_size, stage.rewards, world)
         )
     for note in source.notes:
         run.note(f"{stage.name}: {note}")

@@ -6,7 +6,7 @@ import math
 
 from posttrain.errors import RecipeError
 from posttrain.recipe.schema import Recipe
-from posttrain.support.wording import multiples_near
+from posttrain.support.wording import nearest
 
 
 def check_processes(recipe: Recipe, processes: int) -> None:
@@ -15,9 +15,9 @@ def check_processes(recipe: Recipe, processes: int) -> None:
         raise RecipeError(f"parallel: {problem}")
     for stage in recipe.stages:
         size = stage.train.batch_size
-        if stage.algorithm.needs == "rewards" and size % processes:
+        if stage.data.gives == "prompts" and size % processes:
             unit = math.lcm(stage.algorithm.samples_per_prompt, processes)
             raise RecipeError(
                 f"stages.{stage.name}.train.batch_size: {size} samples do not split over {processes} "
-                f"processes; the nearest that do are {multiples_near(size, unit)}"
+                f"processes; {nearest(size, unit)}"
             )

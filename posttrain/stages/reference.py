@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.recipe.schema import Recipe, Stage
-from posttrain.stages.lineage import sources
+from posttrain.stages.lineage import exact, sources
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,13 +20,14 @@ def reference_weights(
     """Name -> weight of the transformer that ``stage.reference`` names; None where the stage starts from it.
 
     ``model`` holds the base weights, before and after. The result is in the CPU's memory: a device that is
-    to hold a shard of each weight has no room for three models.
+    to hold a shard of each weight has no room for three models. Every process holds it whole, and while it is
+    read the base weights too, because it is read through the model, which no strategy has spread yet.
     """
     if stage.reference is None or stage.reference == recipe.parent(stage):
         return None
     base = _copied(model)
     for source in sources(recipe, stage.reference, run_folder):
-        model.load_weights(source)
+        model.load_weights(exact(source))
     reference = _copied(model)
     for name, parameter in model.transformer.named_parameters():
         parameter.data.copy_(base[name])

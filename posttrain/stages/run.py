@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.recipe.schema import Recipe
+from posttrain.support.terminal import note
 
 if TYPE_CHECKING:
     import torch
@@ -28,3 +29,7 @@ class Run:
     device: torch.device
     console: Console
     world: World
+
+    def note(self, line: str) -> None:
+        """Tell the user something."""
+        note(self.console, line)

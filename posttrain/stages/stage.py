@@ -12,6 +12,7 @@ from torch import Tensor
 from posttrain.algorithm import Batch, Tools
 from posttrain.engine.micro_batch import largest_micro_batch, trials_in_words
 from posttrain.engine.modes import enter, fastest, in_words
+from posttrain.engine.service import PACKAGES, Labels, Service, flat
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import train
 from posttrain.engine.trial import Sample, blank
@@ -24,6 +25,7 @@ from posttrain.stages.publish import publish
 from posttrain.stages.stage_run import StageRun, Training
 from posttrain.stages.watch import StageWatch
 from posttrain.support.progress import stage_progress
+from posttrain.support.stopping import deferred
 
 
 def run_stage(run: StageRun, description: dict[str, Any], reference: dict[str, Tensor] | None = None) -> None:
@@ -36,7 +38,8 @@ def run_stage(run: StageRun, description: dict[str, Any], reference: dict[str, T
     the last checkpoint as it was.
     """
     training = prepare(run, reference)
-    _train(training)
+    if training.account.ended_at is None:  # else an alarm ended it before, and it is published again
+        _train(training)
     publish(training, description)
 
 
@@ -46,23 +49,43 @@ def _train(training: Training) -> None:
     stage, settings, is_main = run.stage, run.stage.train, run.world.is_main
     failures = run.folder / ("failed_reward" if is_main else f"failed_reward-{run.world.rank}")
     with (
-        Tracker(run.folder, resume_step=start, tensorboard=run.recipe.tracker == "tensorboard")
-        if is_main
-        else contextlib.nullcontext() as tracker,
+        _tracker(training) if is_main else contextlib.nullcontext() as tracker,
         stage_progress(stage.name, settings.steps, start, run.console) as bar,
         Judge(run.model, stage.rewards, failures) as judge,
+        training.checkpoints,
     ):
         try:
             _choose_mode(training)
             watch, batches = StageWatch(training, tracker, bar), _batches(training, judge)
-            train(stage.algorithm, training.policy, training.strategy, batches, settings, watch, start)
-            watch.finish()
+            with deferred(), watch.stopping():
+                train(stage.algorithm, training.policy, training.strategy, batches, settings, watch, start)
+                watch.finish()
         except OutOfMemory as error:
             remember(run.recipe, run.folder, run.world.size, error.micro_batch)
             raise TrainingError(
                 f"{stage.name}: {error}. The same command goes on from the last checkpoint with "
                 f"{error.micro_batch}"
             ) from error
+
+
+def _tracker(training: Training) -> Tracker:
+    """Where the stage's curves go. Raises TrainingError where a tracking service does not start."""
+    run, kind = training.run, training.run.recipe.tracker
+    service = None
+    if kind in PACKAGES:
+        labels = Labels(
+            run.recipe.name,
+            f"{run.run_folder.name}/{run.stage.name}",
+            flat(run.stage.model_dump(mode="json")),
+        )
+        service = Service(kind, run.folder, labels, run.warn)
+    return Tracker(
+        run.folder,
+        resume_step=training.start,
+        rows=training.account.rows,
+        tensorboard=kind == "tensorboard",
+        service=service,
+    )
 
 
 def _choose_mode(training: Training) -> None:
@@ -92,7 +115,7 @@ def _find_mode(training: Training, sample: Sample) -> None:
     """Find the mode and the micro-batch by trying, and remember them for when the run is resumed."""
     run, stage, policy = training.run, training.run.stage, training.policy
     steps = stage.train.steps - training.start
-    run.note(f"{stage.name}: trying what is fastest, for two minutes at most")
+    run.note(f"{stage.name}: trying what is fastest, for about two minutes at most")
     found = fastest(stage.algorithm, stage.train, policy, training.strategy, sample, steps)
     policy.micro_batch = found[0].micro_batch
     run.note(f"{stage.name}: {in_words(found, run.model.device)}")
@@ -103,11 +126,11 @@ def _find_mode(training: Training, sample: Sample) -> None:
 def _find_micro_batch(training: Training, sample: Sample) -> None:
     """Find the micro-batch by trying, and remember it for when the run is resumed."""
     run, stage, policy = training.run, training.run.stage, training.policy
-    size, trials = largest_micro_batch(stage.algorithm, stage.train, policy, training.strategy, sample)
-    policy.micro_batch = size
-    run.note(f"{stage.name}: {trials_in_words(trials, run.model.device)}")
+    size = largest_micro_batch(stage.algorithm, stage.train, policy, training.strategy, sample)
+    policy.micro_batch = size.items
+    run.note(f"{stage.name}: {trials_in_words(size.trials, run.model.device)}")
     if run.world.is_main:
-        remember(run.recipe, run.folder, run.world.size, size, trials)
+        remember(run.recipe, run.folder, run.world.size, size.items, size.trials)
 
 
 def _batches(training: Training, judge: Judge) -> Iterator[tuple[Batch, Tools]]:

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
-from posttrain.data.batches import BatchSource
+from posttrain.data.source import BatchSource
 from posttrain.distributed.world import ALONE, World
+from posttrain.engine.checkpoint_folder import CheckpointFolder
 from posttrain.engine.modes import Mode
 from posttrain.model import FlowModel
 from posttrain.parallel.strategy import Strategy
 from posttrain.policy.policy import Policy
 from posttrain.stages.account import Account
+from posttrain.stages.stage_state import Ended
+from posttrain.support.terminal import note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,8 @@ class StageRun:
     """``runs/NAME``."""
     console: Console
     world: World = ALONE
+    ended: Ended | None = None
+    """How an alarm ended the stage before, if it is only to be published again."""
 
     @property
     def folder(self) -> Path:
@@ -42,14 +45,11 @@ class StageRun:
 
     def note(self, text: str) -> None:
         """Tell the user something that is as expected."""
-        self._print("dim", text)
+        note(self.console, text)
 
     def warn(self, text: str) -> None:
         """Tell the user something to act on."""
-        self._print("yellow", text)
-
-    def _print(self, style: str, text: str) -> None:
-        self.console.print(f"[{style}]{escape(text)}[/{style}]", highlight=False, soft_wrap=True)
+        note(self.console, text, "yellow")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Training:
     policy: Policy
     strategy: Strategy
     source: BatchSource
+    checkpoints: CheckpointFolder
     account: Account
     start: int
     """Optimizer steps that the checkpoint holds, from which training goes on; 0 without one."""

@@ -23,7 +23,10 @@ def resolve(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device: no {name!r}: one of 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
     if device == torch.device("cuda"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -53,7 +56,9 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # this resets VmHWM, the resident peak
+            Path("/proc/self/clear_refs").write_text(
+                "5", encoding="utf-8"
+            )  # this resets VmHWM, the resident peak
         except OSError:
             return  # some containers forbid it; the peak is then that of the whole process so far
 
@@ -63,7 +68,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     if sys.platform == "win32":
@@ -85,11 +90,11 @@ def available_memory(device: torch.device) -> int | None:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if sys.platform != "linux":
         return None
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")  # a container's limit may be lower than the machine's memory
     try:
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        limit, used = ((group / name).read_text("utf-8") for name in ("memory.max", "memory.current"))
         return min(free, int(limit) - int(used))
     except (OSError, ValueError):
         return free

@@ -7,59 +7,70 @@ kill, a full disk or an exception at any moment leaves the target unchanged.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from posttrain.errors import PosttrainError
-from posttrain.support.wording import short
+from posttrain.support.write_errors import writing
 
-FULL = ("No space left", "Disk quota exceeded", "(os error 28)", "(os error 122)")
-"""Messages about a full disk from libraries that raise no OSError, such as safetensors."""
-CUT_OFF = ("unexpected pos", "iostream error", "file write failed", "PytorchStreamWriter failed")
-"""Messages of torch about a file that it could not write completely. They do not tell why."""
+FICLONE = 0x40049409
+"""Linux's request to let a file share the blocks of another one (btrfs, xfs, bcachefs)."""
+
+PART, BEFORE = ".part", ".before.part"
+"""How the names of what is unfinished end, and of an old folder while a new one takes its name."""
+
+STALE_SECONDS = 3600
+"""What is being written changes more often than this."""
 
 
 def write(file: Path, content: str | bytes) -> None:
     """Write ``file`` atomically, text as UTF-8. If several processes write it at once, the last one wins.
 
-    Raises PosttrainError if it cannot be written; an existing file is then unchanged.
+    A pipe or a device, such as ``/dev/stdout``, is written directly, and through a link the file that it
+    names. Raises PosttrainError if it cannot be written; an existing file is then unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    with writing(file, len(data)), aside(file, shared=True) as unfinished:
-        unfinished.write_bytes(data)
-        publish(unfinished, file)
+    with writing(file, len(data)):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            file.write_bytes(data)
+            return
+        target = file.resolve()
+        with aside(target, secrets.token_hex(4)) as unfinished:
+            unfinished.write_bytes(data)
+            publish(unfinished, target)
 
 
 @contextlib.contextmanager
-def published(folder: Path, needs: int | None = None) -> Iterator[Path]:
+def published(folder: Path, needs: int | None = None, mark: str = "") -> Iterator[Path]:
     """Yield a new folder that becomes ``folder`` at the end of the block. One process at a time may write it.
 
-    ``needs`` is the least number of bytes that it takes, for the error message. Raises PosttrainError if it
-    cannot be written; an existing folder is then unchanged.
+    With a ``mark`` others may write files of theirs to it: it is :func:`beside` (folder, mark), and who comes
+    first makes it. ``needs`` is the least number of bytes that it takes, for the error message. Raises
+    PosttrainError if it cannot be written; an existing folder is then unchanged.
     """
-    with writing(folder, needs), aside(folder) as unfinished:
-        unfinished.mkdir()
+    with writing(folder, needs), aside(folder, mark) as unfinished:
+        unfinished.mkdir(exist_ok=bool(mark))
         yield unfinished
+        _readable(unfinished)
         publish(unfinished, folder)
 
 
 @contextlib.contextmanager
-def aside(target: Path, *, shared: bool = False) -> Iterator[Path]:
+def aside(target: Path, mark: str = "") -> Iterator[Path]:
     """Yield a path beside ``target``, whose content :func:`publish` renames to ``target``; the rest is
     removed.
 
-    If the target is ``shared`` between processes, each call gets its own path. Else the path is the same each
+    Processes that write the same target at once need a ``mark`` each. Without one the path is the same each
     time, and the remains of a killed process are removed first.
     """
-    own = f".{secrets.token_hex(4)}" if shared else ""
-    unfinished = target.with_name(f".{target.name}{own}.part")
-    _remove(unfinished)
+    unfinished = beside(target, mark)
+    if not mark:
+        _remove(unfinished)
     target.parent.mkdir(parents=True, exist_ok=True)
     if (before := _before(target)).exists() and not target.exists():
         before.rename(target)  # a kill came between publish's two renames
@@ -69,14 +80,34 @@ def aside(target: Path, *, shared: bool = False) -> Iterator[Path]:
         _remove(unfinished)
 
 
-def publish(unfinished: Path, target: Path, *, replace: bool = True) -> None:
+def beside(target: Path, mark: str) -> Path:
+    """Where what becomes ``target`` is written. The ``mark`` is part of its name."""
+    return target.with_name(f".{target.name}{mark and f'.{mark}'}{PART}")
+
+
+def copy(file: Path, target: Path) -> int:
+    """Copy ``file`` to ``target``, a new file that shares nothing with it; returns the bytes that it takes.
+
+    Where the file system can, both keep the same blocks until one is written: 0 bytes. Raises OSError.
+    """
+    with contextlib.suppress(ImportError, OSError):  # not Linux, or another file system
+        import fcntl
+
+        with file.open("rb") as source, target.open("wb") as clone:
+            fcntl.ioctl(clone, FICLONE, source.fileno())
+        return 0
+    shutil.copyfile(file, target)
+    return target.stat().st_size
+
+
+def publish(unfinished: Path, target: Path) -> None:
     """Flush ``unfinished``, a file or folder, to the disk and rename it to ``target``, which it replaces.
 
-    Raises OSError, also if ``replace`` is False and ``target`` is a folder that is not empty.
+    Raises OSError.
     """
     for file in unfinished.rglob("*") if unfinished.is_dir() else [unfinished]:
         _flush(file)
-    if replace and unfinished.is_dir() and target.is_dir():
+    if unfinished.is_dir() and target.is_dir():
         # Python has no call that swaps two folders
         before = _before(target)
         _remove(before)
@@ -95,53 +126,32 @@ def publish(unfinished: Path, target: Path, *, replace: bool = True) -> None:
     _flush(target.parent)
 
 
-@contextlib.contextmanager
-def writing(path: Path, needs: int | None = None) -> Iterator[None]:
-    """Turn write errors inside the block into a PosttrainError that names ``path``. Other exceptions pass.
-
-    ``needs`` is the least number of bytes to be written, for the message.
-    """
-    try:
-        yield
-    except PosttrainError:
-        raise
-    except Exception as error:
-        existing = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-        free = shutil.disk_usage(existing).free
-        if (why := problem(error, room=needs is None or needs < free)) is None:
-            raise
-        wanted = "" if needs is None else f", at least {short(needs, 'B')} needed"
-        raise PosttrainError(
-            f"cannot write {str(path)!r}: {why} ({free / 1e9:.2f} GB free{wanted}); "
-            "what was written before is intact"
-        ) from error
+def remove(folder: Path) -> None:
+    """Remove ``folder``, all of it at once. Raises PosttrainError if that is not possible."""
+    gone = folder.with_name(f".{folder.name}.part")
+    _remove(gone)
+    with writing(folder):
+        folder.rename(gone)  # a kill while files are removed leaves no half of a folder under its name
+    _remove(gone)
 
 
-def problem(error: Exception, *, room: bool = True) -> str | None:
-    """The reason why a file could not be written; None if ``error`` is not a write error of a known library.
-
-    ``room`` tells whether the disk has room for the file, for libraries whose error does not give a reason.
-    """
-    message = str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in message for text in FULL):
-        return "the disk is full"
-    if any(text in message for text in CUT_OFF):
-        return f"it was cut off ({message.strip().splitlines()[0]})" if room else "the disk is full"
-    if isinstance(error, OSError):
-        return message
-    return f"safetensors: {message}" if type(error).__name__ == "SafetensorError" else None
+def clear_up(folder: Path) -> None:
+    """Remove what killed processes left unfinished in ``folder``. No other process may be writing there."""
+    for part in [*folder.glob(f".*{PART}")]:
+        clear(part)
 
 
 @contextlib.contextmanager
-def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(file: Path, *, wait: bool | float = True) -> Iterator[bool]:
     """Hold the lock ``file`` against all other processes. The file is created if it is missing, and stays.
 
-    Yields True if the lock is held, and False if another process holds it and ``wait`` is False. The lock
-    ends with the process, however the process ends. Raises OSError if the file cannot be opened.
+    Yields True if the lock is held, and False if another process holds it and ``wait`` is False or seconds
+    that passed. The lock ends with the process, however the process ends. Raises OSError if the file cannot
+    be opened.
     """
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=-1 if wait is True else float(wait))
     except Timeout:
         yield False
         return
@@ -151,9 +161,44 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
         lock.release()
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether :func:`aside` or :func:`publish` gave the name, and the process is at work or was killed."""
+    return name.startswith(".") and name.endswith(PART)
+
+
+def clear(path: Path) -> None:
+    """Remove ``path``, which is unfinished; an old folder whose successor never came gets its name back."""
+    target = path.with_name(path.name[1:].removesuffix(BEFORE))
+    if path.name.endswith(BEFORE) and not target.exists():
+        path.rename(target)
+    else:
+        _remove(path)
+
+
+def clear_stale(folder: Path, pattern: str = f".*{PART}") -> None:
+    """Remove what matches ``pattern`` in ``folder`` and was last written so long ago that no process can be
+    at work on it."""
+    for part in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # another process was faster
+            newest = max(path.stat().st_mtime for path in (part, *part.glob("*")))
+            if time.time() - newest > STALE_SECONDS:
+                _remove(part)
+
+
+def _readable(folder: Path) -> None:
+    """Let others read the files in the new ``folder`` as the umask says, by which the folder was made.
+
+    Libraries that write to a temporary file and rename it leave it to its owner alone.
+    """
+    allowed = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and (mode := file.stat().st_mode) & 0o666 != mode & 0o666 | allowed:
+            file.chmod(mode | allowed)
+
+
 def _before(folder: Path) -> Path:
     """The path of an old folder while a new one takes its name."""
-    return folder.with_name(f".{folder.name}.before.part")
+    return folder.with_name(f".{folder.name}{BEFORE}")
 
 
 def _flush(path: Path) -> None:

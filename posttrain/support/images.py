@@ -15,6 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
+GRID_MARK = ("posttrain-grid", "a grid of images, none to be scored")
+"""The text in the metadata of a grid."""
 PADDING, LEAST_TILE, FONT = 6, 128, 12
 
 
@@ -51,6 +53,25 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def grid_png(sheet: Image.Image) -> bytes:
+    """The bytes of a PNG file of the grid ``sheet``, which is marked as one (:func:`is_grid`)."""
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text(*GRID_MARK)
+    sheet.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def is_grid(file: Path) -> bool:
+    """Whether ``file`` is a grid of images that posttrain wrote. What is no image is no grid."""
+    if file.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(file) as image:  # reads the header, not the pixels
+            return image.info.get(GRID_MARK[0]) == GRID_MARK[1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) -> Image.Image:

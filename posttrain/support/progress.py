@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from posttrain.support.display import shown
+from posttrain.support.heartbeat import beat
+
 NARROW = 80
 """A terminal with fewer columns shows only step, loss and time left, without bar and rate."""
 INTERVAL_SECONDS = 10.0
@@ -19,6 +22,8 @@ INTERVAL_SECONDS = 10.0
 class StageProgress(ABC):
     """A progress display that is updated while work runs."""
 
+    figures = ""
+    """What is shown beside the steps."""
     narrow = False
     """Whether the terminal is too narrow to show the rate."""
 
@@ -30,13 +35,15 @@ class StageProgress(ABC):
         reward: float | None = None,
         images_per_second: float | None = None,
     ) -> None:
-        """Show that ``done`` of the total steps are done, with the figures given."""
+        """Show that ``done`` of the total steps are done, with the figures given, or else those of before."""
+        beat()
         # a policy gradient's loss stays near 0 and says nothing, so the reward is shown instead
         figures = [f"reward {reward:.3f}"] if reward is not None else []
         figures += [f"loss {loss:.4f}"] if loss is not None and reward is None else []
         if images_per_second is not None and not self.narrow:
             figures.append(f"{images_per_second:.1f} images/s")
-        self._show(done, "  ".join(figures))
+        self.figures = "  ".join(figures) or self.figures
+        self._show(done, self.figures)
 
     @abstractmethod
     def _show(self, done: int, figures: str) -> None: ...
@@ -45,6 +52,7 @@ class StageProgress(ABC):
 @contextlib.contextmanager
 def stage_progress(name: str, total: int, start: int, console: Console) -> Iterator[StageProgress]:
     """A live bar on a terminal; else a line every 10 seconds."""
+    name = shown(name)
     if not console.is_terminal:
         yield _Lines(name, total, start, console)
         return

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+SHOWN_CHARACTERS = 80
+"""An error shows this much of a value that somebody else has sent."""
+
 
 def short(value: float | None, unit: str = "") -> str:
     """A number with an SI prefix, such as 55.2k, or 1.2 GB with the unit "B"; a dash for None."""
@@ -23,8 +28,12 @@ def duration(seconds: float | None) -> str:
         return "< 1 s"
     if round(seconds) < 100:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if (minutes := round(seconds / 60)) < 100:
+        return f"{minutes} min"
+    if minutes < 100 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} days {hours % 24} h"
 
 
 def counted(count: int, noun: str) -> str:
@@ -32,13 +41,18 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def multiples_near(value: int, unit: int) -> str:
-    """The positive multiples of ``unit`` next to ``value``, such as ``32 or 48``."""
+def nearest(value: int, unit: int) -> str:
+    """Names the positive multiples of ``unit`` next to ``value``, as in ``the nearest are 32 or 48``."""
     low = value // unit * unit
-    return " or ".join(str(multiple) for multiple in (low, low + unit) if multiple > 0)
+    return f"the nearest are {low} or {low + unit}" if low else f"the nearest is {unit}"
 
 
 def no_multiple(value: int, unit: int) -> str:
     """The message for a side of ``value`` pixels that is not a multiple of the model's ``unit``."""
-    near = multiples_near(value, unit)
-    return f"{value} is no multiple of the {unit} pixels that this model needs; the nearest are {near}"
+    return f"{value} is no multiple of the {unit} pixels that this model needs; {nearest(value, unit)}"
+
+
+def shown(value: Any) -> str:
+    """The beginning of ``value`` as code shows it, for an error. Its sender may have made it long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

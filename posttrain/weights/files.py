@@ -4,46 +4,106 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import ModelError
+from posttrain.errors import DamagedError, ModelError
+from posttrain.support import records
 
 if TYPE_CHECKING:
     import torch
 
+PLAIN = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""The file names that diffusers and transformers look for, unless a variant is asked for."""
+PLAIN_INDEX = tuple(f"{name}.index.json" for name in PLAIN)
 
-def header_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
-    """Read name -> shape of the weights in ``folder`` from the headers of its safetensors files.
 
-    Returns None if the folder has no such file. Raises ModelError for a file that is not a complete
-    safetensors file.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files from which the weights of the network in ``folder`` are read.
+
+    They are the shards of its index or, without one, the file of the plain name, since a folder may have
+    others of lower precision beside it; else all files. Raises ModelError for a shard that is missing.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if index.name in PLAIN_INDEX:
+            names = json_object(index.read_bytes(), index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise ModelError(f"{str(index)!r} cannot be read: it has no 'weight_map' of file names")
+            shards = [folder / name for name in sorted(set(names.values()))]
+            if lost := [shard.name for shard in shards if not shard.is_file()]:
+                raise ModelError(f"{str(folder)!r} lacks {', '.join(lost)}, which {index.name} lists")
+            return shards
+    plain = [folder / name for name in PLAIN if (folder / name).is_file()]
+    return plain[:1] or sorted(folder.glob("*.safetensors"))
+
+
+def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype, as safetensors names it, and shape of the weights in ``folder``, from the headers.
+
+    Empty without a safetensors file. Raises ModelError for a file that is not a complete safetensors file.
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in weight_files(folder):
+        found |= file_header(file)
+    return found
+
+
+def file_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """As :func:`headers`, of one file. Raises ModelError for one that is not a complete safetensors file."""
+    try:
         with file.open("rb") as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 0 < length <= file.stat().st_size - 8:
+            size = file.stat().st_size
+            if not 0 < length <= size - 8:
                 pointer = " (it is a git-lfs pointer: run `git lfs pull`)" if start == b"version " else ""
                 raise ModelError(f"{str(file)!r} is no safetensors file, or only a part of one{pointer}")
-            header = json_object(stream.read(length), file)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes or None
+            entries = json_object(stream.read(length), file)
+        entries.pop("__metadata__", None)
+        found = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in entries.items()}
+        end = max((int(e["data_offsets"][1]) for e in entries.values()), default=0)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{str(file)!r} cannot be read: {error}") from error
+    if 8 + length + end != size:
+        raise ModelError(f"{str(file)!r} has {size} bytes, but its header describes {8 + length + end}")
+    return found
+
+
+def header_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    """Name -> shape of the weights in ``folder``; None if it has no safetensors file. Raises ModelError as
+    :func:`headers` does."""
+    return {name: shape for name, (_, shape) in headers(folder).items()} or None
+
+
+def bytes_beside(component: str, files: Mapping[str, Path], itemsize: int) -> int | None:
+    """The bytes of ``files``, by name, outside the folder ``component``, once floats have ``itemsize`` bytes.
+
+    None if there is no file. Raises ModelError for a damaged safetensors file.
+    """
+    beside = [file for name, file in files.items() if not name.startswith(f"{component}/")]
+    return sum(_bytes_in(file, itemsize) for file in beside) if files else None
+
+
+def _bytes_in(file: Path, itemsize: int) -> int:
+    size = file.stat().st_size
+    for dtype, shape in file_header(file).values() if file.suffix == ".safetensors" else ():
+        if bits := re.fullmatch(r"B?F(\d+).*", dtype):
+            size += math.prod(shape) * (itemsize - int(bits[1]) // 8)
+    return size
 
 
 def json_object(content: bytes, file: Path) -> dict[str, Any]:
     """Parse ``content``, the bytes of ``file``. Raises ModelError if it is not a JSON object."""
     try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise ModelError(f"{str(file)!r} cannot be read: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ModelError(f"{str(file)!r} cannot be read: it is no JSON object")
-    return parsed
+        return records.json_object(content, str(file))
+    except DamagedError as error:
+        raise ModelError(str(error)) from error
 
 
 def sha256(file: Path) -> str:
@@ -59,14 +119,14 @@ def content_hash(folder: Path, names: Iterable[str]) -> str:
     for name in sorted(names):
         for file in sorted(p for p in (folder / name).rglob("*") if p.is_file()):
             status = file.stat()
-            file_hash = _sha256_once(file, status.st_size, status.st_mtime_ns)
+            file_hash = sha256_once(file, status.st_size, status.st_mtime_ns)
             digest.update(f"{file.relative_to(folder).as_posix()} {file_hash}\n".encode())
     return digest.hexdigest()
 
 
 @functools.cache
-def _sha256_once(file: Path, size: int, mtime_ns: int) -> str:
-    """The SHA-256 of ``file``, computed once per process while its size and time stay the same.
+def sha256_once(file: Path, size: int, mtime_ns: int) -> str:
+    """The SHA-256 of ``file``, computed once per process while its ``size`` and ``mtime_ns`` stay the same.
 
     Every stage loads the text encoders, and hashing their 10 GB each time would take minutes.
     """

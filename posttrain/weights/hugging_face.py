@@ -37,20 +37,22 @@ def explained(path: str) -> Iterator[None]:
             "; if the hub cannot be reached, or the model is gated (accept its licence, then "
             "`hf auth login`), give the path of a local folder"
         )
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        # torch and json put what is wrong below a heading
+        reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
         raise ModelError(f"cannot load {path!r}: {reason}{advice if from_hub else ''}") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars, advice and warnings of diffusers and transformers; errors still raise."""
+    """Silence progress bars and messages of diffusers and transformers; errors still raise."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     loggers = [diffusers_logging, transformers_logging]
     levels = [module.get_verbosity() for module in loggers]
     for module in loggers:
-        module.set_verbosity(logging.ERROR)
+        module.set_verbosity(logging.CRITICAL)  # what is an error is raised as well
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -58,6 +60,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             # adapters are stacked on purpose
             warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
+            # posttrain.weights.adapter accounts for all weights of an adapter
+            warnings.filterwarnings("ignore", message="While injecting the PEFT", category=RuntimeWarning)
             yield
     finally:
         for module, level in zip(loggers, levels, strict=True):

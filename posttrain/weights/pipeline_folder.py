@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ModelError
-from posttrain.weights.files import header_shapes, json_object
+from posttrain.support.paths import expanded, is_file, is_folder
+from posttrain.weights.files import headers, json_object, weight_files
+from posttrain.weights.needed_files import lacking, listed
+from posttrain.weights.run_folders import weights_folder
 
 ASSETS = Path(str(files("posttrain"))) / "assets"
+INDEX = "model_index.json"
+WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".ckpt", ".pt", ".pth", ".gguf")
+"""Endings of files of weights, in all formats in which models are published."""
 SHIPPED = "posttrain/"
 """Names of the models that come with the package begin with this."""
 
@@ -24,50 +28,77 @@ def local_folder(path: str) -> Path | None:
     """The folder that ``path`` names on this machine, or None.
 
     ``path`` is the name of a shipped model, a folder, or a hub name; for a hub name this is the snapshot in
-    the hub's cache.
+    the hub's cache. The folder of a stage, or of a run, stands for the weights that it published.
     """
     if path.startswith(SHIPPED):
         folder = ASSETS / path.removeprefix(SHIPPED)
-        return folder if folder.is_dir() else None
-    if (folder := Path(path).expanduser()).is_dir():
-        return folder.resolve()
+        return folder if is_folder(folder) else None
+    if is_folder(folder := expanded(path)):
+        return weights_folder(folder.resolve())
     if _looks_local(path):
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(path, "model_index.json")
+    index = try_to_load_from_cache(path, INDEX)
     return Path(index).parent if isinstance(index, str) else None
 
 
-def missing(path: str, component: str, pipelines: Sequence[str]) -> str | None:
+def missing(
+    path: str, component: str, pipelines: Sequence[str], left_out: Collection[str] = ()
+) -> str | None:
     """Say why ``path`` cannot be loaded as a pipeline of one of the classes ``pipelines``; None if it can.
 
-    ``component`` is the folder of its denoiser. Loads no weights and uses no network, so a hub name that is
-    not in the cache passes.
+    ``component`` is the folder of its denoiser; those in ``left_out`` are not loaded. Loads no weights and
+    uses no network, so a hub name that is not, or not wholly, in the cache passes.
     """
     folder = local_folder(path)
     if folder is None:
         if path.startswith(SHIPPED):
             shipped = [SHIPPED + p.name for p in sorted(ASSETS.glob("*")) if p.is_dir()]
-            return f"model.path: no model {path!r} comes with posttrain; there are {shipped}"
+            return f"no model {path!r} comes with posttrain; there are {shipped}"
+        if is_file(expanded(path)):
+            return f"{path!r} is a file; a folder in diffusers' format is expected"
         if _looks_local(path):
-            return f"model.path: the folder {str(Path(path).expanduser().absolute())!r} does not exist"
+            return f"the folder {str(expanded(path).absolute())!r} does not exist"
         return None
-    if not (folder / "model_index.json").is_file():
-        return f"model.path: {str(folder)!r} holds no model_index.json, so it is no diffusers pipeline folder"
+    if not (folder / INDEX).is_file():
+        return f"{str(folder)!r} holds no {INDEX}, so it is no diffusers pipeline folder"
     try:
-        index = folder / "model_index.json"
-        pipeline = json_object(index.read_bytes(), index).get("_class_name")
-        for name in ("vae", component):
-            config(path, name)
-        header_shapes(folder / component)
+        index = index_in(folder)
+        if (pipeline := index.get("_class_name")) not in pipelines:
+            return f"{str(folder)!r} is a {pipeline}, not a {' or '.join(pipelines)}"
+        headers(folder / component)
+        if component not in listed(index):
+            return f"{str(folder / INDEX)!r} names no {component}"
+        if not from_hub(path) and (lost := lacking(folder, index, left_out)) is not None:
+            return lost
     except ModelError as error:
-        return f"model.path: {error}"
-    if pipeline not in pipelines:
-        return f"model.path: {str(folder)!r} is a {pipeline}, not a {' or '.join(pipelines)}"
-    if not (folder / component).is_dir():
-        return f"model.path: {str(folder)!r} has no folder {component!r}"
+        return str(error)
     return None
+
+
+def from_hub(path: str) -> bool:
+    """Whether ``path`` is a hub name and no folder, so that what is missing here can be downloaded."""
+    return not (path.startswith(SHIPPED) or Path(path).expanduser().is_dir() or _looks_local(path))
+
+
+def complete_folder(path: str, left_out: Collection[str] = ()) -> Path | None:
+    """As :func:`local_folder`, but None if ``path`` is a hub name of which some file is not in the cache."""
+    folder = local_folder(path)
+    if folder is None or not from_hub(path):
+        return folder
+    try:
+        return None if lacking(folder, index_in(folder), left_out) else folder
+    except ModelError:
+        return None
+
+
+def index_in(folder: Path) -> dict[str, Any]:
+    """The ``model_index.json`` of a pipeline's ``folder``. Raises ModelError if it cannot be read."""
+    try:
+        return json_object((folder / INDEX).read_bytes(), folder / INDEX)
+    except OSError as error:
+        raise ModelError(f"{str(folder / INDEX)!r} cannot be read: {error}") from error
 
 
 def index_of(path: str) -> dict[str, Any] | None:
@@ -77,10 +108,8 @@ def index_of(path: str) -> dict[str, Any] | None:
         from huggingface_hub import hf_hub_download
 
         with contextlib.suppress(OSError, ValueError):
-            folder = Path(hf_hub_download(path, "model_index.json")).parent
-    if folder is None or not (file := folder / "model_index.json").is_file():
-        return None
-    return json_object(file.read_bytes(), file)
+            folder = Path(hf_hub_download(path, INDEX)).parent
+    return None if folder is None or not (folder / INDEX).is_file() else index_in(folder)
 
 
 def config(path: str, component: str, name: str = "config.json") -> dict[str, Any] | None:
@@ -92,36 +121,45 @@ def config(path: str, component: str, name: str = "config.json") -> dict[str, An
 
 
 def components(folder: Path) -> set[str]:
-    """The names of the components in the index of a pipeline's ``folder``."""
-    index = json.loads((folder / "model_index.json").read_text())
-    return {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    """The names of the components in the index of a pipeline's ``folder``. Raises ModelError."""
+    return set(listed(index_in(folder)))
 
 
-def link_components(origin: Path, folder: Path, names: Iterable[str]) -> None:
-    """Put the components ``names`` of the pipeline at ``origin`` into ``folder`` unchanged.
+def component_files(origin: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Name below ``origin`` -> file, of the components ``names`` of the pipeline there.
 
-    Their files become hard links if the file system allows it, else copies. So a stage takes no disk space
-    for another copy of the text encoders.
+    Hidden files and weights that are not read, of another precision or format, do not count.
     """
-    for file in sorted(p for name in names for p in (origin / name).rglob("*") if p.is_file()):
-        target = folder / file.relative_to(origin)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file.resolve(), target)
-        except OSError:
-            shutil.copyfile(file, target)
+    return {f"{name}/{file.name}": file for name in sorted(names) for file in _read_files(origin / name)}
+
+
+def _read_files(folder: Path) -> list[Path]:
+    """The files of a component's ``folder`` from which it is loaded."""
+    read = weight_files(folder) or sorted(folder.glob("*.bin"))
+    others = (file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
+    return sorted({*read, *(file for file in others if file.suffix not in WEIGHTS)})
+
+
+def files_of(path: str, left_out: Collection[str] = ()) -> dict[str, Path]:
+    """Name -> file of all components of the pipeline ``path`` but those ``left_out``; empty if it is not
+    here."""
+    if (folder := complete_folder(path, left_out)) is None or not (folder / INDEX).is_file():
+        return {}
+    return component_files(folder, components(folder) - {*left_out})
 
 
 def write_index(origin: Path, folder: Path, used: Iterable[str]) -> None:
     """Copy ``model_index.json`` from ``origin``, with components outside ``used`` marked as absent."""
-    index, present = json.loads((origin / "model_index.json").read_text()), set(used)
+    index, present = index_in(origin), set(used)
     for name, value in index.items():
         if isinstance(value, list) and name not in present:
             index[name] = [None, None]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _looks_local(path: str) -> bool:
+    if is_file(expanded(path)):
+        return True
     # the hub refuses such names, for example "models/", so a folder must be meant
     return not re.fullmatch(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", path, re.ASCII) or bool(
         re.search(r"--|\.\.|\.git$|.{97}", path)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.errors import RewardError
-from posttrain.support.paths import is_path
-from posttrain.weights.files import sha256
+from posttrain.support.paths import expanded, is_file, is_folder, is_path
+from posttrain.weights.fingerprints import prints_of
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Weights:
         ``source`` is a folder, a file (if one is needed), or a repository that was fetched before. None if
         a file is missing.
         """
-        given = Path(source).expanduser()
-        if given.is_file() and len(self.files) == 1:
+        given = expanded(source)
+        if is_file(given) and len(self.files) == 1:
             return given
-        folder = given if given.is_dir() else _cached(source, self.files)
+        folder = given if is_folder(given) else _cached(source, self.files)
         if folder is None or any(next(folder.glob(pattern), None) is None for pattern in self.files):
             return None
         return folder / self.files[0] if len(self.files) == 1 else folder
@@ -57,10 +57,14 @@ class Weights:
 
     def hashes(self, path: Path) -> dict[str, str]:
         """File name -> SHA-256 of each file at ``path``, which :meth:`located` returned."""
+        return {name: kept["sha256"] for name, kept in prints_of(self.paths(path)).items()}
+
+    def paths(self, path: Path) -> dict[str, Path]:
+        """File name -> file of each file at ``path``, which :meth:`located` returned."""
         if path.is_file():
-            return {self.files[0]: sha256(path)}
+            return {self.files[0]: path}
         files = (file for pattern in self.files for file in sorted(path.glob(pattern)))
-        return {file.relative_to(path).as_posix(): sha256(file) for file in files}
+        return {file.relative_to(path).as_posix(): file for file in files}
 
 
 def _cached(repo: str, files: tuple[str, ...]) -> Path | None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from posttrain.errors import ModelError
-from posttrain.weights.fitting import misfit
-from posttrain.weights.hugging_face import explained, quiet
+from posttrain.weights.adapter import METADATA, PREFIX
+from posttrain.weights.files import PLAIN, weight_files
+from posttrain.weights.fitting import described, misfit, not_finite
+from posttrain.weights.hugging_face import explained
+from posttrain.weights.needed_files import NETWORK_CONFIG
+from posttrain.weights.network import advice
+from posttrain.weights.writing import Entry, entries_of, write_network, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -20,84 +25,89 @@ LORA = "pytorch_lora_weights.safetensors"
 """The file name under which diffusers looks for an adapter in a folder."""
 
 
-def save_component(
-    module: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor]
-) -> None:
-    """Write ``module`` to ``folder`` in diffusers' layout, its weights in ``dtype``.
+def save_component(module: Any, folder: Path, dtype: torch.dtype, weights: Mapping[str, Entry]) -> None:
+    """Write ``module`` to ``folder`` in diffusers' layout, its weights in ``dtype``, one at a time.
 
-    ``weights`` holds values, by parameter name, that replace the module's own.
+    ``weights``, by parameter name, replace the module's own. Raises ModelError for a weight that is not
+    finite in ``dtype``.
     """
-    from huggingface_hub import save_torch_state_dict
+    own = entries_of(module.state_dict(keep_vars=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_network(folder, PLAIN[0], {name: weights.get(name, entry) for name, entry in own.items()}, dtype)
+    # under fsdp2 the module's class is one that torch made, whose name no library knows
+    config = {**json.loads(module.to_json_string()), "_class_name": _library_class(module).__name__}
+    (folder / NETWORK_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
-    state = {
-        name: weights.get(name, tensor).detach().to("cpu", dtype).contiguous()
-        for name, tensor in module.state_dict().items()
-    }
-    with quiet():
-        module.save_config(folder)
-    pattern = "diffusion_pytorch_model{suffix}.safetensors"
-    save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
+
+def _library_class(module: Any) -> type:
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def load_component(module: torch.nn.Module, source: Path) -> None:
     """Load every weight of ``module`` from ``source``, a pipeline's folder or a component's.
 
-    Raises ModelError if a weight is missing, unexpected or of another shape.
+    Raises ModelError if a weight is missing, left over, of another shape or kind of number, or not finite,
+    also if it is so in the precision of ``module`` alone.
     """
     from safetensors.torch import load_file
 
     folder = source / "transformer" if (source / "transformer").is_dir() else source
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not (files := weight_files(folder)):
         raise ModelError(f"no weights to start from: {str(source)!r} holds no safetensors file")
     state: dict[str, torch.Tensor] = {}
     for file in files:
         with explained(str(file)):
             state |= load_file(file)
-    if problems := misfit(module.state_dict(), state):
-        raise ModelError(f"the weights in {str(folder)!r} do not fit: {problems}")
-    module.load_state_dict(state)
+    own = module.state_dict()
+    fits(own, state, folder)
+    module.load_state_dict({name: state[name] for name in own})
+    if problems := described(overflowing=not_finite(own)):
+        dtype = next(tensor.dtype for tensor in own.values() if tensor.is_floating_point())
+        raise ModelError(f"the weights in {str(folder)!r} do not fit: {problems}{advice(problems, dtype)}")
 
 
-def adapter_state(transformer: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of the trained adapter under diffusers' names, on the CPU.
+def fits(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Raise ModelError if ``state``, read from ``source``, does not fit the weights ``own`` of a network."""
+    if problems := misfit(own, state):
+        raise ModelError(f"the weights in {str(source)!r} do not fit: {problems}")
 
-    ``weights`` holds their values by parameter name.
-    """
+
+def adapter_entries(transformer: Any, weights: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Those of ``weights``, by parameter name, that are of the trained adapter, under diffusers' names."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(transformer, dict(weights), adapter_name=ADAPTER)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # peft changes names and looks at no value, so it need not have the values
+    names: dict[str, Any] = {name: name for name in weights}
+    renamed = cast("dict[str, str]", get_peft_model_state_dict(transformer, names, adapter_name=ADAPTER))
+    return {name: weights[parameter] for name, parameter in renamed.items()}
 
 
-def save_adapter(transformer: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+def save_adapter(transformer: Any, folder: Path, weights: Mapping[str, Entry]) -> None:
     """Write the trained adapter of ``transformer`` to ``folder``, for diffusers' ``load_lora_weights``.
 
-    The transformer has diffusers' PeftAdapterMixin. ``weights`` holds the adapter's values by parameter name.
+    The transformer has diffusers' PeftAdapterMixin. ``weights`` holds the adapter's, by parameter name.
+    Its scale, alpha / rank, is multiplied into B, and the file states alpha = rank. So tools that read the
+    file's metadata and tools that take scale 1 without an ``.alpha`` tensor, as ComfyUI does, draw the same
+    picture; diffusers refuses a file with such tensors.
     """
-    from safetensors.torch import save_file
-
-    config = {f"transformer.{k}": v for k, v in transformer.peft_config[ADAPTER].to_dict().items()}
-    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {f"transformer.{name}": t for name, t in adapter_state(transformer, weights).items()}
-    save_file(state, folder / LORA, metadata={"format": "pt", "lora_adapter_metadata": text})
-
-
-def load_adapter(transformer: Any, file: Path, *, merge: bool) -> None:
-    """Add the adapter in ``file`` to ``transformer``, which has diffusers' PeftAdapterMixin.
-
-    It is merged into the weights, or stays an active adapter beside them. Raises ModelError if it does not
-    fit.
-    """
-    with quiet(), explained(str(file)):
-        name = next_adapter(transformer)
-        transformer.load_lora_adapter(str(file.parent), adapter_name=name, weight_name=file.name)
-        if merge:
-            transformer.fuse_lora(adapter_names=[name])
-            transformer.unload_lora()
+    config = transformer.peft_config[ADAPTER].to_dict()
+    scale, rank = config["lora_alpha"] / config["r"], config["r"]
+    entries = {
+        f"{PREFIX}{name}": entry.then(lambda tensor: tensor * scale) if ".lora_B." in name else entry
+        for name, entry in adapter_entries(transformer, weights).items()
+    }
+    write_adapter(folder / LORA, entries, {**config, "lora_alpha": rank})
 
 
-def next_adapter(transformer: Any) -> str:
-    """A name that no adapter of ``transformer`` has yet: ``before_0``, ``before_1``, and so on."""
-    return f"before_{len(getattr(transformer, 'peft_config', None) or {})}"
+def write_adapter(
+    file: Path,
+    entries: Mapping[str, Entry],
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``entries``, under the names of the file, with peft's ``config``; equal ones make equal files."""
+    text = json.dumps({PREFIX + k: v for k, v in config.items()}, indent=2, sort_keys=True, default=sorted)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, entries, dtype, {METADATA: text})

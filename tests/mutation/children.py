@@ -63,7 +63,7 @@ def outcomes(jobs: Iterable[tuple[int, Callable[[], int], float]], at_once: int)
 
 def limited(function: Callable[[], int], seconds: float) -> int:
     """Run ``function`` in at most so much processor time and 4 GiB: a mutant may go on, or grow, without end."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 4 * 2**30, resource.RLIM_INFINITY))
     limit = min(math.ceil(seconds), 100_000)

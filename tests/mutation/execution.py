@@ -75,7 +75,9 @@ class Collected:
         result = {
             t.name: {"path": t.path, "outcomes": t.outcomes, "later": later[t.name]} for t in self.targets
         }
-        Path(self.report).write_text(json.dumps({"seconds": self.seconds, "targets": result}))
+        Path(self.report).write_text(
+            json.dumps({"seconds": self.seconds, "targets": result}), encoding="utf-8"
+        )
         return True
 
     def baseline(self, items: list[pytest.Item]) -> None:
@@ -203,7 +205,7 @@ def run(targets: list[Target], every: int, jobs: int) -> None:
 
         if os.waitstatus_to_exitcode(os.waitpid(forked(collect, silent=False), 0)[1]):
             raise SystemExit("nothing was measured")
-        found = json.loads(Path(report.name).read_text())
+        found = json.loads(Path(report.name).read_text(encoding="utf-8"))
     for target in targets:
         part = found["targets"][target.name]
         target.path = part["path"]

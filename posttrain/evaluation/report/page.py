@@ -1,115 +1,107 @@
-"""Writes the report of a run: one HTML page that opens without a network."""
+"""Writes the report of a run, or of several: one HTML page that opens without a network."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from PIL import Image
-
-from posttrain.evaluation.report.curves import Series, chart, histogram
-from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
-from posttrain.evaluation.report.verdict import best_stage, difference, verdict
+from posttrain.errors import PosttrainError
+from posttrain.evaluation.likeness import unlike
+from posttrain.evaluation.report.charts import curves
+from posttrain.evaluation.report.cost import cost_table
+from posttrain.evaluation.report.gallery import Column, Versus, changed_prompts, gallery, grids
+from posttrain.evaluation.report.html import html
+from posttrain.evaluation.report.meaning import meanings
+from posttrain.evaluation.report.results import Results
+from posttrain.evaluation.report.runs import joined, load_runs
+from posttrain.evaluation.report.scores import NOTE, score_table, tag_table, with_cost
+from posttrain.evaluation.report.settings import environment_lines, evaluation_lines
+from posttrain.evaluation.report.verdict import best_stage, verdict
+from posttrain.evaluation.report.view import Page
 from posttrain.support.files import write
-from posttrain.support.wording import duration
 
-TINY_PIXELS = 96
-"""Images up to this width are stored unchanged, and the page enlarges them."""
-STORED_PIXELS = 512
-"""Larger images are made smaller, so that no side has more pixels."""
-LAST_CURVES = ("grad_norm", "learning_rate", "images_per_second")
-NO_CURVE = ("step", "time", "forward_equivalents")
+REPORT = "report.html"
 
 
-def write_report(run: Path) -> Path:
-    """Write ``run/report.html``, which needs no script, network or other file. Returns its path."""
-    results = load_results(run)
-    loader = PackageLoader("posttrain.evaluation.report", "")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    page = environment.get_template("report.html.j2").render(
-        results=results,
-        verdict=verdict(results),
-        rows=[_row(results, stage) for stage in results.stages],
-        tags=_tags(results),
-        curves=list(_curves(results)),
-        grid=_grid(results),
-        alarms=[line for s in results.stages for line in s.account.get("alarms", [])],
-        skipped=[(s.name, line) for s in results.stages for line in s.account.get("skipped", [])],
-    )
-    target = run / "report.html"
-    write(target, page)
+def write_report(*runs: Path, output: Path | None = None) -> Path:
+    """Write the report of one run, or of several that it compares; return its path.
+
+    The page needs no network and no other file. ``output`` is by default ``report.html`` in the run's folder,
+    and beside the first run's folder where there are several. Raises PosttrainError for a folder that holds
+    no run, and DamagedError.
+    """
+    if not runs:
+        raise PosttrainError("a report needs a run")
+    target = output or (runs[0] / REPORT if len(runs) == 1 else _parent(runs[0]) / REPORT)
+    write(target, html(page_of(load_runs(runs))))
     return target
 
 
-def _row(results: Results, stage: StageResult) -> dict[str, Any]:
-    """The cells of a stage in the table of results."""
-    base, scores = results.stages[0], []
-    for name in results.score_names:
-        score = stage.scores.get(name)
-        gain = difference(base, stage, name) if score and stage is not base else None
-        scores.append({"score": score, "best": best_stage(results, name) is stage, "gain": gain})
-    cost = [*cost_texts(stage), duration(stage.account.get("seconds"))]
-    return {"stage": stage, "scores": scores, "cost": cost}
+def _parent(run: Path) -> Path:
+    """The folder that ``run`` lies in, named as ``run`` is where its name tells it: relative or absolute."""
+    return run.parent if run.name not in ("", "..") else run.absolute().parent
 
 
-def _tags(results: Results) -> list[dict[str, Any]]:
-    """The first score by tag: a row for each tag, with a cell for each stage."""
-    if not results.score_names:
-        return []
-    score = results.score_names[0]
-    measured = next(stage.scores[score] for stage in results.stages if score in stage.scores)
-    pick = max if measured.get("higher_is_better", True) else min
-    names = dict.fromkeys(tag for stage in results.stages for tag in stage.card.get("tags", {}))
-    rows = []
-    for tag in names:
-        cells = [stage.card.get("tags", {}).get(tag, {}).get(score) for stage in results.stages]
-        means = [cell["mean"] for cell in cells if cell]
-        rows.append({"tag": tag, "cells": cells, "best": pick(means) if means else None})
-    return rows
+def page_of(runs: Sequence[Results]) -> Page:
+    """What the report of ``runs`` shows."""
+    results = joined(runs)
+    names = results.score_names
+    main = [name for name in names if "/" not in name]
+    remarks = list(unlike(results.cards))
+    columns = _columns(results)
+    versus = _versus(results, columns)
+    images = gallery(columns, versus, alike=not remarks)
+    while_training = [found for stage in results.stages if (found := grids(stage)) is not None]
+    first, more = curves(results.stages)
+    cost, cost_note = cost_table(results.stages)
+    return Page(
+        title=results.name,
+        lead=verdict(results)
+        + ("" if names or not while_training else " The images were drawn in training."),
+        remarks=[*remarks, *(line for run in runs for line in run.damage)],
+        meanings=list(meanings(results)),
+        scores=with_cost(score_table(results, main, "Results"), results.stages),
+        details=score_table(results, [name for name in names if name not in main], "Details of the scores"),
+        scores_note=NOTE,
+        images=images,
+        grids=while_training,
+        changed=changed_prompts(columns, versus) if versus else None,
+        tags=tag_table(results),
+        curves=first,
+        more_curves=more,
+        cost=cost,
+        cost_note=cost_note,
+        alarms=[line for s in results.stages for line in s.account.get("alarms", [])],
+        skipped=[f"{s.name}: {line}" for s in results.stages for line in s.account.get("skipped", [])],
+        settings=[(run.name, _settings(run), run.recipe) for run in runs],
+    )
 
 
-def _curves(results: Results) -> Iterable[Any]:
-    """A chart of each metric with numbers, and a histogram of each that is binned."""
-    trained = [stage for stage in results.stages if stage.metrics]
-
-    def series(name: str) -> dict[str, Series]:
-        return {
-            s.name: [(row["step"], row[name]) for row in s.metrics if isinstance(row.get(name), int | float)]
-            for s in trained
-        }
-
-    # of all rows, since some metrics are recorded only in some steps
-    recorded = dict.fromkeys(name for stage in trained for row in stage.metrics for name in row)
-    main = [name for name in recorded if name not in (*LAST_CURVES, *NO_CURVE)]
-    for name in dict.fromkeys(["reward", "loss", *main, *LAST_CURVES]):
-        if svg := chart(name, series(name)):
-            yield svg
-        for stage in trained:
-            binned = [row[name] for row in stage.metrics if isinstance(row.get(name), dict)]
-            if binned:
-                yield histogram(f"{name}, {stage.name}, last batch recorded", **binned[-1])
+def _columns(results: Results) -> list[Column]:
+    """The stages that were evaluated, with their images."""
+    return [
+        Column(s.name, s.scored, s.images, i) for i, s in enumerate(results.stages) if s.scored or s.images
+    ]
 
 
-def _grid(results: Results) -> dict[str, Any]:
-    """The images of the stages' grids, side by side for each prompt."""
-    stages = [stage for stage in results.stages if stage.images]
-    prompts = dict.fromkeys(prompt for stage in stages for prompt in stage.images)
-    rows = [(prompt, [_data_url(stage.images.get(prompt)) for stage in stages]) for prompt in prompts]
-    return {"stages": [stage.name for stage in stages], "rows": rows}
-
-
-def _data_url(path: Path | None) -> str | None:
-    """An image file as a data URL; large images become JPEG."""
-    if path is None:
+def _versus(results: Results, columns: Sequence[Column]) -> Versus | None:
+    """Samples gain and lose in the best stage, or in the last one where the base model is best."""
+    evaluated = [stage for stage in results.stages if stage.scored]
+    if not results.score_names or not evaluated:
         return None
-    with Image.open(path) as image:
-        if image.width <= TINY_PIXELS:
-            return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        image.thumbnail((STORED_PIXELS, STORED_PIXELS))
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    score = results.score_names[0]
+    best = best_stage(results, score)
+    if best is results.base_of(best):
+        best = evaluated[-1]
+    names = [column.name for column in columns]
+    pair = results.base_of(best).name, best.name
+    if pair[0] == pair[1] or not set(pair) <= set(names):
+        return None
+    higher = best.scores.get(score, {}).get("higher_is_better", True)
+    return Versus(names.index(pair[0]), names.index(pair[1]), score, higher)
+
+
+def _settings(run: Results) -> list[str]:
+    card: dict[str, Any] = next((stage.card for stage in run.stages if stage.card), {})
+    return [*evaluation_lines(card), *environment_lines(run.environment)]

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.evaluation.likeness import unlike
 from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
-from posttrain.evaluation.report.verdict import best_stage, difference, verdict
+from posttrain.evaluation.report.verdict import Gain, best_stage, gain_of, verdict
 
 COSTS = (("forward-eq.", 2), ("images/s", 4), ("peak mem.", 5), ("steps", 7), ("trained", 8))
 """Heading and rank of each column of :func:`cost_texts`."""
@@ -35,6 +36,8 @@ def table(run: Path, width: int = 120) -> Table:
     if _width(columns) > width:
         columns = _fitting(_columns(results, intervals=False), width)
     title = Text(verdict(results), "bold")
+    for line in (*unlike(results.cards), *results.damage):
+        title.append(f"\n{line}", "not bold yellow")
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         grid.add_column(column.heading, justify="right" if i else "left", no_wrap=True)
@@ -45,15 +48,17 @@ def table(run: Path, width: int = 120) -> Table:
 
 def card_table(name: str, card: dict[str, Any]) -> Table:
     """The scores of one evaluation's result card, over all samples and by tag."""
-    grid = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    grid = Table(title=Text(name), title_justify="left", title_style="bold", box=None, pad_edge=False)
     grid.add_column("prompts", no_wrap=True)
     for score in card["scores"]:
-        grid.add_column(f"{score}\n[dim]mean \\[95 %][/dim]", justify="right", overflow="fold")
+        heading = Text(f"{score}\n").append("mean [95 %]", "dim")
+        grid.add_column(heading, justify="right", overflow="fold")
     for label, scores in {"all": card["scores"], **card["tags"]}.items():
         cells = (
-            f"{s['mean']:.3f} [dim]\\[{s['low']:.3f},\u00a0{s['high']:.3f}][/dim]" for s in scores.values()
+            Text(f"{s['mean']:.3f} ").append(f"[{s['low']:.3f},\u00a0{s['high']:.3f}]", "dim")
+            for s in scores.values()
         )
-        grid.add_row(label, *cells)
+        grid.add_row(Text(label), *cells)
     if card["tag_means"]:
         grid.add_row("mean of tags", *(f"{mean:.3f}" for mean in card["tag_means"].values()))
     return grid
@@ -70,7 +75,9 @@ def _columns(results: Results, *, intervals: bool) -> list[Column]:
         # the first score is the most important one; details of a score, with a slash, are the least
         columns.append(Column(heading, cells, 0 if i == 0 else 6 if "/" in name else 1))
         if i == 0:
-            columns.append(Column(Text("against\nbase"), [_gain(stages[0], s, name) for s in stages], 3))
+            columns.append(
+                Column(Text("against\nbase"), [_gain(gain_of(results, s, name)) for s in stages], 3)
+            )
     costs = [[Text(text) for text in cost_texts(stage)] for stage in stages]
     for i, (heading, rank) in enumerate(COSTS):
         columns.append(Column(Text(heading), [cost[i] for cost in costs], rank))
@@ -94,13 +101,14 @@ def _width(columns: list[Column]) -> int:
 def _score(stage: StageResult, name: str, best: bool, interval: bool) -> Text:
     if (score := stage.scores.get(name)) is None:
         return Text("–")
-    text = Text(f"{score['mean']:.3f}", "bold green" if best else "")
+    text = Text(f"{score['mean']:.3f}", "bold" if best else "")
     return text.append(f" [{score['low']:.2f}, {score['high']:.2f}]", "not bold dim") if interval else text
 
 
-def _gain(base: StageResult, stage: StageResult, name: str) -> Text:
-    """The paired difference from the base model, dim if it is not significant."""
-    if stage is base or (gain := difference(base, stage, name)) is None:
+def _gain(gain: Gain | None) -> Text:
+    """The paired difference from the base model: only one that is significant has a colour."""
+    if gain is None:
         return Text("–")
-    change, low, high = gain
-    return Text(f"{change:+.3f} n.s.", "dim") if low <= 0 <= high else Text(f"{change:+.3f}")
+    if gain.kind == "same":
+        return Text(f"{gain.change:+.3f} n.s.", "dim")
+    return Text(f"{gain.change:+.3f}", "green" if gain.kind == "better" else "red")

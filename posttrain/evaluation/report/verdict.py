@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from posttrain.evaluation.intervals import paired_difference
+from posttrain.evaluation.likeness import unlike
 from posttrain.evaluation.report.results import Results, StageResult
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The paired difference from the base model, and its 95 % interval."""
+
+    change: float
+    low: float
+    high: float
+    higher_is_better: bool
+
+    @property
+    def kind(self) -> Literal["better", "worse", "same"]:
+        """What the difference says; ``same`` is one that is not significant."""
+        if self.low <= 0 <= self.high:
+            return "same"
+        return "better" if (self.change > 0) is self.higher_is_better else "worse"
 
 
 def verdict(results: Results) -> str:
     """A sentence that says which stage is best on the first score, and whether that is significant."""
     if not results.score_names:
         return "Nothing has been evaluated."
-    score, base = results.score_names[0], results.stages[0]
+    score = results.score_names[0]
     best = best_stage(results, score)
     mean = best.scores[score]["mean"]
-    if best is base:
+    if best is results.base_of(best):
         return f"No stage beats the base model on {score} ({mean:.3f})."
-    if (gain := difference(base, best, score)) is None:
+    if (gain := gain_of(results, best, score)) is None:
         return f"{best.name} scores best on {score} ({mean:.3f})."
-    change, low, high = gain
-    remark = "" if low > 0 or high < 0 else ", which is not significant"
+    remark = ", which is not significant" if gain.kind == "same" else ""
     return (
-        f"{best.name} scores best on {score}: {mean:.3f}, {change:+.3f} against the base model "
-        f"(95 % interval {low:+.3f} to {high:+.3f}, paired over prompts){remark}."
+        f"{best.name} scores best on {score}: {mean:.3f}, {gain.change:+.3f} against the base model "
+        f"(95 % interval {gain.low:+.3f} to {gain.high:+.3f}, paired over prompts){remark}."
     )
+
+
+def gain_of(results: Results, stage: StageResult, score: str) -> Gain | None:
+    """The gain of ``stage`` over its base model.
+
+    None for the base model itself, and where the two have no sample in common or were not evaluated alike.
+    """
+    base = results.base_of(stage)
+    if stage is base or score not in stage.scores or any(unlike({"": base.card, stage.name: stage.card})):
+        return None
+    if (found := difference(base, stage, score)) is None:
+        return None
+    return Gain(*found, stage.scores[score].get("higher_is_better", True))
 
 
 def best_stage(results: Results, score: str) -> StageResult:

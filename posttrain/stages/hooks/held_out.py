@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -43,6 +43,20 @@ class HeldOut(Hook):
         self.run, self.policy, self.account = training.run, training.policy, training.account
         self.monitor, self.evaluation = monitor, evaluation
         self.tracker, self.checkpoints = tracker, checkpoints
+        self._forget_other_readings({"prompts": monitor.prompts, "evaluation": evaluation.deciding()})
+
+    def _forget_other_readings(self, now: dict[str, Any]) -> None:
+        """Leave out of the account what was read with other prompts or settings than ``now``."""
+        account = self.account
+        if account.read_with not in (None, now) and account.readings:
+            account.readings, account.rewards, account.read_at = [], [], None
+            account.best, account.best_score = None, None
+            reason = "the evaluation or monitor.prompts changed"
+            self.run.note(f"{self.run.stage.name}: held-out scores begin anew: {reason}")
+        account.read_with = now
+        name = self.run.stage.train.keep_best
+        if name != account.best_by:
+            account.best, account.best_score, account.best_by = None, None, name
 
     def after_step(self, step: int, samples: int, metrics: dict[str, Tensor]) -> None:
         first_of_batch = (step - 1) % self.run.stage.train.steps_per_batch == 0
@@ -79,7 +93,10 @@ class HeldOut(Hook):
         own_samples = (samples * world.size)[world.rank * share :][:share]
         with self.policy.using(EMA if EMA in self.policy.roles else None):
             batches = draw_and_score(FlowSampler(self.policy), evaluation, own_samples, self._scorers)
-            own_records = [record for records, _ in batches for record in records]
+            own_records: list[dict] = []
+            for records, _ in batches:
+                own_records += records
+                self.run.world.stop_if_told()  # a resumed stage takes the whole reading again
         return list(chain.from_iterable(world.gather_objects(own_records)))[: len(samples)]
 
     @functools.cached_property
@@ -100,6 +117,19 @@ class HeldOut(Hook):
         if "rollback" in actions.values() and not any(reasons.values()):
             account.good = step
             self.checkpoints.save(step)
+        if account.ended_at is None:
+            self._keep_best(step)
+
+    def _keep_best(self, step: int) -> None:
+        """Write a checkpoint that stays if this reading is the best so far by ``train.keep_best``."""
+        account, name = self.account, self.run.stage.train.keep_best
+        if name is None or not step:
+            return
+        values = account.readings[-1][name]
+        score = sum(values) / len(values)
+        if math.isfinite(score) and (account.best_score is None or score > account.best_score):
+            account.best, account.best_score = step, score
+            self.checkpoints.save(step)
 
     def _alarm(self, step: int, kind: str, action: Action, reason: str) -> None:
         text = f"{self.run.stage.name}, step {step}: {kind}: {reason}"
@@ -110,7 +140,8 @@ class HeldOut(Hook):
         self.run.warn(text)
         if action == "rollback" and (good := self.account.good) is not None:
             self.checkpoints.roll_back(good)
-            self.run.warn(f"{self.run.stage.name}: rolled back to step {good}, where it ends")
+            ended_at = self.account.ended_at
+            self.run.warn(f"{self.run.stage.name}: rolled back to step {ended_at}, where it ends")
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         if self.tracker is not None:

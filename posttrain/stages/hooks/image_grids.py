@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.batches import BatchSource
 from posttrain.data.prompts import prompt_rows
+from posttrain.data.source import BatchSource
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import EMA
 from posttrain.sampling.latents import sample_images
 from posttrain.stages.hooks.hook import Hook
 from posttrain.stages.stage_run import Training
 from posttrain.support.files import write
-from posttrain.support.images import grid, png
+from posttrain.support.images import grid, grid_png
 
 if TYPE_CHECKING:
     from posttrain.recipe.schema import Recipe
@@ -44,7 +44,7 @@ class ImageGrids(Hook):
         if self.tracker is None:
             return
         picture = grid(images.cpu(), COLUMNS, captions=self.prompts)
-        write(self.run.folder / "samples" / f"step-{step:08d}.png", png(picture))
+        write(self.run.folder / "samples" / f"step-{step:08d}.png", grid_png(picture))
         self.tracker.image("samples", step, picture)
 
 
@@ -58,5 +58,6 @@ def grid_samples(recipe: Recipe, source: BatchSource) -> tuple[list[str], dict[s
         settings = evaluation.model_dump(include={"resolution", "steps", "guidance", "solver", "seed"})
     else:
         prompts = source.prompts
-        settings = {"resolution": source.size[0], "steps": 40, "guidance": 4.5}
+        usual = recipe.model.guidance_rule().usual
+        settings = {"resolution": source.size[0], "steps": 40, "guidance": 4.5 if usual is None else usual}
     return list(dict.fromkeys(prompts))[:SHOWN], settings

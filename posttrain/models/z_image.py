@@ -1,0 +1,163 @@
+"""Defines Z-Image: one stream of image and text tokens, and prompts read by a chat model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.errors import ModelError
+from posttrain.flow.guidance import ClassifierFree
+from posttrain.models._diffusers import DiffusersModel
+from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._z_image_layout import Z_IMAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from posttrain.condition import Condition
+    from posttrain.weights.single_file import SingleFile
+    from posttrain.weights.token_counts import TokenCounts
+
+KNOWN = {"all_patch_size": [2], "all_f_patch_size": [1], "siglip_feat_dim": None}
+"""The transformer's settings that would need other inputs if they were different (the Omni variant has a
+``siglip_feat_dim``)."""
+MULTIPLE = 32
+"""The transformer fills up a prompt to a multiple of so many tokens (``SEQ_MULTI_OF`` in diffusers)."""
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+"""What the published chat template makes of a prompt, for counting tokens without the text encoder."""
+CAUSAL = {"full_attention": None}
+"""The mask of each kind of attention in Qwen3: none beside causality."""
+
+
+class Added(ClassifierFree):
+    """v_c + scale (v_c - v_u), as in diffusers' ZImagePipeline: 0 is no guidance, and a scale is 1 less than
+    the usual one of the same effect."""
+
+    none = 0.0
+    usual = 4.0  # the base's, in its model card; Turbo, which differs in the scheduler's shift alone, takes 0
+
+    def __init__(self, most: float) -> None:
+        """``most``: the norm that a guided velocity may have, as a multiple of the norm of the velocity with
+        the prompt; 0 for any norm."""
+        self.most = most
+
+    def combined(self, v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        velocity = v_cond + scale * (v_cond - v_uncond)
+        if self.most == 0:
+            return velocity
+        norm, allowed = (v.flatten(1).norm(dim=1)[:, None, None, None] for v in (velocity, v_cond))
+        # where guidance cancels a velocity, there is nothing to shorten
+        return velocity * (self.most * allowed / norm.clamp_min(1e-12)).clamp_max(1)
+
+
+class ZImageFlowModel(DiffusersFlowModel):
+    """A loaded Z-Image pipeline."""
+
+    spec: ZImage
+
+    def encode(self, prompts: list[str]) -> Condition:
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.base_model
+        tokens = tokenizer(
+            [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=True,
+                )
+                for prompt in prompts
+            ],
+            max_length=self.spec.max_sequence_length,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids, mask = (tensor.to(self.device) for tensor in (tokens.input_ids, tokens.attention_mask.bool()))
+        # The attention is causal, so what follows a token, such as padding, does not change it.
+        states = encoder(
+            input_ids=ids, attention_mask=CAUSAL, use_cache=False, output_hidden_states=True
+        ).hidden_states[-2]
+        return {
+            "encoder_hidden_states": states.masked_fill(~mask[..., None], 0),
+            "encoder_hidden_states_mask": mask,
+        }
+
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        import torch
+
+        dtype = self.forward_dtype or self.transformer.dtype
+        embeds = condition["encoder_hidden_states"].to(dtype)
+        mask = condition["encoder_hidden_states_mask"]
+        # on torch's meta device no mask can be read, and a prompt counts as the longest one
+        lengths = [embeds.shape[1]] * len(embeds) if mask.is_meta else mask.sum(1).tolist()
+        velocities = self.module(
+            list(latents.to(dtype)[:, :, None]),
+            1 - sigma,
+            [prompt[:length] for prompt, length in zip(embeds, lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(list(velocities))[:, :, 0].float()
+
+    def uniform_grid(self, steps: int) -> list[float]:
+        # 1 to 1 / steps, as the pipeline gives them
+        return [1 - i / steps for i in range(steps)]
+
+    def check(self) -> None:
+        config, longest = self.transformer.config, self.spec.max_sequence_length
+        for name, value in KNOWN.items():
+            found = config[name]
+            if (list(found) if isinstance(found, tuple) else found) != value:
+                raise ModelError(f"transformer/config.json: {name} is {found}; for Z-Image it is {value}")
+        for part, width, name in (
+            ("text_encoder", self.pipeline.text_encoder.config.hidden_size, "cap_feat_dim"),
+            ("vae", self.vae.config.latent_channels, "in_channels"),
+        ):
+            if width != config[name]:
+                kind = "its latent channels are" if part == "vae" else "its width is"
+                raise ModelError(
+                    f"{part} does not fit: {kind} {width}, the transformer's {name} is {config[name]}"
+                )
+        # positions 1 to the last token of the prompt, and one that all tokens of the image share
+        if -(-longest // MULTIPLE) * MULTIPLE + 2 > config.axes_lens[0]:
+            most = (config.axes_lens[0] - 2) // MULTIPLE * MULTIPLE
+            raise ModelError(
+                f"model.max_sequence_length is {longest}; the transformer has positions for {most} tokens of "
+                "a prompt (axes_lens in transformer/config.json)"
+            )
+
+
+class ZImage(DiffusersModel):
+    """A Z-Image or Z-Image-Turbo pipeline (Z-Image Team 2025, arXiv:2511.22699)."""
+
+    type: Literal["z_image"] = "z_image"
+    pipelines: ClassVar = ("ZImagePipeline",)
+    flow: ClassVar = ZImageFlowModel
+    packing: ClassVar = 2
+
+    max_sequence_length: int = Field(default=512, ge=1)
+    """Tokens of a prompt within the chat template, in training and evaluation. Shorter prompts are stored as
+    so many tokens and drawn without their padding; longer ones are cut."""
+    cfg_normalization: float = Field(default=0.0, ge=0)
+    """The greatest norm of a guided velocity, as a multiple of the norm of the velocity with the prompt; 0:
+    any norm, as diffusers' default. Z-Image's model card draws with 1 (``cfg_normalization=True``)."""
+
+    def single_file(self) -> SingleFile:
+        return Z_IMAGE
+
+    def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
+        return Added(self.cfg_normalization)
+
+    def longest_side(self, transformer: Any, factor: int) -> int | None:
+        positions = transformer.get("axes_lens")
+        return positions and min(positions[1:]) * self.divisor_of(transformer, factor)
+
+    def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
+        return super().token_counts([TEMPLATE.format(caption) for caption in captions])
+
+    def encoding_settings(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.max_sequence_length}

@@ -1,0 +1,76 @@
+"""Loads a network from its folder with the library that wrote it, and accounts for every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import ModelError
+from posttrain.weights.files import file_header, headers, weight_files
+from posttrain.weights.fitting import described, harmless, is_finite, kind_of, not_finite
+from posttrain.weights.hugging_face import explained, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The network of class ``kind``, of diffusers or transformers, in ``folder``, its weights in ``dtype``.
+
+    Raises ModelError if a weight is missing, left over, of another shape or kind of number, or not finite,
+    also if it is so in ``dtype`` alone. The libraries themselves take random values for what is missing.
+    """
+    with quiet(), explained(str(folder)):
+        found = headers(folder)
+        network, info = kind.from_pretrained(
+            folder, torch_dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        own = network.state_dict()
+        wrong = [] if info["missing_keys"] or info["mismatched_keys"] else not_finite(own)
+        overflowing = [] if dtype.itemsize > 2 else _finite_in_file(folder, wrong)
+        problems = described(
+            missing=sorted(info["missing_keys"]),
+            left_over=sorted(info["unexpected_keys"]),
+            shapes=sorted(info["mismatched_keys"]),
+            kinds=_other_kinds(found, own),
+            infinite=[name for name in wrong if name not in overflowing],
+            overflowing=overflowing,
+        )
+    if problems:
+        raise ModelError(f"the weights in {str(folder)!r} do not fit: {problems}{advice(problems, dtype)}")
+    return network
+
+
+def advice(problems: str, dtype: torch.dtype) -> str:
+    """What to do about ``problems`` that come from ``dtype`` alone."""
+    import torch
+
+    if "too large for the precision" not in problems:
+        return ""
+    return (
+        f". The largest {str(dtype).removeprefix('torch.')} is {torch.finfo(dtype).max:g}: use bf16 or fp32"
+    )
+
+
+def _other_kinds(
+    found: dict[str, tuple[str, tuple[int, ...]]], own: dict[str, Tensor]
+) -> Iterable[tuple[str, str, str]]:
+    """Each name in the file whose kind of number is not the network's, with both. A name that the loader
+    changes must be of floats, as all weights are."""
+    for name, (dtype, _) in found.items():
+        wanted = kind_of(own[name]) if name in own else "floats"
+        if kind_of(dtype) != wanted and not harmless(name):
+            yield name, kind_of(dtype), wanted
+
+
+def _finite_in_file(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are finite in the files of ``folder``."""
+    from safetensors import safe_open
+
+    wanted, finite = set(names), []
+    for file in weight_files(folder) if wanted else ():
+        with safe_open(file, framework="pt") as tensors:
+            finite += [n for n in file_header(file) if n in wanted and is_finite(tensors.get_tensor(n))]
+    return finite

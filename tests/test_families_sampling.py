@@ -1,0 +1,102 @@
+"""Every model family draws what diffusers' own pipeline draws, and trains at the sampler's noise levels."""
+
+import pytest
+import torch
+from families import CPU, FAMILIES
+
+from posttrain.algorithm import Batch, Tools
+from posttrain.algorithms.sft import SFT
+from posttrain.condition import Conditions
+from posttrain.errors import ModelError
+from posttrain.policy import Policy
+from posttrain.policy.tuning import Lora
+from posttrain.sampling.latents import prompt_noise, sample_latents
+from posttrain.sampling.prompts import encode
+from posttrain.stages.model_choice import model_of
+from posttrain.support.randomness import Draws
+from posttrain.testing import ModelLaws
+
+PROMPTS = ["a photo of a red circle", "a blue square"]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+class TestLaws(ModelLaws):
+    @pytest.fixture(autouse=True)
+    def each(self, family):
+        self.model, self.sizes, self.terminal = family.block(), family.sizes, family.terminal
+        self.lora = Lora(rank=2, **family.lora)
+
+
+def noise_for(model, size):
+    shape = model.latent_shape(*size)
+    return torch.stack([prompt_noise(0, p, 0, shape) for p in PROMPTS])
+
+
+def test_the_class_of_its_pipeline_names_the_family(family):
+    assert model_of(str(family.path)).type == family.type
+
+
+def test_euler_samples_equal_those_of_diffusers(family):
+    model = family.load()
+    conditions, rows = encode(model, PROMPTS)
+    for size in family.sizes:
+        noise = noise_for(model, size)
+        for guidance in family.guidance:
+            expected = family.draw(model.pipeline, PROMPTS, noise, 6, guidance, size, model=model)
+            sigmas = model.sigmas(6, *size)
+            latents = sample_latents(Policy(model), conditions, rows, noise, sigmas, guidance, "euler")
+            torch.testing.assert_close(model.decode(latents), expected, rtol=1e-5, atol=1e-5)
+            assert expected.std() > 0.01, "an image of one colour shows nothing"
+
+
+def test_guidance_and_prompts_change_the_velocity(family):
+    model = family.load()
+    policy, noise = Policy(model), noise_for(model, family.sizes[0])
+    conditions, rows = encode(model, PROMPTS)
+    sigma = torch.tensor([0.4, 0.8])
+    with torch.no_grad():
+        found = [policy.guided_velocity(noise, sigma, rows, conditions, g) for g in family.guidance]
+        other = policy.guided_velocity(noise, sigma, rows.flip(0), conditions, family.guidance[0])
+    assert (found[0] - other).abs().max() > 1e-4
+    assert len(found) == 1 or (found[0] - found[1]).abs().max() > 1e-4
+
+
+def test_sft_trains_at_the_models_sigma_for_the_size_of_each_image(family):
+    model = family.load()
+    for size in family.sizes:
+        shape = model.latent_shape(*size)
+        conditions = Conditions(model.encode_prompts(["", "a red circle"]))
+        batch = Batch(torch.randn(4, *shape), torch.ones(4, dtype=torch.int64), conditions)
+        draws = Draws((0, 0, 0), range(4))
+        tools, sft = Tools(Policy(model), draws), SFT()
+        times = sft.density(tools)
+        items = sft.collect(batch, tools)
+        torch.testing.assert_close(items.sigma, model.sigma(times, shape[1:]), rtol=0, atol=0)
+
+
+def test_latents_of_an_image_are_what_the_decoder_takes(family):
+    model = family.load()
+    for size in family.sizes:
+        pixels = torch.rand(2, 3, *size) * 2 - 1
+        mean, logvar = model.posterior(pixels)
+        latents = model.latents(mean, logvar, torch.zeros_like(mean))
+        assert latents.shape[1:] == model.latent_shape(*size)
+        torch.testing.assert_close(model.unscaled(latents), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_that_does_not_fit_is_refused_before_a_weight_moves(family):
+    divisor, longest = family.block().sides()
+    assert family.bad_size[0] % divisor or (longest and family.bad_size[0] > longest)
+
+
+def test_a_component_that_is_missing_is_named(family, tmp_path):
+    import shutil
+
+    copied = shutil.copytree(family.path, tmp_path / "copy")
+    shutil.rmtree(copied / "transformer")
+    with pytest.raises(ModelError, match="transformer"):
+        type(family.block())(path=str(copied), **family.settings).load(CPU, "fp32")
