@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Items, Losses, Tools
+from posttrain.algorithms._unused import used
 from posttrain.condition import EMPTY_PROMPT
 from posttrain.flow import interpolate
 from posttrain.policy import Policy
@@ -36,10 +37,18 @@ class FlowMatching(Algorithm, ABC):
     logit_std: float = Field(default=1.0, gt=0)
     """The standard deviation of logit(t) under ``logit_normal``, greater than 0. A greater one draws more
     times near 0 and 1."""
-    mode_scale: float = 1.29
-    """The scale s of the ``mode`` density (arXiv:2403.03206, section 3.1)."""
+    mode_scale: float = Field(default=1.29, ge=-1, le=2 / (math.pi - 2))
+    """The scale s of the ``mode`` density (arXiv:2403.03206, section 3.1), within the paper's range of -1 to
+    2 / (pi - 2) = 1.75. A greater one draws more times in the middle."""
     cond_dropout: float = Field(default=0.0, ge=0, le=1)
     """Probability that a sample is trained on the empty prompt, drawn for each sample."""
+
+    @model_validator(mode="after")
+    def _every_option_is_used(self) -> Self:
+        scheme = self.weighting_scheme
+        other = f"with the weighting_scheme {scheme!r}"
+        not_normal, not_mode = scheme != "logit_normal" and other, scheme != "mode" and other
+        return used(self, {"logit_mean": not_normal, "logit_std": not_normal, "mode_scale": not_mode})
 
     def loss(self, items: Items, policy: Policy) -> Losses:
         v = policy.velocity(items.latents, items.sigma, items.condition)

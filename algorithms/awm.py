@@ -17,6 +17,7 @@ from posttrain.algorithms._online import (
     ratio_metrics,
     trained_velocity,
 )
+from posttrain.algorithms._unused import used
 from posttrain.flow.sampling_settings import GUIDANCE
 from posttrain.flow.solvers import Solver
 from posttrain.flow.strata import stratified, stratified_steps
@@ -105,17 +106,14 @@ class AWM(Online):
         no_power = self.weighting != "ghuber" and f"with the weighting {self.weighting!r}"
         no_kl = not self.beta and not self.ema_beta and "where beta and ema_beta, the weights, are 0"
         no_old = "old" not in self.roles and "on-policy without an ema_beta: there is no old policy"
-        unused = {
+        unused: dict[str, str | bool | None] = {
             "timestep_fraction": no_grid,
             "ghuber_power": no_power,
             "kl_weighting": no_kl,
             "kl_ema_decay": no_old,
             "kl_ema_decay_type": no_old,
         }
-        for name, why in unused.items():
-            if why and getattr(self, name) != type(self).model_fields[name].default:
-                raise field_error((name,), f"has no effect {why}")
-        return self
+        return used(self, unused)
 
     @property
     def discrete(self) -> bool:

@@ -16,15 +16,16 @@ sigma', beside the *clean* interpolation there. With x0 the image and target = n
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.algorithms._flow_matching import FlowMatching, loss_weight
+from posttrain.algorithms._unused import used
 from posttrain.flow import expand, interpolate
 from posttrain.policy import Policy
 
@@ -49,6 +50,11 @@ class ReflexFlow(FlowMatching):
     step_range: float = Field(default=1.0, gt=0, le=1)
     """Longest step, as a share of its time t. The step ends at a time drawn uniformly between
     (1 - step_range) t and t."""
+
+    @model_validator(mode="after")
+    def _a_step_is_taken(self) -> Self:
+        is_sft = self.adr_weight == 0 and self.fc_alpha == 0
+        return used(self, {"step_range": is_sft and "where adr_weight and fc_alpha are 0, as in SFT"})
 
     def collect(self, batch: Batch, tools: Tools) -> Items:
         base, noise, t = self.base_items(batch, tools)

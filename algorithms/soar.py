@@ -14,14 +14,15 @@ Four deliberate differences from the published code:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from posttrain.algorithm import Batch, Items, Tools
 from posttrain.algorithms._flow_matching import FlowMatching
+from posttrain.algorithms._unused import used
 from posttrain.flow.rectified import Dynamics, expand, stochastic_step
 from posttrain.flow.sampling_settings import GUIDANCE
 
@@ -51,6 +52,12 @@ class SOAR(FlowMatching):
     sigma_floor: float = Field(default=0.02, ge=0, lt=1)
     """Least sigma of an auxiliary point. The target divides by sigma, so the few points below 0.02 cause much
     of the gradient's variance. 0 is the published behaviour."""
+
+    @model_validator(mode="after")
+    def _every_rollout_option_is_used(self) -> Self:
+        one = self.num_rollout_paths == 1 and "with one rollout path, which is the ODE's"
+        none = self.sde_rollout_type == "sde" and "with the sde_rollout_type 'sde', whose noise sigma decides"
+        return used(self, {"sde_rollout_type": one, "sde_noise_scale": one or none})
 
     def collect(self, batch: Batch, tools: Tools) -> Items:
         base, noise, t0 = self.base_items(batch, tools)

@@ -73,7 +73,7 @@ def step(dynamics, x, v, s, s_next, level, s_max):
     if dynamics == "dance":
         score = -(x - (1 - s) * x0) / s**2
         return x - dt * (v - level**2 / 2 * score), level * dt.sqrt()
-    squared = level**2 * s / (1 - torch.where(s == 1, s_max, s))
+    squared = level**2 * s / (1 - torch.where(s > s_max, s_max, s))
     score = -noise / s
     return x - dt * (v - squared / 2 * score), (squared * dt).sqrt()
 

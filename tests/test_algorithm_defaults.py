@@ -1,5 +1,8 @@
 """Every published hyper-parameter: its default, and the values just inside and outside its range."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from by_hand import conditions
@@ -96,6 +99,7 @@ RANGES = [
     (SFT, "logit_std", [1e-6, 3.0], [0.0]),
     (SFT, "cond_dropout", [0.0, 1.0], [-1e-6, 1 + 1e-6]),
     (SOAR, "lambda_aux", [0.0, 5.0], [-1e-6]),
+    (SFT, "mode_scale", [-1.0, 1.75], [-1 - 1e-6, 1.76]),
     (SOAR, "num_rollout_paths", [1, 9], [0]),
     (SOAR, "trajectory_length", [0, 9], [-1]),
     (SOAR, "sde_noise_scale", [0.0, 2.0], [-1e-6]),
@@ -139,12 +143,16 @@ RANGES = [
 ]
 
 
+BESIDE = {"sde_noise_scale": {"num_rollout_paths": 2}, "mode_scale": {"weighting_scheme": "mode"}}
+"""What else must be set for an option to have an effect."""
+
+
 @pytest.mark.parametrize(
     ("algorithm", "name", "inside", "outside"), RANGES, ids=lambda x: getattr(x, "__name__", str(x))
 )
 def test_the_ranges(algorithm, name, inside, outside):
     for value in inside:
-        assert getattr(algorithm(**{name: value}), name) == value
+        assert getattr(algorithm(**{name: value}, **BESIDE.get(name, {})), name) == value
     for value in outside:
         with pytest.raises(ValidationError) as error:
             algorithm.model_validate({name: value})
@@ -165,6 +173,42 @@ def refused(**settings):
         FlowGRPO.model_validate(settings)
     (found,) = error.value.errors()
     return [*found["loc"], *found.get("ctx", {}).get("path", ())], found["msg"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "name", "why"),
+    [
+        (SFT, {"weighting_scheme": "mode", "logit_mean": 0.5}, "logit_mean", "weighting_scheme 'mode'"),
+        (DPO, {"weighting_scheme": "cosmap", "logit_std": 2.0}, "logit_std", "weighting_scheme 'cosmap'"),
+        (SFT, {"mode_scale": 1.0}, "mode_scale", "weighting_scheme 'logit_normal'"),
+        (SOAR, {"sde_rollout_type": "cps"}, "sde_rollout_type", "one rollout path"),
+        (SOAR, {"sde_noise_scale": 0.1}, "sde_noise_scale", "one rollout path"),
+        (
+            SOAR,
+            {"num_rollout_paths": 2, "sde_rollout_type": "sde", "sde_noise_scale": 0.1},
+            "sde_noise_scale",
+            "'sde', whose noise sigma decides",
+        ),
+        (ReflexFlow, {"adr_weight": 0.0, "fc_alpha": 0.0, "step_range": 0.5}, "step_range", "as in SFT"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(algorithm, settings, name, why):
+    with pytest.raises(ValidationError) as error:
+        algorithm.model_validate(settings)
+    (found,) = error.value.errors()
+    assert found["ctx"]["path"] == (name,)
+    assert "has no effect" in found["msg"]
+    assert why in found["msg"]
+    algorithm.model_validate(settings | {name: algorithm.model_fields[name].default})
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.29, 2 / (math.pi - 2)])
+def test_the_mode_density_stays_within_0_and_1_and_falls_with_its_number(scale):
+    sft, u = SFT(weighting_scheme="mode", mode_scale=scale), torch.linspace(0, 1, 1001)
+    t = sft.density(SimpleNamespace(draws=SimpleNamespace(uniform=lambda purpose: u)))
+    assert t.min() >= -1e-6
+    assert t.max() <= 1 + 1e-6
+    assert (t.diff() <= 1e-6).all()
 
 
 @pytest.mark.parametrize("name", ["ode", "ODE", "euler", "dpm1", "dpm2", "flow"])

@@ -97,20 +97,21 @@ def test_the_loss_is_the_weighted_mean_squared_velocity_error():
 @pytest.mark.parametrize("dynamics", ["flow_sde", "cps", "sde", "simple"])
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_soar_adds_points_between_where_a_step_lands_and_the_noise(dynamics, dropout):
-    """t0 = 1 has no finite SDE noise of its own, and 0.02 is nearer to the image than a step is long."""
-    t0 = torch.tensor([1.0, 0.5, 0.02, 0.3])
+    """t0 = 1 has no finite SDE noise of its own, 0.98 too much, and 0.02 is nearer to the image than a step
+    is long."""
+    t0 = torch.tensor([1.0, 0.5, 0.02, 0.98])
     fractions = torch.rand(3, N, 2, generator=torch.Generator().manual_seed(0))
     fractions[:, 2, 0] = 0.001  # below the floor of sigma
     given = {f"fractions.{i}": fractions[i] for i in range(3)} | {"timestep": t0}
     soar = SOAR(
         weighting_scheme="none", cond_dropout=dropout, lambda_aux=0.75, num_rollout_paths=3, trajectory_length=2,
-        sde_rollout_type=dynamics, sde_noise_scale=0.6, cfg_scale_sampling=2.5, num_sampling_steps=20,
-        sigma_floor=0.05,
+        sde_rollout_type=dynamics, cfg_scale_sampling=2.5, num_sampling_steps=20, sigma_floor=0.05,
+        **({} if dynamics == "sde" else {"sde_noise_scale": 0.6}),
     )  # fmt: skip
     items, given, _ = collected(soar, **given)
     assert len(items) == N * rehearse(soar).items == N * 7
     x0, noise, prompt = batch().latents.double(), given.normal("noise", SHAPE).double(), batch().prompt_index
-    t1 = torch.tensor([0.95, 0.45, 0.0, 0.25])
+    t1 = torch.tensor([0.95, 0.45, 0.0, 0.93])
     s0, s1 = shifted(t0), shifted(t1)
     x = (1 - wide(s0)) * x0 + wide(s0) * noise
     v = velocity(0.5, x, s0, prompt, 2.5)

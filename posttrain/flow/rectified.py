@@ -63,8 +63,9 @@ def stochastic_step(
     The next latents are ``mean + std * noise``. ``x`` and ``v`` are (n, ...), the sigmas (n,), with sigma >
     sigma_next. ``noise_level`` is a (Flow-GRPO), eta (DanceGRPO) or c (SOAR).
 
-    - ``flow_sde``: the SDE with the ODE's marginals (Flow-GRPO, arXiv:2505.05470, eq. 9). At sigma = 1 its
-      std is infinite; there 1 - sigma is computed from ``sigma_max``, the next lower sigma of the grid.
+    - ``flow_sde``: the SDE with the ODE's marginals (Flow-GRPO, arXiv:2505.05470, eq. 9). Its std grows
+      without bound towards sigma = 1. Above ``sigma_max``, the grid's next sigma below 1, it is computed from
+      1 - ``sigma_max``.
     - ``cps``: coefficients-preserving sampling (arXiv:2509.05952). The total noise is exactly sigma_next.
     - ``sde``: predicts x0 and adds new noise up to sigma_next. ``noise_level`` has no effect.
     - ``dance``: an SDE of constant diffusion (DanceGRPO, arXiv:2505.07818), with std noise_level
@@ -94,9 +95,9 @@ def stochastic_step(
 def flow_sde_diffusion(sigma: Tensor, sigma_max: Tensor, noise_level: float) -> Tensor:
     """The diffusion coefficient a sqrt(sigma / (1 - sigma)) of Flow-GRPO (arXiv:2505.05470).
 
-    At sigma = 1 the divisor is 1 - ``sigma_max``, so the coefficient is finite.
+    The divisor is at least 1 - ``sigma_max``, so the coefficient is finite at sigma = 1 and just below it.
     """
-    return noise_level * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
+    return noise_level * (sigma / (1 - torch.minimum(sigma, sigma_max))).sqrt()
 
 
 def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
