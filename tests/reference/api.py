@@ -66,7 +66,7 @@ BRIEF = ("posttrain.errors", "posttrain.testing")
 
 def page() -> str:
     """The whole page."""
-    return "\n\n".join([HEAD.rstrip(), *_parts()]).rstrip() + "\n"
+    return "\n\n".join([wrapped(HEAD), *_parts()]).rstrip() + "\n"
 
 
 def _parts() -> Iterator[str]:

@@ -22,7 +22,7 @@ ELSEWHERE = ("--help", "--debug")
 def page() -> str:
     """The whole page."""
     root: Any = typer.main.get_command(app)
-    return "\n".join([HEAD, *_commands(root, "posttrain", 2)]).rstrip() + "\n"
+    return "\n".join([wrapped(HEAD) + "\n", *_commands(root, "posttrain", 2)]).rstrip() + "\n"
 
 
 def _commands(command: Any, path: str, level: int) -> Iterator[str]:
@@ -72,7 +72,13 @@ def _values(option: Any) -> str:
 
 def _type(option: Any) -> str:
     """The kind of the option's value, in words. Typer tells it in one of two ways, by its version."""
-    words = {"int": "whole number", "integer": "whole number", "float": "number", "str": "text", "path": "path"}
+    words = {
+        "int": "whole number",
+        "integer": "whole number",
+        "float": "number",
+        "str": "text",
+        "path": "path",
+    }
     if hasattr(option, "type_descriptor"):
         found = option.type_descriptor.annotation
         found = (get_args(found) or (found,))[0]
@@ -86,6 +92,12 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "*required*"
     found = parameter.default
-    if found is None or found is False or callable(found) or found in ((), []) or type(found).__name__ == "Sentinel":
+    if (
+        found is None
+        or found is False
+        or callable(found)
+        or found in ((), [])
+        or type(found).__name__ == "Sentinel"
+    ):
         return ""
     return f"`{number(found) if isinstance(found, int | float) else found}`"

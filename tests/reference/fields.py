@@ -68,7 +68,7 @@ BY_NAME = {
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *_parts()]).rstrip() + "\n"
+    return "\n".join([wrapped(HEAD) + "\n", *_parts()]).rstrip() + "\n"
 
 
 def _parts() -> Iterator[str]:
@@ -81,7 +81,11 @@ def _parts() -> Iterator[str]:
     yield _block("cache", Cache)
     yield _block("stages", Stage)
     yield _family("Algorithms", Algorithm, "`algorithm: {type: soar, ...}` of a stage.")
-    yield _family("Data", Data, "The `data` of a stage. Without a `type`, the key `images`, `pairs` or `prompts` says which it is.")
+    yield _family(
+        "Data",
+        Data,
+        "The `data` of a stage. Without a `type`, the key `images`, `pairs` or `prompts` says which it is.",
+    )
     yield "## Prompts\n\nThe field `prompts` of data and of an evaluation.\n"
     yield _block("prompts: file", PromptFile, 3)
     yield _block("prompts: shapes", ShapesPrompts, 3)

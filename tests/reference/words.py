@@ -24,18 +24,34 @@ def one_line(text: str | None) -> str:
     return " ".join(markdown(text).split()).replace("|", "\\|")
 
 
-def wrapped(text: str, indent: str = "") -> str:
-    """The paragraphs of ``text`` in lines that a page allows; indented lines stay."""
-    parts = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        lines = paragraph.splitlines()
-        if any(line.startswith((" ", "- ")) for line in lines):
-            parts.append("\n".join(f"{indent}{line}".rstrip() for line in lines))
+def wrapped(text: str) -> str:
+    """The paragraphs and list items of ``text`` in lines that a page allows; headings, comments and indented
+    blocks stay."""
+    return "\n\n".join(_filled(paragraph) for paragraph in re.split(r"\n\s*\n", text.strip("\n")))
+
+
+def _filled(paragraph: str) -> str:
+    parts: list[str] = []
+    for line in paragraph.splitlines():
+        if (
+            line.startswith(("- ", "#", "<!--", "    "))
+            or not parts
+            or parts[-1].startswith(("#", "<!--", "    "))
+        ):
+            parts.append(line.rstrip())
         else:
-            parts.append(textwrap.fill(" ".join(paragraph.split()), WIDTH, initial_indent=indent,
-                                       subsequent_indent=indent, break_on_hyphens=False,
-                                       break_long_words=False))  # fmt: skip
-    return "\n\n".join(parts)
+            parts[-1] += f" {line.strip()}"
+    return "\n".join(part if part.startswith(("#", "<!--", "    ")) else _fill(part) for part in parts)
+
+
+def _fill(part: str) -> str:
+    """``part``, a paragraph or an item, in lines of which none begins with a sign that would make it a list."""
+    glued = re.sub(r"(?<=\S) ([-+*]) ", r"\0\1 ", " ".join(part.split()))
+    indent = "  " if part.startswith("- ") else ""
+    filled = textwrap.fill(
+        glued, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+    return filled.replace("\0", " ")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
