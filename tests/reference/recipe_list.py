@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,31 +150,24 @@ class _Plan:
 
     def section(self, name: str) -> str:
         about = shipped_recipes()[name].rstrip(".") + "."
-        needed = [f"- {line}" for line in self._needed()]
-        cost = [f"- {line}" for line in self._cost()]
-        numbers = f"Numbers: {SOURCES[name]}."
-        hints = [f"- {line}" for line in _less_memory(name)]
-        lines = [
-            wrapped(about),
-            wrapped(numbers),
-            wrapped("\n".join([*cost, *hints])),
-            wrapped("\n".join(needed)),
-        ]
-        return f"### {name}\n\n" + "\n\n".join(line for line in lines if line) + "\n"
+        blocks = [about, f"Numbers: {SOURCES[name]}."]
+        for words, lines in (
+            ("By the plan:", [*self._cost(), *_hints(name)]),
+            ("To fetch:", [*self._needed()]),
+        ):
+            if lines:
+                blocks += [words, "\n".join(f"- {line}" for line in lines)]
+        return f"### {name}\n\n" + "\n\n".join(map(wrapped, blocks)) + "\n"
 
     def _cost(self) -> Iterator[str]:
         for needs in self.needs:
             seconds = self.budget.seconds(needs)
-            time = (
-                f"{duration(seconds)}, "
-                if seconds
-                else "time unknown without its prompts, "
-                if needs.evaluates
-                else ""
-            )
-            yield f"{needs.name}: {time}peak {short(needs.memory.total, 'B')} on the {GPU}"
+            unknown = "time unknown without its prompts" if needs.evaluates else "no time counted"
+            line = f"{needs.name}: {duration(seconds) if seconds else unknown}, peak {short(needs.memory.total, 'B')}"
             if needs.decided:
-                yield needs.decided.removesuffix(" A run takes what it finds fastest.")
+                decided = needs.decided.partition("planned as ")[2].partition(". ")[0]
+                line += ", with " + ", ".join(f"`{part.replace(' ', ': ')}`" for part in decided.split(", "))
+            yield line
 
     def _needed(self) -> Iterator[str]:
         if not self.tiny:
@@ -230,9 +224,13 @@ def _prompts(prompts: object) -> Iterator[str]:
         )
 
 
-def _less_memory(name: str) -> Iterator[str]:
+def _hints(name: str) -> Iterator[str]:
     """What the recipe's first comments say of GPUs with less memory, or of fewer GPUs."""
     head = recipe_text(name).split("stages:")[0].splitlines()[1:]
     for line in head:
         if line.startswith("#") and ("--set" in line or "published for" in line):
-            yield line.lstrip("# ").rstrip(".") + "."
+            text = line.lstrip("# ").replace(" ('posttrain plan' counts it)", "").rstrip(".")
+            text = text.replace("That is 32 GPUs", "the published run had 32 GPUs")
+            yield re.sub(
+                r"(--set \S+(?: --set \S+)*)", r"`\1`", text.replace(", and with it", " and, with it,")
+            )
