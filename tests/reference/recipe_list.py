@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from sources import SOURCES
 from words import table, wrapped
 
 from posttrain.data.settings import PromptFile
@@ -27,49 +28,6 @@ GPU = "H100 80GB"
 SMALLER = ("RTX 5080 16GB", "RTX 4090 24GB", "RTX 5090 32GB", "A40 48GB", GPU, "H200 141GB")
 """The sizes of GPU that are tried, the least first."""
 SHIPPED = "posttrain/tiny-sd3"
-HY = "HY-SOAR's published settings for SD3.5 Medium"
-GRPO = "Flow-GRPO, `{}` of its `config/grpo.py`, which names no length: `steps` are not from there"
-NFT = "DiffusionNFT, `{}` of its `config/nft.py`; length {}"
-SOURCES = {
-    "flux-soar-lora": f"{HY}; rank, scale and targets of Flow-GRPO's `train_flux.py`; learning rate of ai-toolkit's and kohya's"
-    " examples. Nobody has published SOAR on FLUX.1",
-    "flux2-klein-soar-lora": f"{HY}; rank, learning rate and layers of DiffSynth-Studio's `FLUX.2-klein-base-4B.sh`. Nobody has"
-    " published SOAR on FLUX.2",
-    "quickstart": "ours, found by trying (figures in `README.md`)",
-    "quickstart-rl": "ours, found by trying ([learning](learning.md#after-soar-quickstart-rl))",
-    "qwen-image-grpo-pickscore": GRPO.format("pickscore_qwenimage"),
-    "sana-sft-lora": "diffusers' `train_dreambooth_lora_sana.py` and its `README_sana.md`; `cond_dropout` is ours",
-    "sana-soar-lora": f"{HY}, with the LoRA of diffusers' `train_dreambooth_lora_sana.py` at a larger rank. Nobody has published"
-    " SOAR for SANA",
-    "sd35l-soar-lora": "those of `sd35m-soar-lora`, at 1024 px. Nobody has published SOAR for Large",
-    "sd35m-awm-geneval": "AWM, `geneval_sd3_no_cfg_1node` of its repository at 12b1397; the recipe names each published field. Ours:"
-    " bf16, the solver, `steps`",
-    "sd35m-dpo-lora": "`beta` of the Diffusion-DPO paper for Stable Diffusion 1.5; steps, batch and learning rate are ours, and were"
-    " not tried on this model",
-    "sd35m-grpo-fast": GRPO.format("pickscore_sd3_fast_nocfg"),
-    "sd35m-grpo-geneval": GRPO.format("geneval_sd3"),
-    "sd35m-grpo-ocr": GRPO.format("general_ocr_sd3"),
-    "sd35m-grpo-pickscore": GRPO.format("pickscore_sd3"),
-    "sd35m-nft-geneval": NFT.format("sd3_geneval", "as in the paper's table 2"),
-    "sd35m-nft-multi": NFT.format("sd3_multi_reward", "of the first stage in the paper's appendix C"),
-    "sd35m-nft-ocr": NFT.format("sd3_ocr", "as in the paper's table 2: 150 iterations of two steps"),
-    "sd35m-nft-pickscore": NFT.format("sd3_pickscore", "as in the paper's table 2"),
-    "sd35m-sft": f"{HY}, without its auxiliary points",
-    "sd35m-sft-lora": "diffusers' `train_dreambooth_lora_sd3.py`; rank and targets of Flow-GRPO. Batch, steps, learning rate, warm-up,"
-    " `cond_dropout` and EMA are ours",
-    "sd35m-soar": f"{HY}, as its README has them: 8 GPUs of 4 images",
-    "sd35m-soar-lora": f"{HY}, with the LoRA of Flow-GRPO and DiffusionNFT, and a larger learning rate",
-    "sd35m-soar-then-grpo": "those of `sd35m-soar-lora`, then of `sd35m-grpo-pickscore`. Nobody has published the chain",
-    "sd35m-soar-then-nft": "those of `sd35m-soar-lora`, then of `sd35m-nft-pickscore`. Nobody has published the chain",
-    "shapes-awm": "ours, found by trying ([learning](learning.md))",
-    "shapes-dpo": "ours, found by trying ([learning](learning.md))",
-    "shapes-grpo": "ours, found by trying ([learning](learning.md))",
-    "shapes-nft": "ours, found by trying ([learning](learning.md))",
-    "tiny-pretrain": "ours; it made the shipped model ([Shapes](shapes.md))",
-    "z-image-soar-lora": f"{HY}; rank, scale, targets and learning rate of DiffSynth-Studio's example. Nobody has published SOAR on"
-    " Z-Image",
-}  # fmt: skip
-"""Where the numbers of each recipe are from, as its comments say. A recipe without an entry is an error."""
 
 
 def page() -> str:
@@ -83,7 +41,7 @@ def page() -> str:
             f"{HEAD.format(gpu=GPU, date=datetime.date.today())}")  # fmt: skip
     columns = ("recipe", "stages", "least GPU", "steps", f"time on one {GPU}", "disk")
     large = [plan.row(name) for name, plan in plans.items() if not plan.tiny]
-    tiny = [(_link(n), p.stages(), p.steps()) for n, p in plans.items() if p.tiny]
+    tiny = [(_link(n), stages_of(p.recipe), steps_of(p.recipe)) for n, p in plans.items() if p.tiny]
     parts = [
         wrapped(head) + "\n",
         table(columns, large),
@@ -92,6 +50,18 @@ def page() -> str:
         "## Each recipe\n",
     ]
     return "\n".join([*parts, *(p.section(n) for n, p in plans.items())]).rstrip() + "\n"
+
+
+def stale(text: str) -> list[str]:
+    """The shipped recipes of which ``text``, the page, says other stages, steps or purposes than the recipe."""
+    found = []
+    for name, about in shipped_recipes().items():
+        plan = f"{_link(name)} | {stages_of(recipe := load_recipe(name, checks=False))}"
+        row = next((line for line in text.splitlines() if line.startswith(f"| {plan} |")), "")
+        section = " ".join(text.partition(f"\n### {name}\n")[2][:800].split())
+        if f"| {steps_of(recipe)} |" not in row or not section.startswith(about.rstrip(".")):
+            found.append(name)
+    return found
 
 
 HEAD = """# Recipes that come with posttrain
@@ -135,18 +105,12 @@ class _Plan:
         disk = sum(needs.disk for needs in self.needs)
         return (
             _link(name),
-            self.stages(),
+            stages_of(self.recipe),
             self.least or "more than one",
-            self.steps(),
+            steps_of(self.recipe),
             duration(seconds),
             short(disk, "B"),
         )
-
-    def stages(self) -> str:
-        return ", then ".join(_stage(stage) for stage in self.recipe.stages)
-
-    def steps(self) -> str:
-        return " + ".join(f"{stage.train.steps} of {stage.train.batch_size}" for stage in self.recipe.stages)
 
     def section(self, name: str) -> str:
         about = shipped_recipes()[name].rstrip(".") + "."
@@ -198,6 +162,16 @@ class _Plan:
             if all(needs.memory.total <= device.usable_bytes for needs in self._on(device, counts)):
                 return name.split()[-1].replace("GB", " GB")
         return None
+
+
+def stages_of(recipe: Recipe) -> str:
+    """The algorithms of the stages in order."""
+    return ", then ".join(map(_stage, recipe.stages))
+
+
+def steps_of(recipe: Recipe) -> str:
+    """The steps of each stage, and the samples of a batch."""
+    return " + ".join(f"{stage.train.steps} of {stage.train.batch_size}" for stage in recipe.stages)
 
 
 def _stage(stage: Stage) -> str:
