@@ -14,6 +14,7 @@ from posttrain.algorithm import Batch, Items, Losses, Tools
 from posttrain.algorithms._rollouts import Rollouts, reward_metrics
 from posttrain.distributed.world import ALONE, World
 from posttrain.errors import StepRefused, TrainingError
+from posttrain.flow import interpolate
 from posttrain.flow.advantages import Mixing, mixed_advantages
 from posttrain.policy import Policy
 
@@ -89,6 +90,17 @@ class Online(Rollouts, ABC):
             "item_bytes": torch.tensor(float(items.nbytes)),
         }
         return replace(items, metrics=metrics)
+
+
+def noised(batch: Batch, x0: Tensor, sigma: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """Fields of the samples ``x0`` (n, c, h, w) with ``noise`` (n, k, c, h, w), each at ``sigma`` (n, k)."""
+    clean = x0[:, None].expand_as(noise)
+    latents = interpolate(clean.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()).view_as(noise)
+    return {
+        "latents": latents,
+        "sigma": sigma,
+        "prompt_index": batch.prompt_index[:, None].expand_as(sigma),
+    }
 
 
 def trained_velocity(

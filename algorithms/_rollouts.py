@@ -16,6 +16,8 @@ from posttrain.algorithm import Algorithm, Batch, Tools, Verdict
 from posttrain.distributed.world import World
 from posttrain.errors import NotFinite, StepRefused
 from posttrain.flow.advantages import has_spread, mean_group_std, weighted
+from posttrain.flow.solvers import Solver
+from posttrain.sampling.latents import sample_latents
 from posttrain.support.heartbeat import beat
 
 WAIT_SECONDS = 0.5
@@ -43,6 +45,15 @@ class Rollouts(Algorithm, ABC):
     @abstractmethod
     def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
         """Clean latents (n, c, h, w) of new samples, and fields (n, ...) of each to be kept."""
+
+    def sampled(
+        self, batch: Batch, tools: Tools, guidance_scale: float, solver: Solver, role: str | None = None
+    ) -> Tensor:
+        """Clean latents (n, c, h, w) of new samples, drawn by ``role`` without noise after the first."""
+        noise = tools.draws.normal("initial", batch.latents.shape[1:])
+        prompts, sigmas = (batch.conditions, batch.prompt_index), tools.sigmas(self.num_steps)
+        with tools.policy.using(role):
+            return sample_latents(tools.policy, *prompts, noise, sigmas, guidance_scale, solver)
 
     def scored_by_all(
         self, batch: Batch, tools: Tools

@@ -13,16 +13,15 @@ from posttrain.algorithms._online import (
     Online,
     check_ratio,
     clipped_loss,
+    noised,
     ratio_metrics,
     trained_velocity,
 )
-from posttrain.flow import interpolate
 from posttrain.flow.sampling_settings import GUIDANCE
 from posttrain.flow.solvers import Solver
 from posttrain.flow.strata import stratified, stratified_steps
 from posttrain.policy import Policy
 from posttrain.registry import field_error
-from posttrain.sampling.latents import sample_latents
 
 TimeType = Literal["discrete", "discrete_wo_init", "discrete_with_init", "logit_normal", "uniform"]
 Weighting = Literal["uniform", "t", "t_squared", "huber", "ghuber"]
@@ -134,23 +133,11 @@ class AWM(Online):
         return frozenset(({"reference"} if self.beta else set()) | ({"old"} if old else set()))
 
     def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        shape, sigmas = batch.latents.shape[1:], tools.sigmas(self.num_steps)
-        with tools.policy.using("old" if self.off_policy else None):
-            x0 = sample_latents(
-                tools.policy,
-                batch.conditions,
-                batch.prompt_index,
-                tools.draws.normal("initial", shape),
-                sigmas,
-                self.guidance_scale,
-                self.solver,
-            )
-        sigma = self.noise_levels(batch, tools, sigmas)
-        noise = tools.draws.normal("noise", (self.train_timesteps, *shape))
-        clean = x0[:, None].expand_as(noise)
-        latents = interpolate(clean.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()).view_as(noise)
-        prompt = batch.prompt_index[:, None].expand_as(sigma)
-        return x0, {"latents": latents, "target": noise - clean, "sigma": sigma, "prompt_index": prompt}
+        role = "old" if self.off_policy else None
+        x0 = self.sampled(batch, tools, self.guidance_scale, self.solver, role)
+        sigma = self.noise_levels(batch, tools, tools.sigmas(self.num_steps))
+        noise = tools.draws.normal("noise", (self.train_timesteps, *x0.shape[1:]))
+        return x0, {**noised(batch, x0, sigma, noise), "target": noise - x0[:, None]}
 
     def noise_levels(self, batch: Batch, tools: Tools, sigmas: list[float]) -> Tensor:
         """The sigmas (n, train_timesteps) at which each sample is trained."""

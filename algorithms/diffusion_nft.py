@@ -9,12 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
-from posttrain.algorithms._online import Online, trained_velocity
-from posttrain.flow import interpolate, predicted_x0
+from posttrain.algorithms._online import Online, noised, trained_velocity
+from posttrain.flow import predicted_x0
 from posttrain.flow.sampling_settings import GUIDANCE
 from posttrain.flow.solvers import Solver
 from posttrain.policy import Policy
-from posttrain.sampling.latents import sample_latents
 
 AdvMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 
@@ -49,24 +48,12 @@ class DiffusionNFT(Online):
         return frozenset({"old", "reference"} if self.kl_weight else {"old"})
 
     def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        shape, count = batch.latents.shape[1:], max(self.trained_steps, 1)
-        sigmas = tools.sigmas(self.num_steps)
-        with tools.policy.using("old"):
-            x0 = sample_latents(
-                tools.policy,
-                batch.conditions,
-                batch.prompt_index,
-                tools.draws.normal("initial", shape),
-                sigmas,
-                self.guidance_scale,
-                self.solver,
-            )
-        times = torch.tensor(sigmas[:-1], device=x0.device)[tools.draws.permutations("times", self.num_steps)]
-        sigma, noise = times[:, :count], tools.draws.normal("noise", (count, *shape))
-        clean = x0[:, None].expand_as(noise)
-        latents = interpolate(clean.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()).view_as(noise)
-        prompt = batch.prompt_index[:, None].expand(-1, count)
-        return x0, {"latents": latents, "x0": clean, "sigma": sigma, "prompt_index": prompt}
+        x0 = self.sampled(batch, tools, self.guidance_scale, self.solver, "old")
+        grid = torch.tensor(tools.sigmas(self.num_steps)[:-1], device=x0.device)
+        count = max(self.trained_steps, 1)
+        sigma = grid[tools.draws.permutations("times", self.num_steps)][:, :count]
+        noise = tools.draws.normal("noise", (count, *x0.shape[1:]))
+        return x0, {**noised(batch, x0, sigma, noise), "x0": x0[:, None].expand_as(noise)}
 
     def trained_mask(self, advantage: Tensor) -> Tensor:
         return torch.ones_like(advantage, dtype=torch.bool)

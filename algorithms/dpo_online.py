@@ -23,7 +23,6 @@ from posttrain.flow.advantages import weighted
 from posttrain.flow.sampling_settings import GUIDANCE
 from posttrain.flow.solvers import Solver
 from posttrain.policy import Policy
-from posttrain.sampling.latents import sample_latents
 
 
 class DPOOnline(Rollouts, Preference):
@@ -44,15 +43,7 @@ class DPOOnline(Rollouts, Preference):
     """Strength of the pull to the reference: the greater, the less a pair moves the policy."""
 
     def rollout(self, batch: Batch, tools: Tools) -> tuple[Tensor, dict[str, Tensor]]:
-        x0 = sample_latents(
-            tools.policy,
-            batch.conditions,
-            batch.prompt_index,
-            tools.draws.normal("initial", batch.latents.shape[1:]),
-            tools.sigmas(self.num_steps),
-            self.guidance_scale,
-            self.solver,
-        )
+        x0 = self.sampled(batch, tools, self.guidance_scale, self.solver)
         return x0, {"x0": x0}
 
     def condition(self, items: Items, prompt: Tensor, policy: Policy) -> Condition:

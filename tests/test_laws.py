@@ -39,6 +39,7 @@ from posttrain.testing import (
     RewardLaws,
     laws,
 )
+from posttrain.testing.toys import Thumbnails, toy_policy
 
 REWARDS = discover(Reward, "posttrain.rewards")
 REQUIRED = {
@@ -473,3 +474,12 @@ def test_each_law_has_words_of_its_own_and_can_be_broken():
     of_one = {law.words for kind in (AlgorithmLaws, RewardLaws, ModelLaws, DataLaws) for law in laws(kind)}
     of_one -= {law.words for law in laws(BlockLaws)}
     assert of_one == {words for _, _, words in FAULTS if words}, "each law has a fault that breaks it"
+
+
+def test_toys_leave_the_global_generator_alone():
+    """A law compares the generator's state before and after; whichever law comes first builds the toy."""
+    torch.manual_seed(12345)
+    before = torch.get_rng_state()
+    Thumbnails()
+    toy_policy()
+    assert torch.equal(before, torch.get_rng_state())

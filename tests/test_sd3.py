@@ -277,7 +277,14 @@ def test_a_left_out_text_encoder_stays_out_of_the_artifact(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("GatedRepoError", "accept its licence"), ("RepositoryNotFoundError", "check the spelling")],
+    [
+        ("GatedRepoError", "accept its licence"),
+        ("RepositoryNotFoundError", "'some/model' is no folder here.*check the spelling"),
+        (
+            "OfflineModeIsEnabled",
+            "'some/model' is no folder here, so it was looked for on the hub.*local folder's path",
+        ),
+    ],
 )
 def test_what_the_hub_refuses_says_what_to_do(kind, words):
     from huggingface_hub import errors
@@ -287,7 +294,8 @@ def test_what_the_hub_refuses_says_what_to_do(kind, words):
     class Response:
         headers, request, status_code = {}, None, 403
 
-    error = getattr(errors, kind)("refused", response=Response())
+    more = {} if kind == "OfflineModeIsEnabled" else {"response": Response()}
+    error = getattr(errors, kind)("refused", **more)
     with pytest.raises(ModelError, match=words), explained("some/model"):
         raise error
 

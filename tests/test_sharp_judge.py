@@ -177,7 +177,10 @@ def test_an_image_that_is_not_finite_is_kept_and_named_by_its_position(tmp_path)
     images[1] = torch.nan
     with (
         Judge(Halving(), [reward("len", lengths)], tmp_path / "failures") as judge,
-        pytest.raises(NotFinite, match=r"(?s)for prompt 'q' is not finite.*failures'\.$") as caught,
+        pytest.raises(
+            NotFinite,
+            match=r"(?s)for prompt 'q' is not finite.*its images and prompts are in '.*failures'\)$",
+        ) as caught,
     ):
         judge.submit(images, batch("p", "q")).result()
     assert caught.value.positions == [1]

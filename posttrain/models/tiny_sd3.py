@@ -59,7 +59,10 @@ class TinySD3(Model):
     def build(self, folder: Path, device: torch.device) -> SD3:
         done, settings = folder / "tiny-sd3", json.dumps(self.model_dump(), indent=2)
         if not done.is_dir() or read_object(done / SETTINGS) != self.model_dump():
-            with published(done) as unfinished, quiet():
+            import torch
+
+            with published(done) as unfinished, quiet(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
                 _build(self, unfinished, folder, device)
                 (unfinished / SETTINGS).write_text(settings, "utf-8")
         return SD3(path=str(done), max_sequence_length=TOKENS)
@@ -96,7 +99,6 @@ def _build(spec: TinySD3, folder: Path, work: Path, device: torch.device) -> Non
     """Write the pipeline to ``folder``, and the autoencoder's training images below ``work``.
 
     The autoencoder is fitted on ``device``."""
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from posttrain.data.image_data import ShapesData
@@ -104,7 +106,6 @@ def _build(spec: TinySD3, folder: Path, work: Path, device: torch.device) -> Non
     from posttrain.models._tiny_autoencoder import fitted_autoencoder
     from posttrain.shapes.scene import VOCABULARY
 
-    torch.manual_seed(spec.seed)
     clip_words, t5_words = (make(VOCABULARY, TOKENS) for make in (clip_tokenizer, t5_tokenizer))
     width = spec.heads * spec.head_dim
     transformer = SD3Transformer2DModel(

@@ -73,7 +73,10 @@ class Judge:
             if not self._failed:
                 self._keep(images, rows)
             self._failed = True
-            error.args = (f"{error}\nIts images and prompts are in {str(self.failures)!r}.",)
+            images_are = f"images and prompts are in {str(self.failures)!r}"
+            # a line of its own below the lines of a reward of the user's; else part of the sentence
+            where = f"\nIts {images_are}." if "\n" in str(error) else f" (its {images_are})"
+            error.args = (f"{error}{where}",)
             raise
         return Verdict(rewards, details)
 

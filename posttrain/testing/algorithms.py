@@ -61,7 +61,6 @@ class AlgorithmLaws(BlockLaws):
 
     @law("all randomness of collect comes from tools.draws", DRAWN)
     def test_all_randomness_comes_from_the_draws(self) -> None:
-        torch.manual_seed(1)
         policy = toy_policy()
         items, state = self.collected(policy), torch.get_rng_state()
         again = self.collected(policy)

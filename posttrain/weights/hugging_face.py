@@ -26,20 +26,22 @@ def explained(path: str) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"the hub knows no model {path!r} that you may read: check the spelling, log in with "
-            "`hf auth login` if it is private or gated, or give the path of a local folder"
+            f"{path!r} is no folder here, and the hub knows no model of that name that you may read: check "
+            "the spelling, log in with `hf auth login` if it is private or gated, or give a folder's path"
         ) from error
     except ModelError:
         raise
     except Exception as error:
         from_hub = local_folder(path) is None and not Path(path).exists()
         advice = (
-            "; if the hub cannot be reached, or the model is gated (accept its licence, then "
-            "`hf auth login`), give the path of a local folder"
+            f". {path!r} is no folder here, so it was looked for on the hub. If the hub cannot be reached, "
+            "or the model is gated (accept its licence, then `hf auth login`), give a local folder's path"
         )
         lines = (str(error).strip() or type(error).__name__).splitlines()
         # torch and json put what is wrong below a heading
         reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+        if from_hub:
+            reason = reason.rstrip(".")
         raise ModelError(f"cannot load {path!r}: {reason}{advice if from_hub else ''}") from error
 
 
