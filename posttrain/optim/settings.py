@@ -41,8 +41,7 @@ class Train(Spec):
     steps: Annotated[int, LATE] = Field(ge=1, le=10**9)
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1, le=1_000_000)
-    """Samples in one batch, over all processes. With images, these are the images of one batch; with prompts,
-    the samples of one rollout."""
+    """Samples in one batch, over all processes: images, pairs, or with prompts the images of one rollout."""
     steps_per_batch: int = Field(default=1, ge=1)
     """Optimizer steps on one batch. Each trains on an equal part of it."""
     micro_batch: Annotated[int | Auto, BeforeValidator(_count_or_auto), FREE] = 8

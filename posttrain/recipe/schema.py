@@ -42,7 +42,7 @@ class Recipe(Spec):
     seed: int = 0
     """Seed of every random draw of the run."""
     device: Annotated[str, BeforeValidator(_device), FREE] = "auto"
-    """Device to run on: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best available."""
+    """Device to run on: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto``: CUDA, else MPS, else the CPU."""
     tf32: bool = True
     """Whether CUDA multiplies float32 matrices in TF32 during training. Evaluations never do."""
     parallel: Annotated[Auto | Single | DDP | FSDP2 | DeepSpeed, Field(discriminator="strategy"), FREE] = (

@@ -30,8 +30,9 @@ class Stage(Spec):
     name: Name
     """Name of the stage and of its folder in the run. Later stages refer to it."""
     start_from: str | None = None
-    """Weights that training starts from: ``base``, an earlier stage's name, or a folder that a stage wrote.
-    Default: the previous stage in the recipe, or ``base`` for the first."""
+    """Weights that training starts from: ``base``, an earlier stage's name, or the folder of a stage or of a
+    run, which stands for its last finished stage. Default: the previous stage in the recipe, or ``base`` for
+    the first."""
     algorithm: AnyAlgorithm
     """Training algorithm, chosen by its ``type``, with its hyper-parameters."""
     data: AnyData
@@ -41,7 +42,7 @@ class Stage(Spec):
     """Rewards of an online algorithm, which maximises their weighted sum."""
     reference: str | None = None
     """Weights that the KL term of an online algorithm, or ``dpo``, compares with: ``base``, an earlier
-    stage's name, or a folder that a stage wrote. Default: the weights that the stage starts from."""
+    stage's name, or a folder as in ``start_from``. Default: the weights that the stage starts from."""
     monitor: Monitor | None = None
     """Held-out scores during training, with alarms. Default: none."""
     tune: Annotated[Full | Lora, Field(discriminator="type")] = Full()
