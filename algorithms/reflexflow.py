@@ -2,7 +2,7 @@
 
 After Huang et al. 2025, arXiv:2512.04904. Of the paper only the abstract could be read. The equations and the
 default weights are second-hand: SimpleTuner reports those of this paper, Arioso those of its successor, DEFAR
-(arXiv:2606.28226). docs/recipes.md says what each of them reports, and what could not be checked.
+(arXiv:2606.28226). docs/algorithm-reflexflow.md says what each reports, and what could not be checked.
 
 One Euler step of the model's velocity v leads from noisy latents x at sigma to *biased* latents at a smaller
 sigma', beside the *clean* interpolation there. With x0 the image and target = noise - x0:
