@@ -1,9 +1,10 @@
 # make quickstart: post-train the shipped tiny Stable Diffusion 3 on this machine, and report
 # make test:       the test suite
+# make docs:       the documentation site, in site/; make docs-serve shows it while you write
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check install clean
+.PHONY: quickstart test check docs docs-serve install clean
 quickstart: .venv/ready
 	$(BIN)/posttrain run quickstart
 
@@ -15,6 +16,12 @@ check: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo --no-cache
+
+docs: .venv/ready-dev
+	$(BIN)/zensical build --clean --strict
+
+docs-serve: .venv/ready-dev
+	$(BIN)/zensical serve
 
 # torch first and pinned: on a Linux CPU a free range would fetch several GB of CUDA
 .venv/ready: pyproject.toml setup.py constraints.txt
@@ -31,4 +38,4 @@ check: .venv/ready-dev
 install: .venv/ready
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site .cache *.egg-info
