@@ -18,10 +18,11 @@ from posttrain.stages.origin import SAMPLING, Source, first_prompts, settled, so
 from posttrain.support.device import resolve, set_tf32
 from posttrain.support.files import write
 from posttrain.support.images import grid, grid_png, png, to_pil
-from posttrain.support.paths import in_the_way
+from posttrain.support.paths import expanded, in_the_way, is_folder
 from posttrain.support.progress import stage_progress
 from posttrain.support.terminal import note
 from posttrain.support.wording import counted
+from posttrain.weights.pipeline_folder import SHIPPED
 from posttrain.weights.run_folders import meaning_of
 
 if TYPE_CHECKING:
@@ -122,8 +123,10 @@ def _settled(
         return Sampling(**chosen), list(prompts)
     source = next((source for source in sources if "prompts" in source.settings), None)
     if source is None:
+        here = is_folder(expanded(model)) or model.startswith(SHIPPED)
         raise PosttrainError(
             f"say what to draw: --prompt TEXT; no recipe of a run gives prompts for {model!r}"
+            + ("" if here else ", and no folder here has that name")
         )
     drawn = first_prompts(source.settings["prompts"], PROMPTS, source.place)
     note(console, f"from {source.place}: the first {len(drawn)} prompts")
