@@ -1,0 +1,93 @@
+"""A table of measured figures stands in a section with the date of the measurement and the command that makes it."""
+
+import re
+
+import pytest
+from pages import PAGES, name_of, sections
+
+FIGURE = re.compile(
+    r"\d[\d.,]*k? ?(?:ms|s|min|minutes|h|hours|MB|GB|TB|%|TFLOP|TFLOP/s|images/s|samples/s|rows/s|/s|GPU-hours)(?![\w/])|\d\.\d"
+)
+FEW = 4
+"""So many figures make a table one of measurements."""
+DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
+COMMAND = re.compile(
+    r"(?:`|^)(?:\w+=\S+ |time )*(?:posttrain|python|pytest|make|\.venv/bin/python|benchmarks/\w+\.sh)(?: |`)",
+    re.M,
+)
+SETTINGS = ("field", "setting", "bound", "option")
+"""First heads of tables whose figures are defaults and bounds."""
+NOT_MEASURED = {
+    ("docs/rewards.md", "Rewards"): "sizes of published files, ranges and bounds of scores",
+    ("docs/performance.md", "Before a run: `posttrain plan`"): "how the plan counts: constants of the code",
+    (
+        "docs/performance.md",
+        "Counts against known figures",
+    ): "counted, not measured: tests/test_plan.py computes them each time",
+}
+"""Page and section whose table has figures that no command measured, and what they are."""
+
+
+def tables(text):
+    """The rows of each table of ``text``, without its head."""
+    for table in re.findall(r"(?:^\|.*\n?)+", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M):
+        rows = table.splitlines()
+        if rows[0].strip("| ").split(" |")[0].strip("`") not in SETTINGS:
+            yield "\n".join(row for row in rows[2:])
+
+
+def faults(text, page):
+    """A line for each section with measured figures that lacks a date or a command."""
+    for line, heading, section in sections(text):
+        if (page, heading) in NOT_MEASURED or all(
+            len(FIGURE.findall(table)) < FEW for table in tables(section)
+        ):
+            continue
+        lacks = [
+            what for what, pattern in (("date", DATE), ("command", COMMAND)) if not pattern.search(section)
+        ]
+        if lacks:
+            yield (
+                f"{page}:{line}: the section {heading!r} has a table of figures and no {' and no '.join(lacks)}: "
+                "write when it was measured (2026-11-27) and by which command (`posttrain ...`, `python ...`), or "
+                "name the section in NOT_MEASURED of tests/test_docs_figures.py, with what its figures are"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_of_figures_have_a_date_and_a_command(page):
+    assert not (found := [*faults(page.read_text("utf-8"), name_of(page))]), "\n" + "\n".join(found)
+
+
+def test_sections_that_are_left_out_would_be_found(monkeypatch):
+    left_out = set(NOT_MEASURED)
+    monkeypatch.setattr("test_docs_figures.NOT_MEASURED", {})
+    found = "\n".join(fault for page in PAGES for fault in faults(page.read_text("utf-8"), name_of(page)))
+    assert [
+        (page, heading)
+        for page, heading in left_out
+        if not re.search(rf"^{re.escape(page)}:\d+: the section {re.escape(repr(heading))}", found, re.M)
+    ] == []
+
+
+TABLE = "| what | s |\n| --- | --- |\n| a | 1.5 |\n| b | 20 s |\n| c | 3 % |\n| d | 4.25 GB |\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        (f"## A\n{TABLE}", ["no date and no command"]),
+        (f"## A\n2026-11-27\n{TABLE}", ["no command"]),
+        (f"## A\n`posttrain run a`\n{TABLE}", ["no date:"]),
+        (f"## A\n2026-11-27: `posttrain run a`\n{TABLE}", []),
+        (f"## A\n2026-11-27\n```bash\npython a.py\n```\n{TABLE}", []),
+        (f"## A\n2026-11-27: `posttrain run a`\n## B\n{TABLE}", ["page.md:3: the section 'B'"]),
+        ("## A\n" + TABLE.replace("what", "field"), []),
+        ("## A\n" + TABLE.replace("| d | 4.25 GB |\n", ""), []),
+        (f"## A\n```text\n{TABLE}```\n", []),
+    ],
+)
+def test_a_table_without_a_date_or_command_is_found(text, lacks):
+    found = [*faults(text, "page.md")]
+    assert len(found) == len(lacks)
+    assert all(words in fault for words, fault in zip(lacks, found, strict=True))
