@@ -6,7 +6,7 @@ import tomllib
 from page_code import copy_problems, python_problems, yaml_problems
 from page_commands import Checker
 from page_files import GIVEN
-from page_scripts import NOT_RUN, commands, is_placeholder, shell_problems
+from page_scripts import NOT_RUN, commands, has_syntax, is_placeholder, shell_problems
 from pages import inline_code, read
 
 COMMENT = (
@@ -18,6 +18,7 @@ def problems(text, page):
     """A line or more for each thing in the page ``text`` that is wrong without running it."""
     blocks, found = read(text, page)
     checker, known = Checker(), {}
+    modules = [block.marks["saved as"].removesuffix(".py") for block in blocks if "saved as" in block.marks]
     for block in blocks:
         place = f"{page}:{block.line}"
         found += [
@@ -32,7 +33,7 @@ def problems(text, page):
                 *_of_script(block, checker)
             ]
         elif block.language == "yaml":
-            found += yaml_problems(block)
+            found += yaml_problems(block, modules)
             checker.recipes.update({block.marks["saved as"]: block.text} if "saved as" in block.marks else {})
         elif block.language == "python":
             found += python_problems(block, known)
@@ -42,6 +43,9 @@ def problems(text, page):
 
 
 def _of_script(block, checker):
+    if not block.needs and has_syntax(block.text):
+        fault = f"pipes, files and loops of a shell are not run: write plain commands, or {COMMENT}"
+        yield f"{block.page}:{block.line}: {fault}"
     for line, words in commands(block.text):
         for problem in checker.problems(words) + ([] if block.needs else [*_unrunnable(words)]):
             yield f"{block.page}:{block.line + line}: {' '.join(words)}\n  {problem}"

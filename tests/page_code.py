@@ -15,12 +15,22 @@ from posttrain.recipe.positions import Source, parse
 from posttrain.recipe.schema import Recipe
 
 
-def yaml_problems(block) -> list[str]:
-    """What the recipe's reader says of a whole recipe, or of a fragment at its place."""
+def yaml_problems(block, modules) -> list[str]:
+    """What the recipe's reader says of a whole recipe, or of a fragment at its place.
+
+    Classes of ``modules``, which the page has, and of the reader's own files cannot be loaded.
+    """
+    absent = "|".join(["No such file", *(f"cannot load the \\w+ '{module}:" for module in modules)])
+    if block.needs:
+        absent += "|cannot load the"
+    return [line for line in _of_yaml(block) if not re.search(absent, line)]
+
+
+def _of_yaml(block):
     part = block.marks.get("part of")
     try:
         if part is None and not re.search(r"^(stages|evaluation):", block.text, re.M):
-            place = "<!-- part of: stages[].train -->, or recipe, model, stages[], evaluation, ..."
+            place = "<!-- part of: stages[].train -->, or recipe, model, stages[], ...; other YAML goes into ```text"
             return [
                 f"{block.page}:{block.line}: a fragment of a recipe needs a comment that says where it goes: {place}"
             ]
@@ -31,7 +41,7 @@ def yaml_problems(block) -> list[str]:
         for lines, text in _alternatives(block.text):
             found += _of_fragment(text, part, block.page, block.line - 1 + lines)
     except PosttrainError as error:
-        return [line for line in str(error).splitlines() if "No such file" not in line]
+        return str(error).splitlines()
     return found
 
 
@@ -66,8 +76,8 @@ def _of_fragment(text, part, page, before):
     try:
         _validated(Recipe, Source(page, data, lines), {})
     except PosttrainError as error:
-        absent = ("missing, and it has no default", "No such file or directory")
-        return [line for line in str(error).splitlines() if not re.search(f"({'|'.join(absent)})", line)]
+        missing = "missing, and it has no default"
+        return [line for line in str(error).splitlines() if not line.endswith(missing)]
     return []
 
 

@@ -4,7 +4,9 @@ import functools
 import importlib
 import linecache
 import os
+import re
 import runpy
+import subprocess
 import sys
 import traceback
 import types
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import forked
 from page_files import GIVEN
-from page_scripts import commands
+from page_scripts import RUN, commands
 from pages import ROOT
 
 SHOWN = 30
@@ -77,7 +79,7 @@ def _page(blocks):
         elif not is_run(block):
             continue
         elif block.language == "bash":
-            for line, words in commands(block.text):
+            for line, words in commands(block.text, variables=True):
                 _command(f"{block.page}:{block.line + line}", words, block.marks.get("runs") == "smoke")
         else:
             _python(block, notebook)
@@ -96,12 +98,18 @@ def _fail(place, shown, printed):
 
 
 def _command(place, words, smoke):
-    program = words[0].rsplit("/", 1)[-1]
+    command = words[next(i for i, word in enumerate(words) if not re.match(r"\w+=", word)) :]
+    variables = dict(word.split("=", 1) for word in words[: -len(command)])
+    program = command[0].rsplit("/", 1)[-1]
     try:
         if program == "posttrain":
-            forked.posttrain(*(_smoke(words[1:]) if smoke else words[1:]), cwd=os.getcwd())
-        elif program.startswith("python") and not words[1].startswith("-"):
-            done = forked.finished(_script, words[1:], cwd=os.getcwd(), environment=dict(os.environ))
+            forked.posttrain(*(_smoke(command[1:]) if smoke else command[1:]), cwd=os.getcwd(), **variables)
+        elif program.startswith("python") and not command[1].startswith("-"):
+            environment = {**os.environ, **variables}
+            done = forked.finished(_script, command[1:], cwd=os.getcwd(), environment=environment)
+            assert done.returncode == 0, done.stdout + done.stderr
+        elif program in RUN:
+            done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
         else:
             raise AssertionError(f"{program!r} is never run by the test: such a block needs a comment")
@@ -113,7 +121,13 @@ def _smoke(words):
     """The command shrunk. It writes the folder that it would write unshrunk, for the commands after it."""
     if words[0] != "run" or "--smoke" in words:
         return words
-    name = words[1].rsplit("/", 1)[-1].removesuffix(".yaml")
+    from posttrain.errors import PosttrainError
+    from posttrain.recipe.file import load_recipe
+
+    try:
+        name = load_recipe(words[1], checks=False).name
+    except PosttrainError:
+        return words  # the command says what is wrong
     return [*words, "--smoke", *([] if "--output" in words else ["--output", f"runs/{name}"])]
 
 

@@ -11,10 +11,31 @@ from collections.abc import Iterator
 from pages import ROOT
 
 LAUNCHERS = ("torchrun", "accelerate", "srun", "mpirun")
-NOT_RUN = ("pip", "make", "git", "hf", "pytest", *LAUNCHERS)
+NOT_RUN = (
+    "pip", "make", "git", "hf", "pytest", *LAUNCHERS, "sbatch", "docker", "curl", "wget", "ssh", "rsync", "nvidia-smi",
+    "tensorboard", "uv", "conda",
+)  # fmt: skip
 """Programs whose commands are checked, and need a comment since they are not run."""
-_SHELL = {"if", "then", "else", "elif", "fi", "while", "until", "do", "done", "for", "trap", "wait", "kill", "exit",
-          "scontrol", "export", "mkdir", "cd", "[", "!", "{", "}"}  # fmt: skip
+RUN = ("mkdir", "ls", "cat", "cp", "mv", "head", "tail")
+"""Programs of the system that are run as they are."""
+_BEFORE = ("do", "then", "else", "if", "while", "!", "time")
+"""Words of a shell before a command."""
+_SHELL = {
+    "fi",
+    "until",
+    "done",
+    "for",
+    "trap",
+    "wait",
+    "kill",
+    "exit",
+    "scontrol",
+    "export",
+    "cd",
+    "source",
+    "[",
+}
+_VARIABLE = re.compile(r"\w+=")
 _PLACEHOLDER = re.compile(r"(?<![\w-])[A-Z][A-Z_-]*(?![\w-])|\.\.\.|<\w+>|…")
 
 
@@ -23,8 +44,11 @@ def is_placeholder(word):
     return "$" in word or (" " not in word and bool(_PLACEHOLDER.search(word)))
 
 
-def commands(text) -> Iterator[tuple[int, list[str]]]:
-    """(line from 0, words) of each command in the script ``text``; words of a shell alone are left out."""
+def commands(text, variables=False) -> Iterator[tuple[int, list[str]]]:
+    """(line from 0, words) of each command in the script ``text``, without words of a shell alone.
+
+    ``variables`` keeps those that are set for the command, ``X=1``, before its words.
+    """
     number = 0  # of lines
     for line in re.sub(r"\\\n", lambda _: "\0", text).split("\n"):
         lexer = shlex.shlex(line.replace("\0", " "), posix=True, punctuation_chars=True)
@@ -39,11 +63,16 @@ def commands(text) -> Iterator[tuple[int, list[str]]]:
             elif word and set(word) <= set("();<>|&"):
                 yield from [(number, words)] if words else []
                 words = []
-            elif words or not (
-                re.fullmatch(r"\w+=.*", word) or word in ("do", "then", "else", "if", "while", "!", "time")
-            ):
+            elif words or not (word in _BEFORE or (_VARIABLE.match(word) and not variables)):
                 words.append(word)
         number += 1 + line.count("\0")
+
+
+def has_syntax(text):
+    """Whether a script has more than commands one after the other: pipes, files, loops."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    return any(set(word) <= set("();<>|&") for word in lexer if word)
 
 
 def shell_problems(text):
@@ -71,9 +100,9 @@ def program_problems(words) -> list[str]:
             return check(words[1:])
     if (ROOT / words[0]).is_file():
         return _options_of(words[0], words[1:])
-    if program in _SHELL or program in NOT_RUN or is_placeholder(words[0]):
+    if program in _SHELL or program in (*NOT_RUN, *RUN) or is_placeholder(words[0]):
         return []
-    known = ", ".join(("posttrain", "python", *NOT_RUN))
+    known = ", ".join(("posttrain", "python", *RUN, *NOT_RUN))
     return [f"{words[0]!r} is no command that the test knows ({known}) and no file: output goes into ```text"]
 
 

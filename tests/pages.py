@@ -83,7 +83,9 @@ def _of_fence(indent, language, marks):
     for key, value in marks.items():
         if key not in MARKS:
             yield f"no comment {key!r}: a block may have " + "; ".join(f"{k}: {v}" for k, v in MARKS.items())
-        elif (key == "needs" and value not in NEEDS) or (key == "runs" and value not in ("smoke", "matrix")):
+        elif (key == "needs" and set(value.split(", ")) - {*NEEDS}) or (
+            key == "runs" and value not in ("smoke", "matrix")
+        ):
             yield f"{key}: {value} is not known: {MARKS[key]}"
 
 

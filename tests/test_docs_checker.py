@@ -28,6 +28,10 @@ RIGHT = [
     block("yaml", "trajectory_length: 3\ntype: soar", "part of: stages[].algorithm"),
     block("python", "import posttrain\nresult = posttrain.open_run('x')\nposttrain.Train(steps=3)", "needs: files"),
     block("python", "from posttrain.testing import AlgorithmLaws"),
+    block("python", "A = 1", "saved as: mine.py") + block("yaml", "algorithm: {type: 'mine:A'}", "part of: stages[]"),
+    block("yaml", "algorithm: {type: 'mine:A'}", "part of: stages[]", "needs: files"),
+    block("bash", "X=1 posttrain recipes\nmkdir a\nls a"),
+    block("bash", "posttrain run RECIPE", "needs: weights, gpu"),
     block("json", '{"a": 1}\n{"a": 2}') + block("toml", "a = 1") + block("text", "$ anything"),
     block("python", 'class Pixels(Model):', "copy of: examples/plugin/posttrain_example/model.py"),
     "- a list\n\n  that goes on\n\n    - and on\n",
@@ -56,6 +60,8 @@ WRONG = [
     (block("bash", "posttrain rewards fetch pikscore", "needs: network"), "did you mean 'pickscore'"),
     (block("bash", "posttrain recipes show nothing"), "no recipe 'nothing'"),
     (block("bash", "$ posttrain recipes"), "'$'"),
+    (block("bash", "posttrain recipes > recipes.txt"), "pipes, files and loops of a shell are not run"),
+    (block("yaml", "algorithm: {type: 'mine:A'}", "part of: stages[]"), "cannot load the algorithm 'mine:A'"),
     (block("bash", "wrote 3 images"), "output goes into ```text"),
     (block("bash", "for s in 1; do posttrain recipes", "needs: gpu"), "bash cannot read it"),
     (block("bash", "posttrain sample a --prompt 'b\nc'", "needs: gpu"), "a quote must end in its line"),
@@ -138,7 +144,7 @@ def test_inline_code_may_go_on_in_the_next_line_but_not_in_a_block():
     [
         (block("bash", "posttrain recipes show quickstart\nposttrain status runs/none  # is not there"), ["page.md:3: posttrain status runs/none\n", "runs/none"]),
         (block("bash", "python examples/none.py"), ["page.md:2: python examples/none.py\n", "No such file"]),
-        (block("bash", "ls"), ["'ls' is never run"]),
+        (block("bash", "tree"), ["'tree' is never run"]),
         (block("python", "a = 1") + block("python", "\nassert a == 1\nassert a == 2, 'two'"), ["page.md:7: assert a == 2", "AssertionError: two"]),
         (block("text", "no recipe", "saved as: folder/r.yaml") + block("bash", "posttrain check folder/r.yaml"), ["page.md:6: ", "folder/r.yaml"]),
         (block("python", "import mine", "given: prompts.txt") + block("python", "x = 3", "saved as: mine.py"), ["No module named 'mine'"]),
@@ -158,11 +164,11 @@ def test_blocks_of_a_page_share_folder_files_and_names_and_those_that_need_somet
     text = (
         block("python", "x = 3", "saved as: mine.py")
         + block("bash", "posttrain run quickstart", "needs: hours")
-        + block("bash", "posttrain recipes copy quickstart own.yaml")
+        + block("bash", "mkdir a b\nX=1 posttrain recipes copy quickstart own.yaml")
         + block("python", "import mine\nfrom pathlib import Path\ntext = Path('own.yaml').read_text()")
         + block(
             "python",
-            "assert mine.x == 3\nassert 'quickstart' in text\nassert Path('prompts.txt').is_file()",
+            "assert mine.x == 3\nassert Path('b').is_dir()\nassert 'quickstart' in text\nassert Path('prompts.txt').is_file()",
             "given: prompts.txt",
         )
     )
