@@ -1,6 +1,7 @@
 """Checks YAML and Python that a page shows, without running it."""
 
 import ast
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -128,7 +129,15 @@ def _imported(node):
 
 
 def _installed(module):
-    return importlib.util.find_spec(module.partition(".")[0]) is not None
+    """Whether the package is here. Raises ImportError if its name is that of one that is, misspelt."""
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is not None:
+        return True
+    if near := difflib.get_close_matches(
+        package, ("posttrain", "torch", "diffusers", "transformers"), 1, 0.8
+    ):
+        raise ImportError(f"no package {package!r} (did you mean {near[0]!r}?)")
+    return False
 
 
 def _resolved(node, known):

@@ -3,7 +3,7 @@
 from typing import get_args
 
 import typer.main
-from page_scripts import LAUNCHERS, is_placeholder, near, program_problems
+from page_scripts import LAUNCHERS, is_placeholder, launcher_problems, near, program_problems
 from ruamel.yaml import YAML
 
 from posttrain.cli.app import app
@@ -39,7 +39,8 @@ class Checker:
         if program == "posttrain":
             return self._of_posttrain(words[1:], inline)
         if "-m" in words[:-1] and words[words.index("-m") + 1] == "posttrain":
-            return self._of_posttrain(words[words.index("-m") + 2 :], inline)
+            at = words.index("-m")
+            return launcher_problems(words[:at]) + self._of_posttrain(words[at + 2 :], inline)
         if program in LAUNCHERS and "posttrain" in words:
             return self._of_posttrain(words[words.index("posttrain") + 1 :], inline)
         return program_problems(words)

@@ -106,6 +106,19 @@ def program_problems(words) -> list[str]:
     return [f"{words[0]!r} is no command that the test knows ({known}) and no file: output goes into ```text"]
 
 
+def launcher_problems(words) -> list[str]:
+    """Options of ``torchrun`` or ``accelerate launch`` that it does not have."""
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser as parser
+    elif words[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser as parser
+    else:
+        return []
+    known = parser()._option_string_actions
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return [f"{words[0]} has no option {o!r}{near(o, known)}" for o in options if o not in known]
+
+
 def _of_python(words):
     if words[:2] == ["-m", "pytest"]:
         return _of_pytest(words[2:])
@@ -169,7 +182,9 @@ def _of_pip(words):
 def _of_make(words):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     named = [word for word in words if "=" not in word and not word.startswith("-")]
-    return [f"the Makefile has no target {w!r}: {', '.join(targets)}" for w in named if w not in targets]
+    words = [word.partition("=")[2] for word in words if word.startswith("PYTEST_ARGS=")]
+    found = [f"the Makefile has no target {w!r}: {', '.join(targets)}" for w in named if w not in targets]
+    return found + _of_pytest(words)
 
 
 def near(word, known):
