@@ -1,5 +1,6 @@
 """Checks commands of posttrain that a page shows, without running them: options, values, recipes, fields."""
 
+import functools
 from typing import get_args
 
 import typer.main
@@ -26,6 +27,11 @@ CHOICES = {
 """Values that a command checks itself, when it is run."""
 
 
+@functools.cache
+def _root():
+    return typer.main.get_command(app)
+
+
 class Checker:
     """Checks the commands of one page. It remembers the recipes that the page has copied or shown."""
 
@@ -46,7 +52,7 @@ class Checker:
         return program_problems(words)
 
     def _of_posttrain(self, words, inline):
-        command, path, context = typer.main.get_command(app), [], None
+        command, path, context = _root(), [], None
         while True:
             context = command.context_class(
                 command, info_name=path[-1] if path else "posttrain", parent=context
