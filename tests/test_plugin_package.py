@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import read
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -185,13 +186,13 @@ def test_its_own_tests_keep_the_laws(environment, folder, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_is_that_of_the_package(page):
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    blocks = re.findall(r"(\S*)\n```(\w+)\n(.*?)```", text, re.S)
-    assert blocks
-    for above, language, code in blocks:
-        named = re.fullmatch(r"\[`(examples/plugin/[\w./]+)`\]\(\.\./\1\)", above)
-        assert named, f"{page}: the {language} block names no file of examples/plugin in the line above"
-        assert code in (ROOT / named[1]).read_text(), f"{page}: not as in {named[1]}:\n{code}"
+    blocks, _ = read((ROOT / "docs" / f"{page}.md").read_text(), page)
+    code = [block for block in blocks if block.language not in ("text", "bash")]
+    assert code
+    for block in code:
+        named = block.marks.get("copy of", "")  # tests/test_docs_run.py compares the two
+        above = f"{page}:{block.line}: above the block stands no <!-- copy of: examples/plugin/... -->"
+        assert named.startswith("examples/plugin/"), above
 
 
 def test_each_file_of_the_package_is_shown_whole():
