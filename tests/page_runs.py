@@ -90,7 +90,7 @@ def _fail(place, shown, printed):
     sys.stdout.write(
         f"{place}: {shown}\n  failed when the page was run, and printed:\n{last}\n"
         "  Mend it, or write above the block, on a line of its own, <!-- needs: weights --> (or gpu, network, files,\n"
-        "  hours): then it is checked and not run. CONTRIBUTING.md, Documentation, has all comments.\n"
+        "  hours): then it is checked and not run. docs/contributing.md, Documentation, has all comments.\n"
     )
     sys.stdout.flush()
     sys.stderr.flush()

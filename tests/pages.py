@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *{*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "changelog.md"}])
+"""The pages but for the changelog, which names what is no more."""
 LANGUAGES = ("bash", "python", "yaml", "text", "json", "toml")
 NEEDS = ("weights", "gpu", "network", "files", "hours")
 MARKS = {

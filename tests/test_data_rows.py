@@ -102,7 +102,7 @@ def test_ids_count_all_rows_and_bom_crlf_and_blank_lines_do_no_harm(tmp_path):
     assert [(r.id, r.line, r.caption) for r in table.records] == [(0, 1, "é"), (3, 7, "é")]
     assert [p.line for p in table.problems] == [3, 5]
     assert "not UTF-8" in table.problems[1].reason
-    assert table.notes == ["1 rows repeat an image; all are kept"]
+    assert table.notes == ["images that are repeated: 1 row; all are kept"]
 
 
 def test_md5_names_a_file_of_image_dir_and_cannot_leave_it(tmp_path):

@@ -17,8 +17,8 @@ def test_what_a_page_shows_is_right(page):
 
 
 def test_commands_that_the_changelog_names_exist():
-    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
-    assert not (found := [*inline_problems(text, "CHANGELOG.md", Checker())]), "\n" + "\n".join(found)
+    text = (ROOT / "docs" / "changelog.md").read_text("utf-8")
+    assert not (found := [*inline_problems(text, "docs/changelog.md", Checker())]), "\n" + "\n".join(found)
 
 
 def blocks_of(page):

@@ -244,7 +244,7 @@ def test_pick_a_pic_says_which_image_was_preferred_and_its_ties_are_left_out(tmp
     assert data.facts("data").images == 10
     source = opened(data, tmp_path / "work", 8)
     assert colors(source) == {"prompt 0": [1.0, -1.0], "prompt 1": [-1.0, 1.0]}
-    assert source.notes == ["3 rows have no preference and are left out"]
+    assert source.notes == ["left out, without a preference: 3 rows"]
     assert not (tmp_path / "work").exists()  # images are read where they lie
     (_, batch, _) = next(source.batches((0,), 0))
     assert sorted(row["prompt"] for row in batch.metadata) == ["prompt 0", "prompt 1"]

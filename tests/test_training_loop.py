@@ -282,7 +282,10 @@ def test_a_refused_step_moves_nothing_and_keeps_its_number_and_learning_rate():
     assert [step for step, _ in noted("after")] == [1, 3], "no role moves after a batch without a step"
     assert (watch.asked, drawn) == ([0, 1, 2], 3)
     ((step, words, samples),) = watch.not_taken
-    assert (step, words) == (2, "loss nan, gradient norm nan is not finite; the step was not taken")
+    assert (step, words) == (
+        2,
+        "the loss (nan) or the gradient's norm (nan) is not finite; the step was not taken",
+    )
     assert [(s["id"], s["sample"], math.isnan(s["x"])) for s in samples] == [(1, 1, True)]
 
 

@@ -13,6 +13,7 @@ from posttrain.data.lines import Problem, listing
 from posttrain.data.place import Place
 from posttrain.data.settings import Images
 from posttrain.errors import DataError
+from posttrain.support.wording import counted
 
 Bucket = tuple[int, int]
 """(width, height) in pixels."""
@@ -93,7 +94,8 @@ def table_of(
     stop_beyond_tolerance(spec, problems, total)
     places = {(record.image.path, record.image.start) for record in records}
     repeated = len(records) - len(places)
-    said = [*notes, *([f"{repeated} rows repeat an image; all are kept"] if repeated else [])]
+    told = f"images that are repeated: {counted(repeated, 'row')}; all are kept"
+    said = [*notes, *([told] if repeated else [])]
     return Table(spec.images, layout, total, records, problems, digest_of_files(records), listed, said)
 
 

@@ -167,7 +167,7 @@ def update(
     if not math.isfinite(norm):
         loss = means["loss"].item()
         samples = suspects(micro_batches, seen, every=math.isfinite(loss))
-        raise StepRefused(f"loss {loss:.6g}, gradient norm {norm:.6g}", samples)
+        raise StepRefused(f"the loss ({loss:.6g}) or the gradient's norm ({norm:.6g})", samples)
     return {**means, "grad_norm": torch.tensor(norm)}
 
 

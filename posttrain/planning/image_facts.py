@@ -98,7 +98,8 @@ def _number(value: float) -> str:
 def _captions(source: ImageSource, model: Model) -> Iterator[str]:
     captions = list(dict.fromkeys(record.caption for record in source.records.values()))
     lengths = [len(caption) for caption in captions]
-    yield f"{len(captions)} different captions, of {min(lengths)} to {max(lengths)} characters"
+    different = f"{len(captions)} different captions" if len(captions) > 1 else "1 caption"
+    yield f"{different}, of {min(lengths)} to {max(lengths)} characters"
     for name, tokens in model.token_counts(captions).items():
         cut = f"{counted(tokens.too_long, 'caption')} cut off" if tokens.too_long else "no caption cut off"
         yield f"{name} reads {tokens.limit} tokens: {cut}, the longest has {max(tokens.counts)}"
@@ -106,7 +107,8 @@ def _captions(source: ImageSource, model: Model) -> Iterator[str]:
 
 def _weights(records: Sequence[Record], sample: str) -> Iterator[str]:
     if weights := [record.extra["weight"] for record in records if "weight" in record.extra]:
-        yield f"{len(weights)} {sample}s have a weight, from {min(weights):g} to {max(weights):g}"
+        have = "has" if len(weights) == 1 else "have"
+        yield f"{counted(len(weights), sample)} {have} a weight, from {min(weights):g} to {max(weights):g}"
 
 
 def _copies(source: ImageSource, seen: Mapping[int, Seen]) -> Iterator[str]:

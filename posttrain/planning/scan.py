@@ -9,6 +9,7 @@ from posttrain.data.workers import Seen
 from posttrain.errors import DataError
 from posttrain.planning.image_facts import facts, kinds
 from posttrain.support.progress import stage_progress
+from posttrain.support.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,7 @@ def scan_data(recipe: Recipe, console: Console) -> None:
             _print(console, problem.located(first.spec.images))
         rows, tolerance = first.rows, getattr(stage.data, "tolerance", 0.0)
         bad = f"{len(problems)} of them bad" + (f": {kinds(problems)}" if problems else "")
-        summary = f"{first.spec.images} ({first.layout}): {rows} rows, {bad}"
+        summary = f"{first.spec.images} ({first.layout}): {counted(rows, 'row')}, {bad}"
         told, warnings = facts(stage, recipe.model, sources, seen)
         for line in (summary, *told):
             _print(console, f"{stage.name}: {line}")

@@ -41,7 +41,8 @@ def explained(path: str) -> Iterator[None]:
         # torch and json put what is wrong below a heading
         reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
         if from_hub:
-            reason = reason.rstrip(".")
+            # the library points to a traceback, which a person does not see
+            reason = reason.partition(" Please check out the root cause")[0].rstrip(".")
         raise ModelError(f"cannot load {path!r}: {reason}{advice if from_hub else ''}") from error
 
 

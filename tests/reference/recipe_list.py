@@ -77,9 +77,8 @@ published. All are checked by the tests; those of large models have been planned
 - *Peak*: the memory of a stage, with `micro_batch: auto` as large as fits. So it says less than the least GPU.
 - A plan counts GPU-hours and no money: multiply by your price of an hour.
 
-Counted on {date} by the functions of `posttrain plan NAME --gpu "{gpu}"`.
-
 ## Models to download
+Counted on {date} by the functions of `posttrain plan NAME --gpu "{gpu}"`.
 """
 TINY = """## The shipped tiny model
 These run on a CPU, most in minutes, and need no download. Measured times: [learning](learning.md), and

@@ -18,6 +18,7 @@ from posttrain.data.settings import Images
 from posttrain.data.table import Record
 from posttrain.errors import DataError
 from posttrain.support.paths import is_folder
+from posttrain.support.wording import counted
 
 CAPTION, IMAGES, LABELS = "caption", ("jpg_0", "jpg_1"), ("label_0", "label_1")
 COLUMNS = (CAPTION, *IMAGES, *LABELS)
@@ -72,7 +73,7 @@ def read(spec: Images, files: Sequence[Path], notes: list[str]) -> Iterator[tupl
         except ValueError as error:
             yield Problem(entry.number, None, str(error), spec.images)
     if ties:
-        notes.append(f"{ties} rows have no preference and are left out")
+        notes.append(f"left out, without a preference: {counted(ties, 'row')}")
 
 
 def _pair(
