@@ -106,7 +106,7 @@ def text_of(value: Any) -> str:
         return "[" + ", ".join(map(text_of, value)) + "]"
     text = str(value)
     plain = _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not text.endswith(":")
-    return text if plain else json.dumps(text)
+    return text if plain else _quoted(text)
 
 
 def _number(value: float) -> str:
@@ -116,6 +116,12 @@ def _number(value: float) -> str:
         mantissa, _, exponent = digits.partition("e")
         return f"{mantissa}e{int(exponent)}"
     return repr(value)
+
+
+def _quoted(text: str) -> str:
+    """``text`` in double quotes, with what YAML takes for no character escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
 
 
 def _key(key: object) -> str:

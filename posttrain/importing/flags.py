@@ -123,7 +123,7 @@ def _value(flag: Flag, value: Any) -> Any:
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         return None
     if flag.kind == "any":
-        return value
+        return _literal(value)
     if flag.kind == "text":
         return _FAILED if isinstance(value, dict | list | tuple) else str(value)
     if flag.kind == "bool":
@@ -131,6 +131,17 @@ def _value(flag: Flag, value: Any) -> Any:
     if flag.kind in ("int", "float"):
         return _number(value, flag.kind)
     return _collection(value, dict if flag.kind == "map" else (list, tuple))
+
+
+def _literal(value: Any) -> Any:
+    """``value``; if it is a text that Python reads as a number, a list or a mapping, that."""
+    if not isinstance(value, str) or value.lower() in ("true", "false"):
+        return value if not isinstance(value, str) else value.lower() == "true"
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+    return list(read) if isinstance(read, tuple) else read
 
 
 def _bool(value: Any) -> Any:

@@ -90,6 +90,8 @@ def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
 def _tuning(s: Settings, d: Draft) -> None:
     if s["model.finetune_type"] == "full":
         d.put("stage.tune.type", "full", "model.finetune_type")
+        for name in ("model.lora_rank", "model.lora_alpha", "model.target_modules"):
+            d.idle[name] = "all weights are trained"
         return
     d.put("stage.tune.type", "lora", "model.finetune_type")
     d.put("stage.tune.rank", s["model.lora_rank"], "model.lora_rank")

@@ -200,9 +200,16 @@ def _awm(s: Settings, d: Draft) -> None:
     count = s["train.num_train_timesteps"] or max(1, int(steps * _width(s)))
     d.put("stage.algorithm.train_timesteps", count, "train.num_train_timesteps")
     d.put("stage.algorithm.time_type", s["train.time_sampling_strategy"], "train.time_sampling_strategy")
-    d.put("stage.algorithm.timestep_fraction", round(_width(s), 6), "train.timestep_range")
-    d.put("stage.algorithm.weighting", str(s["train.awm_weighting"]).lower(), "train.awm_weighting")
-    d.put("stage.algorithm.ghuber_power", s["train.ghuber_power"], "train.ghuber_power")
+    if s["train.time_sampling_strategy"].startswith("discrete"):
+        d.put("stage.algorithm.timestep_fraction", round(_width(s), 6), "train.timestep_range")
+    else:
+        d.idle["train.timestep_range"] = "times that are not discrete have no steps"
+    weighting = str(s["train.awm_weighting"]).lower()
+    d.put("stage.algorithm.weighting", weighting, "train.awm_weighting")
+    if weighting == "ghuber":
+        d.put("stage.algorithm.ghuber_power", s["train.ghuber_power"], "train.ghuber_power")
+    else:
+        d.idle["train.ghuber_power"] = "it is ghuber's"
     d.put("stage.algorithm.off_policy", s["train.off_policy"], "train.off_policy")
     d.put("stage.algorithm.clip_range", _limit(s, "train.clip_range"), "train.clip_range")
     limit = _limit(s, "train.adv_clip_range")
@@ -210,7 +217,21 @@ def _awm(s: Settings, d: Draft) -> None:
     _advantages(s, d)
     d.put("stage.algorithm.beta", s["train.kl_beta"], "train.kl_beta")
     d.put("stage.algorithm.ema_beta", s["train.ema_kl_beta"], "train.ema_kl_beta")
-    d.put("stage.algorithm.kl_weighting", str(s["train.kl_weight"]).lower(), "train.kl_weight")
+    if s["train.kl_beta"] or s["train.ema_kl_beta"]:
+        d.put("stage.algorithm.kl_weighting", str(s["train.kl_weight"]).lower(), "train.kl_weight")
+    else:
+        d.idle["train.kl_weight"] = "kl_beta and ema_kl_beta are 0"
+    d.idle["train.kl_type"] = "the squared distance of velocities, as v-based"
+    _unread(s, d, "grpo", "pairs", "nft")
+    if not (s["train.ema_kl_beta"] or s["train.off_policy"]):
+        _ema(s, d)
+    else:
+        _moving(s, d)
+    _unread(s, d, "old")
+
+
+def _moving(s: Settings, d: Draft) -> None:
+    """Write how AWM's old policy moves."""
     d.put("stage.algorithm.kl_ema_decay", s["train.ema_decay"], "train.ema_decay")
     linear = s["train.ema_decay_schedule"] == "linear"
     kind = "linear" if linear else "constant"
@@ -219,8 +240,6 @@ def _awm(s: Settings, d: Draft) -> None:
         words = "linear is min(0.001 t, kl_ema_decay) after t steps; there it rises over warmup_steps"
         d.lost["train.warmup_steps"] = words
     d.idle["train.ema_update_interval"] = "the old policy moves after each batch"
-    d.idle["train.kl_type"] = "the squared distance of velocities, as v-based"
-    _unread(s, d, "grpo", "pairs", "nft", "old")
 
 
 def _dpo(s: Settings, d: Draft) -> None:
