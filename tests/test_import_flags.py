@@ -2,9 +2,10 @@
 
 import json
 import math
+import re
 
 import pytest
-from forked import posttrain
+from forked import ROOT, posttrain
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -574,6 +575,20 @@ def same(read, value):
     if isinstance(value, dict):
         return list(read) == list(value) and all(same(read[k], value[k]) for k in value)
     return type(read) is type(value) and read == value
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_page_of_a_trainer_names_flags_that_it_has(trainer):
+    page = re.sub(r"^```.*?^```", "", (ROOT / "docs" / f"from-{trainer}.md").read_text(), flags=re.M | re.S)
+    heading = {"hy-soar": "Flags", "simpletuner": "Options"}.get(trainer, "Settings")
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## )", page, re.M | re.S)
+    table = TRAINERS[trainer].table
+    rows = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]
+    named = {flag.lstrip("-") for row in rows for flag in re.findall(r"`([^`]+)`", row)}
+    assert named
+    assert named <= set(table), named - set(table)
+    told_of = {word.lstrip("-").removeprefix("config.") for word in re.findall(r"`([^`]+)`", page)}
+    assert {name for name, flag in table.items() if flag.translated} - told_of == set()
 
 
 def test_a_bare_flag_is_for_switches_alone():

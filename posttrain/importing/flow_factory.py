@@ -126,9 +126,8 @@ def _data(s: Settings, d: Draft, *, images: bool) -> None:
     rows = any(_name(r) == "geneval" for r in _blocks(s["rewards"])) or is_file(f"{root}/train.jsonl")
     ending = "jsonl" if rows or images else "txt"
     if images:
-        d.put(
-            "stage.data.images", f"{root}/train.jsonl", flag, note="its columns: image_column, caption_column"
-        )
+        d.put("stage.data.images", f"{root}/train.jsonl", flag)
+        d.lost[flag] = "records of input and output are not read: write rows of image and caption"
         d.put("stage.data.resolution", _side(s, "train.resolution"), "train.resolution")
         return
     d.put("stage.data.prompts", f"{root}/train.{ending}", flag)

@@ -28,6 +28,7 @@ TABLE: dict[str, Flag] = {
     "data.preprocessing_batch_size": Flag("any", idle=_CACHE),
     "data.dataloader_num_workers": Flag("any", idle=_FREE),
     "data.enable_preprocess": Flag("any", idle=_CACHE),
+    "data.preprocess_parallelism": Flag("any", idle=_CACHE),
     "data.force_reprocess": Flag("any", idle="posttrain cache clear empties the cache"),
     "data.cache_dir": Flag(idle=_CACHE),
     "data.max_dataset_size": Flag("int", nearest="cut the file of prompts"),
