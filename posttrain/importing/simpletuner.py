@@ -42,10 +42,10 @@ MODELS = {
 }
 """Family -> our type, and the weights of each flavour, the default first."""
 DIFFERS = (
-    "latents are drawn anew from the encoder in each step; there the cached latents are one draw",
+    "latents are drawn anew in each step; there encoded latents are cached and read in each epoch",
     "a step's times are drawn for each sample; there from a segment of the schedule for each of the batch",
     "an image comes once in an epoch; repeats and probabilities of data sets are a column weight in the list",
-    "the transformer's trained weights and AdamW's moments are float32; adamw_bf16 keeps them in bf16",
+    "trained weights and AdamW's moments are float32; adamw_bf16 trains weights in bf16",
 )
 
 
