@@ -1,17 +1,19 @@
 """Commands and configurations of other trainers become recipes; what they say survives, or is told."""
 
+import contextlib
 import json
 import math
 import re
 
 import pytest
 from forked import ROOT, posttrain
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.draft import text_of
-from posttrain.importing.flags import BARE
+from posttrain.importing.command_line import parsed
+from posttrain.importing.draft import Draft, text_of
+from posttrain.importing.flags import BARE, Settings
 from posttrain.importing.trainers import TRAINERS, translate
 from posttrain.recipe.file import load_recipe, parse_recipe
 from posttrain.recipe.positions import parse
@@ -565,6 +567,36 @@ plain = st.one_of(
 def test_a_value_is_written_as_yaml_that_reads_alike(value):
     read = parse(f"value: {text_of(value)}", "text").data["value"]
     assert same(read, value)
+
+
+ODD = st.one_of(
+    st.sampled_from([0, -1, 1, 2, 0.5, 1e308, True, False, "", "x", "none", "1", ": #", None]),
+    st.lists(st.sampled_from([0, -5, 5, "a", None, {}, 0.1]), max_size=2),
+    st.dictionaries(st.sampled_from(["a", "reward_model", "dataset_dir", "train", "learning_rate", "betas"]),
+                    st.sampled_from([1, "x", None, []]), max_size=2),
+).flatmap(lambda value: st.sampled_from([value, [value]]))  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_no_value_of_a_flag_ends_in_a_traceback(trainer, data):
+    known = TRAINERS[trainer]
+    values = Settings(known.title, known.prefix, known.table)
+    names = data.draw(st.sampled_from(VARIANTS.get(trainer, [{}])))
+    pairs = [
+        (name.removeprefix("config."), value)
+        for name, value in parsed(filled(STARTS[trainer], names), "").flags
+    ]
+    if known.published:
+        pairs = [*known.published[pairs[0][1].partition(":")[2]][1].items()]
+    pairs += data.draw(st.lists(st.tuples(st.sampled_from(sorted(known.table)), ODD), min_size=1, max_size=3))
+    draft = Draft(values)
+    with contextlib.suppress(PosttrainError):
+        for name, value in pairs:
+            values.give(name, value)
+        known.build(values, draft, "", data.draw(st.sampled_from([1, 3, 8])))
+        parse_recipe(draft.yaml("odd"), "recipe", checks=False)
 
 
 def same(read, value):

@@ -40,6 +40,8 @@ class Flag:
     """If posttrain has no counterpart: what comes nearest."""
     off: tuple[Any, ...] = (None, False, 0, "", "none", "no")
     """Values with which a flag without counterpart does nothing."""
+    least: int | None = None
+    """The least that a number may be."""
 
     @property
     def translated(self) -> bool:
@@ -92,6 +94,13 @@ class Settings:
         """The error of a flag whose value cannot be used."""
         return PosttrainError(f"{self.spelled(name)} {_short(self[name])}: {why}")
 
+    def number(self, name: str, value: Any) -> float:
+        """``value``, a part of the flag's value, as a number. Raises PosttrainError."""
+        read = _number(value, "float")
+        if read is _FAILED:
+            raise self.refused(name, f"{shown(value)} is no number")
+        return float(read)
+
     def hints(self) -> Iterator[str]:
         """A line for each unknown flag."""
         for name, value in self.unknown.items():
@@ -104,6 +113,10 @@ class Settings:
         if read is _FAILED:
             what = "needs a value" if value is BARE else f"is {WORDS[flag.kind]}, not {shown(value)}"
             raise PosttrainError(f"{self.trainer}: {self.spelled(name)} {what}")
+        if flag.least is not None and read is not None and read < flag.least:
+            raise PosttrainError(
+                f"{self.trainer}: {self.spelled(name)} is {flag.least} or more, not {shown(read)}"
+            )
         if flag.choices and read is not None and read not in flag.choices:
             known = ", ".join(flag.choices)
             hint = meant(read, flag.choices)
@@ -121,7 +134,8 @@ def _value(flag: Flag, value: Any) -> Any:
     if value is BARE:
         return True if flag.kind == "bool" else _FAILED
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-        return None
+        needed = flag.kind in ("int", "float", "bool", "list") or flag.choices
+        return _FAILED if needed and flag.default is not None else None
     if flag.kind == "any":
         return _literal(value)
     if flag.kind == "text":

@@ -14,9 +14,10 @@ from typing import Any
 from posttrain.errors import PosttrainError
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Settings
-from posttrain.importing.flow_factory_algorithms import ALGORITHMS, top_of
+from posttrain.importing.flow_factory_algorithms import ALGORITHMS
 from posttrain.importing.flow_factory_flags import BLOCKS, TABLE
-from posttrain.importing.group_rl import STEPS, put_rewards
+from posttrain.importing.flow_factory_steps import blocks_of, put_offline_steps, put_optimizer, put_steps
+from posttrain.importing.group_rl import put_rewards
 from posttrain.importing.models import named, put_model, put_precision, put_tracker
 from posttrain.support.paths import is_file
 from posttrain.support.spelling import meant
@@ -79,11 +80,11 @@ def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
     algorithm.put(s, d)
     _data(s, d, images=algorithm.ours == "sft")
     if algorithm.ours == "sft":
-        _offline_steps(s, d, count)
+        put_offline_steps(s, d, count)
     else:
         _rewards(s, d)
-        _steps(s, d, count, pairs=algorithm.ours == "dpo_online")
-    _optimizer(s, d)
+        put_steps(s, d, count, pairs=algorithm.ours == "dpo_online")
+    put_optimizer(s, d)
     d.differs += DIFFERS
 
 
@@ -120,14 +121,15 @@ def _data(s: Settings, d: Draft, *, images: bool) -> None:
         folder = first["dataset_dir"]
         if len(sources) > 1:
             d.lost[flag] = "a stage has one file of prompts: join the files, or make a stage of each"
-        elif any((first.get("train") or {}).get(key) for key in ("max_dataset_size",)):
+        elif isinstance(first.get("train"), Mapping) and first["train"].get("max_dataset_size"):
             d.lost[flag] = "max_dataset_size: cut the file of prompts"
     root = PurePosixPath(str(folder))
-    rows = any(_name(r) == "geneval" for r in _blocks(s["rewards"])) or is_file(f"{root}/train.jsonl")
+    rows = any(_name(r) == "geneval" for r in blocks_of(s["rewards"])) or is_file(f"{root}/train.jsonl")
     ending = "jsonl" if rows or images else "txt"
     if images:
         d.put("stage.data.images", f"{root}/train.jsonl", flag)
-        d.lost[flag] = "records of input and output are not read: write rows of image and caption"
+        words = "records of input and output are not read: write rows of image and caption"
+        d.lost[flag] = "; ".join(filter(None, (d.lost.get(flag), words)))
         d.put("stage.data.resolution", _side(s, "train.resolution"), "train.resolution")
         return
     d.put("stage.data.prompts", f"{root}/train.{ending}", flag)
@@ -138,13 +140,12 @@ def _data(s: Settings, d: Draft, *, images: bool) -> None:
 def _side(s: Settings, flag: str) -> int:
     value = s[flag]
     sides = value if isinstance(value, list) else [value]
-    if not sides or len({*sides[:2]}) != 1 or isinstance(sides[0], bool) or not isinstance(sides[0], int):
+    if (
+        not all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+        or len({*sides[:2]}) != 1
+    ):
         raise s.refused(flag, "sampled images are square here: give one whole number")
     return sides[0]
-
-
-def _blocks(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value] if value else []
 
 
 def _name(block: Any) -> str:
@@ -153,7 +154,7 @@ def _name(block: Any) -> str:
 
 def _rewards(s: Settings, d: Draft) -> None:
     weights: dict[str, object] = {}
-    for block in _blocks(s["rewards"]):
+    for block in blocks_of(s["rewards"]):
         if not (name := _name(block)):
             raise s.refused("rewards", "a reward has no reward_model")
         weights[name.rsplit(".", 1)[-1]] = block.get("weight", 1.0)
@@ -165,7 +166,9 @@ def _rewards(s: Settings, d: Draft) -> None:
         d.put("evaluation.rewards", ours, "rewards")
     else:
         put_rewards(
-            d, {_name(block).rsplit(".", 1)[-1]: 1.0 for block in _blocks(s["eval_rewards"])}, "eval_rewards"
+            d,
+            {_name(block).rsplit(".", 1)[-1]: 1.0 for block in blocks_of(s["eval_rewards"])},
+            "eval_rewards",
         )
         d.fields.pop("eval_rewards", None)
         d.put("evaluation.rewards", list(d.stage["rewards"].value), "eval_rewards")
@@ -176,80 +179,3 @@ def _rewards(s: Settings, d: Draft) -> None:
     d.put("evaluation.batch_size", s["eval.per_device_batch_size"], "eval.per_device_batch_size")
     d.put("evaluation.seed", s["train.seed"] if s["eval.seed"] is None else s["eval.seed"], "eval.seed")
     d.put("evaluation.precision", "fp32" if s["mixed_precision"] == "no" else "bf16", "mixed_precision")
-
-
-def _steps(s: Settings, d: Draft, processes: int, *, pairs: bool) -> None:
-    group, prompts, each = (
-        s["train.group_size"],
-        s["train.unique_sample_num_per_epoch"],
-        s["train.per_device_batch_size"],
-    )
-    total = group * prompts
-    names = ("train.unique_sample_num_per_epoch", "train.group_size")
-    d.put("stage.train.batch_size", total, *names, note=f"{prompts} prompts x {group}")
-    batches = (prompts if pairs else total) // (processes * each)
-    if s["train.gradient_accumulation_steps"] == "auto":
-        updates = min(s["train.gradient_step_per_epoch"], max(batches, 1))
-        d.put("stage.train.steps_per_batch", updates, "train.gradient_step_per_epoch")
-        d.idle["train.gradient_accumulation_steps"] = "auto: gradient_step_per_epoch says it"
-        d.idle["num_processes"] = "a batch is counted over all processes"
-    else:
-        accumulated = s["train.gradient_accumulation_steps"]
-        if isinstance(accumulated, bool) or not isinstance(accumulated, int) or accumulated < 1:
-            raise s.refused("train.gradient_accumulation_steps", "auto, or a whole number of 1 or more")
-        updates = max(1, batches // accumulated)
-        names = ("train.gradient_accumulation_steps", "train.per_device_batch_size", "num_processes")
-        d.put("stage.train.steps_per_batch", updates, *names)
-        d.idle["train.gradient_step_per_epoch"] = "gradient_accumulation_steps says it"
-    _counted(s, d, updates)
-
-
-def _counted(s: Settings, d: Draft, updates: int) -> None:
-    """Write steps and intervals, which Flow-Factory counts in epochs of ``updates`` steps."""
-    epochs = s["train.max_epochs"]
-    if epochs is None or epochs < 0:
-        d.put(
-            "stage.train.steps",
-            STEPS // updates * updates,
-            note="ours: Flow-Factory runs until it is stopped. It may grow",
-        )
-    else:
-        d.put("stage.train.steps", max(epochs, 1) * updates, "train.max_epochs", note=f"{epochs} x {updates}")
-    if s["log.save_freq"]:
-        d.put("stage.train.checkpoint_every", s["log.save_freq"] * updates, "log.save_freq")
-        d.put("stage.train.sample_every", s["log.save_freq"] * updates, "log.save_freq")
-    if s["eval.eval_freq"]:
-        d.put("stage.monitor.every", s["eval.eval_freq"] * updates, "eval.eval_freq")
-
-
-def _offline_steps(s: Settings, d: Draft, processes: int) -> None:
-    accumulated = s["train.gradient_accumulation_steps"]
-    accumulated = 1 if accumulated == "auto" else int(accumulated)
-    each = s["train.per_device_batch_size"]
-    sizes = f"{each} x {accumulated} x {processes} processes"
-    names = ("train.per_device_batch_size", "train.gradient_accumulation_steps", "num_processes")
-    d.put("stage.train.batch_size", each * accumulated * processes, *names, note=sizes)
-    d.put("stage.train.steps", 1000, note="ours: max_epochs x images / batch_size")
-    if "train.max_epochs" in s:
-        d.lost["train.max_epochs"] = "posttrain counts steps: epochs x images / batch_size"
-
-
-def _optimizer(s: Settings, d: Draft) -> None:
-    first = top_of(s)
-    for field, key, old in (
-        ("learning_rate", "learning_rate", "train.learning_rate"),
-        ("weight_decay", "weight_decay", "train.adam_weight_decay"),
-        ("betas", "betas", "train.adam_betas"),
-        ("eps", "eps", "train.adam_epsilon"),
-        ("max_grad_norm", "max_grad_norm", "train.max_grad_norm"),
-    ):
-        flag = "optimizers" if key in first else old
-        value = first.get(key, s[old])
-        value = [float(v) for v in value] if key == "betas" else float(value)
-        d.put(f"stage.train.{field}", value, flag)
-    if len(_blocks(s["optimizers"])) > 1:
-        d.lost["optimizers"] = "a stage has one optimizer: the first is taken"
-    d.put("stage.train.micro_batch", "auto", note="ours: changes rounding only")
-    on = s["train.enable_gradient_checkpointing"]
-    checkpointing = "off" if on is False or on == "none" else "full" if on is True else "auto"
-    d.put("stage.train.gradient_checkpointing", checkpointing, "train.enable_gradient_checkpointing")

@@ -14,7 +14,7 @@ _TIMES = ("uniform", "logit_normal", "discrete", "discrete_with_init", "discrete
 TABLE: dict[str, Flag] = {
     "launcher": Flag(idle=_LAUNCH),
     "config_file": Flag(idle="parallel: auto, ddp, fsdp2 or deepspeed train the same"),
-    "num_processes": Flag("int", 1),
+    "num_processes": Flag("int", 1, least=1),
     "main_process_port": Flag("any", idle=_LAUNCH),
     "mixed_precision": Flag(default="bf16", choices=("no", "fp16", "bf16")),
     "rewards": Flag("any"),
@@ -37,7 +37,7 @@ TABLE: dict[str, Flag] = {
     "model.model_name_or_path": Flag(default="black-forest-labs/FLUX.1-dev"),
     "model.model_type": Flag(default="flux1"),
     "model.finetune_type": Flag(default="full", choices=("full", "lora")),
-    "model.lora_rank": Flag("int", 8),
+    "model.lora_rank": Flag("int", 8, least=1),
     "model.lora_alpha": Flag("float"),
     "model.target_modules": Flag("any", "all"),
     "model.target_components": Flag(
@@ -63,15 +63,15 @@ TABLE: dict[str, Flag] = {
     "train.frame_rate": Flag("float", nearest="only images are trained"),
     "train.max_epochs": Flag("int"),
     "train.per_device_batch_size": Flag(
-        "int", 1, idle="a micro-batch, which changes rounding only: micro_batch: auto"
+        "int", 1, least=1, idle="a micro-batch, which changes rounding only: micro_batch: auto"
     ),
-    "train.gradient_step_per_epoch": Flag("int", 2),
+    "train.gradient_step_per_epoch": Flag("int", 2, least=1),
     "train.gradient_accumulation_steps": Flag("any", "auto"),
     "train.num_inner_epochs": Flag("int", 1, nearest="a batch is trained once", off=(1,)),
     "train.max_grad_norm": Flag("float", 1.0),
-    "train.group_size": Flag("int", 1),
-    "train.unique_sample_num_per_epoch": Flag("int", 8),
-    "train.num_inference_steps": Flag("int", 10),
+    "train.group_size": Flag("int", 1, least=1),
+    "train.unique_sample_num_per_epoch": Flag("int", 8, least=1),
+    "train.num_inference_steps": Flag("int", 10, least=1),
     "train.guidance_scale": Flag("float", 3.5),
     "train.ref_param_device": Flag(idle=_FREE),
     "train.seed": Flag("int", 42),
@@ -119,7 +119,7 @@ TABLE: dict[str, Flag] = {
     "train.logit_std": Flag("float", 1.0),
     "scheduler.dynamics_type": Flag(default="Flow-SDE", choices=("Flow-SDE", "Dance-SDE", "CPS", "ODE")),
     "scheduler.noise_level": Flag("float", 0.7),
-    "scheduler.num_sde_steps": Flag("int", 1),
+    "scheduler.num_sde_steps": Flag("int", 1, least=1),
     "scheduler.sde_steps": Flag("list"),
     "scheduler.seed": Flag("int", idle="all draws are functions of the recipe's seed"),
     "eval.resolution": Flag("any", 1024),
@@ -130,7 +130,7 @@ TABLE: dict[str, Flag] = {
     "eval.per_device_batch_size": Flag("int", 1),
     "eval.seed": Flag("int"),
     "eval.guidance_scale": Flag("float", 3.5),
-    "eval.num_inference_steps": Flag("int", 30),
+    "eval.num_inference_steps": Flag("int", 30, least=1),
     "eval.eval_freq": Flag("int", 10),
 }
 OTHERS: dict[str, tuple[str, ...]] = {

@@ -137,7 +137,10 @@ def _window(s: Settings, d: Draft, script: str) -> None:
     size, steps = "sample.sde_window_size", s["sample.num_steps"]
     reads = bool(WINDOWED.search(script)) if script else size in s
     if reads and s[size]:
-        first, end = (int(edge) for edge in (s["sample.sde_window_range"] or [0, steps - 1])[:2])
+        edges = s["sample.sde_window_range"] or [0, steps - 1]
+        if len(edges) != 2 or not all(isinstance(edge, int) for edge in edges):
+            raise s.refused("sample.sde_window_range", "two whole numbers")
+        first, end = edges
         end = min(end, steps - 1)
         d.put("stage.algorithm.sde_window_size", s[size], size)
         d.put("stage.algorithm.sde_window_range", [first, end], "sample.sde_window_range")
@@ -145,6 +148,8 @@ def _window(s: Settings, d: Draft, script: str) -> None:
         d.differs.append("the window is drawn once for each batch; there for each process and rollout")
         return
     fraction = s["train.timestep_fraction"]
+    if not 0 < fraction <= 1:
+        raise s.refused("train.timestep_fraction", "a number above 0, 1 at most")
     if int(steps * fraction) > steps - 1:
         words = "the last step, to sigma 0, is never trained here: its density is too narrow"
         d.near("stage.algorithm.timestep_fraction", 0.99, "train.timestep_fraction", words)

@@ -36,16 +36,16 @@ COMMON: dict[str, Flag] = {
     "allow_tf32": Flag("bool", True),
     "use_lora": Flag("bool", True),
     "dataset": Flag(default=""),
-    "resolution": Flag("int", 768),
+    "resolution": Flag("int", 768, least=1),
     "pretrained.model": Flag(),
     "pretrained.revision": Flag(),
-    "sample.num_steps": Flag("int", 40),
-    "sample.eval_num_steps": Flag("int", 40),
+    "sample.num_steps": Flag("int", 40, least=1),
+    "sample.eval_num_steps": Flag("int", 40, least=1),
     "sample.guidance_scale": Flag("float", 4.5),
-    "sample.train_batch_size": Flag("int", 1),
-    "sample.num_image_per_prompt": Flag("int", 1),
+    "sample.train_batch_size": Flag("int", 1, least=1),
+    "sample.num_image_per_prompt": Flag("int", 1, least=1),
     "sample.test_batch_size": Flag("int", 1),
-    "sample.num_batches_per_epoch": Flag("int", 2),
+    "sample.num_batches_per_epoch": Flag("int", 2, least=1),
     "sample.global_std": Flag("bool", True),
     "train.batch_size": Flag(
         "int", 1, idle="it is a micro-batch, which changes rounding only: micro_batch: auto"
@@ -55,7 +55,7 @@ COMMON: dict[str, Flag] = {
     "train.adam_beta2": Flag("float", 0.999),
     "train.adam_weight_decay": Flag("float", 1e-4),
     "train.adam_epsilon": Flag("float", 1e-8),
-    "train.gradient_accumulation_steps": Flag("int", 1),
+    "train.gradient_accumulation_steps": Flag("int", 1, least=1),
     "train.max_grad_norm": Flag("float", 1.0),
     "train.num_inner_epochs": Flag(
         "int", 1, nearest="a batch is trained once; more steps_per_batch use it in parts", off=(1,)

@@ -37,10 +37,10 @@ TABLE: dict[str, Flag] = {
             "without data.resolution"
         ),
     ),
-    "train_batch_size": Flag("int", 4),
+    "train_batch_size": Flag("int", 4, least=1),
     "num_train_epochs": Flag("int", 1),
     "max_train_steps": Flag("int"),
-    "gradient_accumulation_steps": Flag("int", 1),
+    "gradient_accumulation_steps": Flag("int", 1, least=1),
     "gradient_checkpointing": Flag("bool", False),
     "learning_rate": Flag("float", 2e-5),
     "scale_lr": Flag("bool", False),
@@ -105,7 +105,7 @@ DIFFERS = (
 def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
     """Write the recipe of the flags ``s``. Raises PosttrainError."""
     del script
-    d.put("name", named(PurePosixPath(s["output_dir"]).name, "hy-soar"), "output_dir")
+    d.put("name", named(PurePosixPath(s["output_dir"] or "").name, "hy-soar"), "output_dir")
     if s["seed"] is not None:
         d.put("seed", s["seed"], "seed")
     d.put("tf32", s["allow_tf32"], "allow_tf32")

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.command_line import parsed
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Settings
 from posttrain.importing.models import named, put_model, put_precision, put_tracker
-from posttrain.importing.simpletuner_flags import ENVIRONMENT, EXTRA, SHELL, SWITCHES, TABLE
+from posttrain.importing.simpletuner_files import from_environment, from_json
+from posttrain.importing.simpletuner_flags import TABLE
 from posttrain.importing.simpletuner_training import put_training
 
 __all__ = ["NAME", "PREFIX", "SCRIPTS", "TABLE", "build", "from_environment", "from_json"]
@@ -49,36 +47,10 @@ DIFFERS = (
 )
 
 
-def from_json(text: str, file: str) -> Iterator[tuple[str, Any]]:
-    """The options of a config.json, with or without dashes."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PosttrainError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise PosttrainError(f"{file} is no mapping of options to values")
-    for key, value in data.items():
-        yield key.lstrip("-"), value
-
-
-def from_environment(variables: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """The options of a config.env."""
-    for name, value in variables.items():
-        if name in ENVIRONMENT:
-            yield ENVIRONMENT[name], value
-        elif name in SWITCHES:
-            if value.lower() in ("true", "1"):
-                yield "model_family", SWITCHES[name]
-        elif name in EXTRA:
-            yield from parsed(shlex.split(value), "SimpleTuner").flags
-        elif name not in SHELL:
-            yield name, value
-
-
 def build(s: Settings, d: Draft, script: str, processes: int | None, near: Path | None = None) -> None:
     """Write the recipe of the options ``s``, which are from the file ``near``. Raises PosttrainError."""
     del script
-    d.put("name", named(PurePosixPath(s["output_dir"]).name, "simpletuner"), "output_dir")
+    d.put("name", named(PurePosixPath(s["output_dir"] or "").name, "simpletuner"), "output_dir")
     if s["seed"] is not None and s["seed"] >= 0:
         d.put("seed", s["seed"], "seed")
     d.put(
@@ -216,10 +188,10 @@ def _data(s: Settings, d: Draft, near: Path | None) -> None:
     else:
         name = "caption_strategy" if "caption_strategy" in s else flag
         d.lost[name] = f"caption_strategy {strategy}: give captions in .txt files or a column (docs: Data)"
-    kind, side = (
-        block.get("resolution_type", s["resolution_type"]),
-        float(block.get("resolution", s["resolution"])),
-    )
+    kind = block.get("resolution_type", s["resolution_type"])
+    side = s.number(flag, block.get("resolution", s["resolution"]))
+    if side <= 0:
+        raise s.refused(flag if "resolution" in block else "resolution", "a number above 0")
     pixels = round((side * 1e6) ** 0.5 / 64) * 64 if kind == "area" else round(side)
     names = [flag] if "resolution" in block else ["resolution"]
     d.put("stage.data.resolution", pixels, *names, note="megapixels" if kind == "area" else "")
