@@ -13,6 +13,7 @@ from posttrain.cli import cache as cli_cache
 from posttrain.cli import catalogue as cli_catalogue
 from posttrain.cli import evaluate as cli_eval
 from posttrain.cli import export as cli_export
+from posttrain.cli import import_flags as cli_import
 from posttrain.cli import plan as cli_plan
 from posttrain.cli import report as cli_report
 from posttrain.cli import rewards as cli_rewards
@@ -205,6 +206,7 @@ app.command("eval")(cli_eval.evaluate_model)
 app.command("compare")(cli_eval.compare_evaluations)
 app.command("status")(cli_status.show_status)
 app.command("export")(cli_export.export_stage)
+app.command("import-flags")(cli_import.import_flags)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(shapes_app, name="shapes")
 app.command("report")(cli_report.write_reports)

@@ -1,0 +1,126 @@
+"""Reads a command line, or the shell script that holds it: launcher, training script, flags, variables."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from posttrain.errors import PosttrainError
+from posttrain.importing.flags import BARE
+
+NUMBER = re.compile(r"-?\.?\d")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_SEPARATORS = ("&&", "||", ";", "|", "&")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A training command, taken apart."""
+
+    flags: list[tuple[str, object]]
+    """The training script's flags, without dashes, and their values."""
+    script: str = ""
+    """The training script or module; empty if only flags were given."""
+    processes: int | None = None
+    """Processes of the launcher, over all machines; None if it does not say."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Shell variables that a script sets."""
+
+
+def parsed(words: Sequence[str], trainer: str) -> CommandLine:
+    """``words`` taken apart: those up to a script's name are the launcher's. Raises PosttrainError."""
+    at = _script_at(words)
+    launcher = dict(_flags(words[: at + 1 if at is not None else 0], trainer, strict=False))
+    script = words[at] if at is not None else ""
+    return CommandLine(_flags(words[at + 1 if at is not None else 0 :], trainer), script, _count(launcher))
+
+
+def from_script(text: str, file: str, trainer: str, scripts: re.Pattern[str]) -> CommandLine:
+    """The one command of a shell script that starts a training script of ``scripts``, or if it has none,
+    its variables alone. Raises PosttrainError if there are several."""
+    variables: dict[str, str] = {}
+    commands: list[list[str]] = []
+    for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise PosttrainError(f"{file}: command {number} cannot be read: {error}") from None
+        words = [_filled(word, variables) for word in words if word != "export"]
+        while words and (found := _ASSIGNMENT.fullmatch(words[0])):
+            variables[found[1]] = found[2]
+            words = words[1:]
+        commands += [c for c in _split(words) if any(scripts.search(word) for word in c)]
+    if len(commands) > 1:
+        raise PosttrainError(
+            f"{file} has {len(commands)} commands of {trainer}: give one of them after --, in "
+            f"place of the file"
+        )
+    if not commands:
+        return CommandLine([], variables=variables)
+    found = parsed(commands[0], trainer)
+    return CommandLine(found.flags, found.script, found.processes, variables)
+
+
+def _split(words: Sequence[str]) -> list[list[str]]:
+    commands: list[list[str]] = [[]]
+    for word in words:
+        if word in _SEPARATORS:
+            commands.append([])
+        else:
+            commands[-1].append(word.removesuffix(";"))
+    return commands
+
+
+def _filled(word: str, variables: Mapping[str, str]) -> str:
+    """``word`` with the variables that the script has set; others stay as they are written."""
+    return _VARIABLE.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
+
+
+def _script_at(words: Sequence[str]) -> int | None:
+    for i, word in enumerate(words):
+        if word == "-m" and i + 1 < len(words) and not words[i + 1].startswith(("torch.", "accelerate.")):
+            return i + 1
+        if word.endswith(".py") and (
+            i == 0 or not words[i - 1].startswith("--config") or "=" in words[i - 1]
+        ):
+            return i
+    return None
+
+
+def _flags(words: Sequence[str], trainer: str, *, strict: bool = True) -> list[tuple[str, object]]:
+    flags: list[tuple[str, object]] = []
+    i = 0
+    while i < len(words):
+        word = words[i]
+        i += 1
+        if not word.startswith("-") or NUMBER.match(word):
+            if strict:
+                raise PosttrainError(f"{trainer}: {word!r} belongs to no flag")
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        if equals:
+            flags.append((name, value))
+        elif i < len(words) and (not words[i].startswith("-") or NUMBER.match(words[i])):
+            flags.append((name, words[i]))
+            i += 1
+        else:
+            flags.append((name, BARE))
+    return flags
+
+
+def _count(launcher: Mapping[str, object]) -> int | None:
+    """Processes by the flags of torchrun or accelerate launch."""
+    names = {name.replace("-", "_"): value for name, value in launcher.items()}
+
+    def number(name: str) -> int | None:
+        value = str(names.get(name, ""))
+        return int(value) if value.isascii() and value.isdigit() and int(value) else None
+
+    if (total := number("num_processes")) is not None:
+        return total
+    if (each := number("nproc_per_node")) is not None:
+        return each * (number("nnodes") or 1)
+    return None

@@ -1,0 +1,202 @@
+"""What Flow-GRPO's and DiffusionNFT's configurations share: groups of samples, rewards, prompts, LoRA."""
+
+from __future__ import annotations
+
+from posttrain.errors import PosttrainError
+from posttrain.importing.draft import Draft
+from posttrain.importing.flags import Flag, Settings
+from posttrain.importing.models import named
+
+STEPS = 10_000
+"""Optimizer steps where the other trainer runs until it is stopped."""
+ENDLESS = 100_000
+REWARDS = {
+    "geneval": "geneval",
+    "ocr": "ocr",
+    "pickscore": "pickscore",
+    "clipscore": "clipscore",
+    "clip": "clipscore",
+    "hpsv2": "hpsv2",
+    "aesthetic": "aesthetic",
+    "imagereward": "imagereward",
+    "unifiedreward": "unifiedreward",
+    "jpeg_compressibility": "jpeg_compressibility",
+    "jpeg_incompressibility": "jpeg_incompressibility",
+}
+"""Their name of a reward -> ours."""
+
+COMMON: dict[str, Flag] = {
+    "run_name": Flag(default=""),
+    "debug": Flag("bool", idle="posttrain has --debug for tracebacks"),
+    "num_epochs": Flag("int", ENDLESS),
+    "resume_from": Flag(idle="the same command goes on with an unfinished run"),
+    "seed": Flag("int", 42),
+    "logdir": Flag(idle="a run writes to runs/NAME"),
+    "save_dir": Flag(default=""),
+    "allow_tf32": Flag("bool", True),
+    "use_lora": Flag("bool", True),
+    "dataset": Flag(default=""),
+    "resolution": Flag("int", 768, least=1),
+    "pretrained.model": Flag(),
+    "pretrained.revision": Flag(),
+    "sample.num_steps": Flag("int", 40, least=1),
+    "sample.eval_num_steps": Flag("int", 40, least=1),
+    "sample.guidance_scale": Flag("float", 4.5),
+    "sample.train_batch_size": Flag("int", 1, least=1),
+    "sample.num_image_per_prompt": Flag("int", 1, least=1),
+    "sample.test_batch_size": Flag("int", 1),
+    "sample.num_batches_per_epoch": Flag("int", 2, least=1),
+    "sample.global_std": Flag("bool", True),
+    "train.batch_size": Flag(
+        "int", 1, idle="it is a micro-batch, which changes rounding only: micro_batch: auto"
+    ),
+    "train.learning_rate": Flag("float", 3e-4),
+    "train.adam_beta1": Flag("float", 0.9),
+    "train.adam_beta2": Flag("float", 0.999),
+    "train.adam_weight_decay": Flag("float", 1e-4),
+    "train.adam_epsilon": Flag("float", 1e-8),
+    "train.gradient_accumulation_steps": Flag("int", 1, least=1),
+    "train.max_grad_norm": Flag("float", 1.0),
+    "train.num_inner_epochs": Flag(
+        "int", 1, nearest="a batch is trained once; more steps_per_batch use it in parts", off=(1,)
+    ),
+    "train.adv_clip_max": Flag("float", 5.0),
+    "train.lora_path": Flag(),
+    "prompt_fn": Flag(default="general_ocr"),
+    "prompt_fn_kwargs": Flag("map", idle="prompts are read from a file"),
+    "reward_fn": Flag("map"),
+    "per_prompt_stat_tracking": Flag(
+        "bool", True, nearest="advantages are always those of a prompt's group", off=(True,)
+    ),
+}
+
+
+def put_geometry(draft: Draft, processes: int | None) -> int:
+    """Write batch and group sizes; returns the optimizer steps on one batch. Raises PosttrainError."""
+    s = draft.settings
+    if processes is None:
+        raise PosttrainError(
+            f"{s.trainer} counts a batch for each process: say how many there are with --processes N"
+        )
+    per_process, batches = s["sample.train_batch_size"], s["sample.num_batches_per_epoch"]
+    accumulated, group = s["train.gradient_accumulation_steps"], s["sample.num_image_per_prompt"]
+    total = per_process * batches * processes
+    draft.put(
+        "stage.train.batch_size",
+        total,
+        "sample.train_batch_size",
+        "sample.num_batches_per_epoch",
+        note=(
+            f"{per_process} x {batches} x {processes} processes = {total // max(group, 1)} groups of {group}"
+        ),
+    )
+    if accumulated < 1 or batches % accumulated:
+        raise s.refused(
+            "train.gradient_accumulation_steps",
+            f"must divide sample.num_batches_per_epoch, {batches}, into whole optimizer steps",
+        )
+    steps = batches // accumulated
+    draft.put(
+        "stage.train.steps_per_batch",
+        steps,
+        "train.gradient_accumulation_steps",
+        note=f"{batches} batches / {accumulated} accumulated",
+    )
+    return steps
+
+
+def put_steps(draft: Draft, per_batch: int) -> None:
+    """Write the number of optimizer steps, and what is counted in them."""
+    s = draft.settings
+    epochs, saved, read = s["num_epochs"], s["save_freq"], s["eval_freq"]
+    if epochs >= ENDLESS:
+        steps = STEPS // per_batch * per_batch
+        note = f"ours: {s.trainer} runs until it is stopped. It may grow later"
+        draft.put("stage.train.steps", steps, note=note)
+        draft.idle["num_epochs"] = "so many that the run is stopped by hand; 'steps' is ours"
+    else:
+        draft.put("stage.train.steps", epochs * per_batch, "num_epochs", note=f"{epochs} x {per_batch}")
+    for flag, value in (("save_freq", saved), ("eval_freq", read)):
+        if value < 1:
+            raise s.refused(flag, "a whole number of 1 or more")
+    draft.put("stage.train.checkpoint_every", saved * per_batch, "save_freq", note=f"{saved} x {per_batch}")
+    draft.put("stage.train.sample_every", saved * per_batch, "save_freq")
+    draft.put("stage.monitor.every", read * per_batch, "eval_freq", note=f"{read} x {per_batch}")
+    draft.put("stage.monitor.prompts", 64, note="ours")
+
+
+def put_tuning(draft: Draft) -> None:
+    """Write ``tune``: a LoRA of the sizes that the published training scripts have, or full tuning."""
+    s = draft.settings
+    if not s["use_lora"]:
+        draft.put("stage.tune.type", "full", "use_lora")
+        return
+    draft.put("stage.tune.type", "lora", "use_lora")
+    for field, value in (("rank", 32), ("alpha", 64), ("init", "gaussian")):
+        draft.put(f"stage.tune.{field}", value, note="as its training script has")
+    if s["train.lora_path"]:
+        path = s["train.lora_path"]
+        draft.put("stage.start_from", path if "/" in path else f"./{path}", "train.lora_path")
+        draft.differs.append(
+            "train.lora_path: the LoRA there is trained on; here it is merged and a new one begins, or kept "
+            "beside with tune.before: stack. It must be a stage's folder, or hold an adapter for diffusers"
+        )
+
+
+def put_optimizer(draft: Draft) -> None:
+    """Write learning rate, AdamW's settings and clipping."""
+    s = draft.settings
+    draft.put("stage.train.learning_rate", s["train.learning_rate"], "train.learning_rate")
+    betas = [s["train.adam_beta1"], s["train.adam_beta2"]]
+    draft.put("stage.train.betas", betas, "train.adam_beta1", "train.adam_beta2")
+    draft.put("stage.train.eps", s["train.adam_epsilon"], "train.adam_epsilon")
+    draft.put("stage.train.weight_decay", s["train.adam_weight_decay"], "train.adam_weight_decay")
+    draft.put("stage.train.max_grad_norm", s["train.max_grad_norm"], "train.max_grad_norm")
+
+
+def put_prompts_and_rewards(draft: Draft) -> None:
+    """Write the stage's data and rewards, and the evaluation's prompts and rewards."""
+    s = draft.settings
+    if not s["dataset"]:
+        raise PosttrainError(f"{s.trainer} needs {s.spelled('dataset')}, the folder of the prompts")
+    folder = str(s["dataset"]).rstrip("/")
+    metadata = s["prompt_fn"] == "geneval"
+    train, test = ("train_metadata.jsonl", "test_metadata.jsonl") if metadata else ("train.txt", "test.txt")
+    draft.put("stage.data.prompts", f"{folder}/{train}", "dataset", "prompt_fn")
+    draft.put("stage.data.resolution", s["resolution"], "resolution")
+    if s["prompt_fn"] not in ("geneval", "general_ocr"):
+        draft.lost["prompt_fn"] = "prompts are read from a text file or from JSONL with GenEval's metadata"
+    if not (rewards := s["reward_fn"]):
+        raise PosttrainError(f"{s.trainer} needs {s.spelled('reward_fn')}, such as {{'pickscore': 1.0}}")
+    put_rewards(draft, {str(name): weight for name, weight in rewards.items()}, "reward_fn")
+    draft.put("evaluation.prompts", f"{folder}/{test}", "dataset", "prompt_fn")
+    ours = [_ours(name) for name in rewards]
+    draft.put("evaluation.rewards", ours, "reward_fn")
+    draft.put("evaluation.resolution", s["resolution"], "resolution")
+
+
+def put_rewards(draft: Draft, rewards: dict[str, object], flag: str) -> None:
+    """Write the stage's rewards. One that posttrain lacks becomes a function that its user is to write."""
+    for name, weight in rewards.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise PosttrainError(
+                f"{draft.settings.spelled(flag)}: the weight of {name} is no number: {weight!r}"
+            )
+    draft.put("stage.rewards", {_ours(name): float(w) for name, w in rewards.items()}, flag)  # type: ignore[arg-type]
+    if missing := [name for name in rewards if name.lower() not in REWARDS]:
+        draft.lost[flag] = (
+            f"no reward {', '.join(missing)}: write my_rewards.py with a function of that name "
+            "(images, prompts, metadata) -> numbers, or serve one (posttrain serve-reward)"
+        )
+
+
+def _ours(name: str) -> str:
+    return (
+        REWARDS.get(name.lower()) or f"my_rewards:{named(name, 'reward').replace('-', '_').replace('.', '_')}"
+    )
+
+
+def recipe_name(settings: Settings, otherwise: str) -> str:
+    """The recipe's name: ``run_name``, else the last two parts of ``save_dir``."""
+    parts = [part for part in str(settings["save_dir"] or "").split("/") if part][-2:]
+    return named(str(settings["run_name"] or "") or "-".join(parts), otherwise)

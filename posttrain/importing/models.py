@@ -1,0 +1,112 @@
+"""The model block, the name and the tracker that other trainers' values for them come to."""
+
+from __future__ import annotations
+
+import re
+
+from posttrain.errors import PosttrainError
+from posttrain.importing.draft import Draft
+
+KINDS = (
+    (r"kontext|edit|wan|bagel|video|layered", ""),
+    (r"stable-?diffusion-?3|sd-?3", "sd3"),
+    (r"flux\W?2.*klein|flux2.klein", "flux2_klein"),
+    (r"flux\W?2", ""),
+    (r"flux", "flux"),
+    (r"qwen\W?image", "qwen_image"),
+    (r"sana", "sana"),
+    (r"z\W?image", "z_image"),
+    (r"aura\W?flow|lumina", "diffusers"),
+)
+"""What a name or path has -> our ``model.type``; an empty one is a model that posttrain cannot train."""
+TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "none": "none",
+}
+
+
+def kind_of(path: str) -> str | None:
+    """``model.type`` for a hub name or folder; None if the name does not say."""
+    for pattern, kind in KINDS:
+        if re.search(pattern, path, re.I):
+            return kind
+    return None
+
+
+def put_model(draft: Draft, path_flag: str, revision_flag: str = "", kind: str | None = None) -> str:
+    """Write ``model.type``, ``path`` and ``revision``; returns the type. Raises PosttrainError if posttrain
+    has no such model."""
+    settings = draft.settings
+    path = settings.needed(path_flag)
+    kind = kind or kind_of(path)
+    if not kind:
+        words = "is no model that posttrain trains" if kind == "" else "does not say which family it is of"
+        raise PosttrainError(
+            f"{settings.spelled(path_flag)} {path}: {words}; 'posttrain models' lists those that it trains"
+        )
+    draft.put("model.type", kind)
+    draft.put("model.path", path, path_flag)
+    if revision_flag and settings[revision_flag] not in (None, "", "main"):
+        draft.put("model.revision", settings[revision_flag], revision_flag)
+    elif revision_flag:
+        draft.idle[revision_flag] = "it is the hub's default"
+    return kind
+
+
+def put_precision(draft: Draft, flag: str) -> None:
+    """Write ``stage.train.precision`` and ``model.dtype`` for ``no``, ``fp16``, ``bf16`` or None."""
+    value = draft.settings[flag] or "no"
+    if value == "fp16":
+        words = "posttrain computes in bf16 or fp32; bf16 rounds more, and its range needs no loss scaling"
+        draft.near("stage.train.precision", "bf16", flag, words)
+        draft.put("model.dtype", "bf16", flag)
+        return
+    precision = "bf16" if value == "bf16" else "fp32"
+    draft.put("stage.train.precision", precision, flag)
+    draft.put("model.dtype", precision, flag)
+
+
+def put_tracker(draft: Draft, flag: str) -> None:
+    """Write ``tracker`` if posttrain knows the service."""
+    value = str(draft.settings[flag] or "none").lower()
+    if value in TRACKERS:
+        draft.put("tracker", TRACKERS[value], flag)
+    else:
+        draft.near(
+            "tracker", "tensorboard", flag, f"{value} is no tracker of posttrain: {', '.join(TRACKERS)}"
+        )
+
+
+def named(text: str, otherwise: str) -> str:
+    """``text`` as the name of a recipe: letters, digits, dots, dashes and underscores."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80].rstrip(".")
+    return name or otherwise
+
+
+SCHEDULES = {
+    "constant": "constant",
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant_with_warmup": "constant",
+}
+
+
+def put_schedule(draft: Draft, flag: str, warmup_flag: str, steps: int) -> None:
+    """Write ``schedule`` and ``warmup_steps``, as diffusers' and transformers' schedulers mean them."""
+    settings = draft.settings
+    value, warmup = settings[flag], settings[warmup_flag] or 0
+    if value in SCHEDULES:
+        draft.put("stage.train.schedule", SCHEDULES[value], flag)
+    else:
+        near = "cosine" if "cos" in str(value) or value == "sine" else "linear"
+        words = f"posttrain has constant, cosine and linear, which end at 0; {near} comes nearest to {value}"
+        draft.near("stage.train.schedule", near, flag, words)
+    if value == "constant" and warmup:
+        draft.idle[warmup_flag] = "the schedule constant has no warm-up there; here it would have"
+    elif warmup < steps:
+        draft.put("stage.train.warmup_steps", warmup, warmup_flag)
+    else:
+        raise settings.refused(warmup_flag, f"the warm-up must be shorter than the {steps} steps")
