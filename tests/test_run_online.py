@@ -14,6 +14,7 @@ from posttrain.engine.checkpoint_folder import saved
 from posttrain.engine.monitor import collapsed, hacking
 from posttrain.engine.tracker import read_metrics
 from posttrain.errors import RewardError, TrainingError
+from posttrain.stages.hooks import groups_alike
 
 LORA = "{type: lora, rank: 2, alpha: 4}"
 SOAR = "{type: soar, trajectory_length: 1}"
@@ -170,6 +171,23 @@ def test_a_stage_whose_groups_never_differ_is_an_error(tmp_path, brightness):
     brightness.score = lambda images, prompts, metadata: [1.0] * len(prompts)
     with pytest.raises(TrainingError, match="trained nothing: no group of samples had a spread"):
         run_quietly(recipe(online("rl")), tmp_path / "run")
+
+
+def test_a_stage_says_early_that_groups_do_not_differ(tmp_path, brightness, monkeypatch):
+    """Once, after as many batches in a row as are asked for; one that differs begins the count anew."""
+    monkeypatch.setattr(groups_alike, "BATCHES", 2)
+    spread, calls = [False, True, False, False, False], []
+
+    def score(images, prompts, metadata):
+        calls.append(None)
+        differs = spread[min(len(calls) - 1, 4)]
+        return [float(i) if differs else 1.0 for i in range(len(prompts))]
+
+    brightness.score = score
+    train = TRAIN.replace("steps: 4", "steps: 5").replace("steps_per_batch: 2", "steps_per_batch: 1")
+    said = " ".join(run_quietly(recipe(online("rl", train=train)), tmp_path / "run").split())
+    assert said.count("no two samples of a prompt had different rewards") == 1
+    assert "rl, step 4: in 2 batches no two samples" in said
 
 
 def test_held_out_scores_are_read_and_an_alarm_acts(tmp_path, brightness):

@@ -11,6 +11,7 @@ from posttrain.engine.tracker import Tracker
 from posttrain.errors import StepRefused
 from posttrain.stages.account import Clock
 from posttrain.stages.hooks.checkpoints import Checkpoints
+from posttrain.stages.hooks.groups_alike import GroupsAlike
 from posttrain.stages.hooks.held_out import HeldOut
 from posttrain.stages.hooks.hook import Hook
 from posttrain.stages.hooks.image_grids import ImageGrids
@@ -38,7 +39,8 @@ def hooks_of(training: Training, tracker: Tracker | None, bar: StageProgress, cl
     if stage.monitor is not None:
         assert recipe.evaluation is not None, "the recipe's validation requires it"
         hooks.append(HeldOut(training, stage.monitor, recipe.evaluation, tracker, checkpoints))
-    return [*hooks, checkpoints, Records(training, tracker, bar, clock), RefusedSteps(training)]
+    hooks += [checkpoints, Records(training, tracker, bar, clock), GroupsAlike(training)]
+    return [*hooks, RefusedSteps(training)]
 
 
 class StageWatch:
