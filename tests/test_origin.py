@@ -233,6 +233,21 @@ def test_a_run_without_a_finished_stage_is_refused(run, tmp_path):
     assert meaning_of(folder / "sft") is None
 
 
+def test_weights_of_another_family_are_refused_before_anything_is_loaded(tmp_path):
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    about = lora / "posttrain.json"
+    about.write_text(json.dumps({"model": {"type": "flux", "path": "x"}}))
+    with pytest.raises(RecipeError, match=r"stages\.0\.start_from .*model type 'flux', not of 'sd3'"):
+        recipe(stage("one", start_from=str(lora)))
+    for others in ({"model": {"type": "sd3"}}, {"model": 3}, {}):
+        about.write_text(json.dumps(others))
+        recipe(stage("one", start_from=str(lora)))
+    about.unlink()
+    recipe(stage("one", start_from=str(lora)))
+
+
 def test_prompts_of_a_recipe_that_are_gone_are_asked_for(run, tmp_path):
     folder = tmp_path / "moved"
     (folder / "sft" / "final").mkdir(parents=True)

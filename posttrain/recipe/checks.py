@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from posttrain.data.prompts import prompt_rows
 from posttrain.data.settings import PromptFile, ShapesPrompts
 from posttrain.engine.service import service_problem
-from posttrain.errors import DataError, RecipeError
+from posttrain.errors import DamagedError, DataError, RecipeError
 from posttrain.flow.sampling_settings import GUIDANCE
 from posttrain.optim.optimizers import problem as optimizer_problem
 from posttrain.policy.packed import problem as packing_problem
@@ -19,9 +19,10 @@ from posttrain.recipe.schema import Recipe, Stage
 from posttrain.recipe.suites import published_where
 from posttrain.registry import FieldPath, Spec
 from posttrain.support.paths import expanded, file_problem, folder_problem, is_file, is_path
+from posttrain.support.records import read_object
 from posttrain.support.spelling import meant
 from posttrain.support.wording import no_multiple
-from posttrain.weights.run_folders import is_run, last_stage, weights_folder
+from posttrain.weights.run_folders import DESCRIPTION, is_run, last_stage, weights_folder
 
 if TYPE_CHECKING:
     from posttrain.model import Model
@@ -61,12 +62,20 @@ class _ModelFacts:
     """Name -> shape of the transformer's weights."""
     sides: tuple[int, int | None] | None
     """What image sides must be multiples of, and the longest, in pixels."""
+    type: str | None
+    """The type of its artifacts; None for a model that builds one of another type, and for a class of the
+    user's, which may load what another one wrote."""
 
     @classmethod
     def of(cls, model: Model) -> _ModelFacts:
+        from posttrain.model import Model as Loadable
+
+        kind = type(model)
+        ours = kind.__module__.startswith("posttrain.") and kind.build is Loadable.build
+        own = model.type if ours else None
         if model.missing() is not None:
-            return cls(None, None)
-        return cls(model.transformer_shapes(), model.sides())
+            return cls(None, None, own)
+        return cls(model.transformer_shapes(), model.sides(), own)
 
 
 def _device(recipe: Recipe) -> Iterator[FieldProblem]:
@@ -111,7 +120,7 @@ def _stage(path: FieldPath, stage: Stage, model: _ModelFacts) -> Iterator[FieldP
     for field in ("start_from", "reference"):
         weights = getattr(stage, field)
         if weights is not None and is_path(weights):
-            yield from _weights((*path, field), expanded(weights))
+            yield from _weights((*path, field), expanded(weights), model)
     yield from _rewards((*path, "rewards"), stage.rewards)
     # the two fields that data classes share by name: see posttrain.data.family
     if isinstance(prompts := getattr(stage.data, "prompts", None), PromptFile | ShapesPrompts):
@@ -179,10 +188,20 @@ def _rewards(path: FieldPath, rewards: Sequence[Reward]) -> Iterator[FieldProble
             yield (*path, i), message
 
 
-def _weights(path: FieldPath, folder: Path) -> Iterator[FieldProblem]:
+def _weights(path: FieldPath, folder: Path, model: _ModelFacts) -> Iterator[FieldProblem]:
     if (message := folder_problem(folder)) is not None:
         yield path, message
     elif is_run(folder) and last_stage(folder) is None:
         yield path, f"{str(folder)!r} is a run of which no stage is finished"
     elif not any(any(weights_folder(folder).glob(name)) for name in WEIGHT_FILES):
         yield path, f"{str(folder)!r} holds no weights: none of {', '.join(WEIGHT_FILES)}"
+    elif (made_of := _type_of(weights_folder(folder))) not in (None, model.type) and model.type is not None:
+        yield path, f"{str(folder)!r} has weights of the model type {made_of!r}, not of {model.type!r}"
+
+
+def _type_of(folder: Path) -> str | None:
+    """The type of the model that a stage published in ``folder``; None if it does not say."""
+    try:
+        return read_object(folder / DESCRIPTION).get("model", {}).get("type")
+    except (DamagedError, AttributeError):  # loading tells what is damaged
+        return None

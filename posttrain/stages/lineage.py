@@ -20,10 +20,9 @@ from posttrain.recipe.variants import AnyModel
 from posttrain.support.paths import expanded, is_path
 from posttrain.support.records import read_object
 from posttrain.weights.fingerprints import Prints, by_component
-from posttrain.weights.run_folders import FINAL, last_stage, meaning_of, weights_folder
+from posttrain.weights.run_folders import DESCRIPTION, FINAL, last_stage, meaning_of, weights_folder
 from posttrain.weights.transformer import LORA
 
-DESCRIPTION = "posttrain.json"
 EXACT = "exact"
 """In a stage's folder: the float32 weights, where those of ``final`` are rounded."""
 

@@ -11,6 +11,8 @@ from posttrain.support.records import read_object
 FINAL, RUN, SUMMARY = "final", "run.json", "stage.json"
 """The folder that a finished stage publishes; in a run's folder, its description; in a finished stage's, what
 it cost."""
+DESCRIPTION = "posttrain.json"
+"""In what a stage publishes, the model that it is of, and what it was made from."""
 
 
 def weights_folder(folder: Path) -> Path:
