@@ -654,3 +654,26 @@ def test_the_command(tmp_path):
             "import-flags", "diffusion-nft", "config/nft.py:sd3_multi_reward", cwd=tmp_path
         ).stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        ("--sde_rollout_type cps --sde_noise_scale 0.3", ["--sde_noise_scale", "--sde_rollout_type"]),
+        ("--num_rollout_paths 3 --sde_rollout_type sde --sde_noise_scale 0.3", ["--sde_noise_scale"]),
+        ("--num_rollout_paths 3 --sde_rollout_type cps --sde_noise_scale 0.3", []),
+        (
+            "--weighting_scheme mode --logit_mean 0.2 --logit_std 2 --mode_scale 1",
+            ["--logit_mean", "--logit_std"],
+        ),
+        ("--mode_scale 1.0 --logit_mean 0.2", ["--mode_scale"]),
+    ],
+)
+def test_hy_soars_flags_that_do_nothing_are_told_and_left_out(words, idle):
+    found = translate("hy-soar", [*SHORT, *words.split()], 1)
+    told_idle = sorted(shown.split()[0] for shown, reason in found.idle if "no effect" in reason)
+    assert told_idle == idle
+    algorithm = parse_recipe(found.text, "recipe", checks=False).stages[0].algorithm
+    for flag, value in zip(words.split()[::2], words.split()[1::2], strict=True):
+        if flag not in idle:
+            assert str(getattr(algorithm, flag[2:])) in (value, f"{value}.0")

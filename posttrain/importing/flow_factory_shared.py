@@ -100,5 +100,8 @@ def put_density(s: Settings, d: Draft) -> None:
     """Write the density of the times."""
     uniform = s["train.weighting_scheme"] == "uniform"
     d.put("stage.algorithm.weighting_scheme", "none" if uniform else "logit_normal", "train.weighting_scheme")
-    d.put("stage.algorithm.logit_mean", s["train.logit_mean"], "train.logit_mean")
-    d.put("stage.algorithm.logit_std", s["train.logit_std"], "train.logit_std")
+    for name in ("logit_mean", "logit_std"):
+        if uniform:
+            d.idle[f"train.{name}"] = "no effect with train.weighting_scheme uniform"
+        else:
+            d.put(f"stage.algorithm.{name}", s[f"train.{name}"], f"train.{name}")

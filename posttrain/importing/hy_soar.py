@@ -115,8 +115,11 @@ def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
     d.put("stage.name", "soar")
     d.put("stage.tune.type", "full", note="HY-SOAR trains all weights")
     d.put("stage.algorithm.type", "soar")
+    without_effect = _without_effect(s)
+    d.idle |= without_effect
     for name in SAME:
-        d.put(f"stage.algorithm.{name}", s[name], name)
+        if name not in without_effect:
+            d.put(f"stage.algorithm.{name}", s[name], name)
     d.put("stage.algorithm.cond_dropout", s["cond_dropout_rate"], "cond_dropout_rate")
     if s["cond_dropout_rate"]:
         d.differs.append(
@@ -129,6 +132,22 @@ def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
     d.put("stage.data.workers", s["dataloader_num_workers"], "dataloader_num_workers")
     _training(s, d, processes)
     d.differs += DIFFERS
+
+
+def _without_effect(s: Settings) -> dict[str, str]:
+    """The flags that do nothing beside the others, which a recipe refuses, each with the reason."""
+    scheme, kind = s["weighting_scheme"], s["sde_rollout_type"]
+    found = {}
+    if scheme != "logit_normal":
+        found |= dict.fromkeys(("logit_mean", "logit_std"), f"no effect with --weighting_scheme {scheme}")
+    if scheme != "mode":
+        found["mode_scale"] = f"no effect with --weighting_scheme {scheme}"
+    if kind == "sde":
+        found["sde_noise_scale"] = "no effect with --sde_rollout_type sde"
+    if s["num_rollout_paths"] == 1:
+        one = "no effect with one rollout path, which is the ODE's"
+        found |= dict.fromkeys(("sde_rollout_type", "sde_noise_scale"), one)
+    return found
 
 
 def _training(s: Settings, d: Draft, processes: int | None) -> None:
