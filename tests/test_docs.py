@@ -25,6 +25,7 @@ RUN_TIME = (
     "checkpoints/",
     "evaluation/",
     "samples/",
+    "STAGE/",
 )
 """Folders that a run, its user, or the installation makes."""
 
@@ -70,12 +71,25 @@ def test_files_that_a_page_mentions_exist(page):
         assert known or any(path.endswith(f"/{mentioned}") for path in tracked), f"{names(page)}: {mentioned}"
 
 
+@pytest.mark.parametrize("page", WRITTEN, ids=names)
+def test_a_list_or_table_does_not_touch_the_block_before_it(page):
+    """On the site it would be one paragraph."""
+    inside, before = False, ""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if not inside and before.strip() == "```" and re.match(r"- |\d+\. |\|", line):
+            raise AssertionError(f"{names(page)}:{number}: an empty line is missing above {line[:40]!r}")
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        before = line
+
+
 OTHERS = {
     "stabilityai/stable-diffusion-3.5-medium",
     "posttrain/tiny-sd3",
     "mine.py",
+    "shapes/lenient",
 }
-"""Hub names, the shipped model's name, and files of a reader's own."""
+"""Hub names, the shipped model's name, files of a reader's own, and a score."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
