@@ -26,6 +26,7 @@ RUN_TIME = (
     "evaluation/",
     "samples/",
     "STAGE/",
+    "base/",
 )
 """Folders that a run, its user, or the installation makes."""
 

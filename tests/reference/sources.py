@@ -5,16 +5,16 @@ GRPO = "Flow-GRPO, `{}` of its `config/grpo.py`, which names no length: `steps` 
 NFT = "DiffusionNFT, `{}` of its `config/nft.py`; length {}"
 SOURCES = {
     "flux-soar-lora": f"{HY}; rank, scale and targets of Flow-GRPO's `train_flux.py`; learning rate of ai-toolkit's and kohya's"
-    " examples. Nobody has published SOAR on FLUX.1",
-    "flux2-klein-soar-lora": f"{HY}; rank, learning rate and layers of DiffSynth-Studio's `FLUX.2-klein-base-4B.sh`. Nobody has"
-    " published SOAR on FLUX.2",
+    " examples. We found no published run of SOAR on FLUX.1",
+    "flux2-klein-soar-lora": f"{HY}; rank, learning rate and layers of DiffSynth-Studio's `FLUX.2-klein-base-4B.sh`. We found"
+    " no published run of SOAR on FLUX.2",
     "quickstart": "ours, found by trying (figures in `README.md`)",
     "quickstart-rl": "ours, found by trying ([learning](learning.md#after-soar-quickstart-rl))",
     "qwen-image-grpo-pickscore": GRPO.format("pickscore_qwenimage"),
     "sana-sft-lora": "diffusers' `train_dreambooth_lora_sana.py` and its `README_sana.md`; `cond_dropout` is ours",
-    "sana-soar-lora": f"{HY}, with the LoRA of diffusers' `train_dreambooth_lora_sana.py` at a larger rank. Nobody has published"
+    "sana-soar-lora": f"{HY}, with the LoRA of diffusers' `train_dreambooth_lora_sana.py` at a larger rank. We found no published run of"
     " SOAR for SANA",
-    "sd35l-soar-lora": "those of `sd35m-soar-lora`, at 1024 px. Nobody has published SOAR for Large",
+    "sd35l-soar-lora": "those of `sd35m-soar-lora`, at 1024 px. We found no published run of SOAR for Large",
     "sd35m-awm-geneval": "AWM, `geneval_sd3_no_cfg_1node` of its repository at 12b1397; the recipe names each published field. Ours:"
     " bf16, the solver, `steps`",
     "sd35m-dpo-lora": "`beta` of the Diffusion-DPO paper for Stable Diffusion 1.5; steps, batch and learning rate are ours, and were"
@@ -32,14 +32,14 @@ SOURCES = {
     " `cond_dropout` and EMA are ours",
     "sd35m-soar": f"{HY}, as its README has them: 8 GPUs of 4 images",
     "sd35m-soar-lora": f"{HY}, with the LoRA of Flow-GRPO and DiffusionNFT, and a larger learning rate",
-    "sd35m-soar-then-grpo": "those of `sd35m-soar-lora`, then of `sd35m-grpo-pickscore`. Nobody has published the chain",
-    "sd35m-soar-then-nft": "those of `sd35m-soar-lora`, then of `sd35m-nft-pickscore`. Nobody has published the chain",
+    "sd35m-soar-then-grpo": "those of `sd35m-soar-lora`, then of `sd35m-grpo-pickscore`. We found no published run of the chain",
+    "sd35m-soar-then-nft": "those of `sd35m-soar-lora`, then of `sd35m-nft-pickscore`. We found no published run of the chain",
     "shapes-awm": "ours, found by trying ([learning](learning.md))",
     "shapes-dpo": "ours, found by trying ([learning](learning.md))",
     "shapes-grpo": "ours, found by trying ([learning](learning.md))",
     "shapes-nft": "ours, found by trying ([learning](learning.md))",
     "tiny-pretrain": "ours; it made the shipped model ([Shapes](shapes.md))",
-    "z-image-soar-lora": f"{HY}; rank, scale, targets and learning rate of DiffSynth-Studio's example. Nobody has published SOAR on"
+    "z-image-soar-lora": f"{HY}; rank, scale, targets and learning rate of DiffSynth-Studio's example. We found no published run of SOAR on"
     " Z-Image",
 }  # fmt: skip
 """As the comments of the recipe say, and the published configuration that it names. A recipe without an entry is
