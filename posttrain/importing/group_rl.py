@@ -168,10 +168,10 @@ def put_prompts_and_rewards(draft: Draft) -> None:
         draft.lost["prompt_fn"] = "prompts are read from a text file or from JSONL with GenEval's metadata"
     if not (rewards := s["reward_fn"]):
         raise PosttrainError(f"{s.trainer} needs {s.spelled('reward_fn')}, such as {{'pickscore': 1.0}}")
-    put_rewards(draft, {str(name): weight for name, weight in rewards.items()}, "reward_fn")
+    rewards = {str(name): weight for name, weight in rewards.items()}
+    put_rewards(draft, rewards, "reward_fn")
     draft.put("evaluation.prompts", f"{folder}/{test}", "dataset", "prompt_fn")
-    ours = [_ours(name) for name in rewards]
-    draft.put("evaluation.rewards", ours, "reward_fn")
+    draft.put("evaluation.rewards", list(draft.stage["rewards"].value), "reward_fn")
     draft.put("evaluation.resolution", s["resolution"], "resolution")
 
 
@@ -182,7 +182,12 @@ def put_rewards(draft: Draft, rewards: dict[str, object], flag: str) -> None:
             raise PosttrainError(
                 f"{draft.settings.spelled(flag)}: the weight of {name} is no number: {weight!r}"
             )
-    draft.put("stage.rewards", {_ours(name): float(w) for name, w in rewards.items()}, flag)  # type: ignore[arg-type]
+    weights: dict[str, float] = {}
+    for name, weight in rewards.items():
+        if (ours := _ours(name)) in weights and ours.startswith("my_rewards:"):
+            raise PosttrainError(f"{draft.settings.spelled(flag)}: two of the rewards are {ours} here")
+        weights[ours] = weights.get(ours, 0.0) + float(weight)  # type: ignore[arg-type]
+    draft.put("stage.rewards", weights, flag)
     if missing := [name for name in rewards if name.lower() not in REWARDS]:
         draft.lost[flag] = (
             f"no reward {', '.join(missing)}: write my_rewards.py with a function of that name "

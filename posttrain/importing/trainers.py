@@ -14,7 +14,7 @@ from posttrain.importing import diffusion_nft, flow_factory, flow_grpo, hy_soar,
 from posttrain.importing.command_line import CommandLine, from_script, parsed
 from posttrain.importing.config_file import ConfigFile
 from posttrain.importing.draft import Draft, value_of
-from posttrain.importing.flags import Flag, Settings
+from posttrain.importing.flags import BARE, Flag, Settings
 from posttrain.importing.published import DIFFUSION_NFT, FLOW_GRPO, Published
 from posttrain.recipe.checks import machine_problems
 from posttrain.recipe.file import parse_recipe
@@ -147,6 +147,8 @@ def _configured(
     trainer: Trainer, settings: Settings, file: Path | None, pairs: list[tuple[str, object]]
 ) -> tuple[list[tuple[str, object]], int | None]:
     """Read the configuration ``FILE.py:NAME``; returns the flags that override it, and its number of GPUs."""
+    if any(name == "config" and value is BARE for name, value in pairs):
+        raise PosttrainError(f"{trainer.title}: --config needs a value, such as config/grpo.py:NAME")
     named = [str(value) for name, value in pairs if name == "config"]
     place = named[-1] if named else str(file) if file is not None and ".py" in file.name else ""
     overrides = [(name.removeprefix("config."), value) for name, value in pairs if name != "config"]
