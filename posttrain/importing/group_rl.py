@@ -71,8 +71,9 @@ COMMON: dict[str, Flag] = {
 }
 
 
-def put_geometry(draft: Draft, processes: int | None) -> int:
-    """Write batch and group sizes; returns the optimizer steps on one batch. Raises PosttrainError."""
+def put_geometry(draft: Draft, processes: int | None, *, parts: bool = False) -> int:
+    """Write batch and group sizes; returns the optimizer steps on one batch. With ``parts`` a batch is
+    divided anew for training, into parts of ``train.batch_size``. Raises PosttrainError."""
     s = draft.settings
     if processes is None:
         raise PosttrainError(
@@ -90,16 +91,22 @@ def put_geometry(draft: Draft, processes: int | None) -> int:
             f"{per_process} x {batches} x {processes} processes = {total // max(group, 1)} groups of {group}"
         ),
     )
+    names, what = ["train.gradient_accumulation_steps"], "sample.num_batches_per_epoch"
+    if parts:
+        names, what = [*names, "train.batch_size"], "the micro-batches of train.batch_size"
+        if (each := s["train.batch_size"]) < 1 or per_process * batches % each:
+            raise s.refused("train.batch_size", f"must divide a process's {per_process * batches} samples")
+        batches = per_process * batches // each
     if accumulated < 1 or batches % accumulated:
         raise s.refused(
             "train.gradient_accumulation_steps",
-            f"must divide sample.num_batches_per_epoch, {batches}, into whole optimizer steps",
+            f"must divide {what}, {batches}, into whole optimizer steps",
         )
     steps = batches // accumulated
     draft.put(
         "stage.train.steps_per_batch",
         steps,
-        "train.gradient_accumulation_steps",
+        *names,
         note=f"{batches} batches / {accumulated} accumulated",
     )
     return steps
