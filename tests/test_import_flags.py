@@ -269,13 +269,117 @@ def test_a_configuration_of_ones_own_is_read_and_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", ["while True:\n        x = 1", "x = 9 ** 9", "x = 'a' * 999", "import os\n    os.remove('a')"]
+    "line",
+    ["while True:\n        x = 1", "x = 9 ** 9 ** 9", "x = 'a' * 999", "import os\n    os.remove('a')"],
 )
 def test_a_configuration_that_does_more_is_refused(tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.py").write_text(f"def mine():\n    {line}\n    return x\n")
     with pytest.raises(PosttrainError, match=r"a\.py"):
         translate("diffusion-nft", ["a.py:mine"])
+
+
+PLAIN = """import ml_collections
+LR = 10**-4
+SIZES = [2, 4]
+def twice(x=1, *, by=2):
+    return x * by
+def deep(x):
+    return deep(x)
+def mine():
+    config = ml_collections.ConfigDict()
+    config.sample = ml_collections.ConfigDict()
+    config.train = ml_collections.ConfigDict()
+    config.pretrained = ml_collections.ConfigDict()
+    config.pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
+    config.dataset = "d"
+    config.reward_fn = {"pickscore": 1.0}
+    config.sample.num_image_per_prompt = 2
+    config.sample.train_batch_size = 2
+BODY
+    return config
+"""
+
+
+def plain_config(folder, body):
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    (folder / "x.py").write_text(PLAIN.replace("BODY\n", lines))
+    return recipe_of("flow-grpo", [f"{folder}/x.py:mine"], 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "if 1 < 'a':\n    pass",
+        "x = 1 in 5",
+        "x = -'a'",
+        "x = {[1]: 2}",
+        "x = int(1e400)",
+        "x = round(1e400)",
+        "x = deep(1)",
+        f"x = {'1+' * 5000}1",
+        f"x = {'-' * 3000}1",
+        "x = ~3",
+        "x = twice(**dict(x=3))",
+        "x = twice(1, 2)",
+        "x = twice(z=3)",
+        "x = f'{3:03d}'",
+        "x = '%1000d' % 5",
+        "while 1 > 2:\n    pass\nelse:\n    config.seed = 5",
+        "for i in [1]:\n    pass\nelse:\n    config.seed = 5",
+        "for i in range(10**9):\n    pass",
+        "x = list(range(10**9))",
+        "x = 'a' * 2",
+        "x = 'a'\nwhile True:\n    x = x + x",
+        "x = UNKNOWN",
+        "x = config['nothing']",
+        "break",
+        "config.reward_fn = {1: 'x'}",
+        "config.reward_fn = {'a b': 1, 'a.b': 2, 'a-b': 3}",
+    ],
+)
+def test_what_a_configuration_cannot_have_is_told_without_a_traceback(tmp_path, body):
+    match = r"reward_fn" if "reward_fn" in body else r"x\.py(:\d+: |.* is not valid Python)"
+    with pytest.raises(PosttrainError, match=match):
+        plain_config(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("body", "rate", "seed"),
+    [
+        ("config.train.learning_rate = LR", 1e-4, 42),
+        ("config['seed'] = 3\nconfig['train']['learning_rate'] = 1e-3", 1e-3, 3),
+        ("config.train.learning_rate = None or 1e-5\nconfig.seed = 2 and 4", 1e-5, 4),
+        ("config.seed = 1\nfor i in range(3):\n    config.seed += i", 3e-4, 4),
+        (
+            "n = 0\nfor i in [1, 5, 7]:\n    if i == 1:\n        continue\n    n = i\n    break\nconfig.seed = n",
+            3e-4,
+            5,
+        ),
+        ("for a, b in [(1, 2), (3, 4)]:\n    config.seed = a * b", 3e-4, 12),
+        ("config.seed = twice(by=5)", 3e-4, 5),
+        ("config.seed = SIZES[1]", 3e-4, 4),
+        ("config.reward_fn = {1: 1.0}", 3e-4, 42),
+    ],
+)
+def test_what_a_configuration_may_have(tmp_path, body, rate, seed):
+    if "{1:" in body:
+        with pytest.raises(PosttrainError, match=r"my_rewards:1"):
+            plain_config(tmp_path, body)
+        return
+    recipe = plain_config(tmp_path, body)
+    assert (recipe.stages[0].train.learning_rate, recipe.seed) == (rate, seed)
+
+
+def test_what_ended_in_a_traceback_or_an_address_names_what_is_wrong(tmp_path):
+    with pytest.raises(PosttrainError, match="--config needs a value"):
+        translate("flow-grpo", ["--config"])
+    (tmp_path / "config.env").write_text('TRAINER_EXTRA_ARGS="--a=\'6"\n')
+    with pytest.raises(PosttrainError, match=r"TRAINER_EXTRA_ARGS of config\.env cannot be read"):
+        translate("simpletuner", [str(tmp_path / "config.env")])
+    (tmp_path / "deep.py").write_text(f"x = {'(' * 300}1{')' * 300}\n")
+    with pytest.raises(PosttrainError, match=r"deep\.py is not valid Python"):
+        translate("flow-grpo", [f"{tmp_path}/deep.py:mine"], 1)
 
 
 FACTORY = """
@@ -365,6 +469,79 @@ def test_flow_factorys_other_algorithms(tmp_path):
         factory(tmp_path, train__trainer_type="dgpo")
 
 
+def test_flow_factorys_gdpo_rewards_optimizers_and_steps(tmp_path):
+    grpo = {"train__trainer_type": "grpo", "train__group_size": 24}
+    found = factory(tmp_path, **grpo, train__advantage_aggregation="gdpo", scheduler__sde_steps=[1, 5])
+    algorithm = parse_recipe(found.text, "recipe", checks=False).stages[0].algorithm
+    assert (algorithm.global_std, algorithm.reward_mixing) == (False, "advantages")
+    assert "over the batch" in told(found.lost, "train.advantage_aggregation")[0]
+    assert "also has steps 2, 3, 4" in told(found.lost, "scheduler.sde_steps")[0]
+    two = "[{'reward_model': 'PickScore', 'weight': 2}, {'reward_model': 'PickScore'}]"
+    (reward,) = (
+        parse_recipe(factory(tmp_path, **grpo, rewards=two).text, "recipe", checks=False).stages[0].rewards
+    )
+    assert reward.weight == 3
+    with pytest.raises(PosttrainError, match=r"optimizers\.frob 3"):
+        factory(tmp_path, **grpo, optimizers="{'learning_rate': 1e-3, 'frob': 3}")
+
+
+def test_diffusion_nfts_micro_batch_makes_optimizer_steps():
+    config = "config/nft.py:sd3_geneval"
+    train = recipe_of("diffusion-nft", [config, "--config.train.batch_size=3"]).stages[0].train
+    assert (train.batch_size, train.steps_per_batch) == (1152, 3)
+    more = ["--config.train.batch_size=3", "--config.train.gradient_accumulation_steps=48"]
+    assert recipe_of("diffusion-nft", [config, *more]).stages[0].train.steps_per_batch == 1
+    with pytest.raises(PosttrainError, match="must divide a process's 144 samples"):
+        translate("diffusion-nft", [config, "--config.train.batch_size=5"])
+
+
+def test_a_file_of_another_trainer_is_refused(tmp_path):
+    for trainer, name in (
+        ("hy-soar", "x.py"),
+        ("simpletuner", "c.yaml"),
+        ("flow-factory", "c.json"),
+        ("hy-soar", "x.toml"),
+    ):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(PosttrainError, match="file that import-flags reads"):
+            translate(trainer, [str(tmp_path / name)])
+    with pytest.raises(PosttrainError, match="not both"):
+        translate("flow-grpo", ["config/grpo.py:geneval_sd3", "--config", "config/grpo.py:pickscore_sd3"])
+
+
+def test_what_is_not_read_of_simpletuners_data_sets_is_told(tmp_path):
+    backend = [
+        {
+            "id": "a",
+            "instance_data_dir": "images",
+            "repeats": 5,
+            "cache_dir_vae": "c",
+            "crop": True,
+            "crop_style": "face",
+        },
+        {"id": "b", "instance_data_dir": "more"},
+    ]
+    (tmp_path / "b.json").write_text(json.dumps(backend))
+    words = [
+        "--model_family=sd3",
+        "--model_type=lora",
+        "--max_train_steps=3",
+        f"--data_backend_config={tmp_path}/b.json",
+    ]
+    found = translate("simpletuner", words)
+    lost = [name for name, _ in found.lost]
+    for part in ("a: repeats 5", "a: crop_style face", ": b"):
+        assert any(name.endswith(part) for name in lost), (part, lost)
+    assert any(name.endswith("cache_dir_vae c") for name, _ in found.idle)
+    for given_path, made in (
+        ("foo.safetensors", "./"),
+        ("a/b.safetensors", "./a"),
+        ("/a/b.safetensors", "/a"),
+    ):
+        text = translate("simpletuner", [*words, f"--init_lora={given_path}"]).text
+        assert re.search(rf'start_from: "?{made}"? ', text)
+
+
 SIMPLE = {
     "base_model_precision": "int8-quanto", "checkpointing_steps": 50, "data_backend_config": "config/backend.json",
     "disable_bucket_pruning": True, "flow_schedule_shift": 3, "grad_clip_method": "value", "lora_alpha": 128,
@@ -450,6 +627,7 @@ FITTING = {
     "train.group_size": 2, "train.unique_sample_num_per_epoch": 16, "train.gradient_accumulation_steps": 2,
     "num_epochs": 10,
 }  # fmt: skip
+OTHERWISE = {("diffusion-nft", "sample.train_batch_size"): 18}
 """Values for flags whose default does not fit the others of STARTS."""
 
 
@@ -469,7 +647,8 @@ def test_no_flag_is_dropped_in_silence(trainer):
         for name, flag in table.items():
             if name in taken or flag.default in (None, "") or not flag.translated:
                 continue
-            found = translate_with(trainer, start, name, FITTING.get(name, flag.default))
+            value = OTHERWISE.get((trainer, name), FITTING.get(name, flag.default))
+            found = translate_with(trainer, start, name, value)
             accounts = [*found.translated, *found.idle, *found.lost]
             spelled = f"{TRAINERS[trainer].prefix}{name}"
             mine = [words for shown, words in accounts if shown.split()[0] == spelled]
@@ -621,6 +800,12 @@ def test_the_page_of_a_trainer_names_flags_that_it_has(trainer):
     assert named <= set(table), named - set(table)
     told_of = {word.lstrip("-").removeprefix("config.") for word in re.findall(r"`([^`]+)`", page)}
     assert {name for name, flag in table.items() if flag.translated} - told_of == set()
+
+
+def test_conflicting_numbers_of_processes_are_refused():
+    with pytest.raises(PosttrainError, match="--processes 4, but its launcher starts 8"):
+        translate("hy-soar", SOAR, 4)
+    assert translate("hy-soar", SOAR, 8).text
 
 
 def test_a_bare_flag_is_for_switches_alone():

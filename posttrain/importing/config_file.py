@@ -7,6 +7,7 @@ loops, and calls of the file's own functions. Nothing is imported and no code of
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from posttrain.importing.config_terms import (
     BINARY,
     CALLS,
     COMPARE,
+    FAULTS,
     GPUS,
+    MAX_LENGTH,
     MAX_NUMBER,
     Lenient,
+    Module,
     as_load,
+    dotted,
     flat,
-    functions,
+    module,
 )
 from posttrain.support.spelling import meant
 
@@ -36,19 +41,27 @@ class _Break(Exception):
     pass
 
 
+class _Continue(Exception):
+    pass
+
+
 class ConfigFile:
     """A configuration file, and the ``base.py`` beside it."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.functions = functions(file)
-        base = file.with_name("base.py")
-        self.base = functions(base) if base.is_file() and base != file else {}
+        own, base = module(file), file.with_name("base.py")
+        self.functions = own.functions
+        self.base = module(base) if base.is_file() and base != file else Module()
         self.set: set[str] = set()
         """Dotted names that the file itself sets, not its base."""
         self.gpus: int | None = None
         self._in_base = 0
         self._steps = 0
+        self._module = self.base
+        self._constants()
+        self._module = own
+        self._constants()
 
     def names(self) -> list[str]:
         """The functions that may be configurations."""
@@ -61,17 +74,36 @@ class ConfigFile:
             raise PosttrainError(
                 f"{self.file} has no configuration {name!r}{meant(name, self.names())}: {known}"
             )
-        config = self._call(self.functions[name], [], {})
+        function = self.functions[name]
+        try:
+            config = self._call(function, [], {})
+        except FAULTS as error:
+            raise self._fault(function, error) from None
         if not isinstance(config, dict):
             raise PosttrainError(f"{self.file}: {name} returns no configuration")
         return dict(flat(config, ""))
 
+    def _constants(self) -> None:
+        """Read the module's constants; one that cannot be read is not known."""
+        values = self._module.constants
+        for name, node in self._module.nodes:
+            values.pop(name, None)
+            try:
+                if node is not None:
+                    values[name] = self._value(node, {})
+                    self._notice(name, values[name])
+            except (PosttrainError, *FAULTS):
+                continue
+
     def _call(self, function: ast.FunctionDef, positional: list[Any], named: dict[str, Any]) -> Any:
-        arguments = [a.arg for a in function.args.args]
-        defaults = function.args.defaults
-        scope = dict(
-            zip(arguments[len(arguments) - len(defaults) :], map(self._constant, defaults), strict=True)
-        )
+        parts = function.args
+        arguments, only = [a.arg for a in parts.args], [a.arg for a in parts.kwonlyargs]
+        strange = parts.vararg or parts.kwarg or parts.posonlyargs or function.decorator_list
+        if strange or len(positional) > len(arguments) or not {*named} <= {*arguments, *only}:
+            raise self._unread(function)
+        count = len(arguments) - len(parts.defaults)
+        scope = {n: self._value(d, {}) for n, d in zip(arguments[count:], parts.defaults, strict=True)}
+        scope |= {n: self._value(d, {}) for n, d in zip(only, parts.kw_defaults, strict=True) if d}
         scope |= dict(zip(arguments, positional, strict=False)) | named
         for argument, value in scope.items():
             self._notice(argument, value)
@@ -79,17 +111,26 @@ class ConfigFile:
             self._run(function.body, scope)
         except _Return as result:
             return result.value
+        except (_Break, _Continue):
+            raise self._unread(function) from None
         return None
-
-    def _constant(self, node: ast.expr) -> Any:
-        return self._value(node, {})
 
     def _run(self, body: list[ast.stmt], scope: dict[str, Any]) -> None:
         for statement in body:
-            self._steps += 1
-            if self._steps > MAX_STEPS:
-                raise PosttrainError(f"{self.file}:{statement.lineno}: does not come to an end")
-            self._statement(statement, scope)
+            self._step(statement)
+            try:
+                self._statement(statement, scope)
+            except FAULTS as error:
+                raise self._fault(statement, error) from None
+
+    def _step(self, node: ast.stmt) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise PosttrainError(f"{self.file}:{node.lineno}: does not come to an end")
+
+    def _fault(self, node: ast.stmt, error: BaseException) -> PosttrainError:
+        words = "too deep to be read" if isinstance(error, RecursionError | MemoryError) else str(error)
+        return PosttrainError(f"{self.file}:{node.lineno}: {words}")
 
     def _statement(self, node: ast.stmt, scope: dict[str, Any]) -> None:
         match node:
@@ -104,16 +145,19 @@ class ConfigFile:
                 self._assign(target, self._apply(node, op, before, self._value(value, scope)), scope)
             case ast.If(test=test, body=body, orelse=orelse):
                 self._run(body if self._value(test, scope) else orelse, scope)
-            case ast.While(test=test, body=body):
-                try:
-                    while self._value(test, scope):
-                        self._run(body, scope)
-                except _Break:
-                    return
+            case ast.While(test=test, orelse=[]):
+                self._loop(node, (None for _ in iter(lambda: bool(self._value(test, scope)), False)), scope)
+            case ast.For(iter=items, orelse=[]):
+                values = self._value(items, scope)
+                if not isinstance(values, list | range):
+                    raise self._unread(node)
+                self._loop(node, iter(values), scope)
             case ast.Return(value=value):
                 raise _Return(None if value is None else self._value(value, scope))
             case ast.Break():
                 raise _Break
+            case ast.Continue():
+                raise _Continue
             case ast.Assert() | ast.Pass() | ast.Import() | ast.ImportFrom():
                 return
             case ast.Expr(value=ast.Constant()):
@@ -123,18 +167,38 @@ class ConfigFile:
             case _:
                 raise self._unread(node)
 
+    def _loop(self, node: ast.While | ast.For, values: Iterator[Any], scope: dict[str, Any]) -> None:
+        for value in values:
+            self._step(node)
+            if isinstance(node, ast.For):
+                self._assign(node.target, value, scope)
+            try:
+                self._run(node.body, scope)
+            except _Continue:
+                continue
+            except _Break:
+                return
+
     def _assign(self, target: ast.expr, value: Any, scope: dict[str, Any]) -> None:
         match target:
             case ast.Name(id=name):
                 scope[name] = value
                 self._notice(name, value)
-            case ast.Attribute(value=owner, attr=name):
+            case ast.Tuple(elts=parts) | ast.List(elts=parts):
+                if not isinstance(value, list) or len(value) != len(parts):
+                    raise self._unread(target)
+                for part, one in zip(parts, value, strict=True):
+                    self._assign(part, one, scope)
+            case (
+                ast.Attribute(value=owner, attr=name)
+                | ast.Subscript(value=owner, slice=ast.Constant(value=str(name)))
+            ):
                 block = self._value(owner, scope)
                 if not isinstance(block, dict):
                     raise self._unread(target)
                 block[name] = value
                 if not self._in_base:
-                    self.set.add(ast.unparse(target).partition(".")[2])
+                    self.set.add(dotted(target).partition(".")[2])
             case _:
                 raise self._unread(target)
 
@@ -148,18 +212,33 @@ class ConfigFile:
                 return value
             case ast.Name(id=name) if name in scope:
                 return scope[name]
+            case ast.Name(id=name) if name in self._module.constants:
+                return self._module.constants[name]
+            case ast.Subscript(value=owner, slice=ast.Constant(value=key)):
+                block = self._value(owner, scope)
+                if isinstance(block, dict) and key in block:
+                    return block[key]
+                if isinstance(block, list | range) and isinstance(key, int):
+                    return block[key]
             case ast.Attribute(value=owner, attr=name):
                 block = self._value(owner, scope)
                 if isinstance(block, dict) and name in block:
                     return block[name]
             case ast.BinOp(left=left, op=op, right=right):
                 return self._apply(node, op, self._value(left, scope), self._value(right, scope))
-            case ast.UnaryOp(op=op, operand=operand):
-                value = self._value(operand, scope)
-                return not value if isinstance(op, ast.Not) else -value if isinstance(op, ast.USub) else value
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not self._value(operand, scope)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self._value(operand, scope)
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return +self._value(operand, scope)
             case ast.BoolOp(op=op, values=values):
-                found = [self._value(value, scope) for value in values]
-                return all(found) if isinstance(op, ast.And) else any(found)
+                value: Any = None
+                for part in values:
+                    value = self._value(part, scope)
+                    if bool(value) is isinstance(op, ast.Or):
+                        break
+                return value
             case ast.Compare(left=left, ops=[op], comparators=[right]):
                 return COMPARE[type(op)](self._value(left, scope), self._value(right, scope))
             case ast.IfExp(test=test, body=body, orelse=orelse):
@@ -174,9 +253,9 @@ class ConfigFile:
                 }
             case ast.JoinedStr(values=values):
                 return "".join(str(self._value(value, scope)) for value in values)
-            case ast.FormattedValue(value=value):
+            case ast.FormattedValue(value=value, conversion=-1 | 115, format_spec=None):
                 return self._value(value, scope)
-            case ast.Call(func=function, args=args, keywords=keywords):
+            case ast.Call(func=function, args=args, keywords=keywords) if all(k.arg for k in keywords):
                 named = {k.arg: self._value(k.value, scope) for k in keywords if k.arg}
                 return self._called(node, ast.unparse(function), [self._value(a, scope) for a in args], named)
             case _:
@@ -184,29 +263,35 @@ class ConfigFile:
         raise self._unread(node)
 
     def _called(self, node: ast.Call, name: str, args: list[Any], named: dict[str, Any]) -> Any:
-        if name in self.functions:
-            return self._call(self.functions[name], args, named)
-        if name.startswith("base.") and name[5:] in self.base:
+        if name in self._module.functions:
+            return self._call(self._module.functions[name], args, named)
+        if name.startswith("base.") and name[5:] in self.base.functions:
+            before, self._module = self._module, self.base
             self._in_base += 1
             try:
-                return self._call(self.base[name[5:]], args, named)
+                return self._call(self.base.functions[name[5:]], args, named)
             finally:
                 self._in_base -= 1
+                self._module = before
         if name == "base.get_config":  # there is no base.py: the published defaults stand in
             return Lenient()
         if name not in CALLS:
             raise self._unread(node)
         try:
             return CALLS[name](*args, **named)
-        except (TypeError, ValueError) as error:
+        except FAULTS as error:
             raise PosttrainError(f"{self.file}:{node.lineno}: {ast.unparse(node)}: {error}") from None
 
     def _apply(self, node: ast.AST, op: ast.operator, left: Any, right: Any) -> Any:
         try:
             result = BINARY[type(op)](left, right)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+        except FAULTS:
             raise self._unread(node) from None
-        if isinstance(op, ast.Mult) and not (isinstance(result, int | float) and abs(result) < MAX_NUMBER):
+        if isinstance(op, ast.Mult | ast.Pow) and not (
+            isinstance(result, int | float) and abs(result) < MAX_NUMBER
+        ):
+            raise self._unread(node)
+        if isinstance(result, str | list) and len(result) > MAX_LENGTH:
             raise self._unread(node)
         return result
 

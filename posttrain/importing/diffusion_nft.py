@@ -72,7 +72,7 @@ def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
     put_tuning(d)
     _algorithm(s, d)
     put_prompts_and_rewards(d)
-    per_batch = put_geometry(d, processes)
+    per_batch = put_geometry(d, processes, parts=True)
     put_steps(d, per_batch)
     put_optimizer(d)
     put_precision(d, "mixed_precision")

@@ -39,6 +39,9 @@ class Draft:
         self.idle: dict[str, str] = {}
         self.lost: dict[str, str] = {}
         self.differs: list[str] = []
+        self.more_idle: list[tuple[str, str]] = []
+        self.more_lost: list[tuple[str, str]] = []
+        """What is told of things that are no flags of the trainer: the launcher's, or a data set's keys."""
 
     def put(self, path: str, value: Any, *flags: str, note: str = "") -> None:
         """Set a field; ``stage.`` in front means the stage. ``flags`` are those that it came from, ``note``

@@ -50,6 +50,14 @@ def flattened(data: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def note_unknown(s: Settings) -> None:
+    """Count the keys of ``optimizers`` that no field comes from as unknown flags."""
+    for block in blocks_of(s["optimizers"]):
+        for key, value in block.items() if isinstance(block, Mapping) else ():
+            if key not in ("name", "learning_rate", "weight_decay", "betas", "eps", "max_grad_norm"):
+                s.unknown[f"optimizers.{key}"] = value
+
+
 def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
     """Write the recipe of the file ``s``. Raises PosttrainError."""
     del script
@@ -153,14 +161,15 @@ def _name(block: Any) -> str:
 
 
 def _rewards(s: Settings, d: Draft) -> None:
-    weights: dict[str, object] = {}
+    weights: dict[str, float] = {}
     for block in blocks_of(s["rewards"]):
         if not (name := _name(block)):
             raise s.refused("rewards", "a reward has no reward_model")
-        weights[name.rsplit(".", 1)[-1]] = block.get("weight", 1.0)
+        short, weight = name.rsplit(".", 1)[-1], s.number("rewards", block.get("weight", 1.0))
+        weights[short] = weights.get(short, 0.0) + weight
     if not weights:
         raise PosttrainError("Flow-Factory needs rewards, and there are none")
-    put_rewards(d, weights, "rewards")
+    put_rewards(d, {**weights}, "rewards")
     ours = list(d.stage["rewards"].value)
     if s["eval_rewards"] is None:
         d.put("evaluation.rewards", ours, "rewards")
@@ -172,7 +181,7 @@ def _rewards(s: Settings, d: Draft) -> None:
         )
         d.fields.pop("eval_rewards", None)
         d.put("evaluation.rewards", list(d.stage["rewards"].value), "eval_rewards")
-        put_rewards(d, weights, "rewards")
+        put_rewards(d, {**weights}, "rewards")
     d.put("evaluation.resolution", _side(s, "eval.resolution"), "eval.resolution")
     d.put("evaluation.steps", s["eval.num_inference_steps"], "eval.num_inference_steps")
     d.put("evaluation.guidance", s["eval.guidance_scale"], "eval.guidance_scale")

@@ -46,6 +46,8 @@ def _grpo(s: Settings, d: Draft) -> None:
     first, end = (min(steps), min(max(steps) + 1, last)) if steps else (0, last)
     d.put("stage.algorithm.sde_window_size", min(size, end - first), "scheduler.num_sde_steps")
     d.put("stage.algorithm.sde_window_range", [first, end], "scheduler.sde_steps")
+    if steps and (also := [str(step) for step in range(first, end) if step not in steps]):
+        d.lost["scheduler.sde_steps"] = f"a window is consecutive: it also has steps {', '.join(also)}"
     d.differs.append(
         "the stochastic steps are consecutive, drawn for each batch; there they are drawn "
         "singly from sde_steps"

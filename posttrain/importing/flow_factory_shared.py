@@ -46,10 +46,17 @@ def put_rollout(s: Settings, d: Draft) -> None:
 
 def put_advantages(s: Settings, d: Draft) -> None:
     """Write how rewards become advantages."""
-    d.put("stage.algorithm.global_std", s["train.global_std"], "train.global_std")
+    gdpo = s["train.advantage_aggregation"] == "gdpo"
+    if not gdpo:
+        d.put("stage.algorithm.global_std", s["train.global_std"], "train.global_std")
     d.put("stage.algorithm.adv_clip_max", limit_of(s, "train.adv_clip_range"), "train.adv_clip_range")
-    mixing = {"sum": "rewards", "gdpo": "advantages"}[s["train.advantage_aggregation"]]
-    d.put("stage.algorithm.reward_mixing", mixing, "train.advantage_aggregation")
+    if not gdpo:
+        d.put("stage.algorithm.reward_mixing", "rewards", "train.advantage_aggregation")
+        return
+    d.idle["train.global_std"] = "gdpo divides by the standard deviation of the group"
+    d.put("stage.algorithm.global_std", False, note="as gdpo has it")
+    words = "the summed advantages are not normalised over the batch, as gdpo does: it has no counterpart"
+    d.near("stage.algorithm.reward_mixing", "advantages", "train.advantage_aggregation", words)
 
 
 def put_ema(s: Settings, d: Draft) -> None:

@@ -71,8 +71,9 @@ COMMON: dict[str, Flag] = {
 }
 
 
-def put_geometry(draft: Draft, processes: int | None) -> int:
-    """Write batch and group sizes; returns the optimizer steps on one batch. Raises PosttrainError."""
+def put_geometry(draft: Draft, processes: int | None, *, parts: bool = False) -> int:
+    """Write batch and group sizes; returns the optimizer steps on one batch. With ``parts`` a batch is
+    divided anew for training, into parts of ``train.batch_size``. Raises PosttrainError."""
     s = draft.settings
     if processes is None:
         raise PosttrainError(
@@ -90,16 +91,22 @@ def put_geometry(draft: Draft, processes: int | None) -> int:
             f"{per_process} x {batches} x {processes} processes = {total // max(group, 1)} groups of {group}"
         ),
     )
+    names, what = ["train.gradient_accumulation_steps"], "sample.num_batches_per_epoch"
+    if parts:
+        names, what = [*names, "train.batch_size"], "the micro-batches of train.batch_size"
+        if (each := s["train.batch_size"]) < 1 or per_process * batches % each:
+            raise s.refused("train.batch_size", f"must divide a process's {per_process * batches} samples")
+        batches = per_process * batches // each
     if accumulated < 1 or batches % accumulated:
         raise s.refused(
             "train.gradient_accumulation_steps",
-            f"must divide sample.num_batches_per_epoch, {batches}, into whole optimizer steps",
+            f"must divide {what}, {batches}, into whole optimizer steps",
         )
     steps = batches // accumulated
     draft.put(
         "stage.train.steps_per_batch",
         steps,
-        "train.gradient_accumulation_steps",
+        *names,
         note=f"{batches} batches / {accumulated} accumulated",
     )
     return steps
@@ -168,10 +175,10 @@ def put_prompts_and_rewards(draft: Draft) -> None:
         draft.lost["prompt_fn"] = "prompts are read from a text file or from JSONL with GenEval's metadata"
     if not (rewards := s["reward_fn"]):
         raise PosttrainError(f"{s.trainer} needs {s.spelled('reward_fn')}, such as {{'pickscore': 1.0}}")
-    put_rewards(draft, {str(name): weight for name, weight in rewards.items()}, "reward_fn")
+    rewards = {str(name): weight for name, weight in rewards.items()}
+    put_rewards(draft, rewards, "reward_fn")
     draft.put("evaluation.prompts", f"{folder}/{test}", "dataset", "prompt_fn")
-    ours = [_ours(name) for name in rewards]
-    draft.put("evaluation.rewards", ours, "reward_fn")
+    draft.put("evaluation.rewards", list(draft.stage["rewards"].value), "reward_fn")
     draft.put("evaluation.resolution", s["resolution"], "resolution")
 
 
@@ -182,7 +189,12 @@ def put_rewards(draft: Draft, rewards: dict[str, object], flag: str) -> None:
             raise PosttrainError(
                 f"{draft.settings.spelled(flag)}: the weight of {name} is no number: {weight!r}"
             )
-    draft.put("stage.rewards", {_ours(name): float(w) for name, w in rewards.items()}, flag)  # type: ignore[arg-type]
+    weights: dict[str, float] = {}
+    for name, weight in rewards.items():
+        if (ours := _ours(name)) in weights and ours.startswith("my_rewards:"):
+            raise PosttrainError(f"{draft.settings.spelled(flag)}: two of the rewards are {ours} here")
+        weights[ours] = weights.get(ours, 0.0) + float(weight)  # type: ignore[arg-type]
+    draft.put("stage.rewards", weights, flag)
     if missing := [name for name in rewards if name.lower() not in REWARDS]:
         draft.lost[flag] = (
             f"no reward {', '.join(missing)}: write my_rewards.py with a function of that name "

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.draft import Draft
+from posttrain.importing.draft import Draft, value_of
 from posttrain.importing.flags import Settings
 from posttrain.importing.models import named, put_model, put_precision, put_tracker
 from posttrain.importing.simpletuner_files import from_environment, from_json
@@ -39,6 +39,12 @@ MODELS = {
     "lumina2": ("diffusers", {}),
 }
 """Family -> our type, and the weights of each flavour, the default first."""
+READ = {
+    "id", "type", "dataset_type", "disabled", "instance_data_dir", "dataset_name", "split",
+    "caption_strategy", "resolution", "resolution_type",
+}  # fmt: skip
+"""Keys of a data set that are read."""
+CACHES = ("cache_", "preserve_data_backend_cache", "text_embeds", "image_embeds", "write_batch_size")
 DIFFERS = (
     "latents are drawn anew in each step; there encoded latents are cached and read in each epoch",
     "a step's times are drawn for each sample; there from a segment of the schedule for each of the batch",
@@ -126,7 +132,7 @@ def _tuning(s: Settings, d: Draft) -> None:
     else:
         d.near("stage.tune.init", "default", "lora_init_type", "A is drawn gaussian or default")
     if s["init_lora"]:
-        d.put("stage.start_from", str(PurePosixPath(s["init_lora"]).parent), "init_lora")
+        d.put("stage.start_from", _folder(str(s["init_lora"])), "init_lora")
         d.differs.append(
             "init_lora: the LoRA is merged and a new one begins; tune.before: stack keeps it beside"
         )
@@ -141,6 +147,14 @@ def _tuning(s: Settings, d: Draft) -> None:
         d.near(
             "stage.tune.base", near, "base_model_precision", f"{near} is what comes nearest to {precision}"
         )
+
+
+def _folder(path: str) -> str:
+    """What ``start_from`` has for a LoRA: the folder of a file, or a folder or hub name as it is."""
+    if PurePosixPath(path).suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        return path if "/" in path else f"./{path}"
+    folder = str(PurePosixPath(path).parent)
+    return "./" if folder == "." else folder if folder.startswith(("/", "~", "..")) else f"./{folder}"
 
 
 def _algorithm(s: Settings, d: Draft) -> None:
@@ -170,7 +184,7 @@ def _algorithm(s: Settings, d: Draft) -> None:
 
 
 def _data(s: Settings, d: Draft, near: Path | None) -> None:
-    block = _backend(s, near)
+    block = _backend(s, d, near)
     flag = "data_backend_config"
     folder = block.get("instance_data_dir") or block.get("dataset_name")
     if folder is None:
@@ -203,9 +217,18 @@ def _data(s: Settings, d: Draft, near: Path | None) -> None:
         d.idle["resolution_type"] = "the area of a bucket, as here"
     if block.get("crop", False) and block.get("crop_style") in ("center", "centre"):
         d.put("stage.data.crop", "center", flag)
+        used = {*READ, "crop", "crop_style"}
+    else:
+        used = {*READ, "crop"} if not block.get("crop", False) else READ
+    name = block.get("id", "the first data set")
+    for key in [key for key in block if key not in used]:
+        cache = str(key).startswith(CACHES)
+        told = d.more_idle if cache else d.more_lost
+        words = "encodings are cached by the recipe's cache" if cache else "import-flags does not read it"
+        told.append((f"--{flag}: {name}: {key}{value_of(block[key])}", words))
 
 
-def _backend(s: Settings, near: Path | None) -> dict[str, Any]:
+def _backend(s: Settings, d: Draft, near: Path | None) -> dict[str, Any]:
     """The first image data set of the file ``data_backend_config``; empty if there is no such file."""
     if not (path := s["data_backend_config"]):
         return {}
@@ -217,8 +240,17 @@ def _backend(s: Settings, near: Path | None) -> dict[str, Any]:
         blocks = json.loads(file.read_text("utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise PosttrainError(f"{file} is not valid JSON: {error}") from None
-    images = [
-        b for b in blocks
-        if isinstance(b, dict) and b.get("dataset_type", "image") == "image" and not b.get("disabled")
-    ] if isinstance(blocks, list) else []  # fmt: skip
-    return images[0] if images else {}
+    found: dict[str, Any] = {}
+    for number, block in enumerate(blocks if isinstance(blocks, list) else [], 1):
+        kind = block.get("dataset_type", "image") if isinstance(block, dict) else "no block"
+        off = isinstance(block, dict) and block.get("disabled")
+        if kind == "image" and not off and not found:
+            found = block
+            continue
+        name = block.get("id", number) if isinstance(block, dict) else number
+        shown = f"--data_backend_config: {name}"
+        if off or kind in ("text_embeds", "image_embeds"):
+            d.more_idle.append((shown, "it is disabled" if off else "the recipe's cache keeps encodings"))
+        else:
+            d.more_lost.append((shown, "a stage has one list of images: join the data sets in it"))
+    return found

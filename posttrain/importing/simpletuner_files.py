@@ -85,6 +85,10 @@ def from_environment(variables: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
             if value.lower() in ("true", "1"):
                 yield "model_family", SWITCHES[name]
         elif name in EXTRA:
-            yield from parsed(shlex.split(value), "SimpleTuner").flags
+            try:
+                words = shlex.split(value)
+            except ValueError as error:
+                raise PosttrainError(f"{name} of config.env cannot be read: {error}") from None
+            yield from parsed(words, "SimpleTuner").flags
         elif name not in SHELL:
             yield name, value

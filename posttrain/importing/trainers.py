@@ -14,7 +14,7 @@ from posttrain.importing import diffusion_nft, flow_factory, flow_grpo, hy_soar,
 from posttrain.importing.command_line import CommandLine, from_script, parsed
 from posttrain.importing.config_file import ConfigFile
 from posttrain.importing.draft import Draft, value_of
-from posttrain.importing.flags import Flag, Settings
+from posttrain.importing.flags import BARE, Flag, Settings
 from posttrain.importing.published import DIFFUSION_NFT, FLOW_GRPO, Published
 from posttrain.recipe.checks import machine_problems
 from posttrain.recipe.file import parse_recipe
@@ -89,12 +89,17 @@ def translate(
     settings = Settings(trainer.title, trainer.prefix, trainer.table)
     file, rest = _file_and_flags(words)
     command, count = _read(trainer, settings, file, rest)
+    if trainer.title == "Flow-Factory":
+        flow_factory.note_unknown(settings)
     if settings.unknown and not lenient:
         lines = "\n".join(f"  {line}" for line in settings.hints())
         raise PosttrainError(
             f"{trainer.title} has no such flag that posttrain knows:\n{lines}\n"
             "Correct it, or leave what it does out with --ignore-unknown"
         )
+    if processes and command.processes and processes != command.processes:
+        words = f"but its launcher starts {command.processes}: leave one out"
+        raise PosttrainError(f"--processes {processes}, {words}")
     draft = Draft(settings)
     build = trainer.build
     if trainer.title == "SimpleTuner":
@@ -113,6 +118,10 @@ def _read(
     trainer: Trainer, settings: Settings, file: Path | None, rest: Sequence[str]
 ) -> tuple[CommandLine, int | None]:
     """Give the settings their values; returns the command, and a configuration's number of GPUs."""
+    if file is not None and not _reads(trainer, file):
+        raise PosttrainError(
+            f"{trainer.title} has no {file.suffix} file that import-flags reads: {str(file)!r}"
+        )
     count: int | None = None
     command = parsed(rest, trainer.title)
     if file is not None and file.suffix in (".yaml", ".yml"):
@@ -138,6 +147,14 @@ def _read(
     return command, count
 
 
+def _reads(trainer: Trainer, file: Path) -> bool:
+    """Whether a file of this ending can be the trainer's."""
+    if ".py" in file.name:
+        return bool(trainer.published)
+    owners = {".yaml": "Flow-Factory", ".yml": "Flow-Factory", ".json": "SimpleTuner", ".env": "SimpleTuner"}
+    return owners.get(file.suffix, trainer.title) == trainer.title and file.suffix not in (".toml", ".ini")
+
+
 def _give(settings: Settings, pairs: Any) -> None:
     for name, value in pairs:
         settings.give(str(name), value)
@@ -147,6 +164,10 @@ def _configured(
     trainer: Trainer, settings: Settings, file: Path | None, pairs: list[tuple[str, object]]
 ) -> tuple[list[tuple[str, object]], int | None]:
     """Read the configuration ``FILE.py:NAME``; returns the flags that override it, and its number of GPUs."""
+    if any(name == "config" and value is BARE for name, value in pairs):
+        raise PosttrainError(f"{trainer.title}: --config needs a value, such as config/grpo.py:NAME")
+    if file is not None and ".py" in file.name and any(name == "config" for name, _ in pairs):
+        raise PosttrainError(f"{trainer.title}: give {str(file)!r} or --config, not both")
     named = [str(value) for name, value in pairs if name == "config"]
     place = named[-1] if named else str(file) if file is not None and ".py" in file.name else ""
     overrides = [(name.removeprefix("config."), value) for name, value in pairs if name != "config"]
@@ -203,8 +224,8 @@ def _checked(draft: Draft, text: str) -> Translation:
     return Translation(
         text,
         [(flag, words) for kind, flag, words in became if kind == "translated"],
-        [(flag, words) for kind, flag, words in became if kind == "idle"],
-        [(flag, words) for kind, flag, words in became if kind == "lost"],
+        [(flag, words) for kind, flag, words in became if kind == "idle"] + draft.more_idle,
+        [(flag, words) for kind, flag, words in became if kind == "lost"] + draft.more_lost,
         draft.differs,
         list(settings.hints()),
         yours,
