@@ -716,6 +716,41 @@ def test_a_script_with_variables_and_its_faults(tmp_path):
         translate("hy-sore", SHORT)
 
 
+COMMAND = f"torchrun --nproc_per_node=1 -m sora.train_soar_sd3_5m --learning_rate $LR {' '.join(SHORT)}\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ("if true; then LR=1e-5; else LR=2e-5; fi", "command 1: 'LR=1e-5' is set under a condition"),
+        ("for LR in 1 2; do\nLR=3e-5\ndone", "command 2: 'LR=3e-5' is set under a condition or in a loop"),
+        ("LR=1e-5; LR+=0", r"'LR\+=0;?' adds to a variable"),
+        ("echo if", r"'\$LR' has a variable that the script does not set"),
+        ("LR=${RATE}", r"'\$\{RATE\}' has a variable that the script does not set"),
+    ],
+)
+def test_what_a_script_may_not_leave_open(tmp_path, before, words):
+    (tmp_path / "run.sh").write_text(f"{before}\n{COMMAND}")
+    with pytest.raises(PosttrainError, match=words):
+        translate("hy-soar", [str(tmp_path / "run.sh")])
+
+
+@pytest.mark.parametrize(
+    "before", ["LR=${RATE:-3e-6}", "if true; then\necho\nfi\nLR=3e-6", "echo if\nexport LR=3e-6"]
+)
+def test_variables_of_a_script_have_defaults_and_follow_conditions(tmp_path, before):
+    (tmp_path / "run.sh").write_text(f"{before}\n{COMMAND}")
+    assert recipe_of("hy-soar", [str(tmp_path / "run.sh")]).stages[0].train.learning_rate == 3e-6
+
+
+def test_a_range_of_machines_is_refused():
+    with pytest.raises(PosttrainError, match="--nnodes 1:4 is a range"):
+        translate(
+            "hy-soar",
+            ["torchrun", "--nnodes=1:4", "--nproc_per_node=8", "-m", "sora.train_soar_sd3_5m", *SHORT],
+        )
+
+
 rate = st.floats(1e-12, 10, allow_nan=False)
 
 

@@ -12,8 +12,11 @@ from posttrain.importing.flags import BARE
 
 NUMBER = re.compile(r"-?\.?\d")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
-_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_ADDED = re.compile(r"[A-Za-z_]\w*\+=")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+_LEFT = re.compile(r"\$[\w{@(*]")
 _SEPARATORS = ("&&", "||", ";", "|", "&")
+_OPENS, _CLOSES = ("if", "for", "while", "until", "case", "select"), ("fi", "done", "esac")
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ def from_script(text: str, file: str, trainer: str, scripts: re.Pattern[str]) ->
     its variables alone. Raises PosttrainError if there are several."""
     variables: dict[str, str] = {}
     commands: list[list[str]] = []
+    depth = 0
     for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
             raise PosttrainError(f"{file}: command {number} cannot be read: {error}") from None
+        depth = _refuse_choices(words, depth, f"{file}: command {number}")
         words = [_filled(word, variables) for word in words if word != "export"]
         while words and (found := _ASSIGNMENT.fullmatch(words[0])):
             variables[found[1]] = found[2]
@@ -60,6 +65,8 @@ def from_script(text: str, file: str, trainer: str, scripts: re.Pattern[str]) ->
         )
     if not commands:
         return CommandLine([], variables=variables)
+    for word in commands[0]:
+        refuse_unset(word, f"{file}: {word!r}")
     found = parsed(commands[0], trainer)
     return CommandLine(found.flags, found.script, found.processes, variables)
 
@@ -75,8 +82,41 @@ def _split(words: Sequence[str]) -> list[list[str]]:
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> str:
-    """``word`` with the variables that the script has set; others stay as they are written."""
-    return _VARIABLE.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
+    """``word`` with the variables that the script has set, or their ``${NAME:-default}``; others stay as they
+    are written."""
+    return _VARIABLE.sub(
+        lambda m: variables.get(m[1] or m[3], m[0] if m[2] is None else m[2]),
+        word,
+    )
+
+
+def refuse_unset(value: str, what: str) -> None:
+    """Raise PosttrainError, which begins with ``what``, if ``value`` still has a variable of the shell."""
+    if _LEFT.search(value):
+        raise PosttrainError(f"{what} has a variable that the script does not set: write its value")
+
+
+def _refuse_choices(words: Sequence[str], depth: int, where: str) -> int:
+    """How many ``if``, loops and the like are open after ``words``, with ``depth`` open before.
+
+    Raises PosttrainError for an assignment inside one, whose value is not known, and for ``+=``.
+    """
+    begins = True  # only at the beginning of a command is a word the shell's
+    for full in words:
+        word, begun = full.removesuffix(";"), begins
+        begins = full.endswith(";") or full in (*_SEPARATORS, "then", "do", "else", "export")
+        begins |= begun and _ASSIGNMENT.fullmatch(word) is not None
+        if not begun:
+            continue
+        depth += (word in _OPENS) - (word in _CLOSES)
+        if _ADDED.match(word):
+            raise PosttrainError(f"{where}: {word!r} adds to a variable: write its whole value")
+        if depth > 0 and _ASSIGNMENT.fullmatch(word):
+            raise PosttrainError(
+                f"{where}: {word!r} is set under a condition or in a loop, which is not read: give the flags "
+                "themselves after --, in place of the file"
+            )
+    return max(depth, 0)
 
 
 def _script_at(words: Sequence[str]) -> int | None:
@@ -122,5 +162,8 @@ def _count(launcher: Mapping[str, object]) -> int | None:
     if (total := number("num_processes")) is not None:
         return total
     if (each := number("nproc_per_node")) is not None:
+        nodes = str(names.get("nnodes", "1"))
+        if ":" in nodes:
+            raise PosttrainError(f"--nnodes {nodes} is a range: say how many machines there are")
         return each * (number("nnodes") or 1)
     return None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.command_line import parsed
+from posttrain.importing.command_line import parsed, refuse_unset
 
 ENVIRONMENT = {
     "MODEL_TYPE": "model_type", "MODEL_NAME": "pretrained_model_name_or_path",
@@ -79,6 +79,8 @@ def from_json(text: str, file: str) -> Iterator[tuple[str, Any]]:
 def from_environment(variables: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     """The options of a config.env."""
     for name, value in variables.items():
+        if name in ENVIRONMENT or name in EXTRA:
+            refuse_unset(value, f"{name}={value}")
         if name in ENVIRONMENT:
             yield ENVIRONMENT[name], value
         elif name in SWITCHES:
