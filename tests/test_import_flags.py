@@ -743,6 +743,18 @@ def test_variables_of_a_script_have_defaults_and_follow_conditions(tmp_path, bef
     assert recipe_of("hy-soar", [str(tmp_path / "run.sh")]).stages[0].train.learning_rate == 3e-6
 
 
+def test_options_of_the_launcher_are_told():
+    words = ["accelerate", "launch", "--num_processes=2", "--mixed_precision", "bf16", "--main_process_port=1",
+             "--fsdp_version", "2", "--config_file", "a.yaml", "-m", "sora.train_soar_sd3_5m", *SHORT]  # fmt: skip
+    found = translate("hy-soar", words)
+    lost = dict(found.lost)
+    assert lost["the launcher's --mixed_precision bf16"].startswith("train.precision: bf16")
+    assert lost["the launcher's --fsdp_version 2"] == "parallel: {strategy: fsdp2}"
+    assert "the file is not read" in lost["the launcher's --config_file a.yaml"]
+    assert dict(found.idle)["the launcher's --main_process_port 1"].startswith("how processes start")
+    assert not any("num_processes" in name for name in (*lost, *dict(found.idle)))
+
+
 def test_a_range_of_machines_is_refused():
     with pytest.raises(PosttrainError, match="--nnodes 1:4 is a range"):
         translate(

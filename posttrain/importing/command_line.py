@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.flags import BARE
@@ -15,6 +15,8 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 _ADDED = re.compile(r"[A-Za-z_]\w*\+=")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 _LEFT = re.compile(r"\$[\w{@(*]")
+COUNTED = ("num_processes", "nproc_per_node", "nnodes", "num_machines")
+"""Launcher options that say how many processes there are."""
 _SEPARATORS = ("&&", "||", ";", "|", "&")
 _OPENS, _CLOSES = ("if", "for", "while", "until", "case", "select"), ("fi", "done", "esac")
 
@@ -31,6 +33,8 @@ class CommandLine:
     """Processes of the launcher, over all machines; None if it does not say."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Shell variables that a script sets."""
+    launcher: Mapping[str, object] = field(default_factory=dict)
+    """The launcher's options, but for numbers of processes and machines."""
 
 
 def parsed(words: Sequence[str], trainer: str) -> CommandLine:
@@ -38,7 +42,9 @@ def parsed(words: Sequence[str], trainer: str) -> CommandLine:
     at = _script_at(words)
     launcher = dict(_flags(words[: at + 1 if at is not None else 0], trainer, strict=False))
     script = words[at] if at is not None else ""
-    return CommandLine(_flags(words[at + 1 if at is not None else 0 :], trainer), script, _count(launcher))
+    flags = _flags(words[at + 1 if at is not None else 0 :], trainer)
+    others = {name: value for name, value in launcher.items() if name.replace("-", "_") not in COUNTED}
+    return CommandLine(flags, script, _count(launcher), launcher=others)
 
 
 def from_script(text: str, file: str, trainer: str, scripts: re.Pattern[str]) -> CommandLine:
@@ -68,7 +74,7 @@ def from_script(text: str, file: str, trainer: str, scripts: re.Pattern[str]) ->
     for word in commands[0]:
         refuse_unset(word, f"{file}: {word!r}")
     found = parsed(commands[0], trainer)
-    return CommandLine(found.flags, found.script, found.processes, variables)
+    return replace(found, variables=variables)
 
 
 def _split(words: Sequence[str]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import PosttrainError, RecipeError
-from posttrain.importing import diffusion_nft, flow_factory, flow_grpo, hy_soar, simpletuner
+from posttrain.importing import diffusion_nft, flow_factory, flow_grpo, hy_soar, launcher, simpletuner
 from posttrain.importing.command_line import CommandLine, from_script, parsed
 from posttrain.importing.config_file import ConfigFile
 from posttrain.importing.draft import Draft, value_of
@@ -105,6 +105,7 @@ def translate(
     if trainer.title == "SimpleTuner":
         build = partial(simpletuner.build, near=file)
     build(settings, draft, command.script, processes or command.processes or count)
+    launcher.tell(command.launcher, draft)
     source = " ".join([str(file)] if file else []) or "its command line"
     heading = (
         f"Translated from {trainer.title} ({source}) by posttrain import-flags. A comment names "
@@ -139,6 +140,7 @@ def _read(
             [*script.flags, *command.flags],
             command.script or script.script,
             command.processes or script.processes,
+            launcher={**script.launcher, **command.launcher},
         )
     pairs = list(command.flags)
     if trainer.published:
