@@ -1,6 +1,7 @@
 """What SFT and SOAR train on and with which loss, worked out by hand on a linear velocity."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,25 @@ def test_sft_trains_on_noisy_images_at_logit_normal_times(mean, std):
     assert sorted(items.fields) == ["latents", "prompt_index", "sample_index", "sigma", "target"]
     assert items.conditions.table["c"].shape == (4, 1)
     assert policy.forward_equivalents == 0
+
+
+def test_an_image_without_a_weight_weighs_1_beside_those_that_have_one():
+    rows = [{"weight": 2.0}, {"prompt": "a"}, {"weight": 0.0}, {}]
+    given = replace(batch(), metadata=rows)
+    items = SFT().collect(given, Tools(linear_policy(0.5), draws()))
+    assert items.weight.tolist() == [2.0, 1.0, 0.0, 1.0]
+
+
+def test_sigma_is_that_of_the_latents_height_and_width(monkeypatch):
+    policy, asked = linear_policy(0.5), []
+
+    def sigma(t, size):
+        asked.append(tuple(size))
+        return t
+
+    monkeypatch.setattr(policy.model, "sigma", sigma)
+    SFT().collect(batch(), Tools(policy, draws()))
+    assert asked == [SHAPE[-2:]]
 
 
 @pytest.mark.parametrize("scale", [1.29, 0.5])
