@@ -25,6 +25,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
+@pytest.hookimpl(tryfirst=True)  # before the test's fixtures are made
+def pytest_runtest_setup(item):
+    """Draws without a generator of their own are the same in every run, and whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def own_caches(tmp_path_factory, monkeypatch):
     """Caches of this project and of the library datasets that no other program uses."""

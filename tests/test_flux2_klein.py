@@ -11,6 +11,7 @@ from families import CPU, FAMILIES
 from family_flux2_klein import STEPS, pipeline, squares
 from hypothesis import given
 from hypothesis import strategies as st
+from pipelines import assert_equal_but_for_rounding
 from runs import recipe, run_quietly, stage
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -63,7 +64,7 @@ def test_latents_are_scaled_as_diffusers_scales_those_of_an_image():
     with torch.no_grad():
         expected = model.pipeline._encode_vae_image(pixels, None)
     found = squares(model.latents(mean, logvar, torch.zeros_like(mean)))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_equal_but_for_rounding(found, expected)
 
 
 def test_the_shift_depends_on_the_number_of_steps_and_training_follows_one():
@@ -108,7 +109,7 @@ def test_a_distilled_model_draws_what_diffusers_draws_and_takes_no_guidance(dist
     latents = sample_latents(Policy(model), *arguments, 1.0, "euler")
     for guidance in (1.0, 4.0):  # diffusers ignores it
         expected = BASE.draw(model.pipeline, PROMPTS, noise, 4, guidance, (32, 16), model=model)
-        torch.testing.assert_close(model.decode(latents), expected, rtol=1e-5, atol=1e-5)
+        assert_equal_but_for_rounding(model.decode(latents), expected)
     with pytest.raises(ModelError, match="guidance 4: this model was distilled to need none; give 1"):
         sample_latents(Policy(model), *arguments, 4.0, "euler")
     assert spec.guidance_rule() is spec.outline("fp32", META).guidance_rule is UNGUIDED

@@ -8,6 +8,7 @@ import torch
 from families import CPU, FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
+from pipelines import assert_equal_but_for_rounding
 from safetensors.torch import load_file
 
 from posttrain.algorithms.flow_grpo import FlowGRPO
@@ -73,7 +74,7 @@ def test_the_number_of_padding_tokens_changes_nothing():
     latents = torch.randn(2, *short.latent_shape(16, 16))
     with torch.no_grad():
         one, other = (m.velocity(latents, sigma, m.encode_prompts(prompts)) for m in (short, long))
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert_equal_but_for_rounding(one, other)
     cut = FAMILY.load(max_sequence_length=3).encode_prompts(prompts)
     torch.testing.assert_close(
         cut["encoder_hidden_states"], short.encode_prompts(prompts)["encoder_hidden_states"][:, :3]
