@@ -163,7 +163,7 @@ def test_eval_takes_what_is_not_given_from_the_recipe_of_the_run(run, tmp_path):
     like, lines = settled_evaluation(str(run), Asked(like="quickstart"))
     assert like.steps == 20
     assert lines[1].startswith(
-        "from the recipe quickstart: prompts (240 of Shapes), rewards shapes, resolution 64"
+        "from the recipe quickstart: prompts (480 of Shapes), rewards shapes, resolution 64"
     )
 
 
