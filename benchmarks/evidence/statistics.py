@@ -34,7 +34,9 @@ def difference(a: ArrayLike, b: ArrayLike, labels: Sequence[str]) -> Difference:
     the mean is (M_seeds + M_labels - M_rest) / (seeds x labels), where the M are the mean squares of the
     two-way analysis of variance, and the t distribution has Satterthwaite's degrees of freedom (Searle,
     Casella & McCulloch 1992, chapter 4). A bootstrap of both would count what is neither of seeds nor of
-    prompts three times, and would be too narrow where few seeds differ. Raises ValueError for fewer than two seeds or labels.
+    prompts three times, and would be too narrow where few seeds differ.
+
+    Raises ValueError for fewer than two seeds or labels.
     """
     change: NDArray[np.float64] = np.asarray(b, float) - np.asarray(a, float)
     if change.ndim != 2 or change.shape[1] != len(labels):
