@@ -91,6 +91,7 @@ def test_a_difference_where_only_seeds_differ_is_the_t_interval_of_their_means()
     assert (found.mean, found.error) == (pytest.approx(0.22), pytest.approx(error))
     assert found.high - found.mean == pytest.approx(2.776 * error, rel=1e-3)
     assert found.agree == "4 of 5"
+    assert found.of_seeds == pytest.approx(2.776 * error, rel=1e-3)
     assert found.p == pytest.approx(statistics.Student(4).p(0.22 / error))
 
 
@@ -99,6 +100,7 @@ def test_a_difference_where_only_prompts_differ_counts_a_prompt_once():
     change = np.repeat(of_prompts, 4)[None].repeat(5, 0)
     found = statistics.difference(change * 0, change, [f"prompt {i // 4}" for i in range(200)])
     assert found.error == pytest.approx(of_prompts.std(ddof=1) / 50**0.5)
+    assert found.of_seeds == pytest.approx(0), "for the same prompts nothing is left to chance"
     assert str(statistics.difference(change, change + 0.25, [str(i) for i in range(200)])) == (
         "+0.250 [+0.250, +0.250]"
     )
@@ -300,7 +302,7 @@ BY = {"recipes": "r", "measures": "m", "base": "b", "judge": "j"}
 
 def record(arm, seed, values, forwards=14_400.0, **by):
     scores = {"shapes": values, "shapes/lenient": values, "shapes/strict": values}
-    data = [[0.5, 0.5], [0.25, 0.75]]
+    data = [[0.5, 0.5], [0.25, 0.65]]
     model = [[0.5 + v / 10 for v in values[:2]]]
     return {
         "arm": arm, "seed": seed, "identity": {**BY, "recipes": arm, **by}, "date": f"2026-12-0{seed + 1}", "device": "CPU",
@@ -340,11 +342,11 @@ def test_tables_compare_each_arm_with_its_rivals_on_the_seeds_of_both(tmp_path):
     pairs = [("sft", "base"), ("soar", "sft"), ("soar", "soar-lora")]
     rows = list(tables.differences_table(found, pairs, "20"))
     assert rows[2].startswith("| `sft` | `base` | +0.133 [")
-    assert rows[3] == "| `soar` | `sft` | +0.100 [+0.100, +0.100] | 0.0000 | 2 of 2 | <0.001 |"
+    assert rows[3] == "| `soar` | `sft` | +0.100 [+0.100, +0.100] | 0.0000 | +- 0.000 | 2 of 2 | <0.001 |"
     assert len(rows) == 4, "an arm without records is compared with nothing"
     assert list(tables.kinds_table(found, ["sft", "soar"], "20"))[2:] == [
-        "| `sft` | 0.200 | 0.500 |",
-        "| `soar` | 0.300 | 0.600 |",
+        "| `sft` | 0.200 / 0.200 / 0.200 | 0.500 / 0.500 / 0.500 |",
+        "| `soar` | 0.300 / 0.300 / 0.300 | 0.600 / 0.600 / 0.600 |",
     ]
 
 
@@ -356,7 +358,7 @@ def test_the_table_of_the_exposure_bias_has_the_base_and_changes_from_it(tmp_pat
         "| `soar` | +0.0300 [+0.0300, +0.0300] |  |  |  |",
     ]
     assert list(tables.bias_table(found, "1-2", excess=True))[2] == "| `base` | 0.0000 |  |  |  |"
-    assert list(tables.bias_table(found, "data"))[2] == "| `base` | 0.5000 |  |  |  |"
+    assert list(tables.bias_table(found, "data"))[2] == "| `base` | 0.4750 |  |  |  |"
 
 
 @pytest.mark.parametrize("entry", ["base", "judge", "measures"])
@@ -399,11 +401,8 @@ def test_a_page_has_the_tables_between_its_marks_and_the_rest_as_it_was(tmp_path
     assert "old" not in text
     ran = "2026-12-01 to 2026-12-03, CPU, `python -m benchmarks.evidence run --only arms --seeds 0,1,2`."
     title = "### Differences of the arms, 20 sampling steps"
-    head = "| arm | against | graded, difference [95 %] | standard error | seeds | p |"
-    assert (
-        f"{title}\n\n{ran} {page.MANY}\n\n{head}\n| --- | --- | --- | --- | --- | --- |\n| `sft` | `base` |"
-        in text
-    )
+    head = f"| arm | against | {tables.COMPARED} |"
+    assert f"{title}\n\n{ran} {page.MANY}\n\n{head}\n|{' --- |' * 7}\n| `sft` | `base` |" in text
     sections = text.split("\n### ")[1:]
     assert all(ran in section for section in sections)
     page.rewrite(file, found)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.evidence import arms, chains, page, records  # noqa: E402
+from benchmarks.evidence import arms, chains, page, records, tables  # noqa: E402
 from posttrain import load_recipe  # noqa: E402
 from posttrain.algorithm import Algorithm  # noqa: E402
 from posttrain.algorithms.diffusion_nft import DiffusionNFT  # noqa: E402
@@ -132,7 +132,7 @@ def test_the_tables_of_chains_have_rivals_gains_and_what_was_on_the_way(tmp_path
         ["| `sft-nft`", "`nft`"],
     ]
     assert compared == pairs * 2, "of the graded score, and of the distance"
-    assert "| arm | against | distance, difference [95 %] | standard error | seeds | p |" in lines
+    assert "| arm | against | " + tables.COMPARED.replace("graded", "distance") + " |" in lines
     way = lines[lines.index("### Chains on the way") :]
     assert [line.split(" | ")[1:4] for line in way if line.startswith("| `sft-nft`")] == [
         ["0", "0k", ""],

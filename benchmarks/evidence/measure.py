@@ -27,12 +27,13 @@ from posttrain.support.records import read_rows
 
 SAMPLING_STEPS = (5, 10, 20, 40)
 PROMPTS = {"type": "shapes", "count": 480, "seed": 2026}
-"""Held-out prompts: no choice of a setting was made on this seed."""
+"""No choice of a setting was made on these draws. What is held out is the noise: Shapes has few prompts, most
+of them captions of training images too, and so many samples have nearly all of them."""
 EVALUATION = {
     "prompts": PROMPTS, "rewards": ["shapes"], "resolution": 64, "guidance": 2.0, "batch_size": 60, "grid": 1,
 }  # fmt: skip
 SCENES = {"count": 64, "seed": 2027}
-"""Held-out images at which the exposure bias is measured."""
+"""Images at which the exposure bias is measured; none is of the training, though their captions are."""
 ROLLOUTS = ((1, 2.0), (5, 2.0), (5, 1.0))
 """Steps and guidance by which the model leads itself, on the grid of 20 steps."""
 

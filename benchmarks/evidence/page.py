@@ -26,7 +26,10 @@ BEGIN = "<!-- Made by `python -m benchmarks.evidence tables --page docs/evidence
 END = "<!-- Made by `python -m benchmarks.evidence tables`: the end. -->"
 MAIN = "20"
 """Sampling steps of the comparison that claims are made from."""
-MANY = "p: two-sided, by Holm's method for all rows of this table. An interval is of its row alone."
+MANY = (
+    "p: two-sided, by Holm's method for all rows of this table; an interval is of its row alone. The interval "
+    "is for other seeds and other prompts, the one of seeds alone for these prompts."
+)
 
 
 def tables(records: Records) -> Iterator[str]:
@@ -68,8 +71,10 @@ def _arms(records: Records, arms: list[str]) -> Iterator[str]:
         if steps != MAIN:
             title = f"### Differences of the arms, {steps} sampling steps"
             yield from ("", title, "", f"{ran} {MANY}", "", *differences_table(records, pairs, steps))
-    yield from ("", f"### Graded score by kind of task, {MAIN} sampling steps", "", ran, "")
-    yield from kinds_table(records, arms, MAIN)
+    yield from ("", "### Scores by kind of task")
+    for steps in map(str, SAMPLING_STEPS):
+        yield from ("", f"{steps} sampling steps; graded / lenient / strict. {ran}", "")
+        yield from kinds_table(records, arms, steps)
     unit = (
         "Squared error of the predicted image, sigma^2 times that of the velocity; below the base, changes."
     )

@@ -19,6 +19,8 @@ class Difference:
     high: float
     p: float
     """Two-sided, against no difference, of this comparison alone: see :func:`holm`."""
+    of_seeds: float
+    """Half of the 95 % interval for other training seeds and noise alone, with the same prompts."""
     agree: str
     """How many training seeds have a mean on the side of the whole mean: "4 of 5"."""
 
@@ -34,7 +36,8 @@ def difference(a: ArrayLike, b: ArrayLike, labels: Sequence[str]) -> Difference:
     the mean is (M_seeds + M_labels - M_rest) / (seeds x labels), where the M are the mean squares of the
     two-way analysis of variance, and the t distribution has Satterthwaite's degrees of freedom (Searle,
     Casella & McCulloch 1992, chapter 4). A bootstrap of both would count what is neither of seeds nor of
-    prompts three times, and would be too narrow where few seeds differ.
+    prompts three times, and would be too narrow where few seeds differ. Where the prompts are all that there
+    are, :attr:`Difference.of_seeds` is the interval, and the other one too wide.
 
     Raises ValueError for fewer than two seeds or labels.
     """
@@ -52,13 +55,14 @@ def difference(a: ArrayLike, b: ArrayLike, labels: Sequence[str]) -> Difference:
     rest = ((z - rows[:, None] - columns) ** 2).sum() / ((s - 1) * (n - 1))
     total = rest + max(of_seeds - rest, 0) + max(of_labels - rest, 0)
     error = float(np.sqrt(total / (s * n)))
+    of_seeds_alone = Student(s - 1).quantile(0.95) * float(rows.std(ddof=1)) / s**0.5
     agree = f"{int((np.sign(change.mean(1)) == np.sign(mean)).sum())} of {s}"
     if error < 1e-12:
-        return Difference(mean, 0.0, mean, mean, float(abs(mean) < 1e-12), agree)
+        return Difference(mean, 0.0, mean, mean, float(abs(mean) < 1e-12), 0.0, agree)
     uncertain = of_seeds**2 / (s - 1) + of_labels**2 / (n - 1) + rest**2 / ((s - 1) * (n - 1))
     t = Student(max(1.0, total**2 / uncertain))
     half = t.quantile(0.95) * error
-    return Difference(mean, error, mean - half, mean + half, t.p(mean / error), agree)
+    return Difference(mean, error, mean - half, mean + half, t.p(mean / error), of_seeds_alone, agree)
 
 
 class Student:

@@ -14,7 +14,7 @@ from posttrain.support.wording import short
 VERDICTS = ("shapes", "shapes/lenient", "shapes/strict")
 BANDS = ((0.75, 1.01), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
 """Of sigma: from the first number to below the second."""
-COMPARED = "graded, difference [95 %] | standard error | seeds | p"
+COMPARED = "graded, difference [95 %] | standard error | seeds alone, 95 % | seeds that agree | p"
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -45,20 +45,29 @@ def differences_table(records: Records, pairs: Pairs, key: str, score: str = "sh
     yield from _head("arm", "against", *COMPARED.split(" | "))
     adjusted = holm([change.p for *_, change in found])
     for (arm, rival, change), p in zip(found, adjusted, strict=True):
-        yield _row(f"`{arm}`", f"`{rival}`", change, f"{change.error:.4f}", change.agree, _p(p))
+        yield _row(
+            f"`{arm}`", f"`{rival}`", change, f"{change.error:.4f}", _alone(change), change.agree, _p(p)
+        )
 
 
 def kinds_table(records: Records, names: Sequence[str], key: str) -> Iterator[str]:
-    """The graded score of each arm by kind of task."""
+    """The graded, lenient and strict scores of each arm by kind of task."""
     kinds = sorted({tag for name in names for tag in records[name][0]["tags"]})
     yield from _head("arm", *kinds)
     for name in names:
-        rows = [
-            (tag, score)
-            for record in records[name]
-            for tag, score in zip(record["tags"], record["evaluations"][key]["shapes"], strict=True)
-        ]
-        yield _row(f"`{name}`", *(f"{fmean(s for t, s in rows if t == kind):.3f}" for kind in kinds))
+        cells = []
+        for kind in kinds:
+            means = []
+            for score in VERDICTS:
+                values = [
+                    value
+                    for record in records[name]
+                    for tag, value in zip(record["tags"], record["evaluations"][key][score], strict=True)
+                    if tag == kind
+                ]
+                means.append(f"{fmean(values):.3f}")
+            cells.append(" / ".join(means))
+        yield _row(f"`{name}`", *cells)
 
 
 def bias_table(records: Records, what: str, *, excess: bool = False) -> Iterator[str]:
@@ -115,6 +124,10 @@ def _told(change: Difference | None) -> str:
     if change is None:
         return ""
     return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+
+
+def _alone(change: Difference) -> str:
+    return f"+- {change.of_seeds:.3f}"
 
 
 def _p(p: float) -> str:
