@@ -339,11 +339,13 @@ def test_tables_compare_each_arm_with_its_rivals_on_the_seeds_of_both(tmp_path):
         "| `sft` | 2 | 0.300 | 0.300 | 0.300 | 14.4k |",
         "| `soar` | 3 | 0.400 | 0.400 | 0.400 | 14.4k |",
     ]
-    pairs = [("sft", "base"), ("soar", "sft"), ("soar", "soar-lora")]
+    pairs = [("sft", "base"), ("soar", "sft"), ("soar", "soar-lora"), ("soar", "base")]
     rows = list(tables.differences_table(found, pairs, "20"))
     assert rows[2].startswith("| `sft` | `base` | +0.133 [")
     assert rows[3] == "| `soar` | `sft` | +0.100 [+0.100, +0.100] | 0.0000 | +- 0.000 | 2 of 2 | <0.001 |"
-    assert len(rows) == 4, "an arm without records is compared with nothing"
+    assert len(rows) == 5, "an arm without records is compared with nothing"
+    alone = statistics.difference([[0, 0, 0.5]] * 2, [[0.3, 0.3, 0.6]] * 2, ["a", "b", "c"])
+    assert rows[4].endswith(f" | 2 of 2 | {2 * alone.p:.3f} |"), "the second smallest p of three"
     assert list(tables.kinds_table(found, ["sft", "soar"], "20"))[2:] == [
         "| `sft` | 0.200 / 0.200 / 0.200 | 0.500 / 0.500 / 0.500 |",
         "| `soar` | 0.300 / 0.300 / 0.300 | 0.600 / 0.600 / 0.600 |",

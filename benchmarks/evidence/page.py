@@ -27,8 +27,8 @@ END = "<!-- Made by `python -m benchmarks.evidence tables`: the end. -->"
 MAIN = "20"
 """Sampling steps of the comparison that claims are made from."""
 MANY = (
-    "p: two-sided, by Holm's method for all rows of this table; an interval is of its row alone. The interval "
-    "is for other seeds and other prompts, the one of seeds alone for these prompts."
+    "p: two-sided, by Holm's method for all rows of this table; an interval is of its row alone. It is "
+    "for other seeds and other prompts, the one of seeds alone for these prompts."
 )
 
 
