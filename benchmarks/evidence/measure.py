@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
+from datetime import date
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,34 @@ import torch
 from rich.console import Console
 
 import posttrain
-from benchmarks.evidence.arms import recipe
+from benchmarks.evidence.arms import MODEL, recipe
 from benchmarks.evidence.bias import errors, held_out
-from posttrain import Evaluation
+from benchmarks.evidence.identity import identity, is_made
+from posttrain import Evaluation, Recipe, RunResult
 from posttrain.evaluation.evaluate import evaluate
 from posttrain.policy import Policy
 from posttrain.stages.artifact import open_artifact, open_sampler
 from posttrain.support.files import write
+from posttrain.support.records import read_rows
 
-BASE_MODEL = "posttrain/tiny-sd3"
-GUIDANCE, SAMPLING_STEPS = 2.0, (5, 10, 20, 40)
+SAMPLING_STEPS = (5, 10, 20, 40)
 PROMPTS = {"type": "shapes", "count": 480, "seed": 2026}
-"""Held-out prompts: no choice of a setting was made on this seed."""
-SCENES, SCENES_SEED = 96, 2027
-"""Held-out images at which the exposure bias is measured."""
+"""No choice of a setting was made on these draws. What is held out is the noise: Shapes has few prompts, most
+of them captions of training images too, and so many samples have nearly all of them."""
+EVALUATION = {
+    "prompts": PROMPTS, "rewards": ["shapes"], "resolution": 64, "guidance": 2.0, "batch_size": 60, "grid": 1,
+}  # fmt: skip
+SCENES = {"count": 64, "seed": 2027}
+"""Images at which the exposure bias is measured; none is of the training, though their captions are."""
+ROLLOUTS = ((1, 2.0), (5, 2.0), (5, 1.0))
+"""Steps and guidance by which the model leads itself, on the grid of 20 steps."""
+
+
+def arm_identity(name: str, steps: int | None, samples: int | None) -> dict[str, Any]:
+    """By what the record of an arm, or of ``base``, is made. Raises as :func:`recipe` does."""
+    measures = {"evaluation": EVALUATION, "steps": SAMPLING_STEPS, "scenes": SCENES, "rollouts": ROLLOUTS}
+    recipes = [] if name == "base" else [recipe(name, 0, steps)]
+    return identity(recipes, {**measures, "samples": samples})
 
 
 def measured(
@@ -34,68 +51,96 @@ def measured(
     """The record of an arm, or of ``base``. What exists is kept: a stopped call goes on where it was.
 
     ``runs`` gets the run's folder, which is removed once it is measured; ``records`` the record. ``steps``
-    shortens training and ``samples`` the evaluation, for a trial.
+    shortens training and ``samples`` the evaluation, for a trial. ``seed`` is that of the training and of the
+    evaluation's noise: arms are paired by both, and the noise's chance averages out over seeds. Raises
+    PosttrainError if there is a record by other settings.
     """
-    record = records / f"{name}-{seed}.json"
-    if record.exists():
+    record, by = records / f"{name}-{seed}.json", arm_identity(name, steps, samples)
+    if is_made(record, by):
         return record
-    folder, device = runs / f"{name}-{seed}", torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about: dict[str, Any] = {"arm": name, "seed": seed, "base": _base_print()}
+    device = device_of_this_machine()
+    about: dict[str, Any] = {"arm": name, "seed": seed, "identity": by, "cost": {}}
     if name == "base":
-        weights = BASE_MODEL
+        folder, weights = runs / f"base-{seed}", MODEL["path"]
     else:
-        result = posttrain.run(recipe(name, seed, steps), output=folder)
-        cost = result.cost("trained")
-        about["cost"] = {key: cost[key] for key in ("steps", "samples", "forward_equivalents", "seconds")}
-        weights = str(result.final("trained"))
-    started = time.perf_counter()
-    about["evaluations"] = {
-        str(n): _scores(weights, n, samples, folder / f"eval-{n}", device) for n in SAMPLING_STEPS
-    }
+        training = recipe(name, seed, steps)
+        folder = runs / folder_name(name, training)
+        result = posttrain.run(training, output=folder)
+        about["cost"], weights = cost(result, "trained"), str(result.final("trained"))
+    started, settings = time.perf_counter(), {**EVALUATION, "seed": seed}
+    about["evaluations"] = {}
+    for n in SAMPLING_STEPS:
+        about |= scored(weights, {**settings, "steps": n}, samples, folder / f"eval-{n}", device)
+        about["evaluations"][str(n)] = about.pop("scores")
     model, _ = open_artifact(weights, device)
-    latents, captions = held_out(model, min(SCENES, samples or SCENES), SCENES_SEED)
+    latents, captions = held_out(model, min(SCENES["count"], samples or SCENES["count"]), SCENES["seed"])
     sigmas = model.sigmas(20, 64, 64)
-    about["exposure_bias"] = {
-        str(k): errors(Policy(model), latents, captions, sigmas=sigmas, steps=k, guidance=GUIDANCE)
-        for k in (1, 5)
-    }
+    bias = errors(Policy(model), latents, captions, sigmas=sigmas, rollouts=ROLLOUTS, seed=seed)
+    about["exposure_bias"] = {"captions": captions, **bias}
     about["measuring_seconds"] = round(time.perf_counter() - started, 1)
-    records.mkdir(parents=True, exist_ok=True)
-    write(record, json.dumps(about, separators=(",", ":")))
+    keep(record, about)
     shutil.rmtree(folder, ignore_errors=True)
     return record
 
 
-def _scores(
-    weights: str, steps: int, samples: int | None, folder: Path, device: torch.device
+def folder_name(name: str, training: Recipe) -> str:
+    """The folder of a run. It has the length, since a run would go on from a shorter one of its folder."""
+    return f"{name}-{training.seed}-{training.stages[0].train.steps}-steps"
+
+
+def keep(record: Path, about: Mapping[str, Any]) -> None:
+    """Write the record, with the day and the device."""
+    device = device_of_this_machine()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    content = {**about, "date": date.today().isoformat(), "device": where}
+    write(record, json.dumps(content, separators=(",", ":")))
+
+
+def cost(result: RunResult, stage: str) -> dict[str, float]:
+    """What the stage counted: optimizer steps, samples, forward-equivalents and seconds."""
+    of = result.cost(stage)
+    return {key: of[key] for key in ("steps", "samples", "forward_equivalents", "seconds")}
+
+
+def device_of_this_machine() -> torch.device:
+    """The GPU if there is one, as a run takes it."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def scored(
+    weights: str, settings: Mapping[str, Any], samples: int | None, folder: Path, device: torch.device
 ) -> dict[str, Any]:
-    """The scores of every sample by name, in the order of ``prompts``, beside the prompts and their kinds."""
-    evaluation = Evaluation.model_validate(
-        {
-            "prompts": {**PROMPTS, "count": samples or PROMPTS["count"]},
-            "rewards": ["shapes"],
-            "resolution": 64,
-            "steps": steps,
-            "guidance": GUIDANCE,
-            "batch_size": 60,
-            "grid": 12,
-        }
-    )
+    """``prompts`` and ``tags`` of every sample in their order, and ``scores``, a list for each name.
+
+    Where a prompt has several images, the score ``distance`` is an image's mean distance from the others of
+    its prompt: the root of the mean squared difference of pixels in [0, 1]. It falls as samples grow alike.
+    """
+    count = samples or settings["prompts"]["count"]
+    evaluation = Evaluation.model_validate({**settings, "prompts": {**settings["prompts"], "count": count}})
     sampler, which = open_sampler(weights, device, evaluation)
     evaluate(sampler, evaluation, folder, name=folder.name, weights=which, console=Console(quiet=True))
-    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text("utf-8").splitlines()]
-    rows.sort(key=lambda row: (row["prompt"], row["index"]))
-    names = sorted(rows[0]["scores"])
-    return {
-        "prompts": [row["prompt"] for row in rows],
-        "tags": [row.get("tag", "") for row in rows],
-        "scores": {name: [round(row["scores"][name], 4) for row in rows] for name in names},
-    }
+    rows = sorted(read_rows(folder / "records.jsonl"), key=lambda row: (row["prompt"], row["index"]))
+    scores = {name: [round(row["scores"][name], 4) for row in rows] for name in sorted(rows[0]["scores"])}
+    if evaluation.images_per_prompt > 1:
+        scores["distance"] = _distances(rows, folder)
+    prompts, tags = ([row[key] for row in rows] for key in ("prompt", "tag"))
+    return {"prompts": prompts, "tags": tags, "scores": scores}
 
 
-def _base_print() -> str:
-    """The hash of the transformer that all arms start from, as its provenance has it."""
-    from posttrain.weights.pipeline_folder import ASSETS
+def _distances(rows: list[dict[str, Any]], folder: Path) -> list[float]:
+    """The mean distance of each image from the others of its prompt."""
+    import numpy as np
+    from PIL import Image
 
-    made = json.loads((ASSETS / "tiny-sd3" / "provenance.json").read_text("utf-8"))
-    return made["sha256"]["transformer/diffusion_pytorch_model.safetensors"]
+    images = [np.asarray(Image.open(folder / row["image"]), float) / 255 for row in rows]
+    found: list[list[float]] = [[] for _ in rows]
+    alike: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        alike.setdefault(row["prompt"], []).append(i)
+    for of_prompt in alike.values():
+        for i, j in combinations(of_prompt, 2):
+            distance = float(np.sqrt(np.square(images[i] - images[j]).mean()))
+            found[i].append(distance)
+            found[j].append(distance)
+    return [round(sum(each) / len(each), 4) for each in found]

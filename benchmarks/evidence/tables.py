@@ -1,112 +1,143 @@
-"""Makes the Markdown tables of the evidence from its records."""
+"""Makes the Markdown tables of the arms from their records."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
 from benchmarks.evidence.arms import ARMS
-from benchmarks.evidence.statistics import Difference, difference
-from posttrain.errors import PosttrainError
+from benchmarks.evidence.records import Record, Records, between, forwards
+from benchmarks.evidence.statistics import Difference, holm
 from posttrain.support.wording import short
 
-Records = Mapping[str, Sequence[Mapping[str, Any]]]
-"""An arm's records in the order of their seeds; the base has one."""
+VERDICTS = ("shapes", "shapes/lenient", "shapes/strict")
+BANDS = ((0.75, 1.01), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
+"""Of sigma: from the first number to below the second."""
+COMPARED = "graded, difference [95 %] | standard error | seeds alone, 95 % | seeds that agree | p"
+Pairs = Sequence[tuple[str, str]]
 
 
-def read(folder: Path) -> Records:
-    """The records of ``folder``, by arm. Raises PosttrainError if they start from two base models."""
-    found: dict[str, list[Any]] = defaultdict(list)
-    for file in sorted(folder.glob("*.json")):
-        record = json.loads(file.read_text("utf-8"))
-        found[record["arm"]].append(record)
-    if len(bases := {record["base"] for records in found.values() for record in records}) > 1:
-        raise PosttrainError(f"{folder}: records of {len(bases)} base models; remove those of the older one")
-    return {arm: sorted(records, key=lambda r: r["seed"]) for arm, records in found.items()}
+def present(records: Records) -> list[str]:
+    """The base and the arms that have records, in their order."""
+    return [name for name in ("base", *ARMS) if name in records]
 
 
-def between(records: Records, arm: str, against: str, score: str, steps: int) -> Difference | None:
-    """``arm`` minus ``against`` on the seeds that both have; None if there are fewer than two."""
-    theirs = {r["seed"]: r for r in records.get(against, ())}
-    pairs = [(theirs["base" if against == "base" else r["seed"]], r) for r in _paired(records, arm, theirs)]
-    if len(pairs) < 2:
-        return None
-    a, b = ([record["evaluations"][str(steps)] for record in side] for side in zip(*pairs, strict=True))
-    if any(e["prompts"] != a[0]["prompts"] for e in (*a, *b)):
-        raise PosttrainError(f"{arm} and {against} were evaluated on other prompts")
-    return difference([e["scores"][score] for e in a], [e["scores"][score] for e in b], a[0]["prompts"])
+def scores_table(records: Records, names: Sequence[str], key: str, scores: Sequence[str]) -> Iterator[str]:
+    """A row for each name: its mean scores in the evaluation ``key`` over all seeds, and its cost."""
+    heads = [{"shapes": "graded"}.get(score, score.rpartition("/")[2]) for score in scores]
+    yield from _head("arm", "seeds", *heads, "forward-equivalents")
+    for name in names:
+        of = [record["evaluations"][key] for record in records[name]]
+        means = [f"{fmean(fmean(e[score]) for e in of):.3f}" for score in scores]
+        cost = forwards(records, name)
+        yield _row(f"`{name}`", len(of), *means, short(cost) if cost else "")
 
 
-def _paired(records: Records, arm: str, theirs: dict[Any, Any]) -> list[Mapping[str, Any]]:
-    """The records of ``arm`` whose seed the other one has. The base has no training seed: all have it."""
-    if theirs and next(iter(theirs.values()))["arm"] == "base":
-        theirs["base"] = next(iter(theirs.values()))
-        return list(records.get(arm, ()))
-    return [r for r in records.get(arm, ()) if r["seed"] in theirs]
+def differences_table(records: Records, pairs: Pairs, key: str, score: str = "shapes") -> Iterator[str]:
+    """A row for each pair of arm and rival that have two seeds: the difference, and p adjusted by Holm's
+    method for all rows."""
+    found = [
+        (arm, rival, change)
+        for arm, rival in pairs
+        if (change := between(records, arm, rival, _score(key, score), _prompts)) is not None
+    ]
+    yield from _head("arm", "against", *COMPARED.split(" | "))
+    adjusted = holm([change.p for *_, change in found])
+    for (arm, rival, change), p in zip(found, adjusted, strict=True):
+        yield _row(
+            f"`{arm}`", f"`{rival}`", change, f"{change.error:.4f}", _alone(change), change.agree, _p(p)
+        )
 
 
-def arms_table(records: Records, steps: int) -> Iterator[str]:
-    """A row for each arm: its scores over all seeds, and the graded score's difference from its rival."""
-    yield "| arm | seeds | graded | lenient | strict | against | graded, difference [95 %] | forwards |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for name in ("base", *ARMS):
-        if not (of := records.get(name)):
-            continue
-        scores = [record["evaluations"][str(steps)]["scores"] for record in of]
-        means = [
-            fmean(fmean(s[key]) for s in scores) for key in ("shapes", "shapes/lenient", "shapes/strict")
-        ]
-        against = "" if name == "base" else ARMS[name].against
-        change = between(records, name, against, "shapes", steps) if against else None
-        cost = short(fmean(r["cost"]["forward_equivalents"] for r in of)) if name != "base" else ""
-        told = "" if change is None else f"{change}{'' if change.significant else ' n.s.'}"
-        shown = " | ".join(f"{mean:.3f}" for mean in means)
-        yield f"| `{name}` | {len(of)} | {shown} | {against and f'`{against}`'} | {told} | {cost} |"
-
-
-def kinds_table(records: Records, steps: int) -> Iterator[str]:
-    """The graded score of each arm by kind of task."""
-    kinds = sorted({tag for r in records["base"] for tag in r["evaluations"][str(steps)]["tags"]})
-    yield f"| arm | {' | '.join(kinds)} |"
-    yield f"| --- |{' --- |' * len(kinds)}"
-    for name in ("base", *ARMS):
-        if not (of := records.get(name)):
-            continue
+def kinds_table(records: Records, names: Sequence[str], key: str) -> Iterator[str]:
+    """The graded, lenient and strict scores of each arm by kind of task."""
+    kinds = sorted({tag for name in names for tag in records[name][0]["tags"]})
+    yield from _head("arm", *kinds)
+    for name in names:
         cells = []
         for kind in kinds:
-            values = [
-                score
-                for record in of
-                for score, tag in zip(
-                    record["evaluations"][str(steps)]["scores"]["shapes"],
-                    record["evaluations"][str(steps)]["tags"],
-                    strict=True,
-                )
-                if tag == kind
-            ]
-            cells.append(f"{fmean(values):.3f}")
-        yield f"| `{name}` | {' | '.join(cells)} |"
+            means = []
+            for score in VERDICTS:
+                values = [
+                    value
+                    for record in records[name]
+                    for tag, value in zip(record["tags"], record["evaluations"][key][score], strict=True)
+                    if tag == kind
+                ]
+                means.append(f"{fmean(values):.3f}")
+            cells.append(" / ".join(means))
+        yield _row(f"`{name}`", *cells)
 
 
-def bias_table(records: Records, rollout: int) -> Iterator[str]:
-    """The squared error of the predicted image at the data's states and at the model's, in bands of sigma."""
-    bands = [(0.75, 1.0), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25)]
-    yield f"| arm | {' | '.join(f'sigma {low:g} to {high:g}' for low, high in bands)} |"
-    yield f"| --- |{' --- |' * len(bands)}"
-    for name in ("base", *ARMS):
-        if not (of := records.get(name)):
-            continue
-        rows = [row for record in of for row in record["exposure_bias"][str(rollout)]]
+def bias_table(records: Records, what: str, *, excess: bool = False) -> Iterator[str]:
+    """The squared error of the predicted image in bands of sigma: of the base, and of each arm its change.
+
+    ``what`` is ``data`` or a rollout; ``excess`` subtracts the error before the rollout's steps.
+    """
+    names = present(records)
+    yield from _head("arm", *(f"sigma {low:g} to {min(high, 1):g}" for low, high in BANDS))
+    for name in names:
         cells = []
-        for low, high in bands:
-            of_band = [row for row in rows if low <= row["sigma"] < high]
-            if not of_band:  # a rollout of several steps ends below the highest sigmas
+        for band in BANDS:
+            values = _bias(what, excess, band)
+            if not values(records[name][0]):  # a rollout of several steps ends below the highest sigmas
                 cells.append("")
-                continue
-            data, model = (fmean(row[key] for row in of_band) for key in ("data", "model"))
-            cells.append(f"{data:.4f} to {model:.4f}")
-        yield f"| `{name}` | {' | '.join(cells)} |"
+            elif name == "base":
+                cells.append(f"{fmean(fmean(values(record)) for record in records[name]):.4f}")
+            else:
+                cells.append(_told(between(records, name, "base", values, _captions)))
+        yield _row(f"`{name}`", *cells)
+
+
+def _bias(what: str, excess: bool, band: tuple[float, float]) -> Callable[[Record], list[float]]:
+    """A record's error of each image, as the mean over the sigmas of ``band``; empty if it has none."""
+
+    def values(record: Record) -> list[float]:
+        bias = record["exposure_bias"]
+        ends = range(len(bias["sigmas"])) if what == "data" else bias[what]["ends"]
+        rows = bias["data"] if what == "data" else bias[what]["model"]
+        before = bias[what]["steps"] if excess else 0
+        found: list[list[float]] = []
+        for end, row in zip(ends, rows, strict=True):
+            if band[0] <= bias["sigmas"][end] < band[1]:
+                start = bias["data"][end - before] if excess else [0.0] * len(row)
+                found.append([value - first for value, first in zip(row, start, strict=True)])
+        return [fmean(image) for image in zip(*found, strict=True)]
+
+    return values
+
+
+def _score(key: str, score: str) -> Callable[[Record], list[float]]:
+    return lambda record: record["evaluations"][key][score]
+
+
+def _prompts(record: Record) -> list[str]:
+    return record["prompts"]
+
+
+def _captions(record: Record) -> list[str]:
+    return record["exposure_bias"]["captions"]
+
+
+def _told(change: Difference | None) -> str:
+    if change is None:
+        return ""
+    return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+
+
+def _alone(change: Difference) -> str:
+    return f"+- {change.of_seeds:.3f}"
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _head(*cells: str) -> Iterator[str]:
+    yield _row(*cells)
+    yield _row(*["---"] * len(cells))
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"

@@ -1,0 +1,66 @@
+"""Says by what a record was made, so that records that do not compare are never mixed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.arms import MODEL
+from posttrain import Recipe
+from posttrain.errors import PosttrainError
+from posttrain.support.records import read_object
+
+JUDGE = (
+    *("posttrain/shapes/detect.py", "posttrain/shapes/outlines.py", "posttrain/shapes/scene.py"),
+    *("rewards/_geneval_scores.py", "rewards/shapes.py"),
+)
+"""The source that scores are computed by."""
+ROOT = Path(__file__).parent.parent.parent
+
+
+def identity(recipes: Iterable[Recipe], measures: dict[str, Any]) -> dict[str, Any]:
+    """By what a record is made: the ``recipes`` of its training, its ``measures``, the base model's files and
+    the judge's source. ``seeds`` of both are left out, so all seeds of an arm have one identity."""
+    blocks = [recipe.model_dump(mode="json") for recipe in recipes]
+    return {
+        "recipes": _print([{**block, "seed": None} for block in blocks]),
+        "measures": _print(measures),
+        "base": _print(_base()),
+        "judge": _print([_source(ROOT / name) for name in JUDGE]),
+    }
+
+
+def is_made(record: Path, by: dict[str, Any]) -> bool:
+    """Whether ``record`` is there. Raises PosttrainError if it was made by something else."""
+    if not record.exists():
+        return False
+    if other := differing(read_object(record, "identity")["identity"], by):
+        raise PosttrainError(
+            f"{record}: made by other {', '.join(other)}. Remove it, or give another --records and --runs"
+        )
+    return True
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The entries by which two identities differ."""
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+
+
+def _base() -> dict[str, str]:
+    from posttrain.weights.pipeline_folder import ASSETS
+
+    made = read_object(ASSETS / MODEL["path"].rpartition("/")[2] / "provenance.json", "sha256")
+    return made["sha256"]
+
+
+def _source(file: Path) -> str:
+    """The code of ``file`` without comments and layout."""
+    return ast.dump(ast.parse(file.read_text("utf-8")))
+
+
+def _print(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
