@@ -14,6 +14,7 @@ from posttrain.errors import PosttrainError
 from posttrain.importing.command_line import parsed
 from posttrain.importing.draft import Draft, text_of
 from posttrain.importing.flags import BARE, Settings
+from posttrain.importing.trainer import Start
 from posttrain.importing.trainers import TRAINERS, translate
 from posttrain.recipe.file import load_recipe, parse_recipe
 from posttrain.recipe.positions import parse
@@ -812,7 +813,7 @@ def test_no_value_of_a_flag_ends_in_a_traceback(trainer, data):
     names = data.draw(st.sampled_from(VARIANTS.get(trainer, [{}])))
     pairs = [
         (name.removeprefix("config."), value)
-        for name, value in parsed(filled(STARTS[trainer], names), "").flags
+        for name, value in parsed(filled(STARTS[trainer], names), known.scripts).flags
     ]
     if known.published:
         pairs = [*known.published[pairs[0][1].partition(":")[2]][1].items()]
@@ -821,7 +822,7 @@ def test_no_value_of_a_flag_ends_in_a_traceback(trainer, data):
     with contextlib.suppress(PosttrainError):
         for name, value in pairs:
             values.give(name, value)
-        known.build(values, draft, "", data.draw(st.sampled_from([1, 3, 8])))
+        known.build(values, draft, Start(processes=data.draw(st.sampled_from([1, 3, 8]))))
         parse_recipe(draft.yaml("odd"), "recipe", checks=False)
 
 

@@ -1,17 +1,25 @@
-"""SimpleTuner's config.json and config.env, and the names that options have in the latter.
+"""Reads SimpleTuner's config.json and config.env, and finds the one that a command names.
 
-Read on 2026-11-27 in helpers/configuration/env_file.py at 04265fc.
+Names of variables were read on 2026-11-27 in helpers/configuration/env_file.py at 04265fc, the commands in
+simpletuner/cli at 0609d8f and 3ff1fb2.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.command_line import parsed, refuse_unset
+from posttrain.importing.command_line import ASSIGNMENT, CommandLine, parsed, refuse_unset
+from posttrain.importing.shell_script import read_script
+from posttrain.importing.trainer import Opened
+
+SCRIPTS = re.compile(r"(\S*/)?(train\.(py|sh)|simpletuner[ .]train|simpletuner-train)(\s|$)")
 
 ENVIRONMENT = {
     "MODEL_TYPE": "model_type", "MODEL_NAME": "pretrained_model_name_or_path",
@@ -55,13 +63,12 @@ ENVIRONMENT = {
 SWITCHES = {"STABLE_DIFFUSION_3": "sd3", "FLUX": "flux", "PIXART_SIGMA": "pixart_sigma", "KOLORS": "kolors"}
 """Variables of older files that say the family by being true."""
 EXTRA = ("TRAINER_EXTRA_ARGS", "DEBUG_EXTRA_ARGS")
-SHELL = (
-    "USE_XFORMERS", "PURE_BF16", "TOKENIZERS_PARALLELISM", "ACCELERATE_EXTRA_ARGS", "USE_BITFIT",
-    "CONTROLNET",
-    "STABLE_DIFFUSION_LEGACY", "HUNYUAN_DIT",
-    "DELETE_ERRORED_IMAGES", "DELETE_SMALL_IMAGES",
-)  # fmt: skip
+SHELL = re.compile(
+    r"(CUDA|HF|NCCL|OMP|PYTORCH|TOKENIZERS|WANDB|ACCELERATE|SIMPLETUNER|CONFIG)_\w+|ENV|USE_XFORMERS|PURE_BF16|"
+    r"USE_BITFIT|CONTROLNET|STABLE_DIFFUSION_LEGACY|HUNYUAN_DIT|DELETE_ERRORED_IMAGES|DELETE_SMALL_IMAGES"
+)
 """Variables that no option of the training comes from."""
+CONFIGS = ("config.json", "config.toml", "config.env")
 
 
 def from_json(text: str, file: str) -> Iterator[tuple[str, Any]]:
@@ -76,8 +83,13 @@ def from_json(text: str, file: str) -> Iterator[tuple[str, Any]]:
         yield key.lstrip("-"), value
 
 
-def from_environment(variables: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """The options of a config.env."""
+def from_env_file(text: str, file: str) -> Iterator[tuple[str, Any]]:
+    """The options of a config.env. A variable that is no option's is given as one, so that it is named."""
+    return _from_variables(read_script(text, file, "SimpleTuner", SCRIPTS).variables)
+
+
+def _from_variables(variables: Mapping[str, str], *, known: bool = False) -> Iterator[tuple[str, Any]]:
+    """The options of shell variables; with ``known`` only of those that are options'."""
     for name, value in variables.items():
         if name in ENVIRONMENT or name in EXTRA:
             refuse_unset(value, f"{name}={value}")
@@ -91,6 +103,54 @@ def from_environment(variables: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
                 words = shlex.split(value)
             except ValueError as error:
                 raise PosttrainError(f"{name} of config.env cannot be read: {error}") from None
-            yield from parsed(words, "SimpleTuner").flags
-        elif name not in SHELL:
+            yield from parsed(words, SCRIPTS).flags
+        elif not (known or SHELL.fullmatch(name)):
             yield name, value
+
+
+def opened(command: CommandLine, given: Path | None) -> Opened:
+    """The command without what names its configuration, and the configuration: the file ``given``, that of
+    ``--config``, of the environment ``env``, or the one in the current folder. Raises PosttrainError."""
+    if not command.script:
+        return command, given
+    words = [word for word in command.words if word != "train"]
+    pairs = [(found[1], found[2]) for word in words if (found := ASSIGNMENT.fullmatch(word))]
+    flags: list[tuple[str, object]] = [
+        *_from_variables(command.variables, known=True),
+        *command.flags,
+        *pairs,
+    ]
+    named = {name: str(value) for name, value in flags if name in ("config", "env", "example", "e")}
+    if "ENV" in command.variables:
+        named.setdefault("env", command.variables["ENV"])
+    rest = replace(
+        command,
+        words=[word for word in words if not ASSIGNMENT.fullmatch(word)],
+        flags=[(name, value) for name, value in flags if name not in named],
+    )
+    return rest, _configuration(command.script, named, given)
+
+
+def _configuration(script: str, named: Mapping[str, str], given: Path | None) -> Path | None:
+    if given is not None and named:
+        raise PosttrainError(
+            f"SimpleTuner: give {str(given)!r} or {' '.join(named)} of the command, not both"
+        )
+    if given is not None or (not named and Path(script).suffix == ".py"):
+        return given
+    if example := named.get("example") or named.get("e"):
+        raise PosttrainError(
+            f"the example {example} is inside SimpleTuner's package: 'simpletuner examples copy {example}' "
+            "copies it; give its config.json in place of the command"
+        )
+    if "config" in named:
+        places = [Path(named["config"])]
+    elif "env" in named:
+        places = [Path(root, named["env"], name) for root in ("config", "") for name in CONFIGS]
+    else:
+        places = [Path(root, name) for root in ("", "config") for name in CONFIGS]
+    if (found := next((place for place in places if place.is_file()), None)) is None:
+        raise PosttrainError(
+            f"SimpleTuner's command reads {' or '.join(map(str, places))}: no such file here"
+        )
+    return found
