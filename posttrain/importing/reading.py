@@ -18,8 +18,8 @@ from posttrain.recipe.positions import read_file
 from posttrain.support.spelling import meant
 
 _PYTHON = re.compile(r"\.py(:\w+)?$")
-_SHELL = (".sh", ".bash", ".txt")
-_OTHERS = (".yaml", ".yml", ".json", ".env", ".toml", ".ini")
+_SHELL = {".sh", ".bash", ".txt"}
+_OTHERS = {".yaml", ".yml", ".json", ".env", ".toml", ".ini"}
 
 
 def read(
@@ -29,9 +29,7 @@ def read(
     options. ``processes`` is what the user says of their number. Raises PosttrainError."""
     file, rest = _file_and_flags(words)
     config = file is not None and _PYTHON.search(file.name) is not None
-    if file is not None and not (
-        trainer.published if config else file.suffix in (*trainer.files, *_SHELL, "")
-    ):
+    if file is not None and (not trainer.published if config else file.suffix in _OTHERS - {*trainer.files}):
         raise _unread(trainer, file)
     command, given = parsed(rest, trainer.scripts), file
     if file is not None and not config and file.suffix not in trainer.files:
@@ -131,12 +129,11 @@ def _configured(
 
 def _file_and_flags(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The file that ``words`` begin with, if they do, and the others."""
-    alone = bool(words) and not words[0].startswith("-") and (len(words) == 1 or words[1].startswith("-"))
-    first = Path(words[0]) if alone else Path()
-    if alone and _PYTHON.search(first.name):
-        return first, list(words[1:])
-    if alone and (first.is_file() or first.suffix in (*_SHELL, *_OTHERS)):
-        if not first.is_file():
-            raise PosttrainError(f"no file {words[0]!r}")
-        return first, list(words[1:])
-    return None, list(words)
+    if not words or words[0].startswith("-"):
+        return None, list(words)
+    first, there = Path(words[0]), Path(words[0]).is_file()
+    if not (there or _PYTHON.search(first.name) or first.suffix in _SHELL | _OTHERS):
+        return None, list(words)
+    if not (there or _PYTHON.search(first.name)):
+        raise PosttrainError(f"no file {words[0]!r}")
+    return first, list(words[1:])

@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.command_line import ASSIGNMENT, CommandLine, parsed, refuse_unset
+from posttrain.importing.flags import BARE
 from posttrain.importing.shell_script import read_script
 from posttrain.importing.trainer import Opened
 
@@ -120,7 +121,7 @@ def opened(command: CommandLine, given: Path | None) -> Opened:
         *command.flags,
         *pairs,
     ]
-    named = {name: str(value) for name, value in flags if name in ("config", "env", "example", "e")}
+    named = {n: "" if v is BARE else str(v) for n, v in flags if n in ("config", "env", "example", "e")}
     if "ENV" in command.variables:
         named.setdefault("env", command.variables["ENV"])
     rest = replace(
@@ -136,7 +137,7 @@ def _configuration(script: str, named: Mapping[str, str], given: Path | None) ->
         raise PosttrainError(
             f"SimpleTuner: give {str(given)!r} or {' '.join(named)} of the command, not both"
         )
-    if given is not None or (not named and Path(script).suffix == ".py"):
+    if given is not None or (not named and script.endswith(("train.py", "simpletuner.train"))):
         return given
     if example := named.get("example") or named.get("e"):
         raise PosttrainError(
