@@ -22,43 +22,30 @@ from posttrain.importing.trainer import Opened
 
 SCRIPTS = re.compile(r"(\S*/)?(train\.(py|sh)|simpletuner[ .]train|simpletuner-train)(\s|$)")
 
+_SAME = (
+    "MODEL_TYPE MODEL_FAMILY OUTPUT_DIR TRAIN_BATCH_SIZE LEARNING_RATE LR_WARMUP_STEPS OPTIMIZER "
+    "MIXED_PRECISION CAPTION_DROPOUT_PROBABILITY RESOLUTION RESOLUTION_TYPE CHECKPOINT_STEP_INTERVAL "
+    "USE_EMA EMA_DECAY BASE_MODEL_PRECISION LORA_TYPE ALLOW_TF32 GRADIENT_ACCUMULATION_STEPS "
+    "VALIDATION_PROMPT VALIDATION_GUIDANCE VALIDATION_SEED VALIDATION_RESOLUTION USE_DORA "
+    "FLUX_LORA_TARGET VALIDATION_NUM_INFERENCE_STEPS PUSH_TO_HUB VALIDATION_NEGATIVE_PROMPT "
+    "TRACKER_PROJECT_NAME TRACKER_RUN_NAME METADATA_UPDATE_INTERVAL VALIDATION_GUIDANCE_RESCALE "
+    "READ_BATCH_SIZE WRITE_BATCH_SIZE MAX_WORKERS VAE_BATCH_SIZE IMAGE_PROCESSING_BATCH_SIZE "
+    "TORCH_NUM_THREADS AWS_MAX_POOL_CONNECTIONS TRAINING_SCHEDULER_TIMESTEP_SPACING "
+    "INFERENCE_SCHEDULER_TIMESTEP_SPACING ASPECT_BUCKET_ROUNDING VALIDATION_GUIDANCE_REAL "
+    "VALIDATION_NO_CFG_UNTIL_TIMESTEP LYCORIS_CONFIG FLUX_GUIDANCE_VALUE LR_END DISABLE_BENCHMARK "
+    "INSTANCE_PROMPT"
+)
 ENVIRONMENT = {
-    "MODEL_TYPE": "model_type", "MODEL_NAME": "pretrained_model_name_or_path",
-    "MODEL_FAMILY": "model_family", "OUTPUT_DIR": "output_dir", "TRAINING_SEED": "seed",
-    "MAX_NUM_STEPS": "max_train_steps", "NUM_EPOCHS": "num_train_epochs",
-    "TRAIN_BATCH_SIZE": "train_batch_size", "LEARNING_RATE": "learning_rate", "LR_SCHEDULE": "lr_scheduler",
-    "LR_WARMUP_STEPS": "lr_warmup_steps", "OPTIMIZER": "optimizer", "MIXED_PRECISION": "mixed_precision",
-    "USE_GRADIENT_CHECKPOINTING": "gradient_checkpointing",
-    "CAPTION_DROPOUT_PROBABILITY": "caption_dropout_probability", "RESOLUTION": "resolution",
-    "RESOLUTION_TYPE": "resolution_type", "DATALOADER_CONFIG": "data_backend_config",
-    "CHECKPOINTING_STEPS": "checkpoint_step_interval",
-    "CHECKPOINT_STEP_INTERVAL": "checkpoint_step_interval",
-    "CHECKPOINTING_LIMIT": "checkpoints_total_limit", "USE_EMA": "use_ema", "EMA_DECAY": "ema_decay",
-    "BASE_MODEL_PRECISION": "base_model_precision", "LORA_TYPE": "lora_type", "ALLOW_TF32": "allow_tf32",
-    "GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps", "TRAINING_NUM_PROCESSES": "num_processes",
-    "TRAINING_NUM_MACHINES": "num_machines", "TRAINING_DYNAMO_BACKEND": "dynamo_backend",
-    "VALIDATION_PROMPT": "validation_prompt", "VALIDATION_GUIDANCE": "validation_guidance",
-    "VALIDATION_STEPS": "validation_step_interval", "VALIDATION_SEED": "validation_seed",
-    "VALIDATION_RESOLUTION": "validation_resolution", "USE_DORA": "use_dora",
-    "FLUX_LORA_TARGET": "flux_lora_target",
-    "VALIDATION_NUM_INFERENCE_STEPS": "validation_num_inference_steps", "PUSH_TO_HUB": "push_to_hub",
-    "VALIDATION_NEGATIVE_PROMPT": "validation_negative_prompt",
-    "RESUME_CHECKPOINT": "resume_from_checkpoint", "TRACKER_PROJECT_NAME": "tracker_project_name",
-    "TRACKER_RUN_NAME": "tracker_run_name", "HUB_MODEL_NAME": "hub_model_id",
+    **{name: name.lower() for name in _SAME.split()},
+    "MODEL_NAME": "pretrained_model_name_or_path", "TRAINING_SEED": "seed",
+    "MAX_NUM_STEPS": "max_train_steps", "NUM_EPOCHS": "num_train_epochs", "LR_SCHEDULE": "lr_scheduler",
+    "USE_GRADIENT_CHECKPOINTING": "gradient_checkpointing", "DATALOADER_CONFIG": "data_backend_config",
+    "CHECKPOINTING_STEPS": "checkpoint_step_interval", "CHECKPOINTING_LIMIT": "checkpoints_total_limit",
+    "TRAINING_NUM_PROCESSES": "num_processes", "TRAINING_NUM_MACHINES": "num_machines",
+    "TRAINING_DYNAMO_BACKEND": "dynamo_backend", "VALIDATION_STEPS": "validation_step_interval",
+    "RESUME_CHECKPOINT": "resume_from_checkpoint", "HUB_MODEL_NAME": "hub_model_id",
     "PUSH_CHECKPOINTS": "push_checkpoints_to_hub", "MINIMUM_RESOLUTION": "minimum_image_size",
-    "METADATA_UPDATE_INTERVAL": "metadata_update_interval",
-    "VALIDATION_GUIDANCE_RESCALE": "validation_guidance_rescale", "READ_BATCH_SIZE": "read_batch_size",
-    "WRITE_BATCH_SIZE": "write_batch_size", "MAX_WORKERS": "max_workers",
-    "VAE_BATCH_SIZE": "vae_batch_size", "IMAGE_PROCESSING_BATCH_SIZE": "image_processing_batch_size",
-    "TORCH_NUM_THREADS": "torch_num_threads", "AWS_MAX_POOL_CONNECTIONS": "aws_max_pool_connections",
     "MIN_SNR_GAMMA": "snr_gamma",
-    "TRAINING_SCHEDULER_TIMESTEP_SPACING": "training_scheduler_timestep_spacing",
-    "INFERENCE_SCHEDULER_TIMESTEP_SPACING": "inference_scheduler_timestep_spacing",
-    "ASPECT_BUCKET_ROUNDING": "aspect_bucket_rounding",
-    "VALIDATION_GUIDANCE_REAL": "validation_guidance_real",
-    "VALIDATION_NO_CFG_UNTIL_TIMESTEP": "validation_no_cfg_until_timestep",
-    "LYCORIS_CONFIG": "lycoris_config", "FLUX_GUIDANCE_VALUE": "flux_guidance_value", "LR_END": "lr_end",
-    "DISABLE_BENCHMARK": "disable_benchmark", "INSTANCE_PROMPT": "instance_prompt",
 }  # fmt: skip
 """Variable of config.env -> option."""
 SWITCHES = {"STABLE_DIFFUSION_3": "sd3", "FLUX": "flux", "PIXART_SIGMA": "pixart_sigma", "KOLORS": "kolors"}
