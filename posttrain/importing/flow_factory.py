@@ -33,7 +33,7 @@ MODELS = {
 DIFFERS = (
     "a field that is misspelt is refused; there unknown keys are kept aside (hparams/abc.py)",
     SEEDED,
-    "evaluation has fixed noise for each prompt, and intervals; eval_freq is the monitor's",
+    "an evaluation has fixed noise for each prompt, and intervals; eval_freq is monitor.every",
     "the same command goes on with an unfinished run; there save_model_only must be false",
 )
 
@@ -96,8 +96,8 @@ def build(s: Settings, d: Draft, start: Start) -> None:
 def _tuning(s: Settings, d: Draft) -> None:
     if s["model.finetune_type"] == "full":
         d.put("stage.tune.type", "full", "model.finetune_type")
-        for name in ("model.lora_rank", "model.lora_alpha", "model.target_modules"):
-            d.idle[name] = "all weights are trained"
+        names = ("model.lora_rank", "model.lora_alpha", "model.target_modules")
+        d.idle |= dict.fromkeys(names, "all weights are trained")
         return
     d.put("stage.tune.type", "lora", "model.finetune_type")
     d.put("stage.tune.rank", s["model.lora_rank"], "model.lora_rank")
@@ -142,10 +142,8 @@ def _data(s: Settings, d: Draft, *, images: bool) -> None:
 def _side(s: Settings, flag: str) -> int:
     value = s[flag]
     sides = value if isinstance(value, list) else [value]
-    if (
-        not all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-        or len({*sides[:2]}) != 1
-    ):
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not whole or len({*sides[:2]}) != 1:
         raise s.refused(flag, "sampled images are square here: give one whole number")
     return sides[0]
 

@@ -123,7 +123,7 @@ def _awm(s: Settings, d: Draft) -> None:
     if weighting == "ghuber":
         d.put("stage.algorithm.ghuber_power", s["train.ghuber_power"], "train.ghuber_power")
     else:
-        d.idle["train.ghuber_power"] = "it is ghuber's"
+        d.idle["train.ghuber_power"] = "only the weighting ghuber reads it"
     d.put("stage.algorithm.clip_range", limit_of(s, "train.clip_range"), "train.clip_range")
     d.put("stage.algorithm.advantage_max", limit_of(s, "train.adv_clip_range"), "train.adv_clip_range")
     put_advantages(s, d)
