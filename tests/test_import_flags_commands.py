@@ -8,23 +8,31 @@ from posttrain.importing.trainers import translate
 from posttrain.recipe.file import parse_recipe
 
 
-def test_a_script_with_variables_and_its_faults(tmp_path):
+def test_a_script_with_variables(tmp_path):
     (tmp_path / "run.sh").write_text(
         "#!/bin/bash\nexport LR=3e-6\nGPUS=4\n# torchrun -m sora.train_soar_sd3_5m --seed 1\n"
         f"torchrun --nproc_per_node=$GPUS -m sora.train_soar_sd3_5m \\\n  --learning_rate ${{LR}} {' '.join(SHORT)}\n"
     )
     train = recipe_of("hy-soar", [str(tmp_path / "run.sh"), "--train_batch_size", "2"]).stages[0].train
     assert (train.learning_rate, train.batch_size) == (3e-6, 8)
-    (tmp_path / "none.sh").write_text("echo hello\n")
-    with pytest.raises(PosttrainError, match="has no command of HY-SOAR"):
-        translate("hy-soar", [str(tmp_path / "none.sh")])
-    (tmp_path / "two.sh").write_text(
-        "python train_soar_sd3_5m.py --seed 1\npython train_soar_sd3_5m.py --seed 2\n"
-    )
-    with pytest.raises(PosttrainError, match="has 2 commands"):
-        translate("hy-soar", [str(tmp_path / "two.sh")])
-    with pytest.raises(PosttrainError, match="no file"):
-        translate("hy-soar", [str(tmp_path / "lost.sh")])
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo hello\n", "has no command of HY-SOAR"),
+        ("python train_soar_sd3_5m.py --seed 1\npython train_soar_sd3_5m.py --seed 2\n", "has 2 commands"),
+        (None, "no file"),
+    ],
+)
+def test_a_script_has_one_command(tmp_path, script, words):
+    if script is not None:
+        (tmp_path / "run.sh").write_text(script)
+    with pytest.raises(PosttrainError, match=words):
+        translate("hy-soar", [str(tmp_path / "run.sh")])
+
+
+def test_a_trainer_that_is_misspelt_is_named():
     with pytest.raises(PosttrainError, match="did you mean 'hy-soar'"):
         translate("hy-sore", SHORT)
 
@@ -82,16 +90,17 @@ def test_conflicting_numbers_of_processes_are_refused():
     assert translate("hy-soar", SOAR, 8).text
 
 
-def test_a_file_of_another_trainer_is_refused(tmp_path):
-    for trainer, name in (
-        ("hy-soar", "x.py"),
-        ("simpletuner", "c.yaml"),
-        ("flow-factory", "c.json"),
-        ("hy-soar", "x.toml"),
-    ):
-        (tmp_path / name).write_text("{}")
-        with pytest.raises(PosttrainError, match="file that import-flags reads"):
-            translate(trainer, [str(tmp_path / name)])
+@pytest.mark.parametrize(
+    ("trainer", "name"),
+    [("hy-soar", "x.py"), ("simpletuner", "c.yaml"), ("flow-factory", "c.json"), ("hy-soar", "x.toml")],
+)
+def test_a_file_of_another_trainer_is_refused(tmp_path, trainer, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(PosttrainError, match="file that import-flags reads"):
+        translate(trainer, [str(tmp_path / name)])
+
+
+def test_two_configurations_are_refused():
     with pytest.raises(PosttrainError, match="not both"):
         translate("flow-grpo", ["config/grpo.py:geneval_sd3", "--config", "config/grpo.py:pickscore_sd3"])
 
