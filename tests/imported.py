@@ -76,5 +76,11 @@ def recipe_of(trainer, words, processes=None, **how):
     return parse_recipe(translate(trainer, words, processes, **how).text, "recipe", checks=False)
 
 
+def stage_of(found):
+    """The one stage of a translation."""
+    (stage,) = parse_recipe(found.text, "recipe", checks=False).stages
+    return stage
+
+
 def told(pairs, flag):
     return [words for name, words in pairs if name.split()[0] == flag]

@@ -1,11 +1,10 @@
 """Commands and shell scripts are taken apart: launcher, script, flags, variables, files."""
 
 import pytest
-from imported import SHORT, SOAR, recipe_of
+from imported import SHORT, SOAR, recipe_of, stage_of
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.trainers import translate
-from posttrain.recipe.file import parse_recipe
 
 
 def test_a_script_with_variables(tmp_path):
@@ -116,7 +115,7 @@ def test_two_configurations_are_refused():
 )
 def test_a_module_or_a_script_ends_the_launchers_words(command):
     found = translate("hy-soar", [*command.split(), *SHORT])
-    assert parse_recipe(found.text, "recipe", checks=False).stages[0].train.batch_size == 32
+    assert stage_of(found).train.batch_size == 32
     assert not [
         name for name, _ in (*found.idle, *found.lost) if name.split()[-1].strip("-") in ("m", "module")
     ]

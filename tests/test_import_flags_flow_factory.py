@@ -1,7 +1,7 @@
 """Flow-Factory's YAML files become recipes."""
 
 import pytest
-from imported import recipe_of, told
+from imported import recipe_of, stage_of, told
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.trainers import translate
@@ -62,49 +62,62 @@ def test_flow_factorys_grpo(tmp_path):
     assert told(found.lost, "data.datasets") == ["max_dataset_size: cut the file of prompts"]
 
 
-def test_flow_factorys_other_algorithms(tmp_path):
-    times = {"train__group_size": 16, "train__num_inference_steps": 14, "scheduler__dynamics_type": "ODE",
-             "train__guidance_scale": 1.0, "train__gradient_step_per_epoch": 1}  # fmt: skip
+TIMES = {"train__group_size": 16, "train__num_inference_steps": 14, "scheduler__dynamics_type": "ODE",
+         "train__guidance_scale": 1.0, "train__gradient_step_per_epoch": 1}  # fmt: skip
+
+
+def test_flow_factorys_nft(tmp_path):
     nft = factory(
-        tmp_path, **times, train__trainer_type="nft", train__nft_beta=1.0, train__off_policy=True, train__flat_steps=0,
+        tmp_path, **TIMES, train__trainer_type="nft", train__nft_beta=1.0, train__off_policy=True, train__flat_steps=0,
         train__ema_decay_schedule="piecewise_linear", train__ramp_rate=0.001, train__ema_decay=0.5,
         train__num_train_timesteps=4, train__timestep_range=0.5,
     )  # fmt: skip
-    algorithm = parse_recipe(nft.text, "recipe", checks=False).stages[0].algorithm
+    algorithm = stage_of(nft).algorithm
     assert (algorithm.type, algorithm.decay_type, algorithm.trained_steps) == ("diffusion_nft", 1, 4)
     assert told(nft.lost, "train.timestep_range")
-    awm = factory(
-        tmp_path, **times, train__trainer_type="awm", train__awm_weighting="ghuber", train__clip_range=1,
+
+
+def test_flow_factorys_awm(tmp_path):
+    algorithm = stage_of(factory(
+        tmp_path, **TIMES, train__trainer_type="awm", train__awm_weighting="ghuber", train__clip_range=1,
         train__adv_clip_range=1.0, train__ema_kl_beta=1, train__ema_decay=0.3, train__ema_decay_schedule="linear",
         train__num_train_timesteps=6, train__time_sampling_strategy="discrete_wo_init", train__kl_beta=0.0001,
-    )  # fmt: skip
-    algorithm = parse_recipe(awm.text, "recipe", checks=False).stages[0].algorithm
+    )).algorithm  # fmt: skip
     assert (algorithm.train_timesteps, algorithm.clip_range, algorithm.ema_beta) == (6, 1, 1)
     assert (algorithm.advantage_max, algorithm.kl_ema_decay, algorithm.beta) == (1, 0.3, 0.0001)
+
+
+def test_flow_factorys_dpo_and_sft(tmp_path):
     dpo = factory(
-        tmp_path, **times, train__trainer_type="dpo", train__beta=100.0, train__num_train_timesteps=1
+        tmp_path, **TIMES, train__trainer_type="dpo", train__beta=100.0, train__num_train_timesteps=1
     )
-    algorithm = parse_recipe(dpo.text, "recipe", checks=False).stages[0].algorithm
+    algorithm = stage_of(dpo).algorithm
     assert (algorithm.type, algorithm.beta, algorithm.points_per_pair) == ("dpo_online", 100, 1)
     sft = factory(tmp_path, train__trainer_type="sft", train__gradient_accumulation_steps=2)
-    assert parse_recipe(sft.text, "recipe", checks=False).stages[0].train.batch_size == 8 * 2 * 8
-    with pytest.raises(PosttrainError, match="no probability"):
-        factory(tmp_path, train__trainer_type="grpo", scheduler__dynamics_type="ODE")
-    with pytest.raises(PosttrainError, match="posttrain has no counterpart"):
-        factory(tmp_path, train__trainer_type="dgpo")
+    assert stage_of(sft).train.batch_size == 8 * 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"train__trainer_type": "grpo", "scheduler__dynamics_type": "ODE"}, "no probability"),
+        ({"train__trainer_type": "dgpo"}, "posttrain has no counterpart"),
+    ],
+)
+def test_what_flow_factory_has_and_posttrain_has_not(tmp_path, flags, words):
+    with pytest.raises(PosttrainError, match=words):
+        factory(tmp_path, **flags)
 
 
 def test_flow_factorys_gdpo_rewards_optimizers_and_steps(tmp_path):
     grpo = {"train__trainer_type": "grpo", "train__group_size": 24}
     found = factory(tmp_path, **grpo, train__advantage_aggregation="gdpo", scheduler__sde_steps=[1, 5])
-    algorithm = parse_recipe(found.text, "recipe", checks=False).stages[0].algorithm
+    algorithm = stage_of(found).algorithm
     assert (algorithm.global_std, algorithm.reward_mixing) == (False, "advantages")
     assert "over the batch" in told(found.lost, "train.advantage_aggregation")[0]
     assert "also has steps 2, 3, 4" in told(found.lost, "scheduler.sde_steps")[0]
     two = "[{'reward_model': 'PickScore', 'weight': 2}, {'reward_model': 'PickScore'}]"
-    (reward,) = (
-        parse_recipe(factory(tmp_path, **grpo, rewards=two).text, "recipe", checks=False).stages[0].rewards
-    )
+    (reward,) = stage_of(factory(tmp_path, **grpo, rewards=two)).rewards
     assert reward.weight == 3
     with pytest.raises(PosttrainError, match=r"optimizers\.frob 3"):
         factory(tmp_path, **grpo, optimizers="{'learning_rate': 1e-3, 'frob': 3}")
@@ -158,4 +171,4 @@ def test_the_number_of_processes_that_the_user_says_settles_it(tmp_path):
 
 def test_one_target_module_is_a_list_of_one(tmp_path):
     found = factory(tmp_path, train__trainer_type="grpo", train__group_size=24, model__target_modules="to_q")
-    assert parse_recipe(found.text, "recipe", checks=False).stages[0].tune.targets == ["to_q"]
+    assert stage_of(found).tune.targets == ["to_q"]

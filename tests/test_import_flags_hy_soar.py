@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from imported import SHORT, SOAR, recipe_of, told
+from imported import SHORT, SOAR, recipe_of, stage_of, told
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.trainers import translate
@@ -62,7 +62,7 @@ def test_hy_soars_flags_that_do_nothing_are_told_and_left_out(words, idle):
     found = translate("hy-soar", [*SHORT, *words.split()], 1)
     told_idle = sorted(shown.split()[0] for shown, reason in found.idle if "no effect" in reason)
     assert told_idle == idle
-    algorithm = parse_recipe(found.text, "recipe", checks=False).stages[0].algorithm
+    algorithm = stage_of(found).algorithm
     for flag, value in zip(words.split()[::2], words.split()[1::2], strict=True):
         if flag not in idle:
             assert str(getattr(algorithm, flag[2:])) in (value, f"{value}.0")

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from imported import recipe_of, told
+from imported import recipe_of, stage_of, told
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.trainers import translate
@@ -178,6 +178,6 @@ def test_learning_rate_and_weight_decay_from_other_options(folder):
         "--seed=-1",
     ]
     found = translate("simpletuner", ["config/foo/config.json", *more])
-    train = parse_recipe(found.text, "recipe", checks=False).stages[0].train
+    train = stage_of(found).train
     assert (train.learning_rate, train.weight_decay) == (pytest.approx(8**0.5), 0.5)
     assert told(found.idle, "--seed") == ["it is no seed; the recipe has one of its own"]
