@@ -1,175 +1,104 @@
-"""Reads a command line, or the shell script that holds it: launcher, training script, flags, variables."""
+"""Takes a training command apart: launcher, training script, flags."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.flags import BARE
 
 NUMBER = re.compile(r"-?\.?\d")
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
-_ADDED = re.compile(r"[A-Za-z_]\w*\+=")
-_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
-_LEFT = re.compile(r"\$[\w{@(*]")
-COUNTED = ("num_processes", "nproc_per_node", "nnodes", "num_machines")
-"""Launcher options that say how many processes there are."""
-_SEPARATORS = ("&&", "||", ";", "|", "&")
-_OPENS, _CLOSES = ("if", "for", "while", "until", "case", "select"), ("fi", "done", "esac")
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
+_UNSET = re.compile(r"\$[\w{@(*]")
+_COUNTED = ("num_processes", "nproc_per_node", "nnodes", "num_machines")
+_MODULE = ("m", "module")
 
 
 @dataclass(frozen=True)
 class CommandLine:
     """A training command, taken apart."""
 
-    flags: list[tuple[str, object]]
+    flags: Sequence[tuple[str, object]]
     """The training script's flags, without dashes, and their values."""
+    words: Sequence[str] = ()
+    """Words after the script that are no flags and no values, such as the file of ``ff-train FILE``."""
     script: str = ""
-    """The training script or module; empty if only flags were given."""
+    """The training script, module or program; empty if only flags were given."""
     processes: int | None = None
     """Processes of the launcher, over all machines; None if it does not say."""
-    variables: Mapping[str, str] = field(default_factory=dict)
-    """Shell variables that a script sets."""
     launcher: Mapping[str, object] = field(default_factory=dict)
     """The launcher's options, but for numbers of processes and machines."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Shell variables that are set for the command."""
 
 
-def parsed(words: Sequence[str], trainer: str) -> CommandLine:
-    """``words`` taken apart: those up to a script's name are the launcher's. Raises PosttrainError."""
-    at = _script_at(words)
-    launcher = dict(_flags(words[: at + 1 if at is not None else 0], trainer, strict=False))
-    script = words[at] if at is not None else ""
-    flags = _flags(words[at + 1 if at is not None else 0 :], trainer)
-    others = {name: value for name, value in launcher.items() if name.replace("-", "_") not in COUNTED}
-    return CommandLine(flags, script, _count(launcher), launcher=others)
-
-
-def from_script(text: str, file: str, trainer: str, scripts: re.Pattern[str]) -> CommandLine:
-    """The one command of a shell script that starts a training script of ``scripts``, or if it has none,
-    its variables alone. Raises PosttrainError if there are several."""
-    variables: dict[str, str] = {}
-    commands: list[list[str]] = []
-    depth = 0
-    for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise PosttrainError(f"{file}: command {number} cannot be read: {error}") from None
-        depth = _refuse_choices(words, depth, f"{file}: command {number}")
-        words = [_filled(word, variables) for word in words if word != "export"]
-        while words and (found := _ASSIGNMENT.fullmatch(words[0])):
-            variables[found[1]] = found[2]
-            words = words[1:]
-        commands += [c for c in _split(words) if any(scripts.search(word) for word in c)]
-    if len(commands) > 1:
-        raise PosttrainError(
-            f"{file} has {len(commands)} commands of {trainer}: give one of them after --, in "
-            f"place of the file"
-        )
-    if not commands:
-        return CommandLine([], variables=variables)
-    for word in commands[0]:
-        refuse_unset(word, f"{file}: {word!r}")
-    found = parsed(commands[0], trainer)
-    return replace(found, variables=variables)
-
-
-def _split(words: Sequence[str]) -> list[list[str]]:
-    commands: list[list[str]] = [[]]
-    for word in words:
-        if word in _SEPARATORS:
-            commands.append([])
-        else:
-            commands[-1].append(word.removesuffix(";"))
-    return commands
-
-
-def _filled(word: str, variables: Mapping[str, str]) -> str:
-    """``word`` with the variables that the script has set, or their ``${NAME:-default}``; others stay as they
-    are written."""
-    return _VARIABLE.sub(
-        lambda m: variables.get(m[1] or m[3], m[0] if m[2] is None else m[2]),
-        word,
+def parsed(words: Sequence[str], scripts: re.Pattern[str]) -> CommandLine:
+    """``words``, of which those before a script of ``scripts`` are the launcher's. Raises PosttrainError."""
+    at = script_at(words, scripts)
+    options, others = _flags(words[: at or 0])
+    flags, alone = _flags(words if at is None else words[at + 1 :])
+    plain = {name.replace("-", "_"): value for name, value in options}
+    return CommandLine(
+        flags,
+        alone,
+        "" if at is None else words[at],
+        _count(plain),
+        {name: v for name, v in options if name.replace("-", "_") not in (*_COUNTED, *_MODULE)},
+        {found[1]: found[2] for word in others if (found := ASSIGNMENT.fullmatch(word))},
     )
 
 
-def refuse_unset(value: str, what: str) -> None:
-    """Raise PosttrainError, which begins with ``what``, if ``value`` still has a variable of the shell."""
-    if _LEFT.search(value):
-        raise PosttrainError(f"{what} has a variable that the script does not set: write its value")
-
-
-def _refuse_choices(words: Sequence[str], depth: int, where: str) -> int:
-    """How many ``if``, loops and the like are open after ``words``, with ``depth`` open before.
-
-    Raises PosttrainError for an assignment inside one, whose value is not known, and for ``+=``.
-    """
-    begins = True  # only at the beginning of a command is a word the shell's
-    for full in words:
-        word, begun = full.removesuffix(";"), begins
-        begins = full.endswith(";") or full in (*_SEPARATORS, "then", "do", "else", "export")
-        begins |= begun and _ASSIGNMENT.fullmatch(word) is not None
-        if not begun:
-            continue
-        depth += (word in _OPENS) - (word in _CLOSES)
-        if _ADDED.match(word):
-            raise PosttrainError(f"{where}: {word!r} adds to a variable: write its whole value")
-        if depth > 0 and _ASSIGNMENT.fullmatch(word):
-            raise PosttrainError(
-                f"{where}: {word!r} is set under a condition or in a loop, which is not read: give the flags "
-                "themselves after --, in place of the file"
-            )
-    return max(depth, 0)
-
-
-def _script_at(words: Sequence[str]) -> int | None:
+def script_at(words: Sequence[str], scripts: re.Pattern[str]) -> int | None:
+    """Where the training script stands in a command: the first word that ``scripts`` matches, that follows
+    ``-m``, or that ends in .py. None if ``words`` are flags alone."""
+    if not words or words[0].startswith("-"):
+        return None
     for i, word in enumerate(words):
-        if word == "-m" and i + 1 < len(words) and not words[i + 1].startswith(("torch.", "accelerate.")):
-            return i + 1
-        if word.endswith(".py") and (
-            i == 0 or not words[i - 1].startswith("--config") or "=" in words[i - 1]
-        ):
+        module = i > 0 and words[i - 1].lstrip("-") in _MODULE and words[i - 1].startswith("-")
+        if word.startswith("-") or (module and word.startswith(("torch.", "accelerate."))):
+            continue
+        if module or word.endswith(".py") or scripts.match(" ".join(words[i:])):
             return i
     return None
 
 
-def _flags(words: Sequence[str], trainer: str, *, strict: bool = True) -> list[tuple[str, object]]:
+def refuse_unset(value: str, what: str) -> None:
+    """Raise PosttrainError, which begins with ``what``, if ``value`` still has a variable of the shell."""
+    if _UNSET.search(value):
+        raise PosttrainError(f"{what} has a variable that the script does not set: write its value")
+
+
+def _flags(words: Sequence[str]) -> tuple[list[tuple[str, object]], list[str]]:
+    """The flags in ``words`` with their values, and the words that are neither."""
     flags: list[tuple[str, object]] = []
-    i = 0
-    while i < len(words):
-        word = words[i]
-        i += 1
-        if not word.startswith("-") or NUMBER.match(word):
-            if strict:
-                raise PosttrainError(f"{trainer}: {word!r} belongs to no flag")
-            continue
-        name, equals, value = word.lstrip("-").partition("=")
-        if equals:
-            flags.append((name, value))
-        elif i < len(words) and (not words[i].startswith("-") or NUMBER.match(words[i])):
-            flags.append((name, words[i]))
-            i += 1
+    alone: list[str] = []
+    waiting = False
+    for word in words:
+        if word.startswith("-") and not NUMBER.match(word):
+            name, equals, value = word.lstrip("-").partition("=")
+            flags.append((name, value if equals else BARE))
+            waiting = not equals
+        elif waiting:
+            flags[-1] = (flags[-1][0], word)
+            waiting = False
         else:
-            flags.append((name, BARE))
-    return flags
+            alone.append(word)
+    return flags, alone
 
 
 def _count(launcher: Mapping[str, object]) -> int | None:
-    """Processes by the flags of torchrun or accelerate launch."""
-    names = {name.replace("-", "_"): value for name, value in launcher.items()}
+    """Processes over all machines, by the options of torchrun or of accelerate launch."""
 
     def number(name: str) -> int | None:
-        value = str(names.get(name, ""))
+        value = str(launcher.get(name, ""))
         return int(value) if value.isascii() and value.isdigit() and int(value) else None
 
     if (total := number("num_processes")) is not None:
         return total
-    if (each := number("nproc_per_node")) is not None:
-        nodes = str(names.get("nnodes", "1"))
-        if ":" in nodes:
-            raise PosttrainError(f"--nnodes {nodes} is a range: say how many machines there are")
-        return each * (number("nnodes") or 1)
-    return None
+    if (each := number("nproc_per_node")) is None:
+        return None
+    if ":" in (nodes := str(launcher.get("nnodes", "1"))):
+        raise PosttrainError(f"--nnodes {nodes} is a range: say how many machines there are")
+    return each * (number("nnodes") or 1)

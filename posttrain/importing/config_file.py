@@ -12,21 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.config_terms import (
-    BINARY,
-    CALLS,
-    COMPARE,
-    FAULTS,
-    GPUS,
-    MAX_LENGTH,
-    MAX_NUMBER,
-    Lenient,
-    Module,
-    as_load,
-    dotted,
-    flat,
-    module,
-)
+from posttrain.importing.config_terms import FAULTS, GPUS, Lenient, Module, as_load, dotted, flat, module
+from posttrain.importing.config_values import Expressions, Scope
 from posttrain.support.spelling import meant
 
 MAX_STEPS = 100_000
@@ -45,11 +32,11 @@ class _Continue(Exception):
     pass
 
 
-class ConfigFile:
+class ConfigFile(Expressions):
     """A configuration file, and the ``base.py`` beside it."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        super().__init__(file)
         own, base = module(file), file.with_name("base.py")
         self.functions = own.functions
         self.base = module(base) if base.is_file() and base != file else Module()
@@ -58,9 +45,9 @@ class ConfigFile:
         self.gpus: int | None = None
         self._in_base = 0
         self._steps = 0
-        self._module = self.base
+        self.module = self.base
         self._constants()
-        self._module = own
+        self.module = own
         self._constants()
 
     def names(self) -> list[str]:
@@ -85,12 +72,12 @@ class ConfigFile:
 
     def _constants(self) -> None:
         """Read the module's constants; one that cannot be read is not known."""
-        values = self._module.constants
-        for name, node in self._module.nodes:
+        values = self.module.constants
+        for name, node in self.module.nodes:
             values.pop(name, None)
             try:
                 if node is not None:
-                    values[name] = self._value(node, {})
+                    values[name] = self.value(node, {})
                     self._notice(name, values[name])
             except (PosttrainError, *FAULTS):
                 continue
@@ -100,10 +87,10 @@ class ConfigFile:
         arguments, only = [a.arg for a in parts.args], [a.arg for a in parts.kwonlyargs]
         strange = parts.vararg or parts.kwarg or parts.posonlyargs or function.decorator_list
         if strange or len(positional) > len(arguments) or not {*named} <= {*arguments, *only}:
-            raise self._unread(function)
+            raise self.unread(function)
         count = len(arguments) - len(parts.defaults)
-        scope = {n: self._value(d, {}) for n, d in zip(arguments[count:], parts.defaults, strict=True)}
-        scope |= {n: self._value(d, {}) for n, d in zip(only, parts.kw_defaults, strict=True) if d}
+        scope = {n: self.value(d, {}) for n, d in zip(arguments[count:], parts.defaults, strict=True)}
+        scope |= {n: self.value(d, {}) for n, d in zip(only, parts.kw_defaults, strict=True) if d}
         scope |= dict(zip(arguments, positional, strict=False)) | named
         for argument, value in scope.items():
             self._notice(argument, value)
@@ -112,10 +99,10 @@ class ConfigFile:
         except _Return as result:
             return result.value
         except (_Break, _Continue):
-            raise self._unread(function) from None
+            raise self.unread(function) from None
         return None
 
-    def _run(self, body: list[ast.stmt], scope: dict[str, Any]) -> None:
+    def _run(self, body: list[ast.stmt], scope: Scope) -> None:
         for statement in body:
             self._step(statement)
             try:
@@ -132,28 +119,28 @@ class ConfigFile:
         words = "too deep to be read" if isinstance(error, RecursionError | MemoryError) else str(error)
         return PosttrainError(f"{self.file}:{node.lineno}: {words}")
 
-    def _statement(self, node: ast.stmt, scope: dict[str, Any]) -> None:
+    def _statement(self, node: ast.stmt, scope: Scope) -> None:
         match node:
             case ast.Assign():
-                value = self._value(node.value, scope)
+                value = self.value(node.value, scope)
                 for target in node.targets:
                     self._assign(target, value, scope)
             case ast.AnnAssign(target=target, value=ast.expr() as value):
-                self._assign(target, self._value(value, scope), scope)
+                self._assign(target, self.value(value, scope), scope)
             case ast.AugAssign(target=target, op=op, value=value):
-                before = self._value(as_load(target), scope)
-                self._assign(target, self._apply(node, op, before, self._value(value, scope)), scope)
+                before = self.value(as_load(target), scope)
+                self._assign(target, self.apply(node, op, before, self.value(value, scope)), scope)
             case ast.If(test=test, body=body, orelse=orelse):
-                self._run(body if self._value(test, scope) else orelse, scope)
+                self._run(body if self.value(test, scope) else orelse, scope)
             case ast.While(test=test, orelse=[]):
-                self._loop(node, (None for _ in iter(lambda: bool(self._value(test, scope)), False)), scope)
+                self._loop(node, (None for _ in iter(lambda: bool(self.value(test, scope)), False)), scope)
             case ast.For(iter=items, orelse=[]):
-                values = self._value(items, scope)
+                values = self.value(items, scope)
                 if not isinstance(values, list | range):
-                    raise self._unread(node)
+                    raise self.unread(node)
                 self._loop(node, iter(values), scope)
             case ast.Return(value=value):
-                raise _Return(None if value is None else self._value(value, scope))
+                raise _Return(None if value is None else self.value(value, scope))
             case ast.Break():
                 raise _Break
             case ast.Continue():
@@ -165,9 +152,9 @@ class ConfigFile:
             case ast.Expr(value=ast.Call(func=ast.Name(id="print"))):
                 return
             case _:
-                raise self._unread(node)
+                raise self.unread(node)
 
-    def _loop(self, node: ast.While | ast.For, values: Iterator[Any], scope: dict[str, Any]) -> None:
+    def _loop(self, node: ast.While | ast.For, values: Iterator[Any], scope: Scope) -> None:
         for value in values:
             self._step(node)
             if isinstance(node, ast.For):
@@ -179,126 +166,44 @@ class ConfigFile:
             except _Break:
                 return
 
-    def _assign(self, target: ast.expr, value: Any, scope: dict[str, Any]) -> None:
+    def _assign(self, target: ast.expr, value: Any, scope: Scope) -> None:
         match target:
             case ast.Name(id=name):
                 scope[name] = value
                 self._notice(name, value)
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
                 if not isinstance(value, list) or len(value) != len(parts):
-                    raise self._unread(target)
+                    raise self.unread(target)
                 for part, one in zip(parts, value, strict=True):
                     self._assign(part, one, scope)
             case (
                 ast.Attribute(value=owner, attr=name)
                 | ast.Subscript(value=owner, slice=ast.Constant(value=str(name)))
             ):
-                block = self._value(owner, scope)
+                block = self.value(owner, scope)
                 if not isinstance(block, dict):
-                    raise self._unread(target)
+                    raise self.unread(target)
                 block[name] = value
                 if not self._in_base:
                     self.set.add(dotted(target).partition(".")[2])
             case _:
-                raise self._unread(target)
+                raise self.unread(target)
 
     def _notice(self, name: str, value: Any) -> None:
         if name in GPUS and isinstance(value, int) and value > 0:
             self.gpus = value
 
-    def _value(self, node: ast.expr, scope: dict[str, Any]) -> Any:
-        match node:
-            case ast.Constant(value=value):
-                return value
-            case ast.Name(id=name) if name in scope:
-                return scope[name]
-            case ast.Name(id=name) if name in self._module.constants:
-                return self._module.constants[name]
-            case ast.Subscript(value=owner, slice=ast.Constant(value=key)):
-                block = self._value(owner, scope)
-                if isinstance(block, dict) and key in block:
-                    return block[key]
-                if isinstance(block, list | range) and isinstance(key, int):
-                    return block[key]
-            case ast.Attribute(value=owner, attr=name):
-                block = self._value(owner, scope)
-                if isinstance(block, dict) and name in block:
-                    return block[name]
-            case ast.BinOp(left=left, op=op, right=right):
-                return self._apply(node, op, self._value(left, scope), self._value(right, scope))
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return not self._value(operand, scope)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self._value(operand, scope)
-            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-                return +self._value(operand, scope)
-            case ast.BoolOp(op=op, values=values):
-                value: Any = None
-                for part in values:
-                    value = self._value(part, scope)
-                    if bool(value) is isinstance(op, ast.Or):
-                        break
-                return value
-            case ast.Compare(left=left, ops=[op], comparators=[right]):
-                return COMPARE[type(op)](self._value(left, scope), self._value(right, scope))
-            case ast.IfExp(test=test, body=body, orelse=orelse):
-                return self._value(body if self._value(test, scope) else orelse, scope)
-            case ast.Tuple(elts=elements) | ast.List(elts=elements):
-                return [self._value(element, scope) for element in elements]
-            case ast.Dict(keys=keys, values=values) if all(keys):
-                return {
-                    self._value(k, scope): self._value(v, scope)
-                    for k, v in zip(keys, values, strict=True)
-                    if k
-                }
-            case ast.JoinedStr(values=values):
-                return "".join(str(self._value(value, scope)) for value in values)
-            case ast.FormattedValue(value=value, conversion=-1 | 115, format_spec=None):
-                return self._value(value, scope)
-            case ast.Call(func=function, args=args, keywords=keywords) if all(k.arg for k in keywords):
-                named = {k.arg: self._value(k.value, scope) for k in keywords if k.arg}
-                return self._called(node, ast.unparse(function), [self._value(a, scope) for a in args], named)
-            case _:
-                pass
-        raise self._unread(node)
-
-    def _called(self, node: ast.Call, name: str, args: list[Any], named: dict[str, Any]) -> Any:
-        if name in self._module.functions:
-            return self._call(self._module.functions[name], args, named)
+    def own_call(self, name: str, args: list[Any], named: dict[str, Any]) -> Any:
+        """What a function of the file or its base returns; NotImplemented if it has none of this name."""
+        if name in self.module.functions:
+            return self._call(self.module.functions[name], args, named)
         if name.startswith("base.") and name[5:] in self.base.functions:
-            before, self._module = self._module, self.base
+            before, self.module = self.module, self.base
             self._in_base += 1
             try:
                 return self._call(self.base.functions[name[5:]], args, named)
             finally:
                 self._in_base -= 1
-                self._module = before
-        if name == "base.get_config":  # there is no base.py: the published defaults stand in
-            return Lenient()
-        if name not in CALLS:
-            raise self._unread(node)
-        try:
-            return CALLS[name](*args, **named)
-        except FAULTS as error:
-            raise PosttrainError(f"{self.file}:{node.lineno}: {ast.unparse(node)}: {error}") from None
-
-    def _apply(self, node: ast.AST, op: ast.operator, left: Any, right: Any) -> Any:
-        try:
-            result = BINARY[type(op)](left, right)
-        except FAULTS:
-            raise self._unread(node) from None
-        if isinstance(op, ast.Mult | ast.Pow) and not (
-            isinstance(result, int | float) and abs(result) < MAX_NUMBER
-        ):
-            raise self._unread(node)
-        if isinstance(result, str | list) and len(result) > MAX_LENGTH:
-            raise self._unread(node)
-        return result
-
-    def _unread(self, node: ast.AST) -> PosttrainError:
-        line, text = getattr(node, "lineno", 1), ast.unparse(node).splitlines()[0]
-        return PosttrainError(
-            f"{self.file}:{line}: {text!r} is more than import-flags reads of a configuration: "
-            f"give the values "
-            "that it makes after --, as the trainer's own overrides"
-        )
+                self.module = before
+        # without a base.py the published defaults stand in
+        return Lenient() if name == "base.get_config" else NotImplemented

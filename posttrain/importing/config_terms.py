@@ -1,4 +1,4 @@
-"""What :mod:`posttrain.importing.config_file` knows of Python: operators, calls, and a file's functions."""
+"""What is read of Python in a configuration: operators, calls, and a file's functions."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.NotIn: lambda a, b: a not in b,
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
+}
+UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.Not: operator.not_,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
 }
 MAX_LENGTH = 100_000
 """Items of a range, a list or a text, at most."""

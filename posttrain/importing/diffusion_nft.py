@@ -10,26 +10,17 @@ import re
 
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Flag, Settings
-from posttrain.importing.group_rl import (
-    COMMON,
-    put_geometry,
-    put_optimizer,
-    put_prompts_and_rewards,
-    put_steps,
-    put_tuning,
-    recipe_name,
-)
-from posttrain.importing.models import put_model, put_precision
+from posttrain.importing.group_rl import COMMON, put_common
+from posttrain.importing.published import DIFFUSION_NFT
+from posttrain.importing.trainer import Start, Trainer
 
-NAME, PREFIX = "diffusion-nft", "config."
-SCRIPTS = re.compile(r"train_nft\w*\.py$")
 SOLVERS = {"dpm2": "dpm2", "dpm1": "dpm1", "flow": "euler", "ddim": "euler"}
 ADVANTAGES = ("all", "positive_only", "negative_only", "one_only", "binary")
 
 TABLE: dict[str, Flag] = {
     **COMMON,
-    "save_freq": Flag("int", 30),
-    "eval_freq": Flag("int", 10),
+    "save_freq": Flag("int", 30, least=1),
+    "eval_freq": Flag("int", 10, least=1),
     "mixed_precision": Flag(default="fp16", choices=("fp16", "bf16", "no")),
     "base_model": Flag(idle="the model is that of pretrained.model"),
     "beta": Flag("float", 1.0),
@@ -47,6 +38,13 @@ TABLE: dict[str, Flag] = {
     "train.timestep_fraction": Flag("float", 0.99),
     "train.ema": Flag("bool", True),
 }
+SAME = {
+    "stage.algorithm.beta": "beta",
+    "stage.algorithm.kl_weight": "train.beta",
+    "stage.algorithm.adv_mode": "train.adv_mode",
+    "stage.algorithm.decay_type": "decay_type",
+    "stage.algorithm.timestep_fraction": "train.timestep_fraction",
+}
 DIFFERS = (
     "sampling and training give the transformer exactly 1000 sigma; there the sampler's times "
     "are cut to whole numbers",
@@ -59,55 +57,21 @@ DIFFERS = (
 )
 
 
-def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
+def build(s: Settings, d: Draft, start: Start) -> None:
     """Write the recipe of the configuration ``s``. Raises PosttrainError."""
-    del script
-    d.put("name", recipe_name(s, "diffusion-nft"), "run_name" if s["run_name"] else "save_dir")
-    if s["run_name"]:
-        d.idle["save_dir"] = "a run writes to runs/NAME"
-    d.put("seed", s["seed"], "seed")
-    d.put("tf32", s["allow_tf32"], "allow_tf32")
-    kind = put_model(d, "pretrained.model", "pretrained.revision")
-    d.put("stage.name", "nft")
-    put_tuning(d)
-    _algorithm(s, d)
-    put_prompts_and_rewards(d)
-    per_batch = put_geometry(d, processes, parts=True)
-    put_steps(d, per_batch)
-    put_optimizer(d)
-    put_precision(d, "mixed_precision")
-    if kind == "sd3":
-        d.put("model.max_sequence_length", 128, note="as its training script has")
-    d.put("stage.train.micro_batch", "auto", note="ours: changes rounding only")
+    put_common(d, start, "nft", "sample.guidance_scale", parts=True)
+    d.put("stage.algorithm.type", "diffusion_nft")
+    d.same(SAME)
+    d.put("stage.algorithm.solver", SOLVERS[s["sample.solver"]], "sample.solver")
+    if s["sample.guidance_scale"] != 1:
+        d.differs.append(
+            "guidance in the rollout: training has none, so the samples are not those of the trained "
+            "velocity; there it ends in an error of shapes"
+        )
     d.put("stage.train.gradient_checkpointing", "auto", note="ours: changes memory and speed only")
-    if s["train.ema"]:
-        d.put("stage.train.ema", 0.9, "train.ema", note="its greatest decay")
-    else:
-        d.idle["train.ema"] = "off, as here"
-    d.put("evaluation.steps", s["sample.eval_num_steps"], "sample.eval_num_steps")
-    d.put("evaluation.guidance", s["sample.guidance_scale"], "sample.guidance_scale")
-    d.put("evaluation.batch_size", s["sample.test_batch_size"], "sample.test_batch_size")
-    d.put("evaluation.precision", "fp32" if s["mixed_precision"] == "no" else "bf16", "mixed_precision")
     d.differs += DIFFERS
 
 
-def _algorithm(s: Settings, d: Draft) -> None:
-    d.put("stage.algorithm.type", "diffusion_nft")
-    d.put("stage.algorithm.group_size", s["sample.num_image_per_prompt"], "sample.num_image_per_prompt")
-    d.put("stage.algorithm.num_steps", s["sample.num_steps"], "sample.num_steps")
-    d.put("stage.algorithm.solver", SOLVERS[s["sample.solver"]], "sample.solver")
-    scale = s["sample.guidance_scale"]
-    d.put("stage.algorithm.guidance_scale", scale, "sample.guidance_scale")
-    if scale != 1:
-        d.differs.append(
-            "guidance in the rollout: training has none, so the samples are not those of the "
-            "trained velocity; "
-            "there it ends in an error of shapes"
-        )
-    d.put("stage.algorithm.beta", s["beta"], "beta")
-    d.put("stage.algorithm.kl_weight", s["train.beta"], "train.beta")
-    d.put("stage.algorithm.adv_mode", s["train.adv_mode"], "train.adv_mode")
-    d.put("stage.algorithm.decay_type", s["decay_type"], "decay_type")
-    d.put("stage.algorithm.timestep_fraction", s["train.timestep_fraction"], "train.timestep_fraction")
-    d.put("stage.algorithm.global_std", s["sample.global_std"], "sample.global_std")
-    d.put("stage.algorithm.adv_clip_max", s["train.adv_clip_max"], "train.adv_clip_max")
+TRAINER = Trainer(
+    "DiffusionNFT", "config.", re.compile(r"\S*train_nft\w*\.py(\s|$)"), TABLE, build, published=DIFFUSION_NFT
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,11 @@ class Draft:
         for part in parts[1 if parts[0] == "stage" else 0 : -1]:
             block = block.setdefault(part, {})
         block[parts[-1]] = Leaf(value, comment)
+
+    def same(self, fields: Mapping[str, str]) -> None:
+        """Set each of ``fields``, field -> flag, to the value of its flag."""
+        for path, flag in fields.items():
+            self.put(path, self.settings[flag], flag)
 
     def near(self, path: str, value: Any, flag: str, words: str) -> None:
         """Set a field to what comes nearest to a flag's value; ``words`` say what differs."""

@@ -144,13 +144,16 @@ def _value(flag: Flag, value: Any) -> Any:
         return _bool(value)
     if flag.kind in ("int", "float"):
         return _number(value, flag.kind)
-    return _collection(value, dict if flag.kind == "map" else (list, tuple))
+    read = list(value) if isinstance(value, tuple) else _literal(value)
+    return read if isinstance(read, dict if flag.kind == "map" else list) else _FAILED
 
 
 def _literal(value: Any) -> Any:
     """``value``; if it is a text that Python reads as a number, a list or a mapping, that."""
-    if not isinstance(value, str) or value.lower() in ("true", "false"):
-        return value if not isinstance(value, str) else value.lower() == "true"
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
     try:
         read = ast.literal_eval(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -173,17 +176,6 @@ def _number(value: Any, kind: Kind) -> Any:
     if not math.isfinite(number) or (kind == "int" and number != int(number)):
         return _FAILED
     return number if kind == "float" else int(value) if isinstance(value, int) else int(number)
-
-
-def _collection(value: Any, kind: type | tuple[type, ...]) -> Any:
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return _FAILED
-    if not isinstance(value, kind):
-        return _FAILED
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _short(value: Any) -> str:

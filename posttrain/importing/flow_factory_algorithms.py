@@ -1,4 +1,4 @@
-"""Flow-Factory's algorithms as posttrain's: what each ``trainer_type`` sets."""
+"""Writes the algorithm of each ``trainer_type`` of Flow-Factory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from posttrain.importing.flow_factory_shared import (
     put_rollout,
     put_solver,
     share_of,
+    trained_times,
     unread,
     width_of,
 )
 
 SDE = {"Flow-SDE": "flow_sde", "Dance-SDE": "dance", "CPS": "cps"}
+DECAYS = {("piecewise_linear", 0, 0.001, 0.5): 1, ("piecewise_linear", 75, 0.0075, 0.999): 2}
+"""Schedule, flat steps, ramp and limit of an old policy -> ``decay_type``."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,11 @@ class Kind:
 
 def _grpo(s: Settings, d: Draft) -> None:
     if s["scheduler.dynamics_type"] == "ODE":
-        raise s.refused(
-            "scheduler.dynamics_type",
-            "an ODE's steps have no probability to train: Flow-SDE, CPS or Dance-SDE",
-        )
-    put_rollout(s, d)
+        words = "an ODE's steps have no probability to train: Flow-SDE, CPS or Dance-SDE"
+        raise s.refused("scheduler.dynamics_type", words)
+    put_rollout(d)
     d.put("stage.algorithm.sde_type", SDE[s["scheduler.dynamics_type"]], "scheduler.dynamics_type")
-    d.put("stage.algorithm.noise_level", s["scheduler.noise_level"], "scheduler.noise_level")
+    d.same({"stage.algorithm.noise_level": "scheduler.noise_level", "stage.algorithm.beta": "train.kl_beta"})
     steps, last = s["scheduler.sde_steps"], s["train.num_inference_steps"] - 1
     size = s["scheduler.num_sde_steps"]
     if steps and not all(isinstance(step, int) for step in steps):
@@ -48,12 +49,8 @@ def _grpo(s: Settings, d: Draft) -> None:
     d.put("stage.algorithm.sde_window_range", [first, end], "scheduler.sde_steps")
     if steps and (also := [str(step) for step in range(first, end) if step not in steps]):
         d.lost["scheduler.sde_steps"] = f"a window is consecutive: it also has steps {', '.join(also)}"
-    d.differs.append(
-        "the stochastic steps are consecutive, drawn for each batch; there they are drawn "
-        "singly from sde_steps"
-    )
+    d.differs.append("the stochastic steps are consecutive, drawn for a batch; there singly, from sde_steps")
     d.put("stage.algorithm.clip_range", limit_of(s, "train.clip_range"), "train.clip_range")
-    d.put("stage.algorithm.beta", s["train.kl_beta"], "train.kl_beta")
     if not s["train.kl_beta"]:
         d.idle["train.kl_type"] = "kl_beta is 0"
     elif (s["train.kl_type"] or "x-based") == "v-based":
@@ -70,19 +67,13 @@ def _grpo(s: Settings, d: Draft) -> None:
 
 
 def _nft(s: Settings, d: Draft) -> None:
-    put_rollout(s, d)
+    put_rollout(d)
     put_solver(s, d)
-    d.put("stage.algorithm.beta", s["train.nft_beta"], "train.nft_beta")
-    d.put("stage.algorithm.kl_weight", s["train.kl_beta"], "train.kl_beta")
+    d.same({"stage.algorithm.beta": "train.nft_beta", "stage.algorithm.kl_weight": "train.kl_beta"})
     d.idle["train.kl_type"] = "the squared distance of velocities, as v-based"
-    steps = s["train.num_inference_steps"]
-    count = s["train.num_train_timesteps"] or max(1, int(steps * width_of(s)))
-    d.put(
-        "stage.algorithm.timestep_fraction",
-        share_of(count, steps),
-        "train.num_train_timesteps",
-        note=f"{count} of {steps}",
-    )
+    count, steps = trained_times(s), s["train.num_inference_steps"]
+    share = share_of(count, steps)
+    d.put("stage.algorithm.timestep_fraction", share, "train.num_train_timesteps", note=f"{count} of {steps}")
     d.lost["train.timestep_range"] = "the trained times are drawn from all steps of the rollout"
     if s["train.time_sampling_strategy"] != "discrete":
         d.lost["train.time_sampling_strategy"] = "times are those of the rollout's steps (discrete)"
@@ -99,38 +90,30 @@ def _old_policy(s: Settings, d: Draft) -> None:
         put_ema(s, d)
         unread(s, d, "old")
         return
-    schedule = (
-        s["train.ema_decay_schedule"],
-        s["train.flat_steps"],
-        s["train.ramp_rate"],
-        s["train.ema_decay"],
-    )
-    names = (
-        "train.off_policy",
-        "train.ema_decay_schedule",
-        "train.flat_steps",
-        "train.ramp_rate",
-        "train.ema_decay",
-    )
-    known = {("piecewise_linear", 0, 0.001, 0.5): 1, ("piecewise_linear", 75, 0.0075, 0.999): 2}
-    if schedule in known:
-        d.put("stage.algorithm.decay_type", known[schedule], *names)
+    names = ("train.ema_decay_schedule", "train.flat_steps", "train.ramp_rate", "train.ema_decay")
+    schedule = tuple(s[name] for name in names)
+    if schedule in DECAYS:
+        d.put("stage.algorithm.decay_type", DECAYS[schedule], "train.off_policy", *names)
     else:
         words = "decay_type 1 is min(0.001 t, 0.5), 2 is 0 to step 75 and then min(0.0075 (t - 75), 0.999)"
         d.near("stage.algorithm.decay_type", 1, "train.ema_decay_schedule", words)
-        for name in names:
-            d.idle.setdefault(name, "it is part of the old policy's schedule")
+        d.idle |= dict.fromkeys(("train.off_policy", *names), "it is part of the old policy's schedule")
     d.idle["train.ema_update_interval"] = "the old policy moves after each batch"
     unread(s, d, "old")
 
 
 def _awm(s: Settings, d: Draft) -> None:
-    put_rollout(s, d)
+    put_rollout(d)
     put_solver(s, d)
-    steps = s["train.num_inference_steps"]
-    count = s["train.num_train_timesteps"] or max(1, int(steps * width_of(s)))
-    d.put("stage.algorithm.train_timesteps", count, "train.num_train_timesteps")
-    d.put("stage.algorithm.time_type", s["train.time_sampling_strategy"], "train.time_sampling_strategy")
+    d.put("stage.algorithm.train_timesteps", trained_times(s), "train.num_train_timesteps")
+    d.same(
+        {
+            "stage.algorithm.time_type": "train.time_sampling_strategy",
+            "stage.algorithm.off_policy": "train.off_policy",
+            "stage.algorithm.beta": "train.kl_beta",
+            "stage.algorithm.ema_beta": "train.ema_kl_beta",
+        }
+    )
     if s["train.time_sampling_strategy"].startswith("discrete"):
         d.put("stage.algorithm.timestep_fraction", round(width_of(s), 6), "train.timestep_range")
     else:
@@ -140,46 +123,40 @@ def _awm(s: Settings, d: Draft) -> None:
     if weighting == "ghuber":
         d.put("stage.algorithm.ghuber_power", s["train.ghuber_power"], "train.ghuber_power")
     else:
-        d.idle["train.ghuber_power"] = "it is ghuber's"
-    d.put("stage.algorithm.off_policy", s["train.off_policy"], "train.off_policy")
+        d.idle["train.ghuber_power"] = "only the weighting ghuber reads it"
     d.put("stage.algorithm.clip_range", limit_of(s, "train.clip_range"), "train.clip_range")
-    limit = limit_of(s, "train.adv_clip_range")
-    d.put("stage.algorithm.advantage_max", limit, "train.adv_clip_range")
+    d.put("stage.algorithm.advantage_max", limit_of(s, "train.adv_clip_range"), "train.adv_clip_range")
     put_advantages(s, d)
-    d.put("stage.algorithm.beta", s["train.kl_beta"], "train.kl_beta")
-    d.put("stage.algorithm.ema_beta", s["train.ema_kl_beta"], "train.ema_kl_beta")
     if s["train.kl_beta"] or s["train.ema_kl_beta"]:
         d.put("stage.algorithm.kl_weighting", str(s["train.kl_weight"]).lower(), "train.kl_weight")
     else:
         d.idle["train.kl_weight"] = "kl_beta and ema_kl_beta are 0"
     d.idle["train.kl_type"] = "the squared distance of velocities, as v-based"
     unread(s, d, "grpo", "pairs", "nft")
-    if not (s["train.ema_kl_beta"] or s["train.off_policy"]):
-        put_ema(s, d)
-    else:
+    if s["train.ema_kl_beta"] or s["train.off_policy"]:
         _moving(s, d)
+    else:
+        put_ema(s, d)
     unread(s, d, "old")
 
 
 def _moving(s: Settings, d: Draft) -> None:
     """Write how AWM's old policy moves."""
     d.put("stage.algorithm.kl_ema_decay", s["train.ema_decay"], "train.ema_decay")
-    linear = s["train.ema_decay_schedule"] == "linear"
-    kind = "linear" if linear else "constant"
+    kind = "linear" if s["train.ema_decay_schedule"] == "linear" else "constant"
     d.put("stage.algorithm.kl_ema_decay_type", kind, "train.ema_decay_schedule")
-    if linear:
+    if kind == "linear":
         words = "linear is min(0.001 t, kl_ema_decay) after t steps; there it rises over warmup_steps"
         d.lost["train.warmup_steps"] = words
     d.idle["train.ema_update_interval"] = "the old policy moves after each batch"
 
 
 def _dpo(s: Settings, d: Draft) -> None:
-    put_rollout(s, d)
+    put_rollout(d)
     put_solver(s, d)
     d.put("stage.algorithm.beta", s["train.beta"], "train.beta")
     put_density(s, d)
-    count = s["train.num_train_timesteps"] or max(1, int(s["train.num_inference_steps"] * width_of(s)))
-    d.put("stage.algorithm.points_per_pair", count, "train.num_train_timesteps")
+    d.put("stage.algorithm.points_per_pair", trained_times(s), "train.num_train_timesteps")
     d.lost["train.timestep_range"] = "times have no range: weighting_scheme is their density"
     for flag in ("train.global_std", "train.adv_clip_range", "train.advantage_aggregation"):
         d.idle[flag] = "a pair is the best and the worst of its group by the weighted sum of rewards"

@@ -9,12 +9,19 @@ _LAUNCH = "posttrain run --nproc N, torchrun, accelerate launch or srun start th
 _RUN = "a run writes to runs/NAME, and the same command goes on with it"
 _CACHE = "cache: {prompts: true} keeps encodings"
 _FREE = "it changes speed or memory, not results"
+_OVERLAP = "rewards score while the next images are drawn"
+_SQUARE = "data.resolution: sampled images are square"
+_TEXT = "only text-to-image is trained"
+_SAMPLER = "groups are the same for any number of processes"
 _TIMES = ("uniform", "logit_normal", "discrete", "discrete_with_init", "discrete_wo_init")
 
 TABLE: dict[str, Flag] = {
     "launcher": Flag(idle=_LAUNCH),
     "config_file": Flag(idle="parallel: auto, ddp, fsdp2 or deepspeed train the same"),
-    "num_processes": Flag("int", 1, least=1),
+    "num_processes": Flag("int", least=1),
+    "num_machines": Flag("any", idle="num_processes counts those of all machines"),
+    "machine_rank": Flag("any", idle=_LAUNCH),
+    "main_process_ip": Flag("any", idle=_LAUNCH),
     "main_process_port": Flag("any", idle=_LAUNCH),
     "mixed_precision": Flag(default="bf16", choices=("no", "fp16", "bf16")),
     "rewards": Flag("any"),
@@ -23,8 +30,8 @@ TABLE: dict[str, Flag] = {
     "acceleration": Flag("any", nearest="train.compile; the attention kernel is torch's"),
     "data.dataset_dir": Flag(default="data"),
     "data.datasets": Flag("list"),
-    "data.image_dir": Flag(nearest="only text-to-image is trained"),
-    "data.video_dir": Flag(nearest="only text-to-image is trained"),
+    "data.image_dir": Flag(nearest=_TEXT),
+    "data.video_dir": Flag(nearest=_TEXT),
     "data.preprocessing_batch_size": Flag("any", idle=_CACHE),
     "data.dataloader_num_workers": Flag("any", idle=_FREE),
     "data.enable_preprocess": Flag("any", idle=_CACHE),
@@ -32,8 +39,8 @@ TABLE: dict[str, Flag] = {
     "data.force_reprocess": Flag("any", idle="posttrain cache clear empties the cache"),
     "data.cache_dir": Flag(idle=_CACHE),
     "data.max_dataset_size": Flag("int", nearest="cut the file of prompts"),
-    "data.sampler_type": Flag(idle="groups are the same for any number of processes"),
-    "data.sampler_subgroup_size": Flag("any", idle="groups are the same for any number of processes"),
+    "data.sampler_type": Flag(idle=_SAMPLER),
+    "data.sampler_subgroup_size": Flag("any", idle=_SAMPLER),
     "model.model_name_or_path": Flag(default="black-forest-labs/FLUX.1-dev"),
     "model.model_type": Flag(default="flux1"),
     "model.finetune_type": Flag(default="full", choices=("full", "lora")),
@@ -57,8 +64,8 @@ TABLE: dict[str, Flag] = {
     "log.save_model_only": Flag("any", idle="a checkpoint always holds the whole state"),
     "train.trainer_type": Flag(default="grpo"),
     "train.resolution": Flag("any", 512),
-    "train.height": Flag("int", nearest="data.resolution: sampled images are square"),
-    "train.width": Flag("int", nearest="data.resolution: sampled images are square"),
+    "train.height": Flag("int", nearest=_SQUARE),
+    "train.width": Flag("int", nearest=_SQUARE),
     "train.num_frames": Flag("int", nearest="only images are trained"),
     "train.frame_rate": Flag("float", nearest="only images are trained"),
     "train.max_epochs": Flag("int"),
@@ -90,13 +97,9 @@ TABLE: dict[str, Flag] = {
     "train.warmup_steps": Flag("int"),
     "train.latent_storage_dtype": Flag(idle="latents are kept in float32"),
     "train.shuffle_samples": Flag("any", idle="items are shuffled"),
-    "train.reward_optimization_overlap": Flag("any", idle="rewards score while the next images are drawn"),
-    "train.reward_optimization_overlap_mode": Flag(
-        "any", idle="rewards score while the next images are drawn"
-    ),
-    "train.reward_optimization_overlap_poll_interval": Flag(
-        "any", idle="rewards score while the next images are drawn"
-    ),
+    "train.reward_optimization_overlap": Flag("any", idle=_OVERLAP),
+    "train.reward_optimization_overlap_mode": Flag("any", idle=_OVERLAP),
+    "train.reward_optimization_overlap_poll_interval": Flag("any", idle=_OVERLAP),
     "train.global_std": Flag("bool", True),
     "train.advantage_aggregation": Flag(default="gdpo", choices=("sum", "gdpo")),
     "train.clip_range": Flag("any", 1e-4),

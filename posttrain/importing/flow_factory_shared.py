@@ -1,20 +1,10 @@
-"""What Flow-Factory's algorithms share, as fields of a recipe."""
+"""Writes what several of Flow-Factory's algorithms have: rollout, advantages, times, EMA."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Settings
 from posttrain.importing.flow_factory_flags import OTHERS
-
-
-def top_of(s: Settings) -> Mapping[str, Any]:
-    """The first optimizer's block, or an empty one."""
-    value = s["optimizers"]
-    first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, Mapping) else {}
 
 
 def unread(s: Settings, d: Draft, *groups: str) -> None:
@@ -24,24 +14,46 @@ def unread(s: Settings, d: Draft, *groups: str) -> None:
             d.idle.setdefault(flag, f"{s['train.trainer_type']} does not read it")
 
 
+def range_of(s: Settings, flag: str) -> tuple[float | None, float]:
+    """The two ends of a range; the lower one is None if one number was given. Raises PosttrainError."""
+    value = s[flag]
+    low, high = value if isinstance(value, list) and len(value) == 2 else (None, value)
+    return None if low is None else s.number(flag, low), s.number(flag, high)
+
+
 def limit_of(s: Settings, flag: str) -> float:
     """The bound of a range, which must be symmetric. Raises PosttrainError."""
-    value: Any = s[flag]
-    low: Any = None
-    high: Any = value
-    if isinstance(value, list) and len(value) == 2:
-        low, high = value
-    low, high = (None if low is None else s.number(flag, low)), s.number(flag, high)
+    low, high = range_of(s, flag)
     if low is not None and low != -high:
         raise s.refused(flag, "the range is symmetric here: give one number")
     return abs(high)
 
 
-def put_rollout(s: Settings, d: Draft) -> None:
+def trained_times(s: Settings) -> int:
+    """How many times of a rollout are trained. Raises PosttrainError."""
+    return s["train.num_train_timesteps"] or max(1, int(s["train.num_inference_steps"] * width_of(s)))
+
+
+def width_of(s: Settings) -> float:
+    """The part of the schedule in which times are trained. Raises PosttrainError."""
+    low, high = range_of(s, "train.timestep_range")
+    low = low or 0.0
+    if not 0 <= low < high <= 1:
+        raise s.refused(
+            "train.timestep_range", "a number above 0, 1 at most, or two of which the second is greater"
+        )
+    return high - low
+
+
+def put_rollout(d: Draft) -> None:
     """Write group size, steps and guidance."""
-    d.put("stage.algorithm.group_size", s["train.group_size"], "train.group_size")
-    d.put("stage.algorithm.num_steps", s["train.num_inference_steps"], "train.num_inference_steps")
-    d.put("stage.algorithm.guidance_scale", s["train.guidance_scale"], "train.guidance_scale")
+    d.same(
+        {
+            "stage.algorithm.group_size": "train.group_size",
+            "stage.algorithm.num_steps": "train.num_inference_steps",
+            "stage.algorithm.guidance_scale": "train.guidance_scale",
+        }
+    )
 
 
 def put_advantages(s: Settings, d: Draft) -> None:
@@ -64,9 +76,8 @@ def put_ema(s: Settings, d: Draft) -> None:
     decay = s["train.ema_decay"]
     if decay:
         every = s["train.ema_update_interval"]
-        d.put(
-            "stage.train.ema", decay, "train.ema_decay", note=f"there every {every} epochs, here every step"
-        )
+        note = f"there every {every} epochs, here every step"
+        d.put("stage.train.ema", decay, "train.ema_decay", note=note)
         d.differs.append(
             f"the EMA moves with each optimizer step; there every {every} epochs (train.ema_update_interval)"
         )
@@ -84,23 +95,11 @@ def put_solver(s: Settings, d: Draft) -> None:
     d.put("stage.algorithm.solver", "euler", "scheduler.dynamics_type", note="dpm2 is better at equal steps")
 
 
-def width_of(s: Settings) -> float:
-    """The part of the schedule in which times are trained. Raises PosttrainError."""
-    value: Any = s["train.timestep_range"]
-    low: Any = 0.0
-    high: Any = value
-    if isinstance(value, list) and len(value) == 2:
-        low, high = value
-    low, high = s.number("train.timestep_range", low), s.number("train.timestep_range", high)
-    if not 0 <= low < high <= 1:
-        raise s.refused("train.timestep_range", "a number up to 1, or two")
-    return high - low
-
-
 def share_of(count: int, steps: int) -> float:
     """The fraction of which ``int(steps * fraction)`` is ``count``."""
-    exact = round(min(count, steps) / steps, 4)
-    return exact if int(steps * exact) == min(count, steps) else round((min(count, steps) + 0.5) / steps, 4)
+    count = min(count, steps)
+    exact = round(count / steps, 4)
+    return exact if int(steps * exact) == count else round((count + 0.5) / steps, 4)
 
 
 def put_density(s: Settings, d: Draft) -> None:

@@ -1,26 +1,31 @@
-"""Flow-Factory's batches, epochs and optimizer, as fields of a recipe."""
+"""Writes Flow-Factory's batches, steps and optimizer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Settings
-from posttrain.importing.flow_factory_shared import top_of
 from posttrain.importing.group_rl import STEPS
+
+OPTIMIZER = {
+    "learning_rate": "train.learning_rate",
+    "weight_decay": "train.adam_weight_decay",
+    "betas": "train.adam_betas",
+    "eps": "train.adam_epsilon",
+    "max_grad_norm": "train.max_grad_norm",
+}
+"""Key of an optimizer's block, and our field -> the older setting, which is read where the key is missing."""
 
 
 def put_steps(s: Settings, d: Draft, processes: int, *, pairs: bool) -> None:
     """Write batches, steps and intervals of an algorithm that samples."""
-    group, prompts, each = (
-        s["train.group_size"],
-        s["train.unique_sample_num_per_epoch"],
-        s["train.per_device_batch_size"],
-    )
+    group, prompts = s["train.group_size"], s["train.unique_sample_num_per_epoch"]
     total = group * prompts
     names = ("train.unique_sample_num_per_epoch", "train.group_size")
     d.put("stage.train.batch_size", total, *names, note=f"{prompts} prompts x {group}")
-    batches = (prompts if pairs else total) // (processes * each)
+    batches = (prompts if pairs else total) // (processes * s["train.per_device_batch_size"])
     if s["train.gradient_accumulation_steps"] == "auto":
         updates = min(s["train.gradient_step_per_epoch"], max(batches, 1))
         d.put("stage.train.steps_per_batch", updates, "train.gradient_step_per_epoch")
@@ -47,11 +52,8 @@ def _counted(s: Settings, d: Draft, updates: int) -> None:
     """Write steps and intervals, which Flow-Factory counts in epochs of ``updates`` steps."""
     epochs = s["train.max_epochs"]
     if epochs is None or epochs < 0:
-        d.put(
-            "stage.train.steps",
-            STEPS // updates * updates,
-            note="ours: Flow-Factory runs until it is stopped. It may grow",
-        )
+        note = "ours: Flow-Factory runs until it is stopped. It may grow"
+        d.put("stage.train.steps", STEPS // updates * updates, note=note)
     else:
         d.put("stage.train.steps", max(epochs, 1) * updates, "train.max_epochs", note=f"{epochs} x {updates}")
     if s["log.save_freq"]:
@@ -75,22 +77,17 @@ def put_offline_steps(s: Settings, d: Draft, processes: int) -> None:
 
 def put_optimizer(s: Settings, d: Draft) -> None:
     """Write learning rate, AdamW's settings and memory."""
-    first = top_of(s)
-    for field, key, old in (
-        ("learning_rate", "learning_rate", "train.learning_rate"),
-        ("weight_decay", "weight_decay", "train.adam_weight_decay"),
-        ("betas", "betas", "train.adam_betas"),
-        ("eps", "eps", "train.adam_epsilon"),
-        ("max_grad_norm", "max_grad_norm", "train.max_grad_norm"),
-    ):
-        flag = "optimizers" if key in first else old
-        value = first.get(key, s[old])
-        if key == "betas":
-            value = [s.number(flag, v) for v in (value if isinstance(value, list | tuple) else [value])]
-        else:
-            value = s.number(flag, value)
-        d.put(f"stage.train.{field}", value, flag)
-    if len(blocks_of(s["optimizers"])) > 1:
+    blocks = blocks_of(s["optimizers"])
+    first = blocks[0] if blocks and isinstance(blocks[0], Mapping) else {}
+    for key, old in OPTIMIZER.items():
+        flag, value = ("optimizers", first[key]) if key in first else (old, s[old])
+        pair = key == "betas" and isinstance(value, list | tuple)
+        numbers = [s.number(flag, number) for number in value] if pair else s.number(flag, value)
+        d.put(f"stage.train.{key}", numbers, flag)
+    for block in blocks:
+        names = block if isinstance(block, Mapping) else ()
+        s.unknown |= {f"optimizers.{n}": block[n] for n in names if n not in (*OPTIMIZER, "name")}
+    if len(blocks) > 1:
         d.lost["optimizers"] = "a stage has one optimizer: the first is taken"
     d.put("stage.train.micro_batch", "auto", note="ours: changes rounding only")
     on = s["train.enable_gradient_checkpointing"]

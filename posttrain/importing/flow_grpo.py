@@ -9,27 +9,18 @@ import re
 
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Flag, Settings
-from posttrain.importing.group_rl import (
-    COMMON,
-    put_geometry,
-    put_optimizer,
-    put_prompts_and_rewards,
-    put_steps,
-    put_tuning,
-    recipe_name,
-)
-from posttrain.importing.models import put_model, put_precision
+from posttrain.importing.group_rl import COMMON, SEEDED, put_common
+from posttrain.importing.published import FLOW_GRPO
+from posttrain.importing.trainer import Start, Trainer
 
-NAME, PREFIX = "flow_grpo", "config."
-SCRIPTS = re.compile(r"train_(sd3|flux|qwenimage|wan|bagel)\w*\.py$")
 WINDOWED = re.compile(r"fast|qwenimage", re.I)
 """Training scripts that read ``sde_window_size``."""
 VIDEO = "images only"
 
 TABLE: dict[str, Flag] = {
     **COMMON,
-    "save_freq": Flag("int", 20),
-    "eval_freq": Flag("int", 20),
+    "save_freq": Flag("int", 20, least=1),
+    "eval_freq": Flag("int", 20, least=1),
     "num_checkpoint_limit": Flag("int", 5),
     "mixed_precision": Flag(default="fp16", choices=("fp16", "bf16", "no")),
     "activation_checkpointing": Flag("bool", False),
@@ -63,73 +54,42 @@ TABLE: dict[str, Flag] = {
     "frames": Flag("int", nearest=VIDEO),
     "diffusion_loss": Flag("bool", nearest=VIDEO),
 }
+SAME = {
+    "stage.algorithm.noise_level": "sample.noise_level",
+    "stage.algorithm.init_same_noise": "sample.same_latent",
+    "stage.algorithm.clip_range": "train.clip_range",
+    "stage.algorithm.beta": "train.beta",
+    "stage.train.keep_checkpoints": "num_checkpoint_limit",
+}
 DIFFERS = (
     "a prompt's samples are grouped by the row of the prompt file, not by the decoded text",
     "the EMA moves once for each optimizer step; there it moves after every micro-step of each eighth step",
-    "noise, groups and prompts are functions of the seed and the step, so another number of "
-    "GPUs trains the same",
+    SEEDED,
     "rollout and training use the same numbers in float32 outside the network; the ratio before the first "
     "update is checked to be 1",
     "evaluation has fixed noise for each prompt and counts each sample once",
 )
 
 
-def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
+def build(s: Settings, d: Draft, start: Start) -> None:
     """Write the recipe of the configuration ``s``. Raises PosttrainError."""
-    d.put("name", recipe_name(s, "flow-grpo"), "run_name" if s["run_name"] else "save_dir")
-    if s["run_name"]:
-        d.idle["save_dir"] = "a run writes to runs/NAME"
-    d.put("seed", s["seed"], "seed")
-    d.put("tf32", s["allow_tf32"], "allow_tf32")
-    kind = put_model(d, "pretrained.model", "pretrained.revision")
-    d.put("stage.name", "grpo")
-    put_tuning(d)
-    _algorithm(s, d, script)
-    put_prompts_and_rewards(d)
-    per_batch = put_geometry(d, processes)
-    put_steps(d, per_batch)
-    put_optimizer(d)
-    put_precision(d, "mixed_precision")
-    if kind == "sd3":
-        d.put("model.max_sequence_length", 128, note="as its training script has")
-    optimizer = "adamw8bit" if s["train.use_8bit_adam"] else "adamw"
-    d.put("stage.train.optimizer", optimizer, "train.use_8bit_adam")
-    d.put("stage.train.micro_batch", "auto", note="ours: changes rounding only")
-    checkpointing = "full" if s["activation_checkpointing"] else "off"
-    d.put("stage.train.gradient_checkpointing", checkpointing, "activation_checkpointing")
-    d.put("stage.train.keep_checkpoints", s["num_checkpoint_limit"], "num_checkpoint_limit")
-    if s["train.ema"]:
-        d.put("stage.train.ema", 0.9, "train.ema", note="its greatest decay")
-    else:
-        d.idle["train.ema"] = "off, as here"
-    d.put("evaluation.steps", s["sample.eval_num_steps"], "sample.eval_num_steps")
-    d.put("evaluation.guidance", s["sample.eval_guidance_scale"], "sample.eval_guidance_scale")
-    d.put("evaluation.batch_size", s["sample.test_batch_size"], "sample.test_batch_size")
-    d.put("evaluation.precision", "fp32" if s["mixed_precision"] == "no" else "bf16", "mixed_precision")
-    d.differs += DIFFERS
-
-
-def _algorithm(s: Settings, d: Draft, script: str) -> None:
+    put_common(d, start, "grpo", "sample.eval_guidance_scale")
     d.put("stage.algorithm.type", "flow_grpo")
-    d.put("stage.algorithm.group_size", s["sample.num_image_per_prompt"], "sample.num_image_per_prompt")
-    d.put("stage.algorithm.num_steps", s["sample.num_steps"], "sample.num_steps")
+    d.same(SAME)
     sde = {"sde": "flow_sde", "cps": "cps"}[s["sample.sde_type"] or "sde"]
     d.put("stage.algorithm.sde_type", sde, "sample.sde_type")
-    d.put("stage.algorithm.noise_level", s["sample.noise_level"], "sample.noise_level")
-    scale = s["sample.guidance_scale"]
-    d.put("stage.algorithm.guidance_scale", scale, "sample.guidance_scale")
-    if s["train.cfg"] or scale == 1:
+    if s["train.cfg"] or s["sample.guidance_scale"] == 1:
         d.idle["train.cfg"] = "rollout and training have the same guidance"
     else:
         d.lost["train.cfg"] = "training has the rollout's guidance here: without it set guidance_scale to 1"
-    _window(s, d, script)
-    d.put("stage.algorithm.init_same_noise", s["sample.same_latent"], "sample.same_latent")
-    d.put("stage.algorithm.clip_range", s["train.clip_range"], "train.clip_range")
-    d.put("stage.algorithm.beta", s["train.beta"], "train.beta")
-    d.put("stage.algorithm.global_std", s["sample.global_std"], "sample.global_std")
-    d.put("stage.algorithm.adv_clip_max", s["train.adv_clip_max"], "train.adv_clip_max")
-    if "guard" in script.lower():
-        d.put("stage.algorithm.grpo_guard", True, note=f"the script {script.rsplit('/', 1)[-1]}")
+    _window(s, d, start.script)
+    if "guard" in start.script.lower():
+        d.put("stage.algorithm.grpo_guard", True, note=f"the script {start.script.rsplit('/', 1)[-1]}")
+    optimizer = "adamw8bit" if s["train.use_8bit_adam"] else "adamw"
+    d.put("stage.train.optimizer", optimizer, "train.use_8bit_adam")
+    checkpointing = "full" if s["activation_checkpointing"] else "off"
+    d.put("stage.train.gradient_checkpointing", checkpointing, "activation_checkpointing")
+    d.differs += DIFFERS
 
 
 def _window(s: Settings, d: Draft, script: str) -> None:
@@ -157,3 +117,13 @@ def _window(s: Settings, d: Draft, script: str) -> None:
         d.put("stage.algorithm.timestep_fraction", fraction, "train.timestep_fraction")
     for flag in (size, "sample.sde_window_range"):
         d.idle[flag] = "off" if reads else "the script for all steps does not read it"
+
+
+TRAINER = Trainer(
+    "flow_grpo",
+    "config.",
+    re.compile(r"\S*train_(sd3|flux|qwenimage|wan|bagel)\w*\.py(\s|$)"),
+    TABLE,
+    build,
+    published=FLOW_GRPO,
+)

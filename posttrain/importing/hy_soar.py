@@ -7,16 +7,16 @@ Names, defaults and meanings were read in the training script, as stored on 2026
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
 
 from posttrain.errors import PosttrainError
+from posttrain.importing.diffusers_flags import put_head, put_training
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Flag, Settings
-from posttrain.importing.models import named, put_model, put_precision, put_schedule, put_tracker
+from posttrain.importing.models import put_model, put_precision
+from posttrain.importing.trainer import Start, Trainer
 
-NAME, PREFIX = "hy-soar", "--"
-SCRIPTS = re.compile(r"train_soar\w*(\.py)?$")
 WEIGHTINGS = ("sigma_sqrt", "logit_normal", "mode", "cosmap")
+_SIZES = "HY-SOAR does not read it: images have the bw and bh of their row, as here without data.resolution"
 _HUB = "posttrain export RUN --to DIR --push-to-hub REPO uploads what a stage wrote"
 
 TABLE: dict[str, Flag] = {
@@ -29,14 +29,7 @@ TABLE: dict[str, Flag] = {
     "random_flip": Flag("bool", False),
     "output_dir": Flag(default="output/soar_sd3_5m"),
     "seed": Flag("int"),
-    "resolution": Flag(
-        "int",
-        512,
-        idle=(
-            "HY-SOAR does not read it: images have the bw and bh of their row, as here "
-            "without data.resolution"
-        ),
-    ),
+    "resolution": Flag("int", 512, idle=_SIZES),
     "train_batch_size": Flag("int", 4, least=1),
     "num_train_epochs": Flag("int", 1),
     "max_train_steps": Flag("int"),
@@ -81,18 +74,26 @@ TABLE: dict[str, Flag] = {
     "hub_token": Flag(idle=_HUB),
     "hub_model_id": Flag(idle=_HUB),
 }
-SAME = (
+ALGORITHM = (
     "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "lambda_aux", "num_rollout_paths",
     "trajectory_length", "sde_rollout_type", "sde_noise_scale", "cfg_scale_sampling", "num_sampling_steps",
 )  # fmt: skip
 """Flags that the algorithm ``soar`` has under the same name."""
+SAME = {
+    "tf32": "allow_tf32",
+    "model.max_sequence_length": "max_sequence_length",
+    "stage.algorithm.cond_dropout": "cond_dropout_rate",
+    "stage.data.flip": "random_flip",
+    "stage.data.workers": "dataloader_num_workers",
+    "stage.train.weight_decay": "adam_weight_decay",
+    "stage.train.max_grad_norm": "max_grad_norm",
+    "stage.train.checkpoint_every": "checkpointing_steps",
+}
 DIFFERS = (
-    "sigma(t) is the closed form, and an auxiliary point's timestep exactly 1000 sigma; both "
-    "are rounded there",
+    "sigma(t) is the closed form, an auxiliary point's timestep exactly 1000 sigma; there both are rounded",
     "latents, sigmas and targets are float32; there bf16",
     "an auxiliary sigma is at least sigma_floor, 0.02; 0 is the published behaviour",
-    "each image comes once in an epoch, for any number of processes; there 8 processes see "
-    "about 65 % of them",
+    "an image comes once in an epoch, for any number of processes; there 8 processes see about 65 % of them",
     "each sample has noise and a time of its own; there all processes draw the same ones",
     "an image that cannot be read is skipped and listed, and more than data.tolerance stops the run; there "
     "another or a black image takes its place",
@@ -102,25 +103,25 @@ DIFFERS = (
 )
 
 
-def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
+def build(s: Settings, d: Draft, start: Start) -> None:
     """Write the recipe of the flags ``s``. Raises PosttrainError."""
-    del script
-    d.put("name", named(PurePosixPath(s["output_dir"] or "").name, "hy-soar"), "output_dir")
-    if s["seed"] is not None:
-        d.put("seed", s["seed"], "seed")
-    d.put("tf32", s["allow_tf32"], "allow_tf32")
-    put_tracker(d, "report_to")
+    if start.processes is None:
+        raise PosttrainError(
+            "HY-SOAR counts --train_batch_size for each process: say how many there are with --processes N, "
+            "or give the whole command, with torchrun's --nproc_per_node"
+        )
+    put_head(d, "hy-soar")
     put_model(d, "pretrained_model_name_or_path", "revision", "sd3")
-    d.put("model.max_sequence_length", s["max_sequence_length"], "max_sequence_length")
+    put_precision(d, "mixed_precision")
     d.put("stage.name", "soar")
     d.put("stage.tune.type", "full", note="HY-SOAR trains all weights")
     d.put("stage.algorithm.type", "soar")
     without_effect = _without_effect(s)
     d.idle |= without_effect
-    for name in SAME:
-        if name not in without_effect:
-            d.put(f"stage.algorithm.{name}", s[name], name)
-    d.put("stage.algorithm.cond_dropout", s["cond_dropout_rate"], "cond_dropout_rate")
+    d.same({f"stage.algorithm.{name}": name for name in ALGORITHM if name not in without_effect})
+    d.same(SAME)
+    if s["seed"] is not None:
+        d.put("seed", s["seed"], "seed")
     if s["cond_dropout_rate"]:
         d.differs.append(
             "condition dropout is drawn for each sample, and the rollout keeps its prompt; there for a batch"
@@ -128,9 +129,7 @@ def build(s: Settings, d: Draft, script: str, processes: int | None) -> None:
     d.put("stage.algorithm.sigma_floor", 0.02, note="ours; 0 as published")
     d.put("stage.data.images", s.needed("jsonl_path"), "jsonl_path", note="rows of md5, caption_en, bw, bh")
     d.put("stage.data.image_dir", s.needed("image_dir"), "image_dir")
-    d.put("stage.data.flip", s["random_flip"], "random_flip")
-    d.put("stage.data.workers", s["dataloader_num_workers"], "dataloader_num_workers")
-    _training(s, d, processes)
+    _training(s, d, put_training(d, start.processes))
     d.differs += DIFFERS
 
 
@@ -150,42 +149,20 @@ def _without_effect(s: Settings) -> dict[str, str]:
     return found
 
 
-def _training(s: Settings, d: Draft, processes: int | None) -> None:
-    if processes is None:
-        raise PosttrainError(
-            "HY-SOAR counts --train_batch_size for each process: say how many there are with --processes N, "
-            "or give the whole command, with torchrun's --nproc_per_node"
-        )
-    if (steps := s["max_train_steps"]) is None:
-        raise PosttrainError(
-            "posttrain counts steps, not epochs: give --max_train_steps, which is epochs x "
-            "images / batch size"
-        )
-    d.idle["num_train_epochs"] = "max_train_steps says how long it trains"
-    d.put("stage.train.steps", steps, "max_train_steps")
-    each, accumulated = s["train_batch_size"], s["gradient_accumulation_steps"]
-    total = each * accumulated * processes
-    sizes = f"{each} x {accumulated} x {processes} processes"
-    d.put("stage.train.batch_size", total, "train_batch_size", "gradient_accumulation_steps", note=sizes)
-    d.put("stage.train.micro_batch", "auto", note="ours: changes rounding only")
+def _training(s: Settings, d: Draft, batch: int) -> None:
     d.put("stage.train.optimizer", "adamw8bit" if s["use_8bit_adam"] else "adamw", "use_8bit_adam")
-    rate = s["learning_rate"] * (total if s["scale_lr"] else 1)
-    d.put("stage.train.learning_rate", rate, "learning_rate", *(["scale_lr"] if s["scale_lr"] else []))
-    if not s["scale_lr"]:
-        d.idle["scale_lr"] = "off, as here"
-    put_schedule(d, "lr_scheduler", "lr_warmup_steps", steps)
-    d.put("stage.train.weight_decay", s["adam_weight_decay"], "adam_weight_decay")
     d.put("stage.train.betas", [s["adam_beta1"], s["adam_beta2"]], "adam_beta1", "adam_beta2")
-    d.put("stage.train.eps", s["adam_epsilon"], "adam_epsilon")
-    d.put("stage.train.max_grad_norm", s["max_grad_norm"], "max_grad_norm")
-    put_precision(d, "mixed_precision")
-    checkpointing = "full" if s["gradient_checkpointing"] else "off"
-    d.put("stage.train.gradient_checkpointing", checkpointing, "gradient_checkpointing")
-    d.put("stage.train.checkpoint_every", s["checkpointing_steps"], "checkpointing_steps")
+    if s["scale_lr"]:
+        d.put("stage.train.learning_rate", s["learning_rate"] * batch, "learning_rate", "scale_lr")
+    else:
+        d.put("stage.train.learning_rate", s["learning_rate"], "learning_rate")
+        d.idle["scale_lr"] = "off, as here"
     if s["checkpoints_total_limit"] is None:
         d.differs.append(
-            "of the checkpoints, which here hold the optimizer too, the last two stay; there "
-            "all: set keep_every"
+            "the last two checkpoints stay, which here hold the optimizer too; there all: set keep_every"
         )
     else:
         d.put("stage.train.keep_checkpoints", s["checkpoints_total_limit"], "checkpoints_total_limit")
+
+
+TRAINER = Trainer("HY-SOAR", "--", re.compile(r"\S*train_soar\w*(\.py)?(\s|$)"), TABLE, build)

@@ -1,4 +1,4 @@
-"""The model block, the name and the tracker that other trainers' values for them come to."""
+"""Writes what every trainer has in some form: the model, the precision, the tracker, the name."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ KINDS = (
     (r"aura\W?flow|lumina", "diffusers"),
 )
 """What a name or path has -> our ``model.type``; an empty one is a model that posttrain cannot train."""
-TRACKERS = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-    "none": "none",
-}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "none")
 
 
 def kind_of(path: str) -> str | None:
@@ -73,40 +67,13 @@ def put_tracker(draft: Draft, flag: str) -> None:
     """Write ``tracker`` if posttrain knows the service."""
     value = str(draft.settings[flag] or "none").lower()
     if value in TRACKERS:
-        draft.put("tracker", TRACKERS[value], flag)
+        draft.put("tracker", value, flag)
     else:
-        draft.near(
-            "tracker", "tensorboard", flag, f"{value} is no tracker of posttrain: {', '.join(TRACKERS)}"
-        )
+        words = f"{value} is no tracker of posttrain: {', '.join(TRACKERS)}"
+        draft.near("tracker", "tensorboard", flag, words)
 
 
 def named(text: str, otherwise: str) -> str:
     """``text`` as the name of a recipe: letters, digits, dots, dashes and underscores."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80].rstrip(".")
     return name or otherwise
-
-
-SCHEDULES = {
-    "constant": "constant",
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant_with_warmup": "constant",
-}
-
-
-def put_schedule(draft: Draft, flag: str, warmup_flag: str, steps: int) -> None:
-    """Write ``schedule`` and ``warmup_steps``, as diffusers' and transformers' schedulers mean them."""
-    settings = draft.settings
-    value, warmup = settings[flag], settings[warmup_flag] or 0
-    if value in SCHEDULES:
-        draft.put("stage.train.schedule", SCHEDULES[value], flag)
-    else:
-        near = "cosine" if "cos" in str(value) or value == "sine" else "linear"
-        words = f"posttrain has constant, cosine and linear, which end at 0; {near} comes nearest to {value}"
-        draft.near("stage.train.schedule", near, flag, words)
-    if value == "constant" and warmup:
-        draft.idle[warmup_flag] = "the schedule constant has no warm-up there; here it would have"
-    elif warmup < steps:
-        draft.put("stage.train.warmup_steps", warmup, warmup_flag)
-    else:
-        raise settings.refused(warmup_flag, f"the warm-up must be shorter than the {steps} steps")

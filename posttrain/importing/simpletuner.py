@@ -5,46 +5,34 @@ The table and its sources are in :mod:`posttrain.importing.simpletuner_flags`.
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.draft import Draft, value_of
+from posttrain.importing.diffusers_flags import put_head
+from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Settings
-from posttrain.importing.models import named, put_model, put_precision, put_tracker
-from posttrain.importing.simpletuner_files import from_environment, from_json
+from posttrain.importing.models import put_model, put_precision
+from posttrain.importing.simpletuner_data import put_data
+from posttrain.importing.simpletuner_files import SCRIPTS, from_env_file, from_json, opened
 from posttrain.importing.simpletuner_flags import TABLE
-from posttrain.importing.simpletuner_training import put_training
+from posttrain.importing.simpletuner_training import put_train
+from posttrain.importing.trainer import Start, Trainer
 
-__all__ = ["NAME", "PREFIX", "SCRIPTS", "TABLE", "build", "from_environment", "from_json"]
-
-NAME, PREFIX = "simpletuner", "--"
-SCRIPTS = re.compile(r"(^|/)train(\.py|\.sh)?$|simpletuner$")
 MODELS = {
-    "sd3": (
-        "sd3",
-        {
-            "medium": "stabilityai/stable-diffusion-3.5-medium",
-            "large": "stabilityai/stable-diffusion-3.5-large",
-        },
-    ),
-    "flux": ("flux", {"dev": "black-forest-labs/FLUX.1-dev", "schnell": "black-forest-labs/FLUX.1-schnell"}),
-    "flux2": ("flux2_klein", {}),
-    "sana": ("sana", {}),
-    "qwen_image": ("qwen_image", {}),
-    "z_image": ("z_image", {}),
-    "auraflow": ("diffusers", {}),
-    "lumina2": ("diffusers", {}),
-}
-"""Family -> our type, and the weights of each flavour, the default first."""
-READ = {
-    "id", "type", "dataset_type", "disabled", "instance_data_dir", "dataset_name", "split",
-    "caption_strategy", "resolution", "resolution_type",
+    "sd3": "sd3", "flux": "flux", "flux2": "flux2_klein", "sana": "sana", "qwen_image": "qwen_image",
+    "z_image": "z_image", "auraflow": "diffusers", "lumina2": "diffusers",
 }  # fmt: skip
-"""Keys of a data set that are read."""
-CACHES = ("cache_", "preserve_data_backend_cache", "text_embeds", "image_embeds", "write_batch_size")
+"""Family -> our type."""
+FLAVOURS = {
+    "sd3": {
+        "medium": "stabilityai/stable-diffusion-3.5-medium",
+        "large": "stabilityai/stable-diffusion-3.5-large",
+    },
+    "flux": {"dev": "black-forest-labs/FLUX.1-dev", "schnell": "black-forest-labs/FLUX.1-schnell"},
+}
+"""Family -> the weights of each flavour, the default first."""
+LORA = ("lora_type", "lora_rank", "lora_alpha", "lora_init_type", "init_lora", "base_model_precision")
+"""Options that only a LoRA has."""
 DIFFERS = (
     "latents are drawn anew in each step; there encoded latents are cached and read in each epoch",
     "a step's times are drawn for each sample; there from a segment of the schedule for each of the batch",
@@ -53,26 +41,25 @@ DIFFERS = (
 )
 
 
-def build(s: Settings, d: Draft, script: str, processes: int | None, near: Path | None = None) -> None:
-    """Write the recipe of the options ``s``, which are from the file ``near``. Raises PosttrainError."""
-    del script
-    d.put("name", named(PurePosixPath(s["output_dir"] or "").name, "simpletuner"), "output_dir")
+def build(s: Settings, d: Draft, start: Start) -> None:
+    """Write the recipe of the options ``s``. Raises PosttrainError."""
+    put_head(d, "simpletuner")
     if s["seed"] is not None and s["seed"] >= 0:
         d.put("seed", s["seed"], "seed")
-    d.put(
-        "tf32",
-        s["allow_tf32"] and not s["disable_tf32"],
-        "disable_tf32" if s["disable_tf32"] else "allow_tf32",
-    )
-    if not s["disable_tf32"]:
+    else:
+        d.idle["seed"] = "it is no seed; the recipe has one of its own"
+    if s["disable_tf32"]:
+        d.put("tf32", False, "disable_tf32")
+        d.idle["allow_tf32"] = "disable_tf32 says it"
+    else:
+        d.put("tf32", s["allow_tf32"], "allow_tf32")
         d.idle["disable_tf32"] = "off, as here"
-    put_tracker(d, "report_to")
     _model(s, d)
     d.put("stage.name", "sft")
     _tuning(s, d)
     _algorithm(s, d)
-    _data(s, d, near)
-    put_training(s, d, processes or s["num_processes"] * s["num_machines"])
+    put_data(s, d, start.file)
+    put_train(s, d, start.processes or 1)
     d.differs += DIFFERS
 
 
@@ -80,23 +67,20 @@ def _model(s: Settings, d: Draft) -> None:
     family = s.needed("model_family")
     if family not in MODELS:
         raise s.refused("model_family", f"posttrain trains {', '.join(MODELS)} of SimpleTuner's families")
-    kind, flavours = MODELS[family]
     if s["pretrained_model_name_or_path"] is None:
+        flavours = FLAVOURS.get(family, {})
         flavour = s["model_flavour"] or next(iter(flavours), None)
         if flavour not in flavours:
-            raise PosttrainError(
-                f"SimpleTuner: name the model: --pretrained_model_name_or_path (of {family})"
-            )
-        d.put("model.type", kind, "model_family")
-        d.put(
-            "model.path", flavours[flavour], *(["model_flavour"] if s["model_flavour"] else ["model_family"])
-        )
+            words = f"name the model: --pretrained_model_name_or_path (of {family})"
+            raise PosttrainError(f"SimpleTuner: {words}")
+        flag = "model_flavour" if s["model_flavour"] else "model_family"
+        d.put("model.path", flavours[flavour], flag)
         if s["revision"]:
             d.put("model.revision", s["revision"], "revision")
     else:
-        put_model(d, "pretrained_model_name_or_path", "revision", kind)
-        d.put("model.type", kind, "model_family")
+        put_model(d, "pretrained_model_name_or_path", "revision", MODELS[family])
         d.idle["model_flavour"] = "the path names the model"
+    d.put("model.type", MODELS[family], "model_family")
     if s["mixed_precision"] == "fp8":
         d.near("stage.train.precision", "bf16", "mixed_precision", "posttrain computes in bf16 or fp32")
         d.put("model.dtype", "bf16")
@@ -109,15 +93,7 @@ def _model(s: Settings, d: Draft) -> None:
 def _tuning(s: Settings, d: Draft) -> None:
     if s["model_type"] == "full":
         d.put("stage.tune.type", "full", "model_type")
-        for name in (
-            "lora_type",
-            "lora_rank",
-            "lora_alpha",
-            "lora_init_type",
-            "init_lora",
-            "base_model_precision",
-        ):
-            d.idle[name] = "all weights are trained"
+        d.idle |= dict.fromkeys(LORA, "all weights are trained")
         return
     d.put("stage.tune.type", "lora", "model_type")
     if s["lora_type"] == "lycoris":
@@ -130,7 +106,7 @@ def _tuning(s: Settings, d: Draft) -> None:
     if s["lora_init_type"] in ("default", "gaussian"):
         d.put("stage.tune.init", s["lora_init_type"], "lora_init_type")
     else:
-        d.near("stage.tune.init", "default", "lora_init_type", "A is drawn gaussian or default")
+        d.near("stage.tune.init", "default", "lora_init_type", "posttrain draws the matrix A as default or gaussian")
     if s["init_lora"]:
         d.put("stage.start_from", _folder(str(s["init_lora"])), "init_lora")
         d.differs.append(
@@ -144,9 +120,8 @@ def _tuning(s: Settings, d: Draft) -> None:
         d.differs.append(f"{precision}: int8 and nf4 are bitsandbytes' formats here, so the rounding differs")
     else:
         near = "nf4" if "4" in precision or "2" in precision else "int8"
-        d.near(
-            "stage.tune.base", near, "base_model_precision", f"{near} is what comes nearest to {precision}"
-        )
+        words = f"{near} is what comes nearest to {precision}"
+        d.near("stage.tune.base", near, "base_model_precision", words)
 
 
 def _folder(path: str) -> str:
@@ -183,74 +158,12 @@ def _algorithm(s: Settings, d: Draft) -> None:
         d.differs.append(f"flow_schedule_shift is {s['flow_schedule_shift']:g} there by default: {words}")
 
 
-def _data(s: Settings, d: Draft, near: Path | None) -> None:
-    block = _backend(s, d, near)
-    flag = "data_backend_config"
-    folder = block.get("instance_data_dir") or block.get("dataset_name")
-    if folder is None:
-        d.put(
-            "stage.data.images", "my-images", note="yours: a folder of images with .txt captions, or a list"
-        )
-        d.lost[flag] = "the file was not found, or names no folder of images: set data.images"
-    else:
-        d.put("stage.data.images", str(folder), flag)
-        if block.get("type") == "huggingface":
-            d.put("stage.data.split", str(block.get("split", "train")), flag)
-    strategy = block.get("caption_strategy", s["caption_strategy"])
-    if strategy in ("textfile", "parquet"):
-        d.idle["caption_strategy"] = "captions are found beside the images or in the table"
-    else:
-        name = "caption_strategy" if "caption_strategy" in s else flag
-        d.lost[name] = f"caption_strategy {strategy}: give captions in .txt files or a column (docs: Data)"
-    kind = block.get("resolution_type", s["resolution_type"])
-    side = s.number(flag, block.get("resolution", s["resolution"]))
-    if side <= 0:
-        raise s.refused(flag if "resolution" in block else "resolution", "a number above 0")
-    pixels = round((side * 1e6) ** 0.5 / 64) * 64 if kind == "area" else round(side)
-    names = [flag] if "resolution" in block else ["resolution"]
-    d.put("stage.data.resolution", pixels, *names, note="megapixels" if kind == "area" else "")
-    if kind == "pixel":
-        d.lost["resolution_type"] = (
-            "resolution is the area of a bucket, not the length of an image's shorter side"
-        )
-    else:
-        d.idle["resolution_type"] = "the area of a bucket, as here"
-    if block.get("crop", False) and block.get("crop_style") in ("center", "centre"):
-        d.put("stage.data.crop", "center", flag)
-        used = {*READ, "crop", "crop_style"}
-    else:
-        used = {*READ, "crop"} if not block.get("crop", False) else READ
-    name = block.get("id", "the first data set")
-    for key in [key for key in block if key not in used]:
-        cache = str(key).startswith(CACHES)
-        told = d.more_idle if cache else d.more_lost
-        words = "encodings are cached by the recipe's cache" if cache else "import-flags does not read it"
-        told.append((f"--{flag}: {name}: {key}{value_of(block[key])}", words))
-
-
-def _backend(s: Settings, d: Draft, near: Path | None) -> dict[str, Any]:
-    """The first image data set of the file ``data_backend_config``; empty if there is no such file."""
-    if not (path := s["data_backend_config"]):
-        return {}
-    roots = [Path(), *(near.absolute().parents if near is not None else ())]
-    file = next((root / path for root in roots if (root / path).is_file()), None)
-    if file is None:
-        return {}
-    try:
-        blocks = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise PosttrainError(f"{file} is not valid JSON: {error}") from None
-    found: dict[str, Any] = {}
-    for number, block in enumerate(blocks if isinstance(blocks, list) else [], 1):
-        kind = block.get("dataset_type", "image") if isinstance(block, dict) else "no block"
-        off = isinstance(block, dict) and block.get("disabled")
-        if kind == "image" and not off and not found:
-            found = block
-            continue
-        name = block.get("id", number) if isinstance(block, dict) else number
-        shown = f"--data_backend_config: {name}"
-        if off or kind in ("text_embeds", "image_embeds"):
-            d.more_idle.append((shown, "it is disabled" if off else "the recipe's cache keeps encodings"))
-        else:
-            d.more_lost.append((shown, "a stage has one list of images: join the data sets in it"))
-    return found
+TRAINER = Trainer(
+    "SimpleTuner",
+    "--",
+    SCRIPTS,
+    TABLE,
+    build,
+    files={".json": from_json, ".env": from_env_file},
+    opened=opened,
+)

@@ -9,21 +9,81 @@ from __future__ import annotations
 
 from posttrain.importing.flags import Flag
 
-_RUN = "a run writes to runs/NAME, and the same command goes on with it"
-_HUB = "posttrain export RUN --to DIR --push-to-hub REPO uploads what a stage wrote"
-_CACHE = "cache: {prompts: true, latents: mean_logvar} keeps encodings"
-_FREE = "it changes speed or memory, not results"
-_BUCKETS = "buckets are made from the images' sizes: data.resolution is their area"
-_BACKEND = "it is a setting of the storage, the cache or the interface"
-_DRAW = "evaluation draws by Euler or DPM-Solver++ with an empty negative prompt"
-_NOISE = "the noise is Gaussian, the same in training and sampling"
-_LATER = "it has no counterpart"
-
-
-def _all(names: str, **fields: object) -> dict[str, Flag]:
-    """A flag of any kind for each of ``names``."""
-    return {name: Flag("any", **fields) for name in names.split()}  # type: ignore[arg-type]
-
+IDLE = {
+    "a run writes to runs/NAME, and the same command goes on with it": (
+        "resume_from_checkpoint logging_dir tracker_project_name tracker_run_name tracker_image_layout"
+    ),
+    "posttrain export RUN --to DIR --push-to-hub REPO uploads what a stage wrote": (
+        "push_to_hub push_to_hub_background push_checkpoints_to_hub hub_model_id model_card_private "
+        "model_card_safe_for_work model_card_note publishing_config"
+    ),
+    "cache: {prompts: true, latents: mean_logvar} keeps encodings": (
+        "cache_dir cache_dir_text cache_dir_vae compress_disk_cache vae_cache_scan_behaviour "
+        "vae_cache_ondemand vae_cache_disable vae_batch_size preserve_data_backend_cache"
+    ),
+    "buckets are made from the images' sizes: data.resolution is their area": (
+        "aspect_bucket_rounding aspect_bucket_alignment disable_bucket_pruning minimum_image_size "
+        "maximum_image_size target_downsample_size aspect_bucket_worker_count aspect_bucket_disable_rebuild "
+        "allow_dataset_oversubscription"
+    ),
+    "it changes speed or memory, not results": (
+        "max_workers read_batch_size write_batch_size image_processing_batch_size set_grads_to_none "
+        "quantize_via ema_device ema_cpu_only ema_foreach_disable fuse_qkv_projections attention_mechanism "
+        "vae_enable_tiling vae_enable_slicing offload_during_startup offload_during_save keep_vae_loaded "
+        "gradient_checkpointing_interval gradient_checkpointing_backend"
+    ),
+    "it is a setting of the storage, the cache or the interface": (
+        "torch_num_threads aws_max_pool_connections metadata_update_interval enable_multiprocessing "
+        "dataloader_prefetch dataloader_prefetch_qlen skip_file_discovery webhook_config "
+        "webhook_reporting_interval print_filenames print_sampler_statistics override_dataset_config "
+        "accelerate_config accelerate_extra_args disable_benchmark"
+    ),
+    "model.dtype is that of mixed_precision": "base_model_default_dtype",
+    "evaluation draws by Euler or DPM-Solver++ with an empty negative prompt": (
+        "validation_torch_compile validation_disable validation_randomize num_validation_images "
+        "validation_seed_source validation_on_startup validation_noise_scheduler validation_negative_prompt "
+        "validation_disable_unconditional validation_guidance_rescale validation_guidance_real "
+        "validation_no_cfg_until_timestep validation_guidance_skip_layers "
+        "validation_guidance_skip_layers_start validation_guidance_skip_layers_stop "
+        "validation_guidance_skip_scale"
+    ),
+    "it is for models that are no flows": (
+        "inference_scheduler_timestep_spacing training_scheduler_timestep_spacing snr_gamma use_soft_min_snr "
+        "rescale_betas_zero_snr"
+    ),
+    "the model is a flow": "prediction_type",
+    "posttrain finds the weights, and the VAE is in float32": "variant vae_dtype",
+    "times are drawn singly for each sample": "disable_segmented_timestep_sampling",
+    "train.steps says how long it trains": "ignore_final_epochs",
+    "posttrain deletes no image; data.tolerance": "delete_problematic_images delete_unwanted_images",
+    "there is nothing to switch": "i_know_what_i_am_doing framerate enable_watermark",
+    "the empty prompt is encoded as any other": (
+        "t5_padding sd3_clip_uncond_behaviour sd3_t5_uncond_behaviour"
+    ),
+}
+"""Why a recipe needs nothing of them -> options."""
+NEAREST = {
+    "model.offload, and what posttrain plan proposes": "enable_group_offload ramtorch musubi_blocks_to_swap",
+    "monitor": "num_eval_images eval_steps_interval eval_epoch_interval eval_dataset_id",
+    "posttrain eval MODEL --suite NAME": "validation_prompt_library",
+    "it has no counterpart": (
+        "controlnet control masked_loss_probability train_text_encoder text_encoder_lr refiner_training "
+        "layer_freeze_strategy tread_config crepa_enabled distillation_method"
+    ),
+    "the noise is Gaussian, the same in training and sampling": (
+        "noise_offset input_perturbation offset_noise"
+    ),
+    "the algorithms soar and reflexflow": "scheduled_sampling_max_step_offset scheduled_sampling_probability",
+    "algorithm.weighting_scheme": "flow_use_beta_schedule flux_fast_schedule timestep_bias_strategy",
+    "model.train_guidance of type flux": "flux_guidance_mode flux_guidance_value",
+    "schedule: cosine or linear, which end at 0": "lr_end lr_power lr_num_cycles",
+    "checkpoint_every and sample_every count steps": "checkpoint_epoch_interval validation_epoch_interval",
+    "captions beside the images": "instance_prompt only_instance_prompt prepend_instance_prompt",
+    "a column weight in the list of images": "data_backend_sampling",
+}
+"""What comes nearest to options that have no counterpart -> the options."""
+_OFF = (None, "no_change")
+_LORA = (None, False, "standard")
 
 TABLE: dict[str, Flag] = {
     "model_type": Flag(default="lora", choices=("lora", "full")),
@@ -44,7 +104,7 @@ TABLE: dict[str, Flag] = {
     "train_batch_size": Flag("int", 4, least=1),
     "gradient_accumulation_steps": Flag("int", 1, least=1),
     "num_processes": Flag("int", 1, least=1),
-    "num_machines": Flag("int", 1, least=1),
+    "num_machines": Flag("int", 1, idle="num_processes counts those of all machines, as for accelerate"),
     "learning_rate": Flag("float", 4e-7),
     "lr_scheduler": Flag(default="constant_with_warmup"),
     "lr_warmup_steps": Flag("int", 0),
@@ -92,114 +152,26 @@ TABLE: dict[str, Flag] = {
     "validation_resolution": Flag(nearest="evaluation.resolution"),
     "validation_seed": Flag("int", nearest="evaluation.seed"),
     "evaluation_type": Flag(nearest="evaluation.rewards: [clipscore]"),
-    **_all(
-        "resume_from_checkpoint logging_dir tracker_project_name tracker_run_name tracker_image_layout",
-        idle=_RUN,
-    ),
-    **_all(
-        "push_to_hub push_to_hub_background push_checkpoints_to_hub hub_model_id model_card_private",
-        idle=_HUB,
-    ),
-    **_all("model_card_safe_for_work model_card_note publishing_config", idle=_HUB),
-    **_all(
-        "cache_dir cache_dir_text cache_dir_vae compress_disk_cache vae_cache_scan_behaviour", idle=_CACHE
-    ),
-    **_all("vae_cache_ondemand vae_cache_disable vae_batch_size preserve_data_backend_cache", idle=_CACHE),
-    **_all(
-        "aspect_bucket_rounding aspect_bucket_alignment disable_bucket_pruning minimum_image_size",
-        idle=_BUCKETS,
-    ),
-    **_all("maximum_image_size target_downsample_size aspect_bucket_worker_count", idle=_BUCKETS),
-    **_all("aspect_bucket_disable_rebuild allow_dataset_oversubscription", idle=_BUCKETS),
-    **_all("max_workers read_batch_size write_batch_size image_processing_batch_size", idle=_FREE),
-    **_all("torch_num_threads aws_max_pool_connections metadata_update_interval", idle=_BACKEND),
-    **_all(
-        "enable_multiprocessing dataloader_prefetch dataloader_prefetch_qlen skip_file_discovery",
-        idle=_BACKEND,
-    ),
-    **_all(
-        "webhook_config webhook_reporting_interval print_filenames print_sampler_statistics", idle=_BACKEND
-    ),
-    **_all(
-        "override_dataset_config accelerate_config accelerate_extra_args disable_benchmark", idle=_BACKEND
-    ),
-    **_all("set_grads_to_none quantize_via ema_device ema_cpu_only ema_foreach_disable", idle=_FREE),
-    **_all("fuse_qkv_projections attention_mechanism vae_enable_tiling vae_enable_slicing", idle=_FREE),
-    **_all("offload_during_startup offload_during_save keep_vae_loaded", idle=_FREE),
-    **_all("gradient_checkpointing_interval gradient_checkpointing_backend", idle=_FREE),
-    **_all(
-        "enable_group_offload ramtorch musubi_blocks_to_swap",
-        nearest="model.offload, and what posttrain plan proposes",
-    ),
-    **_all("base_model_default_dtype", idle="model.dtype is that of mixed_precision"),
-    **_all(
-        "text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision",
-        nearest="model.dtype or model.offload",
-        off=(None, "no_change"),
-    ),
-    **_all("text_encoder_4_precision", nearest="model.dtype or model.offload", off=(None, "no_change")),
-    **_all(
-        "validation_torch_compile validation_disable validation_randomize num_validation_images", idle=_DRAW
-    ),
-    **_all("validation_seed_source validation_on_startup validation_noise_scheduler", idle=_DRAW),
-    **_all("num_eval_images eval_steps_interval eval_epoch_interval eval_dataset_id", nearest="monitor"),
-    **_all("validation_prompt_library", nearest="posttrain eval MODEL --suite NAME"),
-    **_all("validation_negative_prompt validation_disable_unconditional", idle=_DRAW),
-    **_all(
-        "validation_guidance_rescale validation_guidance_real validation_no_cfg_until_timestep", idle=_DRAW
-    ),
-    **_all("validation_guidance_skip_layers validation_guidance_skip_layers_start", idle=_DRAW),
-    **_all("validation_guidance_skip_layers_stop validation_guidance_skip_scale", idle=_DRAW),
-    **_all(
-        "inference_scheduler_timestep_spacing training_scheduler_timestep_spacing",
-        idle="it is for models that are no flows",
-    ),
-    **_all("snr_gamma use_soft_min_snr rescale_betas_zero_snr", idle="it is for models that are no flows"),
-    **_all("prediction_type", idle="the model is a flow"),
-    **_all("variant vae_dtype", idle="posttrain finds the weights, and the VAE is in float32"),
-    **_all(
-        "lycoris_config init_lokr_norm use_dora peft_lora_mode singlora_ramp_up_steps",
-        nearest="a LoRA",
-        off=(None, False, "standard"),
-    ),
-    **_all(
-        "flux_lora_target",
+    "flux_lora_target": Flag(
+        "any",
         nearest="tune.targets, endings of names; by default attention's projections, as all",
         off=(None, "all"),
     ),
-    **_all("controlnet control masked_loss_probability train_text_encoder text_encoder_lr", nearest=_LATER),
-    **_all(
-        "refiner_training layer_freeze_strategy tread_config crepa_enabled distillation_method",
-        nearest=_LATER,
-    ),
-    **_all("loss_type", nearest="the squared error", off=(None, "l2")),
-    **_all("noise_offset input_perturbation offset_noise", nearest=_NOISE),
-    **_all(
-        "scheduled_sampling_max_step_offset scheduled_sampling_probability",
-        nearest="the algorithms soar and reflexflow",
-    ),
-    **_all(
-        "flow_use_beta_schedule flux_fast_schedule timestep_bias_strategy",
-        nearest="algorithm.weighting_scheme",
-    ),
-    **_all("disable_segmented_timestep_sampling", idle="times are drawn singly for each sample"),
-    **_all("flux_guidance_mode flux_guidance_value", nearest="model.train_guidance of type flux"),
-    **_all("lr_end lr_power lr_num_cycles", nearest="schedule: cosine or linear, which end at 0"),
-    **_all("ignore_final_epochs", idle="train.steps says how long it trains"),
-    **_all(
-        "checkpoint_epoch_interval validation_epoch_interval",
-        nearest="checkpoint_every and sample_every count steps",
-    ),
-    **_all(
-        "instance_prompt only_instance_prompt prepend_instance_prompt", nearest="captions beside the images"
-    ),
-    **_all(
-        "delete_problematic_images delete_unwanted_images", idle="posttrain deletes no image; data.tolerance"
-    ),
-    **_all("data_backend_sampling", nearest="a column weight in the list of images"),
-    **_all("i_know_what_i_am_doing framerate enable_watermark", idle="there is nothing to switch"),
-    **_all(
-        "t5_padding sd3_clip_uncond_behaviour sd3_t5_uncond_behaviour",
-        idle="the empty prompt is encoded as any other",
-    ),
+    "loss_type": Flag("any", nearest="the squared error", off=(None, "l2")),
+    **{
+        f"text_encoder_{n}_precision": Flag("any", nearest="model.dtype or model.offload", off=_OFF)
+        for n in range(1, 5)
+    },
+    **{
+        name: Flag("any", nearest="a LoRA", off=_LORA)
+        for name in (
+            "lycoris_config",
+            "init_lokr_norm",
+            "use_dora",
+            "peft_lora_mode",
+            "singlora_ramp_up_steps",
+        )
+    },
+    **{name: Flag("any", idle=why) for why, names in IDLE.items() for name in names.split()},
+    **{name: Flag("any", nearest=what) for what, names in NEAREST.items() for name in names.split()},
 }
