@@ -121,14 +121,22 @@ class Numbering:
         texts = [c if isinstance(c, str) else " ".join(part["text"] for part in c) for c in contents]
         return self.encode(" ".join(texts)) if tokenize else " ".join(texts)
 
-    def __call__(self, texts: Sequence[str], max_length: int | None = None, **_: Any) -> BatchEncoding:
+    def __call__(
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        padding: str | bool = "max_length",
+        **_: Any,
+    ) -> BatchEncoding:
         """``input_ids`` and ``attention_mask``, (n, length) each: the words' numbers, padded with the end
-        token."""
+        token to ``max_length`` or, with ``padding`` ``longest``, as the longest text needs."""
         import torch
         from transformers import BatchEncoding
 
-        length, vocabulary = max_length or self.model_max_length, self.end - 2 if self.end > 2 else 30
+        vocabulary = self.end - 2 if self.end > 2 else 30
         rows = [[2 + zlib.crc32(word.encode()) % vocabulary for word in text.split()] for text in texts]
+        longest = 1 + max(map(len, rows), default=0)
+        length = longest if padding == "longest" else max_length or self.model_max_length
         rows = [[*row[: length - 1], *[self.end] * (length - len(row[: length - 1]))] for row in rows]
         ids = torch.tensor(rows, device="cpu")
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
