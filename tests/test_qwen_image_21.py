@@ -9,6 +9,7 @@ from families import CPU, FAMILIES
 from safetensors.torch import load_file
 
 from posttrain.errors import ModelError
+from posttrain.importing.models import kind_of
 from posttrain.models.qwen_image_21 import QwenImage21
 from posttrain.planning.counts import Counts
 from posttrain.policy.tuning import Lora
@@ -148,6 +149,11 @@ def test_the_published_model_has_the_published_bytes_and_size():
     assert 0 < 9_968_332_504 + 4_261_951_904 - 2 * weights < 100_000
     assert (model.native_side(), model.sides()) == (2048, (32, None))
     assert model.origin()["license_name"] == "qwen-research"
+
+
+def test_another_trainers_name_of_it_is_this_type_and_turbo_is_none():
+    kinds = {name: kind_of(f"Qwen/Qwen-Image{name}") for name in ("", "-2512", "-2.1", "-2.1-Turbo")}
+    assert kinds == {"": "qwen_image", "-2512": "qwen_image", "-2.1": "qwen_image_21", "-2.1-Turbo": ""}
 
 
 def test_a_plan_counts_it():

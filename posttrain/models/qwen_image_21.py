@@ -85,6 +85,8 @@ class QwenImage21FlowModel(QwenImageFlowModel):
             self.transformer.build_token_metadata = metadata
 
     def encode(self, prompts: list[str]) -> Condition:
+        import torch
+
         pipeline = self.pipeline
         start = pipeline._drop_idx  # tokens of the system's turn, which the pipeline drops
         tokens = pipeline.processor.tokenizer(
@@ -97,9 +99,12 @@ class QwenImage21FlowModel(QwenImageFlowModel):
         )
         # The attention is causal, so what follows a token, such as padding, does not change it.
         encoder = pipeline.text_encoder.model.language_model
+        ids = tokens.input_ids.to(self.device)
+        # without positions of its own, the encoder would look for several texts in a row
+        places = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)
         unnormed = encoder.norm.register_forward_hook(lambda module, inputs, normed: inputs[0])
         try:
-            states = encoder(input_ids=tokens.input_ids.to(self.device), use_cache=False).last_hidden_state
+            states = encoder(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
         finally:
             unnormed.remove()
         mask = tokens.attention_mask[:, start:].to(self.device).bool()
