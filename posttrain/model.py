@@ -108,6 +108,11 @@ class Model(Named, ABC):
         """Why the weights cannot be loaded, as far as can be told without loading them; None if they can."""
         return None
 
+    def unfit(self) -> str | None:
+        """Why the components, or the fields of this block, do not fit together, as far as the components'
+        configurations tell; None if they do. Takes seconds, and loads no weights."""
+        return None
+
     def field_problems(self) -> Mapping[str, str]:
         """Name of a field -> why its value does not fit the weights, as far as can be told without loading
         them."""

@@ -49,8 +49,10 @@ class Family:
     """(model, latents (n, c, h, w)) -> what the pipeline's call takes as ``latents``."""
     lora: dict = field(default_factory=dict)
     """The fields of ``tune`` beside type and rank, where the defaults do not fit the small transformer."""
-    counted: bool = True
-    """Whether a plan can count it, without its weights."""
+    alone: bool = False
+    """Whether its call draws a prompt otherwise if a longer one is drawn with it."""
+    parts: Callable = lambda folder: {}
+    """The folder of a pipeline -> components with which plain diffusers needs help to load it."""
     terminal: float | None = None
     """The last sigma to which the scheduler stretches its grid (``shift_terminal``)."""
 
@@ -67,9 +69,13 @@ class Family:
 
     def draw(self, pipeline, prompts, noise, steps, guidance, size, output="pt", model=None):
         """The images (n, 3, H, W) that diffusers' own call makes of ``noise`` (n, c, h, w)."""
+        if self.alone and len(prompts) > 1:
+            rows = zip(prompts, noise, strict=True)
+            drawn = [self.draw(pipeline, [p], n[None], steps, guidance, size, output, model) for p, n in rows]
+            return torch.cat(drawn)
         pipeline.set_progress_bar_config(disable=True)
         with quiet(), torch.no_grad():
-            return pipeline(
+            images = pipeline(
                 prompt=list(prompts),  # some pipelines change it
                 num_inference_steps=steps,
                 height=size[0],
@@ -79,6 +85,9 @@ class Family:
                 **self.euler(pipeline, steps),
                 **self.call(guidance),
             ).images
+        if output == "pt" and images.shape[1] == 4:  # colours and alpha, on white
+            images = 1 - images[:, 3:] * (1 - images[:, :3])
+        return images
 
 
 FAMILIES = {

@@ -44,5 +44,4 @@ FAMILY = Family(
     settings={"max_sequence_length": 16},
     call=lambda guidance: {"guidance_scale": guidance, "max_sequence_length": 16},
     lora={"targets": ["attn.to_v", "attn.to_out.0", "attn.to_add_out", "ff.linear_1", "ff.out_projection"]},
-    counted=False,
 )

@@ -61,5 +61,4 @@ FAMILY = Family(
     guidance=(1.0, 4.0),
     call=lambda guidance: {"guidance_scale": guidance, "max_sequence_length": LENGTH},
     lora={"targets": ["to_q", "to_k", "to_v", "to_out.0"]},
-    counted=False,
 )

@@ -186,9 +186,25 @@ def test_a_pipeline_of_another_class_or_of_a_newer_library_or_with_a_shift_by_si
         AnyPipeline(path=str(folder), mapping=KNOWN["AuraFlowPipeline"]).load(CPU, "fp32")
 
 
-def test_a_plan_says_that_it_cannot_count_it():
-    with pytest.raises(PosttrainError, match="cannot count this model: it is of type diffusers"):
+def test_a_plan_says_that_it_cannot_count_what_is_not_here_or_looks_into_tensors(monkeypatch):
+    with pytest.raises(PosttrainError, match=r"cannot count this model: it is not on this machine"):
+        Counts(AnyPipeline(path="someone/tomorrow", pipeline="AuraFlowPipeline"), cuda=True).text(1)
+    velocity = AnyFlowModel.velocity
+
+    def looking(self, latents, sigma, condition):
+        return velocity(self, latents, sigma, condition) * sigma.tolist()[0]
+
+    monkeypatch.setattr(AnyFlowModel, "velocity", looking)
+    with pytest.raises(PosttrainError, match=r"or it looks into tensors while it works"):
         Counts(AURA.block(), cuda=True).text(1)
+
+
+def test_check_tells_a_mapping_that_does_not_fit_before_weights_are_loaded():
+    mapping = KNOWN["AuraFlowPipeline"].model_copy(update={"latents": "x"})
+    assert AURA.block().unfit() is None
+    assert "AuraFlowTransformer2DModel takes no x" in (AURA.block(mapping=mapping).unfit() or "")
+    mapping = KNOWN["AuraFlowPipeline"].model_copy(update={"encode": {"system": "x"}})
+    assert "encode_prompt of AuraFlowPipeline takes no system" in (AURA.block(mapping=mapping).unfit() or "")
 
 
 def test_the_comparison_in_the_docs_tells_a_mapping_that_fits_from_one_that_does_not(capsys):

@@ -9,6 +9,7 @@ from posttrain.algorithm import Batch, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.condition import Conditions
 from posttrain.errors import ModelError
+from posttrain.planning.counts import Counts
 from posttrain.policy import Policy
 from posttrain.policy.tuning import Lora
 from posttrain.sampling.latents import prompt_noise, sample_latents
@@ -87,6 +88,19 @@ def test_latents_of_an_image_are_what_the_decoder_takes(family):
         latents = model.latents(mean, logvar, torch.zeros_like(mean))
         assert latents.shape[1:] == model.latent_shape(*size)
         torch.testing.assert_close(model.unscaled(latents), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_counts_it_from_the_configurations_of_its_folder(family):
+    model, counts = family.load(), Counts(family.block(), cuda=True)
+    size, tune = family.sizes[0], Lora(rank=2, **family.lora)
+    assert counts.latent_shape(size) == model.latent_shape(*size)
+    encoded = model.encode_prompts(PROMPTS)
+    assert {n: t.shape for n, t in counts.condition(2).items()} == {n: t.shape for n, t in encoded.items()}
+    memory = counts.memory("training", size, tune)
+    assert memory.peak(8) > memory.peak(4) > memory.peak(1) > 0
+    assert counts.flops("forward", family.sizes[1]) != counts.flops("forward", size) > 0
+    assert all(counts.flops(work, size) > 0 for work in ("encode", "decode", "text"))
+    assert family.block().unfit() is None
 
 
 def test_a_size_that_does_not_fit_is_refused_before_a_weight_moves(family):

@@ -98,7 +98,8 @@ def test_what_a_stage_wrote_draws_in_plain_diffusers(family, tmp_path):
         arguments = (conditions, rows, noise, model.sigmas(3, *size), guidance, "euler")
         own = model.decode(sample_latents(Policy(model), *arguments))
         final = tmp_path / name / "s" / "final"
-        pipeline = DiffusionPipeline.from_pretrained(family.path if name == "lora" else final)
+        written = family.path if name == "lora" else final
+        pipeline = DiffusionPipeline.from_pretrained(written, **family.parts(written))
         if name == "lora":
             pipeline.load_lora_weights(str(final))
         found = family.draw(pipeline, PROMPTS, noise, 3, guidance, size, model=model)

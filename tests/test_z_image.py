@@ -1,11 +1,14 @@
 """Z-Image: prompts of many lengths, guidance that starts at 0, the layouts of other tools, and what does not fit."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
 from families import CPU, FAMILIES
 from family_z_image import LENGTH, pipeline
+from forked import posttrain
 from pipelines import assert_equal_but_for_rounding
 from runs import recipe, run_quietly, stage
 from safetensors import safe_open
@@ -134,6 +137,23 @@ def test_components_that_do_not_fit_are_named(component, field, value, error):
 
 def head(folder):
     return f"name: small\ntracker: none\ndevice: cpu\nmodel: {{type: z_image, path: {folder}, max_sequence_length: {LENGTH}}}\n"
+
+
+def test_more_tokens_than_the_transformer_has_positions_for_are_refused_before_weights_are_loaded():
+    recipe(stage("s"), head=head(FAMILY.path), overrides=["model.max_sequence_length=64"])
+    error = r"model\.max_sequence_length.*the transformer has positions for 64 tokens of a prompt"
+    with pytest.raises(RecipeError, match=error):
+        recipe(stage("s"), head=head(FAMILY.path), overrides=["model.max_sequence_length=65"])
+
+
+def test_check_refuses_components_that_do_not_fit(tmp_path):
+    folder = shutil.copytree(FAMILY.path, tmp_path / "copy")
+    (tmp_path / "small.yaml").write_text(head(folder) + "stages:\n" + stage("s"), "utf-8")
+    posttrain("check", "small.yaml", cwd=tmp_path)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"cap_feat_dim": 24}), "utf-8")
+    told = posttrain("check", "small.yaml", cwd=tmp_path, code=1).stderr
+    assert told.startswith("error: model.path: text_encoder does not fit: its width is 16, the transformer's")
 
 
 def test_a_folder_of_another_model_and_a_size_beyond_the_positions_are_refused():

@@ -116,10 +116,13 @@ def check(
 ) -> None:
     """Validate a recipe and print what it would do, without loading weights."""
     del debug
+    from posttrain.errors import RecipeError
     from posttrain.planning.overview import overview
     from posttrain.recipe.file import load_recipe
 
     console, loaded = terminal(), load_recipe(recipe, overrides or ())
+    if (reason := loaded.model.unfit()) is not None:
+        raise RecipeError(f"model.path: {reason}")
     console.print(overview(loaded))
     if data:
         from posttrain.planning.scan import scan_data

@@ -13,6 +13,8 @@ KINDS = (
     (r"flux\W?2.*klein|flux2.klein", "flux2_klein"),
     (r"flux\W?2", ""),
     (r"flux", "flux"),
+    (r"qwen\W?image\W?2\W1\W?turbo", ""),
+    (r"qwen\W?image\W?2\W?1(?!\d)", "qwen_image_21"),
     (r"qwen\W?image", "qwen_image"),
     (r"sana", "sana"),
     (r"z\W?image", "z_image"),

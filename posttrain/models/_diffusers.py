@@ -42,6 +42,8 @@ class DiffusersModel(Model, ABC):
     """Components that a folder may lack. diffusers must be told which ones it lacks."""
     buffers: ClassVar[frozenset[str]] = frozenset()
     """Tensors in the transformer's file that are not parameters, so never trained."""
+    loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
+    """Component -> what loads it from its folder, if that is not the class in the pipeline's index."""
     packing: ClassVar[int] = 1
     """Side of the square of latents that becomes one token before patches are cut (FLUX: 2)."""
 
@@ -75,6 +77,8 @@ class DiffusersModel(Model, ABC):
 
         if (reason := self.missing()) is not None:
             raise ModelError(reason)
+        if self.kind() not in dir(diffusers):
+            raise ModelError(f"diffusers {diffusers.__version__} has no {self.kind()}: install a newer one")
         kind: Any = getattr(diffusers, self.kind())
         dtypes = self._dtypes(transformer_dtype)
         with quiet(), explained(self.path):
@@ -86,7 +90,7 @@ class DiffusersModel(Model, ABC):
             index = str(source / pipeline_folder.INDEX)
             raise ModelError(f"{index!r} names no {', '.join(lacking)}, which a {self.kind()} needs")
         absent = self.left_out() | (self.optional - held)
-        return self.flow(self, load_pipeline(kind, source, dtypes, absent), source, device)
+        return self.flow(self, load_pipeline(kind, source, dtypes, absent, self.loaders), source, device)
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
         configs = configs_at(self.path)
@@ -102,6 +106,16 @@ class DiffusersModel(Model, ABC):
             pipeline = outlined(self.kind(), kept, absent, self._dtypes(transformer_dtype), device)
         settled = self.model_copy(update={"offload": False})  # an outline has no weights to offload
         return None if pipeline is None else self.flow(settled, pipeline, Path(self.path), device)
+
+    def unfit(self) -> str | None:
+        import torch
+
+        try:
+            with explained(self.path):
+                self.outline("fp32", torch.device("meta"))
+        except ModelError as error:
+            return str(error)
+        return None
 
     def frozen_dtype(self) -> DtypeName:
         return self.dtype

@@ -23,6 +23,7 @@ from posttrain.weights.adapter import load_adapter
 from posttrain.weights.companions import write_components
 from posttrain.weights.files import content_hash
 from posttrain.weights.hugging_face import quiet
+from posttrain.weights.tokenizer import encoder_of
 from posttrain.weights.transformer import LORA, save_component
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ class DiffusersFlowModel(FlowModel):
     def identity(self, encoder: EncoderName) -> dict[str, Any]:
         if encoder == "images":
             return {"weights": content_hash(self.source, ["vae"]), "dtype": str(self.vae.dtype)}
-        names = [n for n in sorted(self._components()) if n.startswith(("text_encoder", "tokenizer"))]
+        names = [n for n in sorted(self._components()) if n.startswith("text_encoder") or encoder_of(n)]
         return {
             "weights": content_hash(self.source, names),
             "components": names,

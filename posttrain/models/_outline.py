@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from posttrain.models._published import PUBLISHED
 from posttrain.weights import pipeline_folder
+from posttrain.weights.text_processor import text_processor
+from posttrain.weights.tokenizer import encoder_of
 
 if TYPE_CHECKING:
     import torch
+    from transformers import BatchEncoding
 
 Configs = Mapping[str, Mapping[str, Any]]
 """The configuration of each component, as in :data:`posttrain.models._published.PUBLISHED`."""
@@ -38,8 +40,13 @@ def configs_at(path: str) -> Configs | None:
     if not {"transformer", "vae"} <= configs.keys():
         return PUBLISHED.get(path)
     index = pipeline_folder.index_in(folder)
-    own = {n: v for n, v in index.items() if n[0] != "_" and not isinstance(v, list)}
+    own = {n: v for n, v in index.items() if n[0] != "_" and not _names_component(v)}
     return {**configs, PIPELINE: own} if own else configs
+
+
+def _names_component(value: Any) -> bool:
+    """Whether an entry of a pipeline's index is a library and a class, or null for both."""
+    return isinstance(value, list) and all(part is None or isinstance(part, str) for part in value)
 
 
 def outlined(
@@ -52,16 +59,18 @@ def outlined(
     """The diffusers pipeline of class ``pipeline`` with its components on ``device``.
 
     ``dtypes`` gives the precision of a component, with ``default`` for the others. Returns None if a
-    component has no configuration and may not be ``absent``.
+    component has no configuration and may not be ``absent``, or this diffusers has no such class.
     """
     import diffusers
     import torch
 
+    if pipeline not in dir(diffusers):
+        return None
     kind: Any = getattr(diffusers, pipeline)
     types = kind._get_signature_types()
     names, optional = kind._get_signature_keys(kind)
     made: dict[str, Any] = dict.fromkeys(names)
-    models = {name for name in made if not name.startswith(("tokenizer", "scheduler"))}
+    models = {name for name in made if name != "scheduler" and encoder_of(name) is None}
     if models - configs.keys() - {*absent, *kind._optional_components}:
         return None
     for name in made.keys() & configs.keys():
@@ -70,8 +79,9 @@ def outlined(
         if isinstance(made[name], torch.nn.Module):
             made[name].to(dtypes.get(name, dtypes["default"]))
     for name in made:
-        if name.startswith("tokenizer") and (encoder := made.get(name.replace("tokenizer", "text_encoder"))):
-            made[name] = Numbering(encoder.config)
+        if (encoder := made.get(encoder_of(name) or "")) is not None:
+            numbering = Numbering(encoder.config)
+            made[name] = text_processor(numbering) if name.startswith("processor") else numbering
     made["scheduler"] = made["scheduler"] or types["scheduler"][0]()
     own = {name: value for name, value in configs.get(PIPELINE, {}).items() if name in optional}
     return kind(**made, **own)
@@ -103,20 +113,33 @@ class Numbering:
         self.end = end if isinstance(end, int) else 1
         self.added_tokens_encoder: dict[str, int] = {}
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
-        """The contents of ``messages``."""
-        return " ".join(message["content"] for message in messages)
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], tokenize: bool = False, **_: Any
+    ) -> str | list[int]:
+        """The contents of ``messages``, texts or lists of parts with texts; or their numbers."""
+        contents = [message["content"] for message in messages]
+        texts = [c if isinstance(c, str) else " ".join(part["text"] for part in c) for c in contents]
+        return self.encode(" ".join(texts)) if tokenize else " ".join(texts)
 
-    def __call__(self, texts: Sequence[str], max_length: int | None = None, **_: Any) -> SimpleNamespace:
+    def __call__(
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        padding: str | bool = "max_length",
+        **_: Any,
+    ) -> BatchEncoding:
         """``input_ids`` and ``attention_mask``, (n, length) each: the words' numbers, padded with the end
-        token."""
+        token to ``max_length`` or, with ``padding`` ``longest``, as the longest text needs."""
         import torch
+        from transformers import BatchEncoding
 
-        length, vocabulary = max_length or self.model_max_length, self.end - 2 if self.end > 2 else 30
+        vocabulary = self.end - 2 if self.end > 2 else 30
         rows = [[2 + zlib.crc32(word.encode()) % vocabulary for word in text.split()] for text in texts]
+        longest = 1 + max(map(len, rows), default=0)
+        length = longest if padding == "longest" else max_length or self.model_max_length
         rows = [[*row[: length - 1], *[self.end] * (length - len(row[: length - 1]))] for row in rows]
         ids = torch.tensor(rows, device="cpu")
-        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def encode(self, text: str) -> list[int]:
         """The numbers of the words of ``text``, with the end token."""

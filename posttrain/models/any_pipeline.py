@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from posttrain.condition import Condition
     from posttrain.model import DtypeName, FlowModel
+    from posttrain.models._outline import Configs
 
 
 class NormKept(ClassifierFree):
@@ -37,6 +38,24 @@ class NormKept(ClassifierFree):
 
 RULES = {"classifier_free": CLASSIFIER_FREE, "norm_kept": NormKept(), "none": UNGUIDED}
 """Guidance of a mapping -> its rule."""
+
+
+def readable(mask: Tensor) -> Tensor:
+    """``mask``; one without values, on torch's meta device, with the sums of one of the longest prompts,
+    because transformers read their lengths."""
+    import torch
+
+    if not mask.is_meta:
+        return mask
+    mask = mask.view_as(mask)
+    mask.sum = torch.ones(mask.shape, dtype=mask.dtype, device="cpu").sum  # type: ignore[method-assign]
+    return mask
+
+
+def _unmasked(module: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The inputs of a text encoder without a mask."""
+    del module
+    return inputs, {name: value for name, value in given.items() if name != "attention_mask"}
 
 
 class AnyFlowModel(DiffusersFlowModel):
@@ -102,7 +121,7 @@ class AnyFlowModel(DiffusersFlowModel):
         predicted = self.module(
             **{mapping.latents: latents.to(dtype), mapping.timestep: time},
             **{
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                name: tensor.to(dtype) if tensor.is_floating_point() else readable(tensor)
                 for name, tensor in condition.items()
             },
             **mapping.arguments,
@@ -180,20 +199,29 @@ class AnyPipeline(DiffusersModel):
             return str(error)
         return pipeline_folder.missing(self.path, "transformer", (self.kind(),), self.left_out())
 
-    def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
-        import diffusers
-
-        if self.kind() not in dir(diffusers):
-            raise ModelError(f"diffusers {diffusers.__version__} has no {self.kind()}: install a newer one")
-        return super().load(device, transformer_dtype)
-
     def encoding_settings(self) -> dict[str, Any]:
         mapping = self.described().model_dump(mode="json", include={"prompt", "empty", "encode"})
         return {"pipeline": self.kind(), "max_sequence_length": self.max_sequence_length, **mapping}
 
-    def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
-        # encode_prompt and many transformers look into masks, which have no values on torch's meta device
-        return None
+    def outline_of(
+        self, configs: Configs, transformer_dtype: DtypeName, device: torch.device
+    ) -> FlowModel | None:
+        import torch
+
+        made = super().outline_of(configs, transformer_dtype, device)
+        if made is None or device.type != "meta":
+            return made
+        for encoder in made.encoder_modules("prompts"):  # transformers looks for padding in masks
+            encoder.register_forward_pre_hook(_unmasked, with_kwargs=True)
+        try:
+            latents = torch.empty(1, *made.latent_shape(*[4 * made.divisor] * 2), device=device)
+            with torch.no_grad():
+                made.velocity(latents, latents.new_empty(1), made.encode_prompts(["a"]))
+        except ModelError:
+            raise
+        except Exception:  # encode_prompt or a transformer looks into tensors, which have no values there
+            return None
+        return made
 
     def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
         return RULES[self.described().guidance]

@@ -14,6 +14,8 @@ from posttrain.models._outline import configs_at
 from posttrain.models._packing import packed, unpacked
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from posttrain.condition import Condition
@@ -106,18 +108,9 @@ class QwenImageFlowModel(DiffusersFlowModel):
 
     def check(self) -> None:
         transformer, vae = self.transformer.config, self.vae.config
-        for name, value in KNOWN.items():
-            if transformer[name] != value:
-                raise ModelError(
-                    f"transformer/config.json: {name} is {transformer[name]}; for Qwen-Image it is {value}"
-                )
-        if vae.input_channels != 3:
-            raise ModelError(f"vae/config.json: input_channels is {vae.input_channels}; for RGB it is 3")
-        for name in ("latents_mean", "latents_std"):
-            if len(vae[name]) != vae.z_dim:
-                raise ModelError(
-                    f"vae/config.json: {name} has {len(vae[name])} numbers for {vae.z_dim} channels (z_dim)"
-                )
+        check_settings("transformer", transformer, KNOWN, "Qwen-Image")
+        check_settings("vae", vae, {"input_channels": 3}, "RGB")
+        check_moments(vae)
         taken = {"in_channels": transformer.in_channels, "out_channels": 4 * transformer.out_channels}
         for name, width in taken.items():
             if width != 4 * vae.z_dim:
@@ -137,6 +130,22 @@ class QwenImageFlowModel(DiffusersFlowModel):
         config = self.vae.config
         mean, std = (latents.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
         return mean, std
+
+
+def check_settings(component: str, config: Any, known: Mapping[str, Any], what: str) -> None:
+    """Raise ModelError if a setting of a component's ``config`` is not as ``known`` for ``what``."""
+    for name, value in known.items():
+        if config[name] != value:
+            raise ModelError(f"{component}/config.json: {name} is {config[name]}; for {what} it is {value}")
+
+
+def check_moments(vae: Any) -> None:
+    """Raise ModelError if the autoencoder's configuration does not give each channel a mean and deviation."""
+    for name in ("latents_mean", "latents_std"):
+        if len(vae[name]) != vae.z_dim:
+            raise ModelError(
+                f"vae/config.json: {name} has {len(vae[name])} numbers for {vae.z_dim} channels (z_dim)"
+            )
 
 
 class QwenImage(DiffusersModel):

@@ -10,6 +10,7 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._outline import configs_at
 from posttrain.models._z_image_layout import Z_IMAGE
 
 if TYPE_CHECKING:
@@ -122,13 +123,21 @@ class ZImageFlowModel(DiffusersFlowModel):
                 raise ModelError(
                     f"{part} does not fit: {kind} {width}, the transformer's {name} is {config[name]}"
                 )
-        # positions 1 to the last token of the prompt, and one that all tokens of the image share
-        if -(-longest // MULTIPLE) * MULTIPLE + 2 > config.axes_lens[0]:
-            most = (config.axes_lens[0] - 2) // MULTIPLE * MULTIPLE
-            raise ModelError(
-                f"model.max_sequence_length is {longest}; the transformer has positions for {most} tokens of "
-                "a prompt (axes_lens in transformer/config.json)"
-            )
+        if (reason := _too_long(longest, config)) is not None:
+            raise ModelError(f"model.max_sequence_length is {longest}; {reason}")
+
+
+def _too_long(longest: int, transformer: Any) -> str | None:
+    """Why a ``transformer`` of this configuration has no positions for a prompt of ``longest`` tokens; None
+    if it has them or its configuration does not say."""
+    positions = transformer.get("axes_lens")
+    # positions 1 to the last token of the prompt, and one that all tokens of the image share
+    if positions is None or -(-longest // MULTIPLE) * MULTIPLE + 2 <= positions[0]:
+        return None
+    most = (positions[0] - 2) // MULTIPLE * MULTIPLE
+    return (
+        f"the transformer has positions for {most} tokens of a prompt (axes_lens in transformer/config.json)"
+    )
 
 
 class ZImage(DiffusersModel):
@@ -151,6 +160,11 @@ class ZImage(DiffusersModel):
 
     def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
         return Added(self.cfg_normalization)
+
+    def field_problems(self) -> Mapping[str, str]:
+        transformer = (configs_at(self.path) or {}).get("transformer", {})
+        reason = _too_long(self.max_sequence_length, transformer)
+        return {} if reason is None else {"max_sequence_length": reason}
 
     def longest_side(self, transformer: Any, factor: int) -> int | None:
         positions = transformer.get("axes_lens")

@@ -83,8 +83,9 @@ class Counts:
                 outline = self.model.outline(dtype, META)
             if outline is None:
                 raise PosttrainError(
-                    "a plan cannot count this model: it is of type diffusers, or it is not on this machine "
-                    "and posttrain does not know its shape; then download it first, or give a local folder"
+                    "a plan cannot count this model: it is not on this machine and posttrain does not know "
+                    "its shape (download it first, or give a local folder), or it looks into tensors while "
+                    "it works, which have no values in a plan"
                 )
             if tune is not None and lowered is None:
                 tune.apply(outline.transformer, 0)

@@ -15,12 +15,14 @@ from posttrain.weights.files import json_object, weight_files
 CONFIGS = {
     "Tokenizer": "tokenizer_config.json",
     "TokenizerFast": "tokenizer_config.json",
+    "VLProcessor": "tokenizer_config.json",
     "Scheduler": "scheduler_config.json",
     "Processor": "preprocessor_config.json",
     "ProcessorFast": "preprocessor_config.json",
     "Extractor": "preprocessor_config.json",
 }
-"""Ending of a class's name -> its configuration. Every other class is a network's."""
+"""Ending of a class's name -> its configuration. Every other class is a network's. Of a processor of texts
+and images, the tokenizer is read alone."""
 NETWORK_CONFIG = "config.json"
 VOCABULARIES = (
     ("tokenizer.json",),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.weights.hugging_face import quiet
+from posttrain.weights.tokenizer import encoder_of
 
 CHUNK = 1000
 """Captions that a tokenizer gets at once."""
@@ -37,9 +38,9 @@ def token_counts(
     from transformers import AutoTokenizer
 
     found = {}
-    for place in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
+    for place in sorted(folder.glob("*/tokenizer_config.json")):
         name = place.parent.name
-        if name in left_out:
+        if name in left_out or encoder_of(name) is None:
             continue
         with quiet():
             try:

@@ -11,6 +11,15 @@ WORDS = "a photo of a cat"
 """Every tokenizer spells these words at least, if it does not know them."""
 
 
+def encoder_of(component: str) -> str | None:
+    """The text encoder that a pipeline's ``component`` makes tokens for: ``tokenizer_2`` for
+    ``text_encoder_2``. None if it makes none. A processor is a tokenizer with more."""
+    for kind in ("tokenizer", "processor"):
+        if component.startswith(kind):
+            return component.replace(kind, "text_encoder", 1)
+    return None
+
+
 def check_tokenizer(tokenizer: Any, folder: Path, encoder: Any = None) -> None:
     """Raise ModelError if the ``tokenizer``, loaded from ``folder``, makes only unknown tokens of words, or
     if the network ``encoder`` has no row for a token or no place for as many tokens as the tokenizer gives.

@@ -1,0 +1,92 @@
+"""Holds the configurations of Qwen-Image 2.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_QWEN_IMAGE_21: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "patch_size": 1,
+        "in_channels": 64,
+        "out_channels": 64,
+        "num_layers": 32,
+        "attention_head_dim": 128,
+        "num_attention_heads": 32,
+        "context_in_dim": 4096,
+        "mlp_ratio": 3,
+        "axes_dims_rope": [16, 56, 56],
+        "eps": 1e-6,
+        "causal_condition": True,
+    },
+    # the means and deviations of the 64 latents are diffusers' defaults
+    "vae": {
+        "_class_name": "AutoencoderKLQwenImage21",
+        "base_dim": 96,
+        "decoder_base_dim": 144,
+        "z_dim": 64,
+        "dim_mult": [1, 2, 4, 8, 8],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True, True],
+        "is_residual": True,
+        "in_channels": 4,
+        "out_channels": 4,
+    },
+    # that of Qwen3-VL-8B-Instruct
+    "text_encoder": {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "tie_word_embeddings": False,
+        "text_config": {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5000000.0,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 4096,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+    },
+    "scheduler": {
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 8192,
+        "max_shift": 0.9,
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "shift_terminal": 0.02,
+        "time_shift_type": "exponential",
+        "use_dynamic_shifting": True,
+    },
+}
+
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
+    # as diffusers' classes have them by default, and as copies of the repository's config.json files have all
+    # of these; the transformer's files have the bytes of so many weights
+    "Qwen/Qwen-Image-2.1": _QWEN_IMAGE_21,
+}
+
+# "licensed under the Qwen Research License Agreement": github.com/QwenLM/Qwen-Image-2.1
+LICENCES = {
+    model: {
+        "license": "other",
+        "license_name": "qwen-research",
+        "license_link": "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE",
+    }
+    for model in CONFIGS
+}

@@ -1,0 +1,209 @@
+"""Defines Qwen-Image 2.1: one stream of prompt and image, and latents of 16 x 16 pixels with transparency."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.errors import ModelError
+from posttrain.flow.guidance import ClassifierFree
+from posttrain.models._diffusers import DiffusersModel, compression
+from posttrain.models._outline import configs_at
+from posttrain.models.qwen_image import LATENTS, QwenImageFlowModel, check_moments, check_settings
+from posttrain.weights.text_processor import load_text_processor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from posttrain.condition import Condition
+    from posttrain.models._diffusers_flow import Block
+    from posttrain.weights.token_counts import TokenCounts
+
+KNOWN = {"patch_size": 1}
+"""The transformer's setting that would need other inputs if it was different."""
+RGBA = 4
+"""Channels of the images that the autoencoder takes and gives."""
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+"""What the transformer reads of the pipeline's template, for counting tokens without the text encoder."""
+
+
+class Distilled(ClassifierFree):
+    """Classifier-free guidance of a model that is meant to be drawn without (QwenImage21Pipeline's call)."""
+
+    usual = 1.0
+
+
+class RowPositions:
+    """The rotations of each row's tokens (n, tokens, d) complex, where diffusers' blocks expect one row's
+    (tokens, d) for all."""
+
+    def __init__(self, rotations: Tensor) -> None:
+        self.rotations = rotations
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        """The rotations with the heads' axis, which ``apply_rotary_emb_qwen`` asks for at ``dim`` 1 of the
+        one row's."""
+        del dim
+        return self.rotations[:, :, None]
+
+
+class TargetMask:
+    """Which tokens are the image's, for a transformer on torch's meta device: its numbers are read, and its
+    tensors must be of that device."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __invert__(self) -> Tensor:
+        return ~self.mask
+
+    def view(self, *shape: int) -> Tensor:
+        """The mask in ``shape`` on the meta device."""
+        return self.mask.view(*shape).to("meta")
+
+
+class QwenImage21FlowModel(QwenImageFlowModel):
+    """A loaded Qwen-Image 2.1 pipeline. Images are drawn as they lie on white."""
+
+    spec: QwenImage21
+
+    def __init__(self, spec: Block, pipeline: Any, source: Path, device: torch.device) -> None:
+        super().__init__(spec, pipeline, source, device)
+        if device.type == "meta":
+            labelled = self.transformer.build_token_metadata
+
+            def metadata(*layout: Any) -> tuple[Tensor, TargetMask]:
+                ids, target = labelled(*layout)
+                return ids, TargetMask(target)
+
+            self.transformer.build_token_metadata = metadata
+
+    def encode(self, prompts: list[str]) -> Condition:
+        import torch
+
+        pipeline = self.pipeline
+        start = pipeline._drop_idx  # tokens of the system's turn, which the pipeline drops
+        tokens = pipeline.processor.tokenizer(
+            [pipeline.prompt_template_t2i.format(prompt or " ") for prompt in prompts],
+            max_length=start + self.spec.max_sequence_length,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        )
+        # The attention is causal, so what follows a token, such as padding, does not change it.
+        encoder = pipeline.text_encoder.model.language_model
+        ids = tokens.input_ids.to(self.device)
+        # without positions of its own, the encoder would look for several texts in a row
+        places = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)
+        unnormed = encoder.norm.register_forward_hook(lambda module, inputs, normed: inputs[0])
+        try:
+            states = encoder(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
+        finally:
+            unnormed.remove()
+        mask = tokens.attention_mask[:, start:].to(self.device).bool()
+        return {
+            "encoder_hidden_states": states[:, start:].masked_fill(~mask[..., None], 0),
+            "encoder_hidden_states_mask": mask,
+        }
+
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        dtype = self.forward_dtype or self.transformer.dtype
+        height, width = latents.shape[-2:]
+        mask = condition["encoder_hidden_states_mask"]
+        longest, squares = mask.shape[1], height * width // 4
+        # all rows have the longest prompt's layout; which of its tokens are the image's must be readable
+        image = mask.new_zeros(len(mask), longest + squares, device="cpu" if mask.is_meta else mask.device)
+        image[:, longest:] = True
+        lengths, embed = mask.sum(1), self.transformer.pos_embed
+
+        def own(module: Any, inputs: Any, rotations: Tensor) -> RowPositions:
+            # an image comes after its own prompt, not after the padding: its frame is the prompt's length
+            frames = module.freqs[0][lengths]
+            rows = rotations.repeat(len(lengths), 1, 1)
+            rows[:, longest:, : frames.shape[1]] = frames[:, None]
+            return RowPositions(rows)
+
+        positions = embed.register_forward_hook(own)
+        try:
+            tokens = self.module(
+                hidden_states=latents.flatten(2).transpose(1, 2).to(dtype),
+                timestep=sigma,
+                encoder_hidden_states=condition["encoder_hidden_states"].to(dtype),
+                encoder_hidden_states_mask=mask,
+                img_shapes=[[(1, height, width)]] * len(latents),
+                img_mask=image,
+                return_dict=False,
+            )[0]
+        finally:
+            positions.remove()
+        return tokens[:, -height * width :].float().transpose(1, 2).unflatten(2, (height, width))
+
+    def tokens(self, size: Sequence[int]) -> int:
+        return size[0] * size[1]
+
+    def encoded(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        return super().encoded(torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        drawn = super().decoded(latents)
+        colours, alpha = drawn.clamp(-1, 1).split((3, 1), dim=1)
+        white = 1 + (alpha / 2 + 0.5) * (colours - 1)
+        return white + 0 * drawn.sum(1, keepdim=True)  # what is not finite stays so, and is not clamped away
+
+    def check(self) -> None:
+        transformer, vae = self.transformer.config, self.vae.config
+        check_settings("transformer", transformer, KNOWN, "Qwen-Image 2.1")
+        check_settings("vae", vae, {"in_channels": RGBA, "out_channels": RGBA}, "RGBA")
+        check_moments(vae)
+        if self.pipeline.config.get("sample_sigmas"):
+            raise ModelError(
+                "model_index.json: sample_sigmas lists the noise levels of a distilled model (Turbo); "
+                "training needs those of any number of steps"
+            )
+        width = self.pipeline.text_encoder.config.text_config.hidden_size
+        for part, found, name in (
+            ("vae", vae.z_dim, "in_channels"),
+            ("vae", vae.z_dim, "out_channels"),
+            ("text_encoder", width, "context_in_dim"),
+        ):
+            if found != transformer[name]:
+                kind = "its latent channels are" if part == "vae" else "its width is"
+                raise ModelError(
+                    f"{part} does not fit: {kind} {found}, the transformer's {name} is {transformer[name]}"
+                )
+
+
+class QwenImage21(DiffusersModel):
+    """A Qwen-Image 2.1 pipeline (QwenLM/Qwen-Image-2.1 on GitHub)."""
+
+    type: Literal["qwen_image_21"] = "qwen_image_21"
+    pipelines: ClassVar = ("QwenImage21Pipeline",)
+    flow: ClassVar = QwenImage21FlowModel
+    packing: ClassVar = 2
+    loaders: ClassVar = {"processor": load_text_processor}
+
+    max_sequence_length: int = Field(default=512, ge=1, le=4096)
+    """Tokens of a prompt, with 8 around it, in training and evaluation. Shorter prompts are padded to as
+    many, which costs time and changes nothing; longer ones are cut."""
+
+    def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
+        return Distilled()
+
+    def call_settings(self) -> dict[str, Any]:
+        return {}  # the pipeline's call takes prompts of any length
+
+    def native_side(self) -> int | None:
+        configs = configs_at(self.path)
+        return None if configs is None else LATENTS * compression(configs["vae"])
+
+    def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
+        return super().token_counts([TEMPLATE.format(caption) for caption in captions])
