@@ -106,12 +106,8 @@ def _tuning(s: Settings, d: Draft) -> None:
     if s["lora_init_type"] in ("default", "gaussian"):
         d.put("stage.tune.init", s["lora_init_type"], "lora_init_type")
     else:
-        d.near(
-            "stage.tune.init",
-            "default",
-            "lora_init_type",
-            "A is drawn as default or gaussian",
-        )
+        words = "posttrain draws the matrix A as default or gaussian"
+        d.near("stage.tune.init", "default", "lora_init_type", words)
     if s["init_lora"]:
         d.put("stage.start_from", _folder(str(s["init_lora"])), "init_lora")
         d.differs.append(
