@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from posttrain.errors import ModelError
 from posttrain.importing.models import kind_of
+from posttrain.models.qwen_image import QwenImage
 from posttrain.models.qwen_image_21 import QwenImage21
 from posttrain.planning.counts import Counts
 from posttrain.policy.tuning import Lora
@@ -120,7 +121,7 @@ def test_a_folder_of_the_first_qwen_image_is_refused_and_the_reverse():
     with pytest.raises(ModelError, match=r"QwenImagePipeline.*QwenImage21Pipeline"):
         QwenImage21(path=str(FAMILIES["qwen_image"].path)).load(CPU, "fp32")
     with pytest.raises(ModelError, match=r"QwenImage21Pipeline.*QwenImagePipeline"):
-        FAMILIES["qwen_image"].block(path=str(FAMILY.path)).load(CPU, "fp32")
+        QwenImage(path=str(FAMILY.path)).load(CPU, "fp32")
 
 
 def test_a_loras_names_are_those_of_comfyuis_loader(tmp_path):
