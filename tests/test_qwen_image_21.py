@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from posttrain.errors import ModelError
 from posttrain.importing.models import kind_of
+from posttrain.models.qwen_image import QwenImage
 from posttrain.models.qwen_image_21 import QwenImage21
-from posttrain.planning.counts import Counts
 from posttrain.policy.tuning import Lora
 from posttrain.weights.transformer import LORA
 from posttrain.weights.writing import entries_of
@@ -121,7 +121,7 @@ def test_a_folder_of_the_first_qwen_image_is_refused_and_the_reverse():
     with pytest.raises(ModelError, match=r"QwenImagePipeline.*QwenImage21Pipeline"):
         QwenImage21(path=str(FAMILIES["qwen_image"].path)).load(CPU, "fp32")
     with pytest.raises(ModelError, match=r"QwenImage21Pipeline.*QwenImagePipeline"):
-        FAMILIES["qwen_image"].block(path=str(FAMILY.path)).load(CPU, "fp32")
+        QwenImage(path=str(FAMILY.path)).load(CPU, "fp32")
 
 
 def test_a_loras_names_are_those_of_comfyuis_loader(tmp_path):
@@ -155,11 +155,3 @@ def test_the_published_model_has_the_published_bytes_and_size():
 def test_another_trainers_name_of_it_is_this_type_and_turbo_is_none():
     kinds = {name: kind_of(f"Qwen/Qwen-Image{name}") for name in ("", "-2512", "-2.1", "-2.1-Turbo")}
     assert kinds == {"": "qwen_image", "-2512": "qwen_image", "-2.1": "qwen_image_21", "-2.1-Turbo": ""}
-
-
-def test_a_plan_counts_it():
-    counts = Counts(FAMILY.block(), cuda=True)
-    assert counts.latent_shape((64, 32)) == (4, 4, 2)
-    assert counts.flops("forward", (64, 64)) > 1.5 * counts.flops("forward", (64, 32))
-    memory = counts.memory("training", (64, 64), Lora(rank=2))
-    assert memory.peak(8) > memory.peak(4) > 0

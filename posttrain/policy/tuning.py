@@ -107,8 +107,9 @@ class Lora(Tune):
         ],
         min_length=1,
     )
-    """Endings of the names of linear layers that get an adapter, in whole dotted parts. Where a transformer
-    has none of the default, as SANA's: every ``to_q``, ``to_k`` and ``to_v``, as in diffusers' example."""
+    """Endings of the names of linear layers that get an adapter, in whole dotted parts. Of the default, those
+    that the transformer has; where it has none, as SANA's: every ``to_q``, ``to_k`` and ``to_v``, as in
+    diffusers' example."""
     before: Literal["merge", "stack"] = "merge"
     """Adapters of earlier stages are merged into the weights (``merge``), or with ``stack`` they stay
     frozen beside them, so that weights of half precision are not rounded again."""
@@ -190,10 +191,9 @@ class Lora(Tune):
 
     def _targets_among(self, names: Collection[str]) -> Sequence[str]:
         """The targets in a transformer whose linear layers have these ``names``."""
-        default = self.targets == type(self).model_fields["targets"].default
-        if default and not any(self._matches(name, t) for name in names for t in self.targets):
-            return PLAIN
-        return self.targets
+        if self.targets != type(self).model_fields["targets"].default:
+            return self.targets
+        return [t for t in self.targets if any(self._matches(name, t) for name in names)] or PLAIN
 
     @staticmethod
     def _matches(name: str, target: str) -> bool:
