@@ -141,12 +141,12 @@ def test_captions_are_counted_with_what_stands_around_them():
     assert (counts.limit, list(counts.counts)) == (20, mask.sum(1).tolist())
 
 
-def test_the_published_model_has_the_published_bytes_and_size():
+def test_the_published_network_has_as_many_weights_as_the_bytes_of_its_turbo_files():
     model = QwenImage21(path=HUB)
     shapes = model.transformer_shapes() or {}
     weights = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert weights == 7_115_124_736
-    # the two files of huggingface.co/Qwen/Qwen-Image-2.1 in bf16, with their headers
+    # the two files of Qwen-Image-2.1-Turbo, the same network, in bf16, with their headers
     assert 0 < 9_968_332_504 + 4_261_951_904 - 2 * weights < 100_000
     assert (model.native_side(), model.sides()) == (2048, (32, None))
     assert model.origin()["license_name"] == "qwen-research"
