@@ -77,7 +77,7 @@ _QWEN_IMAGE_21: dict[str, dict[str, Any]] = {
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     # as diffusers' classes have them by default, and as copies of the repository's config.json files have all
-    # of these; the transformer's files have the bytes of so many weights
+    # of these; Turbo, the same network, has files of the bytes of so many weights
     "Qwen/Qwen-Image-2.1": _QWEN_IMAGE_21,
 }
 
