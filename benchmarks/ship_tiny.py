@@ -29,7 +29,7 @@ def provenance(run: Path, final: Path, machine: str) -> dict[str, Any]:
     records = [row for row in read_metrics(run / STAGE / "metrics.jsonl") if "loss" in row]
     chosen = records[:: max(1, len(records) // LOSSES)] + records[-1:]
     return {
-        "command": " ".join(["posttrain", *environment["command"][1:]]),
+        "command": " ".join(["posttrain", *_without_output(environment["command"][1:])]),
         "recipe": (run / "recipe.yaml").read_text(),
         "date": environment["started"][:10],
         "machine": machine,
@@ -46,6 +46,14 @@ def provenance(run: Path, final: Path, machine: str) -> dict[str, Any]:
             for file in sorted(final.rglob("*.safetensors"))
         },
     }
+
+
+def _without_output(words: list[str]) -> list[str]:
+    """``words`` of a command line without ``--output`` and its value, which is a place on one machine."""
+    if "--output" not in words:
+        return words
+    at = words.index("--output")
+    return words[:at] + words[at + 2 :]
 
 
 def main() -> None:

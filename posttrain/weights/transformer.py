@@ -36,6 +36,7 @@ def save_component(module: Any, folder: Path, dtype: torch.dtype, weights: Mappi
     write_network(folder, PLAIN[0], {name: weights.get(name, entry) for name, entry in own.items()}, dtype)
     # under fsdp2 the module's class is one that torch made, whose name no library knows
     config = {**json.loads(module.to_json_string()), "_class_name": _library_class(module).__name__}
+    config.pop("_name_or_path", None)  # where it was loaded from: a place on this machine
     (folder / NETWORK_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
