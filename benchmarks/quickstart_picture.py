@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from posttrain.support.images import wrapped
+from posttrain.support.images import in_lines
 from posttrain.support.records import read_object
 
 TILE, GAP, LEFT, TOP, FONT = 128, 8, 64, 40, 13
@@ -27,7 +27,7 @@ def picture(run: Path, columns: int) -> Image.Image:
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
-        words = wrapped(prompt.removeprefix("a photo of "), TILE, font)
+        words = in_lines(prompt.removeprefix("a photo of "), TILE, font)
         draw.multiline_text((LEFT + column * (TILE + GAP), GAP), "\n".join(words), "black", font, spacing=2)
     for row, name in enumerate(names):
         y = TOP + row * (TILE + GAP)

@@ -89,7 +89,7 @@ def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) ->
     factor = max(1, -(-LEAST_TILE // tiles[0].width))
     width, height = tiles[0].width * factor, tiles[0].height * factor
     font = ImageFont.load_default(FONT)
-    lines = [wrapped(c, width, font) for c in captions] if captions else [[]] * len(tiles)
+    lines = [in_lines(c, width, font) for c in captions] if captions else [[]] * len(tiles)
     below = max(len(wrapped) for wrapped in lines) * (FONT + 3) + (4 if captions else 0)
     rows = -(-len(tiles) // columns)
     size = (columns * (width + PADDING) + PADDING, rows * (height + below + PADDING) + PADDING)
@@ -103,7 +103,7 @@ def grid(images: Tensor, columns: int, captions: Sequence[str] | None = None) ->
     return sheet
 
 
-def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def in_lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """``text`` in lines of at most ``width`` pixels, as measured in ``font``."""
     lines, line = [], ""
     for word in text.split():

@@ -25,11 +25,11 @@ def text_processor(tokenizer: Any) -> Any:
         def __init__(self) -> None:
             self.tokenizer = tokenizer
 
-        def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[Any]:
+        def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[Any]:  # type: ignore[override]
             """The text or the tokens of one conversation, in a list, as a processor gives them."""
             return [tokenizer.apply_chat_template(messages, **options)]
 
-        def __call__(self, text: Sequence[str], **options: Any) -> Any:
+        def __call__(self, text: Sequence[str], **options: Any) -> Any:  # type: ignore[override]
             """``input_ids`` and ``attention_mask`` of the texts."""
             return tokenizer(text, **options)
 
