@@ -38,6 +38,7 @@ def test_paths_take_strings():
         for spec in every_spec()
         if spec.__module__.startswith("posttrain.")
         for name, text in spec.__annotations__.items()
+        if not str(text).startswith("ClassVar")  # a class's own value is in no recipe
         if re.search(r"\bPath\b", str(text)) or "AnyPath |" in str(text)
     ]
     assert Recipe in every_spec()
