@@ -19,8 +19,8 @@ TILE, GAP, LEFT, TOP, FONT = 128, 8, 64, 40, 13
 
 
 def picture(run: Path, columns: int) -> Image.Image:
-    """The images of the base and of every stage of ``run``, of the first ``columns`` prompts."""
-    names = ["base", *(stage["name"] for stage in read_object(run / "run.json", "stages")["stages"])]
+    """The images of the base model and of every stage of ``run``, of the first ``columns`` prompts."""
+    names = [stage["name"] for stage in read_object(run / "run.json", "stages")["stages"]]
     prompts = read_object(run / "base" / "evaluation" / "eval.json", "grid_prompts")["grid_prompts"][:columns]
     font = ImageFont.load_default(FONT)
     size = (LEFT + len(prompts) * (TILE + GAP), TOP + len(names) * (TILE + GAP))
