@@ -50,6 +50,7 @@ def provenance(run: Path, final: Path, machine: str) -> dict[str, Any]:
 
 def _without_output(words: list[str]) -> list[str]:
     """``words`` of a command line without ``--output`` and its value, which is a place on one machine."""
+    words = [word for word in words if not word.startswith("--output=")]
     if "--output" not in words:
         return words
     at = words.index("--output")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_SCHEDULER = {
+SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
     "max_image_seq_len": 8192,
@@ -68,7 +68,7 @@ _QWEN_IMAGE: dict[str, dict[str, Any]] = {
             "out_hidden_size": 3584,
         },
     },
-    "scheduler": _SCHEDULER,
+    "scheduler": SCHEDULER,
 }
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.models._published.qwen_image import SCHEDULER
+
 _QWEN_IMAGE_21: dict[str, dict[str, Any]] = {
     "transformer": {
         "patch_size": 1,
@@ -62,17 +64,7 @@ _QWEN_IMAGE_21: dict[str, dict[str, Any]] = {
             "deepstack_visual_indexes": [8, 16, 24],
         },
     },
-    "scheduler": {
-        "base_image_seq_len": 256,
-        "base_shift": 0.5,
-        "max_image_seq_len": 8192,
-        "max_shift": 0.9,
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-        "shift_terminal": 0.02,
-        "time_shift_type": "exponential",
-        "use_dynamic_shifting": True,
-    },
+    "scheduler": SCHEDULER,
 }
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
