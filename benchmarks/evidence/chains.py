@@ -1,8 +1,9 @@
-"""The chains: DiffusionNFT and Flow-GRPO from the base, after SFT and after SOAR, at equal total cost.
+"""The chains: DiffusionNFT and Flow-GRPO from the base, after SFT and after SOAR, and AWM from the base.
 
-The RL stage is that of the shipped recipe, ``shapes-nft`` or ``shapes-grpo``, shortened by what the stage
-before it cost. SFT and SOAR before it cost the same, so a seed's two chains after them have equal RL stages,
-of equal prompts and noise. A seed's RL is measured four times: before it, and after each third.
+All have the same total cost. The RL stage is that of the shipped recipe, ``shapes-nft``, ``shapes-grpo`` or
+``shapes-awm``, shortened by what the stage before it cost. SFT and SOAR before it cost the same, so a seed's
+two chains after them have equal RL stages, of equal prompts and noise. A seed's RL is measured four times:
+before it, and after each third.
 
 What it takes, from measured runs (docs/learning.md, 2026-11-25: 307k forward-equivalents of ``shapes-nft`` in
 23 to 35 minutes of one core, 241k of ``shapes-grpo`` in 20 to 23), at 10k a core-minute:
@@ -59,13 +60,20 @@ STAGES = {
     "nft": RL("shapes-nft", "nft", 192 * (8 + 3 * (1 + 3))),
     # 192 images: 5 steps, and a forward with backward of one of them
     "grpo": RL("shapes-grpo", "grpo", 192 * (5 + 3)),
+    # as nft: the ratio's forward in place of the old policy's
+    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
 }
 CHAINS: dict[str, tuple[str, str]] = {
-    "-".join(filter(None, (before, rl))): (before, rl) for rl in STAGES for before in ("", *BEFORE)
+    **{"-".join(filter(None, (b, rl))): (b, rl) for rl in ("nft", "grpo") for b in ("", *BEFORE)},
+    "awm": ("", "awm"),
 }
 """A chain's name -> what comes before RL, if anything, and the RL stage."""
-AGAINST = {
-    f"{before}-{rl}": (rl, *(["sft-" + rl] if before == "soar" else [])) for rl in STAGES for before in BEFORE
+AGAINST: dict[str, tuple[str, ...]] = {
+    "sft-nft": ("nft",),
+    "soar-nft": ("nft", "sft-nft"),
+    "sft-grpo": ("grpo",),
+    "soar-grpo": ("grpo", "sft-grpo"),
+    "awm": ("nft",),
 }
 """The chains that each is compared with, chosen before any was run."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def identity(recipes: Iterable[Recipe], measures: dict[str, Any]) -> dict[str, Any]:
-    """By what a record is made: the ``recipes`` of its training, its ``measures``, the base model's files and
-    the judge's source. ``seeds`` of both are left out, so all seeds of an arm have one identity."""
-    blocks = [recipe.model_dump(mode="json") for recipe in recipes]
+    """By what a record is made: the fields of the ``recipes`` of its training, its ``measures``, the base
+    model's files and the judge's source. A recipe's ``seed`` is left out, so all seeds of an arm have one
+    identity."""
+    blocks = [recipe.model_dump(mode="json", exclude={"seed"}) for recipe in recipes]
     return {
-        "recipes": _print([{**block, "seed": None} for block in blocks]),
+        "recipes": dict(_fields(blocks)),
         "measures": _print(measures),
         "base": _print(_base()),
         "judge": _print([_source(ROOT / name) for name in JUDGE]),
@@ -46,8 +47,25 @@ def is_made(record: Path, by: dict[str, Any]) -> bool:
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The entries by which two identities differ."""
-    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    """The entries by which two identities differ.
+
+    A field that only one's recipes have says nothing: posttrain had no such field when the other was made.
+    """
+    entries = {key for key in {*one, *other} - {"recipes"} if one.get(key) != other.get(key)}
+    fields, theirs = one.get("recipes", {}), other.get("recipes", {})
+    if any(fields[name] != theirs[name] for name in {*fields} & {*theirs}):
+        entries.add("recipes")
+    return sorted(entries)
+
+
+def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values within ``value``, each with its path. An empty list or object is a value."""
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _fields(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
 def _base() -> dict[str, str]:
