@@ -25,8 +25,10 @@ from posttrain.stages.artifact import open_artifact, open_sampler
 from posttrain.support.files import write
 from posttrain.support.records import read_rows
 
-SAMPLING_STEPS = (5, 10, 20, 40)
-PROMPTS = {"type": "shapes", "count": 480, "seed": 2026}
+SAMPLING_STEPS = {5: 240, 10: 240, 20: 480, 40: 240}
+"""Numbers of sampling steps, and how many images each is measured on: the first so many of the same prompts
+and noises. Claims are made from those of 20 steps."""
+PROMPTS = {"type": "shapes", "count": max(SAMPLING_STEPS.values()), "seed": 2026}
 """No choice of a setting was made on these draws. What is held out is the noise: Shapes has few prompts, most
 of them captions of training images too, and so many samples have nearly all of them."""
 EVALUATION = {
@@ -69,9 +71,13 @@ def measured(
         about["cost"], weights = cost(result, "trained"), str(result.final("trained"))
     started, settings = time.perf_counter(), {**EVALUATION, "seed": seed}
     about["evaluations"] = {}
-    for n in SAMPLING_STEPS:
-        about |= scored(weights, {**settings, "steps": n}, samples, folder / f"eval-{n}", device)
-        about["evaluations"][str(n)] = about.pop("scores")
+    for n, count in SAMPLING_STEPS.items():
+        prompts = {**PROMPTS, "count": count}
+        found = scored(
+            weights, {**settings, "steps": n, "prompts": prompts}, samples, folder / f"eval-{n}", device
+        )
+        about["evaluations"][str(n)] = found.pop("scores")
+        about |= {key: max(about.get(key, []), of, key=len) for key, of in found.items()}
     model, _ = open_artifact(weights, device)
     latents, captions = held_out(model, min(SCENES["count"], samples or SCENES["count"]), SCENES["seed"])
     sigmas = model.sigmas(20, 64, 64)
@@ -111,7 +117,8 @@ def device_of_this_machine() -> torch.device:
 def scored(
     weights: str, settings: Mapping[str, Any], samples: int | None, folder: Path, device: torch.device
 ) -> dict[str, Any]:
-    """``prompts`` and ``tags`` of every sample in their order, and ``scores``, a list for each name.
+    """``prompts`` and ``tags`` of every sample, in the order of the prompts, and ``scores``, a list for each
+    name.
 
     Where a prompt has several images, the score ``distance`` is an image's mean distance from the others of
     its prompt: the root of the mean squared difference of pixels in [0, 1]. It falls as samples grow alike.
@@ -120,7 +127,7 @@ def scored(
     evaluation = Evaluation.model_validate({**settings, "prompts": {**settings["prompts"], "count": count}})
     sampler, which = open_sampler(weights, device, evaluation)
     evaluate(sampler, evaluation, folder, name=folder.name, weights=which, console=Console(quiet=True))
-    rows = sorted(read_rows(folder / "records.jsonl"), key=lambda row: (row["prompt"], row["index"]))
+    rows = read_rows(folder / "records.jsonl")
     scores = {name: [round(row["scores"][name], 4) for row in rows] for name in sorted(rows[0]["scores"])}
     if evaluation.images_per_prompt > 1:
         scores["distance"] = _distances(rows, folder)

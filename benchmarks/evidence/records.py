@@ -71,7 +71,7 @@ def between(
 ) -> Difference | None:
     """``arm`` minus ``against`` in their ``values``, on the seeds that both have; None if fewer than two.
 
-    Raises PosttrainError if the two have other ``labels``: other prompts, or other images.
+    Values may be fewer than ``labels``: those of the first. Raises PosttrainError if the two have other ``labels``: other prompts, or other images.
     """
     theirs = {r["seed"]: r for r in records.get(against, ())}
     pairs = [(theirs[r["seed"]], r) for r in records.get(arm, ()) if r["seed"] in theirs]
@@ -81,4 +81,4 @@ def between(
     if any(labels(record) != same for pair in pairs for record in pair):
         raise PosttrainError(f"{arm} and {against} were measured on other prompts or images")
     a, b = ([values(record) for record in side] for side in zip(*pairs, strict=True))
-    return difference(a, b, same)
+    return difference(a, b, same[: len(a[0])])

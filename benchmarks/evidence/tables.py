@@ -62,7 +62,8 @@ def kinds_table(records: Records, names: Sequence[str], key: str) -> Iterator[st
                 values = [
                     value
                     for record in records[name]
-                    for tag, value in zip(record["tags"], record["evaluations"][key][score], strict=True)
+                    # the evaluation may have been of fewer samples: the first
+                    for tag, value in zip(record["tags"], record["evaluations"][key][score], strict=False)
                     if tag == kind
                 ]
                 means.append(f"{fmean(values):.3f}")
