@@ -297,7 +297,7 @@ def test_an_images_distance_is_from_the_others_of_its_prompt(tmp_path):
     assert measure._distances(rows, tmp_path) == pytest.approx([0.6, 1, 0.9, 0.5, 1])
 
 
-BY = {"recipes": "r", "measures": "m", "base": "b", "judge": "j"}
+BY = {"recipes": {"steps": 150}, "measures": "m", "base": "b", "judge": "j"}
 
 
 def record(arm, seed, values, forwards=14_400.0, **by):
@@ -305,7 +305,7 @@ def record(arm, seed, values, forwards=14_400.0, **by):
     data = [[0.5, 0.5], [0.25, 0.65]]
     model = [[0.5 + v / 10 for v in values[:2]]]
     return {
-        "arm": arm, "seed": seed, "identity": {**BY, "recipes": arm, **by}, "date": f"2026-12-0{seed + 1}", "device": "CPU",
+        "arm": arm, "seed": seed, "identity": {**BY, **by}, "date": f"2026-12-0{seed + 1}", "device": "CPU",
         "cost": {"forward_equivalents": forwards} if arm != "base" else {},
         "prompts": ["a", "b", "c"], "tags": ["colors", "colors", "position"],
         "evaluations": dict.fromkeys(("5", "10", "20", "40"), scores),
@@ -371,7 +371,32 @@ def test_records_that_do_not_compare_are_refused(tmp_path, entry):
 
 def test_seeds_of_an_arm_with_another_recipe_are_refused(tmp_path):
     with pytest.raises(PosttrainError, match="sft-0 and sft-1 were made by other recipes"):
-        written(tmp_path, [record("sft", 0, [0, 0, 0]), record("sft", 1, [0, 0, 0], recipes="longer")])
+        written(tmp_path, [record("sft", 0, [0, 0, 0]), record("sft", 1, [0, 0, 0], recipes={"steps": 9})])
+
+
+def test_a_field_that_recipes_did_not_have_yet_refuses_no_record():
+    fields = [
+        {**BY, "recipes": recipe} for recipe in ({"steps": 150}, {"steps": 150, "new": 1}, {"steps": 9})
+    ]
+    assert not identity.differing(fields[0], fields[1])
+    assert identity.differing(fields[1], fields[2]) == ["recipes"]
+    made = identity.identity([arms.recipe("soar", 3)], {})["recipes"]
+    assert made["0.stages.0.algorithm.trajectory_length"] == 6
+    assert made == identity.identity([arms.recipe("soar", 4)], {})["recipes"], "a seed is in no identity"
+    assert made == json.loads(json.dumps(made))
+
+
+def test_an_evaluation_of_fewer_samples_is_compared_by_its_prompts(tmp_path):
+    made = series()
+    for one in made:
+        one["evaluations"] = {
+            **one["evaluations"],
+            "40": {key: of[:2] for key, of in one["evaluations"]["40"].items()},
+        }
+    found = written(tmp_path, made)
+    change = list(tables.differences_table(found, [("sft", "base")], "40"))[2]
+    assert change.startswith("| `sft` | `base` | +0.200 [+0.200, +0.200]")
+    assert next(tables.kinds_table(found, ["sft"], "40")) == "| arm | colors |"
 
 
 def test_arms_of_equal_cost_are_refused_if_their_runs_counted_otherwise(tmp_path):

@@ -71,7 +71,8 @@ def between(
 ) -> Difference | None:
     """``arm`` minus ``against`` in their ``values``, on the seeds that both have; None if fewer than two.
 
-    Values may be fewer than ``labels``: those of the first. Raises PosttrainError if the two have other ``labels``: other prompts, or other images.
+    Fewer values than ``labels`` are those of the first. Raises PosttrainError if the two have other
+    ``labels``: other prompts, or other images.
     """
     theirs = {r["seed"]: r for r in records.get(against, ())}
     pairs = [(theirs[r["seed"]], r) for r in records.get(arm, ()) if r["seed"] in theirs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.records import Record, Records, between, forwards
 from benchmarks.evidence.statistics import Difference, holm
+from posttrain.evaluation.intervals import paired_difference
 from posttrain.support.wording import short
 
 VERDICTS = ("shapes", "shapes/lenient", "shapes/strict")
@@ -50,25 +52,36 @@ def differences_table(records: Records, pairs: Pairs, key: str, score: str = "sh
         )
 
 
+def seeds_table(records: Records, names: Sequence[str], first: str, last: str) -> Iterator[str]:
+    """A row for each record of ``names``: the graded scores of its evaluations ``first`` and ``last``, and
+    their difference, with the bootstrap's interval for other prompts."""
+    yield from _head("chain", "seed", "before RL", "after RL", "difference [95 %]")
+    for record in (record for name in names for record in records[name]):
+        before, after = (record["evaluations"][key]["shapes"] for key in (first, last))
+        mean, low, high = paired_difference(before, after, groups=record["prompts"])
+        change = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        yield _row(
+            f"`{record['arm']}`", record["seed"], f"{fmean(before):.3f}", f"{fmean(after):.3f}", change
+        )
+
+
 def kinds_table(records: Records, names: Sequence[str], key: str) -> Iterator[str]:
     """The graded, lenient and strict scores of each arm by kind of task."""
-    kinds = sorted({tag for name in names for tag in records[name][0]["tags"]})
+    found = {name: [_by_kind(records[name], key, score) for score in VERDICTS] for name in names}
+    kinds = sorted({kind for of_arm in found.values() for kind in of_arm[0]})
     yield from _head("arm", *kinds)
-    for name in names:
-        cells = []
-        for kind in kinds:
-            means = []
-            for score in VERDICTS:
-                values = [
-                    value
-                    for record in records[name]
-                    # the evaluation may have been of fewer samples: the first
-                    for tag, value in zip(record["tags"], record["evaluations"][key][score], strict=False)
-                    if tag == kind
-                ]
-                means.append(f"{fmean(values):.3f}")
-            cells.append(" / ".join(means))
-        yield _row(f"`{name}`", *cells)
+    for name, verdicts in found.items():
+        yield _row(f"`{name}`", *(" / ".join(f"{fmean(of[kind]):.3f}" for of in verdicts) for kind in kinds))
+
+
+def _by_kind(records: Sequence[Record], key: str, score: str) -> dict[str, list[float]]:
+    """Kind of task -> the scores of all its samples in the evaluation ``key``."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        values = record["evaluations"][key][score]
+        for tag, value in zip(record["tags"][: len(values)], values, strict=True):
+            found[tag].append(value)
+    return found
 
 
 def bias_table(records: Records, what: str, *, excess: bool = False) -> Iterator[str]:
