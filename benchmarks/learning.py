@@ -1,17 +1,26 @@
 """Makes a Markdown table of finished learning runs, and a picture of their reward.
 
-for s in 0 1 2; do posttrain run shapes-nft --set seed=$s --output runs/shapes-nft-$s; done
-python benchmarks/learning.py docs/learning.svg runs/shapes-nft-*
+for s in 0 1 2; do posttrain run shapes-dpo --set seed=$s --output runs/shapes-dpo-$s; done
+python benchmarks/learning.py picture.svg runs/shapes-dpo-*
+
+It also takes the records of chains, which `python -m benchmarks.evidence run` makes:
+
+python benchmarks/learning.py docs/learning.svg benchmarks/evidence/records/{nft,awm}-?.json
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
+from posttrain.evaluation.intervals import paired_difference
 from posttrain.evaluation.report.curves import chart
 from posttrain.evaluation.report.results import load_results
 from posttrain.evaluation.report.verdict import difference
+from posttrain.support.records import read_object
 from posttrain.support.wording import short
 
 STYLE = (
@@ -20,26 +29,52 @@ STYLE = (
 )
 
 
-def main(picture: str, *folders: str) -> None:
+class Trained(NamedTuple):
+    """What a stage of RL gained, what it cost, and its reward by step."""
+
+    name: str
+    before: float
+    after: float
+    gain: tuple[float, float, float]
+    cost: Mapping[str, Any]
+    rewards: Sequence[tuple[float, float]]
+
+
+def of_run(folder: Path) -> Iterator[Trained]:
+    """Each stage of a run, against the base."""
+    base, *stages = load_results(folder).stages
+    for stage in stages:
+        score = next(iter(stage.scores))
+        before, after = (s.scores[score]["mean"] for s in (base, stage))
+        gain = difference(base, stage, score)
+        assert gain is not None, "both were evaluated"
+        rewards = [(row["step"], row["reward"]) for row in stage.metrics if "reward" in row]
+        yield Trained(folder.name, before, after, gain, stage.account, rewards)
+
+
+def of_record(file: Path) -> Trained:
+    """A chain's stage of RL, against the weights that it started from."""
+    record = read_object(file, "evaluations", "prompts", "cost", "rewards")
+    evaluations = record["evaluations"]
+    first, last = (evaluations[key]["shapes"] for key in (min(evaluations), max(evaluations)))
+    gain = paired_difference(first, last, groups=record["prompts"])
+    rewards = list(enumerate(record["rewards"], 1))
+    return Trained(file.stem, fmean(first), fmean(last), gain, record["cost"], rewards)
+
+
+def main(picture: str, *paths: str) -> None:
+    """Print the table and write the picture of the run folders and records at ``paths``."""
     series = {}
-    print("| run | base | trained | difference, 95 % | forward-equivalents | images | minutes |")
+    print("| run | before | trained | difference, 95 % | forward-equivalents | images | minutes |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for folder in map(Path, folders):
-        base, *stages = load_results(folder).stages
-        for stage in stages:
-            score = next(iter(stage.scores))
-            before, after = (s.scores[score]["mean"] for s in (base, stage))
-            gain = difference(base, stage, score)
-            assert gain is not None, "both were evaluated"
-            account = stage.account
+    for path in map(Path, paths):
+        for name, before, after, gain, cost, rewards in [of_record(path)] if path.is_file() else of_run(path):
             change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
             print(
-                f"| {folder.name} | {before:.3f} | {after:.3f} | {change} "
-                f"| {short(account['forward_equivalents'])} | {short(account['samples'])} "
-                f"| {account['seconds'] / 60:.0f} |"
+                f"| {name} | {before:.3f} | {after:.3f} | {change} | {short(cost['forward_equivalents'])} "
+                f"| {short(cost['samples'])} | {cost['seconds'] / 60:.0f} |"
             )
-            points = [(row["step"], row["reward"]) for row in stage.metrics if "reward" in row]
-            series[folder.name] = points
+            series[name] = rewards
     svg = str(chart("reward of the rollouts, by optimizer step", series, 720, 300))
     Path(picture).write_text(
         svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(">", f">{STYLE}", 1),

@@ -144,6 +144,7 @@ def measured_chain(
                 "reward": fmean(row["reward"] for row in part),
             }
         )
+    about["rewards"] = [round(row["reward"], 4) for row in rows]
     own = cost(result, stage)
     about["cost"] = {key: value + spent.get(key, 0) for key, value in own.items()}
     keep(record, about)

@@ -18,7 +18,6 @@ from benchmarks.evidence.tables import (
     kinds_table,
     present,
     scores_table,
-    seeds_table,
 )
 from posttrain.errors import PosttrainError
 from posttrain.support.files import write
@@ -95,13 +94,6 @@ def _chains(records: Records, chains: list[str]) -> Iterator[str]:
     both = {**records, **{f"{name} before RL": _before_rl(records[name], last) for name in chains}}
     yield from ("", "### Chains", "", ran, "")
     yield from scores_table(records, chains, last, (*VERDICTS, "distance"))
-    yield from (
-        "",
-        "### Chains, each seed by itself",
-        "",
-        f"{ran} Graded scores; intervals are for other prompts.",
-    )
-    yield from ("", *seeds_table(records, chains, "0", last))
     for score, title in (("shapes", "graded score"), ("distance", "distance within a prompt")):
         yield from ("", f"### Differences of the chains: {title}", "", f"{ran} {MANY}", "")
         lines = list(differences_table(both, pairs, last, score))

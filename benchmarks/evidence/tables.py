@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.records import Record, Records, between, forwards
 from benchmarks.evidence.statistics import Difference, holm
-from posttrain.evaluation.intervals import paired_difference
 from posttrain.support.wording import short
 
 VERDICTS = ("shapes", "shapes/lenient", "shapes/strict")
@@ -49,19 +48,6 @@ def differences_table(records: Records, pairs: Pairs, key: str, score: str = "sh
     for (arm, rival, change), p in zip(found, adjusted, strict=True):
         yield _row(
             f"`{arm}`", f"`{rival}`", change, f"{change.error:.4f}", _alone(change), change.agree, _p(p)
-        )
-
-
-def seeds_table(records: Records, names: Sequence[str], first: str, last: str) -> Iterator[str]:
-    """A row for each record of ``names``: the graded scores of its evaluations ``first`` and ``last``, and
-    their difference, with the bootstrap's interval for other prompts."""
-    yield from _head("chain", "seed", "before RL", "after RL", "difference [95 %]")
-    for record in (record for name in names for record in records[name]):
-        before, after = (record["evaluations"][key]["shapes"] for key in (first, last))
-        mean, low, high = paired_difference(before, after, groups=record["prompts"])
-        change = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        yield _row(
-            f"`{record['arm']}`", record["seed"], f"{fmean(before):.3f}", f"{fmean(after):.3f}", change
         )
 
 
