@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
     import torch
 
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-"""What the chat templates of Qwen's language models make of a prompt."""
-
 
 class DiffusersModel(Model, ABC):
     """A diffusers pipeline whose ``transformer`` can be trained."""

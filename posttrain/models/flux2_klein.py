@@ -10,6 +10,7 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, UNGUIDED, ClassifierFree
+from posttrain.models._chat import chats
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
 from posttrain.models._fitting import check_settings, check_widths
@@ -44,18 +45,13 @@ class Flux2KleinFlowModel(DiffusersFlowModel):
         import torch
 
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.model
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-            for prompt in prompts
-        ]
         longest = self.spec.max_sequence_length
         tokens = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+            chats(tokenizer, prompts, thinking=False),
+            padding="max_length",
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
         )
         known = tokens.attention_mask.to(self.device).bool()
         # given the words alone, transformers would choose other kernels where no prompt of a batch is padded

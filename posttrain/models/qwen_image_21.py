@@ -8,7 +8,8 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
-from posttrain.models._diffusers import CHAT, DiffusersModel
+from posttrain.models._chat import QWEN
+from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._fitting import check_settings, check_widths
 from posttrain.models.qwen_image import QwenImageFlowModel, check_moments
 from posttrain.weights.text_processor import load_text_processor
@@ -168,7 +169,7 @@ class QwenImage21(DiffusersModel):
     pipelines: ClassVar = ("QwenImage21Pipeline",)
     flow: ClassVar = QwenImage21FlowModel
     packing: ClassVar = 2
-    template: ClassVar = CHAT
+    template: ClassVar = QWEN
     latents: ClassVar = 128
     loaders: ClassVar = {"processor": load_text_processor}
 

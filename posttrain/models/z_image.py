@@ -8,7 +8,8 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
-from posttrain.models._diffusers import CHAT, DiffusersModel
+from posttrain.models._chat import QWEN, chats
+from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
 from posttrain.models._fitting import check_settings, check_widths
 from posttrain.models._outline import configs_at
@@ -61,15 +62,7 @@ class ZImageFlowModel(DiffusersFlowModel):
     def encode(self, prompts: list[str]) -> Condition:
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.base_model
         tokens = tokenizer(
-            [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=True,
-                )
-                for prompt in prompts
-            ],
+            chats(tokenizer, prompts, thinking=True),
             max_length=self.spec.max_sequence_length,
             padding="max_length",
             padding_side="right",
@@ -135,7 +128,7 @@ class ZImage(DiffusersModel):
     flow: ClassVar = ZImageFlowModel
     packing: ClassVar = 2
     unencoded: ClassVar = frozenset({"cfg_normalization"})
-    template: ClassVar = CHAT
+    template: ClassVar = QWEN
 
     max_sequence_length: int = Field(default=512, ge=1)
     """Tokens of a prompt within the chat template, in training and evaluation. Shorter prompts are stored as
