@@ -85,6 +85,7 @@ NEAREST = {
 """What comes nearest to options that have no counterpart -> the options."""
 _OFF = (None, "no_change")
 _LORA = (None, False, "standard")
+_ADAPTERS = "lycoris_config init_lokr_norm use_dora peft_lora_mode singlora_ramp_up_steps"
 
 TABLE: dict[str, Flag] = {
     **COMMON,
@@ -154,16 +155,7 @@ TABLE: dict[str, Flag] = {
         f"text_encoder_{n}_precision": Flag("any", nearest="model.dtype or model.offload", off=_OFF)
         for n in range(1, 5)
     },
-    **{
-        name: Flag("any", nearest="a LoRA", off=_LORA)
-        for name in (
-            "lycoris_config",
-            "init_lokr_norm",
-            "use_dora",
-            "peft_lora_mode",
-            "singlora_ramp_up_steps",
-        )
-    },
+    **{name: Flag("any", nearest="a LoRA", off=_LORA) for name in _ADAPTERS.split()},
     **{name: Flag("any", idle=why) for why, names in IDLE.items() for name in names.split()},
     **{name: Flag("any", nearest=what) for what, names in NEAREST.items() for name in names.split()},
 }

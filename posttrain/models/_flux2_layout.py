@@ -41,11 +41,5 @@ def autoencoder_places(names: Collection[str]) -> Mapping[str, Place]:
     return {**_sd3_layout.autoencoder_places(names), **norm}
 
 
-FLUX2 = SingleFile(
-    transformer_places,
-    autoencoder_places,
-    "model.diffusion_model.",
-    "vae.",
-    kohya_module="networks.lora_flux_2",
-)
+FLUX2 = SingleFile(transformer_places, autoencoder_places, kohya_module="networks.lora_flux_2")
 """The layout of FLUX.2's checkpoints."""

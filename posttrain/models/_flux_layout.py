@@ -92,11 +92,5 @@ def places(
     return placed | {n: Place(name.removesuffix("weight") + "scale") for n, name in norms.items()}
 
 
-FLUX = SingleFile(
-    transformer_places,
-    autoencoder_places,
-    "model.diffusion_model.",
-    "vae.",
-    kohya_module="networks.lora_flux",
-)
+FLUX = SingleFile(transformer_places, autoencoder_places, kohya_module="networks.lora_flux")
 """The layout of FLUX.1's checkpoints."""
