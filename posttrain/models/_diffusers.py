@@ -202,7 +202,7 @@ def native_side(configs: Configs, denoiser: str, latents: int | None = None) -> 
     """The side in pixels of the images that a pipeline with these ``configs`` is made for; None if they do
     not tell. ``denoiser`` is the component whose ``sample_size`` counts latents, by default ``latents``."""
     vae = configs.get("vae", {})
-    if isinstance(latents := configs.get(denoiser, {}).get("sample_size", latents), int) and vae:
+    if isinstance(latents := configs.get(denoiser, {}).get("sample_size") or latents, int) and vae:
         return latents * compression(vae)
     return side if isinstance(side := vae.get("sample_size"), int) else None
 
