@@ -45,7 +45,7 @@ ALLOWED = {
     "posttrain/shapes/pairs.py": ("open", "into a folder that is published"),
     "posttrain/shapes/dataset.py": ("open write_bytes write_text save", "into a folder that is published, or memory"),
     "posttrain/weights/companions.py": ("write_text", "into a folder that its caller publishes"),
-    "posttrain/model.py": ("save", "its own method, into a folder that its caller publishes"),
+    "posttrain/flow_model.py": ("save", "its own method, into a folder that its caller publishes"),
     "posttrain/stages/export.py": ("write_text save", "into a folder that is published"),
     "posttrain/weights/pipeline_folder.py": ("write_text", "into a folder that its caller publishes"),
     "posttrain/weights/transformer.py": ("write_text", "into a folder that its caller publishes"),

@@ -1,4 +1,4 @@
-"""Writes what HY-SOAR and SimpleTuner share, which have many flags of diffusers' training scripts."""
+"""Holds and writes what HY-SOAR and SimpleTuner share: many flags of diffusers' training scripts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ from pathlib import PurePosixPath
 
 from posttrain.errors import PosttrainError
 from posttrain.importing.draft import Draft
+from posttrain.importing.flags import Flag
 from posttrain.importing.models import named, put_tracker
 
+COMMON: dict[str, Flag] = {
+    "pretrained_model_name_or_path": Flag(),
+    "revision": Flag(),
+    "seed": Flag("int"),
+    "train_batch_size": Flag("int", 4, least=1),
+    "num_train_epochs": Flag("int", 1),
+    "gradient_accumulation_steps": Flag("int", 1, least=1),
+    "lr_warmup_steps": Flag("int", 0),
+    "adam_beta1": Flag("float", 0.9),
+    "adam_beta2": Flag("float", 0.999),
+    "adam_epsilon": Flag("float", 1e-8),
+}
 SCHEDULES = {
     "constant": "constant",
     "cosine": "cosine",
@@ -40,8 +53,7 @@ def put_training(draft: Draft, processes: int, *counted: str) -> int:
     draft.put("stage.train.micro_batch", "auto", note="ours: changes rounding only")
     _schedule(draft, steps)
     draft.same({"stage.train.steps": "max_train_steps", "stage.train.eps": "adam_epsilon"})
-    checkpointing = "full" if s["gradient_checkpointing"] else "off"
-    draft.put("stage.train.gradient_checkpointing", checkpointing, "gradient_checkpointing")
+    draft.either("stage.train.gradient_checkpointing", "gradient_checkpointing", "full", "off")
     return each * accumulated * processes
 
 

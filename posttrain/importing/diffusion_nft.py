@@ -21,7 +21,6 @@ TABLE: dict[str, Flag] = {
     **COMMON,
     "save_freq": Flag("int", 30, least=1),
     "eval_freq": Flag("int", 10, least=1),
-    "mixed_precision": Flag(default="fp16", choices=("fp16", "bf16", "no")),
     "base_model": Flag(idle="the model is that of pretrained.model"),
     "beta": Flag("float", 1.0),
     "decay_type": Flag("int", 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +60,17 @@ class Draft:
             block = block.setdefault(part, {})
         block[parts[-1]] = Leaf(value, comment)
 
-    def same(self, fields: Mapping[str, str]) -> None:
-        """Set each of ``fields``, field -> flag, to the value of its flag."""
+    def same(self, fields: Mapping[str, str | Sequence[str]]) -> None:
+        """Set each of ``fields``, field -> flag, to the value of its flag; a list, if it has several."""
         for path, flag in fields.items():
-            self.put(path, self.settings[flag], flag)
+            if isinstance(flag, str):
+                self.put(path, self.settings[flag], flag)
+            else:
+                self.put(path, [self.settings[name] for name in flag], *flag)
+
+    def either(self, path: str, flag: str, on: str, off: str) -> None:
+        """Set a field to ``on`` if the flag is on, else to ``off``."""
+        self.put(path, on if self.settings[flag] else off, flag)
 
     def near(self, path: str, value: Any, flag: str, words: str) -> None:
         """Set a field to what comes nearest to a flag's value; ``words`` say what differs."""

@@ -20,7 +20,7 @@ from posttrain.importing.flow_factory_algorithms import ALGORITHMS
 from posttrain.importing.flow_factory_flags import BLOCKS, TABLE
 from posttrain.importing.flow_factory_steps import blocks_of, put_offline_steps, put_optimizer, put_steps
 from posttrain.importing.group_rl import SEEDED, rewards_of
-from posttrain.importing.models import named, put_model, put_precision, put_tracker
+from posttrain.importing.models import as_path, named, put_model, put_precision, put_tracker
 from posttrain.importing.trainer import Opened, Start, Trainer
 from posttrain.recipe.positions import parse
 from posttrain.support.paths import is_file
@@ -112,8 +112,7 @@ def _tuning(s: Settings, d: Draft) -> None:
         names = targets if isinstance(targets, list) else [targets]
         d.put("stage.tune.targets", [str(name) for name in names], "model.target_modules")
     if s["model.resume_path"]:
-        path = str(s["model.resume_path"])
-        d.put("stage.start_from", path if "/" in path else f"./{path}", "model.resume_path")
+        d.put("stage.start_from", as_path(s["model.resume_path"]), "model.resume_path")
 
 
 def _data(s: Settings, d: Draft, *, images: bool) -> None:

@@ -22,7 +22,6 @@ TABLE: dict[str, Flag] = {
     "save_freq": Flag("int", 20, least=1),
     "eval_freq": Flag("int", 20, least=1),
     "num_checkpoint_limit": Flag("int", 5),
-    "mixed_precision": Flag(default="fp16", choices=("fp16", "bf16", "no")),
     "activation_checkpointing": Flag("bool", False),
     "fsdp_optimizer_offload": Flag("bool", False, nearest="parallel: {strategy: fsdp2, offload: true}"),
     "sample.eval_guidance_scale": Flag("float", 4.5),
@@ -85,10 +84,8 @@ def build(s: Settings, d: Draft, start: Start) -> None:
     _window(s, d, start.script)
     if "guard" in start.script.lower():
         d.put("stage.algorithm.grpo_guard", True, note=f"the script {start.script.rsplit('/', 1)[-1]}")
-    optimizer = "adamw8bit" if s["train.use_8bit_adam"] else "adamw"
-    d.put("stage.train.optimizer", optimizer, "train.use_8bit_adam")
-    checkpointing = "full" if s["activation_checkpointing"] else "off"
-    d.put("stage.train.gradient_checkpointing", checkpointing, "activation_checkpointing")
+    d.either("stage.train.optimizer", "train.use_8bit_adam", "adamw8bit", "adamw")
+    d.either("stage.train.gradient_checkpointing", "activation_checkpointing", "full", "off")
     d.differs += DIFFERS
 
 

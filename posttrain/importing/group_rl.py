@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from posttrain.errors import PosttrainError
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Flag
-from posttrain.importing.models import named, put_model, put_precision
+from posttrain.importing.models import as_path, named, put_model, put_precision
 from posttrain.importing.trainer import Start
 
 STEPS = 10_000
@@ -36,6 +36,7 @@ SAME = {
     "stage.train.eps": "train.adam_epsilon",
     "stage.train.weight_decay": "train.adam_weight_decay",
     "stage.train.max_grad_norm": "train.max_grad_norm",
+    "stage.train.betas": ("train.adam_beta1", "train.adam_beta2"),
     "evaluation.resolution": "resolution",
     "evaluation.steps": "sample.eval_num_steps",
     "evaluation.batch_size": "sample.test_batch_size",
@@ -49,6 +50,7 @@ COMMON: dict[str, Flag] = {
     "seed": Flag("int", 42),
     "logdir": Flag(idle="a run writes to runs/NAME"),
     "save_dir": Flag(default=""),
+    "mixed_precision": Flag(default="fp16", choices=("fp16", "bf16", "no")),
     "allow_tf32": Flag("bool", True),
     "use_lora": Flag("bool", True),
     "dataset": Flag(default=""),
@@ -103,8 +105,6 @@ def put_common(
     _prompts_and_rewards(draft)
     _steps(draft, _geometry(draft, start.processes, parts=parts))
     draft.same({**SAME, "evaluation.guidance": evaluation_guidance})
-    betas = [s["train.adam_beta1"], s["train.adam_beta2"]]
-    draft.put("stage.train.betas", betas, "train.adam_beta1", "train.adam_beta2")
     draft.put("stage.train.micro_batch", "auto", note="ours: changes rounding only")
     if s["train.ema"]:
         draft.put("stage.train.ema", 0.9, "train.ema", note="its greatest decay")
@@ -179,8 +179,7 @@ def _tuning(draft: Draft) -> None:
     for field, value in (("rank", 32), ("alpha", 64), ("init", "gaussian")):
         draft.put(f"stage.tune.{field}", value, note="as its training script has")
     if s["train.lora_path"]:
-        path = s["train.lora_path"]
-        draft.put("stage.start_from", path if "/" in path else f"./{path}", "train.lora_path")
+        draft.put("stage.start_from", as_path(s["train.lora_path"]), "train.lora_path")
         draft.differs.append(
             "train.lora_path: the LoRA there is trained on; here it is merged and a new one begins, or kept "
             "beside with tune.before: stack. It must be a stage's folder, or hold an adapter for diffusers"

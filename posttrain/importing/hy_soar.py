@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from posttrain.errors import PosttrainError
-from posttrain.importing.diffusers_flags import put_head, put_training
+from posttrain.importing.diffusers_flags import COMMON, put_head, put_training
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Flag, Settings
 from posttrain.importing.models import put_model, put_precision
@@ -20,33 +20,24 @@ _SIZES = "HY-SOAR does not read it: images have the bw and bh of their row, as h
 _HUB = "posttrain export RUN --to DIR --push-to-hub REPO uploads what a stage wrote"
 
 TABLE: dict[str, Flag] = {
-    "pretrained_model_name_or_path": Flag(),
-    "revision": Flag(),
+    **COMMON,
     "variant": Flag(idle="posttrain finds the files of the weights itself"),
     "jsonl_path": Flag(),
     "image_dir": Flag(),
     "max_sequence_length": Flag("int", 77),
     "random_flip": Flag("bool", False),
     "output_dir": Flag(default="output/soar_sd3_5m"),
-    "seed": Flag("int"),
     "resolution": Flag("int", 512, idle=_SIZES),
-    "train_batch_size": Flag("int", 4, least=1),
-    "num_train_epochs": Flag("int", 1),
     "max_train_steps": Flag("int"),
-    "gradient_accumulation_steps": Flag("int", 1, least=1),
     "gradient_checkpointing": Flag("bool", False),
     "learning_rate": Flag("float", 2e-5),
     "scale_lr": Flag("bool", False),
     "lr_scheduler": Flag(default="constant"),
-    "lr_warmup_steps": Flag("int", 0),
     "lr_num_cycles": Flag("int", 1, nearest="schedule: cosine has half a cycle", off=(1,)),
     "lr_power": Flag("float", 1.0, nearest="schedule: linear, which is of power 1", off=(1.0,)),
     "dataloader_num_workers": Flag("int", 8),
     "use_8bit_adam": Flag("bool", False),
-    "adam_beta1": Flag("float", 0.9),
-    "adam_beta2": Flag("float", 0.999),
     "adam_weight_decay": Flag("float", 1e-4),
-    "adam_epsilon": Flag("float", 1e-8),
     "max_grad_norm": Flag("float", 1.0),
     "allow_tf32": Flag("bool", False),
     "weighting_scheme": Flag(default="logit_normal", choices=WEIGHTINGS),
@@ -150,8 +141,8 @@ def _without_effect(s: Settings) -> dict[str, str]:
 
 
 def _training(s: Settings, d: Draft, batch: int) -> None:
-    d.put("stage.train.optimizer", "adamw8bit" if s["use_8bit_adam"] else "adamw", "use_8bit_adam")
-    d.put("stage.train.betas", [s["adam_beta1"], s["adam_beta2"]], "adam_beta1", "adam_beta2")
+    d.either("stage.train.optimizer", "use_8bit_adam", "adamw8bit", "adamw")
+    d.same({"stage.train.betas": ("adam_beta1", "adam_beta2")})
     if s["scale_lr"]:
         d.put("stage.train.learning_rate", s["learning_rate"] * batch, "learning_rate", "scale_lr")
     else:

@@ -75,6 +75,11 @@ def put_tracker(draft: Draft, flag: str) -> None:
         draft.near("tracker", "tensorboard", flag, words)
 
 
+def as_path(path: str) -> str:
+    """``path`` as ``start_from`` takes it: a name without a slash would be that of a stage."""
+    return path if "/" in path else f"./{path}"
+
+
 def named(text: str, otherwise: str) -> str:
     """``text`` as the name of a recipe: letters, digits, dots, dashes and underscores."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80].rstrip(".")

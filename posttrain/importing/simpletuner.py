@@ -11,7 +11,7 @@ from posttrain.errors import PosttrainError
 from posttrain.importing.diffusers_flags import put_head
 from posttrain.importing.draft import Draft
 from posttrain.importing.flags import Settings
-from posttrain.importing.models import put_model, put_precision
+from posttrain.importing.models import as_path, put_model, put_precision
 from posttrain.importing.simpletuner_data import put_data
 from posttrain.importing.simpletuner_files import SCRIPTS, from_env_file, from_json, opened
 from posttrain.importing.simpletuner_flags import TABLE
@@ -128,7 +128,7 @@ def _tuning(s: Settings, d: Draft) -> None:
 def _folder(path: str) -> str:
     """What ``start_from`` has for a LoRA: the folder of a file, or a folder or hub name as it is."""
     if PurePosixPath(path).suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        return path if "/" in path else f"./{path}"
+        return as_path(path)
     folder = str(PurePosixPath(path).parent)
     return "./" if folder == "." else folder if folder.startswith(("/", "~", "..")) else f"./{folder}"
 

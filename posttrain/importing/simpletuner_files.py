@@ -103,11 +103,7 @@ def opened(command: CommandLine, given: Path | None) -> Opened:
         return command, given
     words = [word for word in command.words if word != "train"]
     pairs = [(found[1], found[2]) for word in words if (found := ASSIGNMENT.fullmatch(word))]
-    flags: list[tuple[str, object]] = [
-        *_from_variables(command.variables, known=True),
-        *command.flags,
-        *pairs,
-    ]
+    flags = [*_from_variables(command.variables, known=True), *command.flags, *pairs]
     named = {n: "" if v is BARE else str(v) for n, v in flags if n in ("config", "env", "example", "e")}
     if "ENV" in command.variables:
         named.setdefault("env", command.variables["ENV"])

@@ -7,6 +7,7 @@ stored), documentation/OPTIONS.md at 0077465.
 
 from __future__ import annotations
 
+from posttrain.importing.diffusers_flags import COMMON
 from posttrain.importing.flags import Flag
 
 IDLE = {
@@ -84,40 +85,32 @@ NEAREST = {
 """What comes nearest to options that have no counterpart -> the options."""
 _OFF = (None, "no_change")
 _LORA = (None, False, "standard")
+_ADAPTERS = "lycoris_config init_lokr_norm use_dora peft_lora_mode singlora_ramp_up_steps"
 
 TABLE: dict[str, Flag] = {
+    **COMMON,
     "model_type": Flag(default="lora", choices=("lora", "full")),
     "model_family": Flag(),
     "model_flavour": Flag(),
-    "pretrained_model_name_or_path": Flag(),
-    "revision": Flag(),
     "output_dir": Flag(default="output/models"),
-    "seed": Flag("int"),
     "resolution": Flag("float", 1024.0),
     "resolution_type": Flag(default="pixel_area", choices=("pixel", "area", "pixel_area")),
     "data_backend_config": Flag(),
     "caption_strategy": Flag(default="textfile"),
     "caption_dropout_probability": Flag("float", 0.0),
     "tokenizer_max_length": Flag("int"),
-    "num_train_epochs": Flag("int", 1),
     "max_train_steps": Flag("int", 0),
-    "train_batch_size": Flag("int", 4, least=1),
-    "gradient_accumulation_steps": Flag("int", 1, least=1),
     "num_processes": Flag("int", 1, least=1),
     "num_machines": Flag("int", 1, idle="num_processes counts those of all machines, as for accelerate"),
     "learning_rate": Flag("float", 4e-7),
     "lr_scheduler": Flag(default="constant_with_warmup"),
-    "lr_warmup_steps": Flag("int", 0),
     "lr_scale": Flag("bool", False),
     "lr_scale_sqrt": Flag("bool", False),
     "optimizer": Flag(default="adamw_bf16"),
     "optimizer_config": Flag(),
-    "adam_beta1": Flag("float", 0.9),
-    "adam_beta2": Flag("float", 0.999),
     "optimizer_beta1": Flag("float"),
     "optimizer_beta2": Flag("float"),
     "adam_weight_decay": Flag("float", 1e-2),
-    "adam_epsilon": Flag("float", 1e-8),
     "max_grad_norm": Flag("float", 2.0),
     "grad_clip_method": Flag(default="value", choices=("value", "norm")),
     "gradient_checkpointing": Flag("bool", True),
@@ -162,16 +155,7 @@ TABLE: dict[str, Flag] = {
         f"text_encoder_{n}_precision": Flag("any", nearest="model.dtype or model.offload", off=_OFF)
         for n in range(1, 5)
     },
-    **{
-        name: Flag("any", nearest="a LoRA", off=_LORA)
-        for name in (
-            "lycoris_config",
-            "init_lokr_norm",
-            "use_dora",
-            "peft_lora_mode",
-            "singlora_ramp_up_steps",
-        )
-    },
+    **{name: Flag("any", nearest="a LoRA", off=_LORA) for name in _ADAPTERS.split()},
     **{name: Flag("any", idle=why) for why, names in IDLE.items() for name in names.split()},
     **{name: Flag("any", nearest=what) for what, names in NEAREST.items() for name in names.split()},
 }

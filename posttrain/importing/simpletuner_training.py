@@ -52,7 +52,7 @@ def _optimizer(s: Settings, d: Draft) -> None:
     if options:
         d.lost["optimizer_config"] = f"{', '.join(options)}: AdamW has betas, eps and weight_decay"
     betas = [f"adam_{b}" if s[f"optimizer_{b}"] is None else f"optimizer_{b}" for b in ("beta1", "beta2")]
-    d.put("stage.train.betas", [s[beta] for beta in betas], *betas)
+    d.same({"stage.train.betas": betas})
 
 
 def _rate(s: Settings, d: Draft, batch: int) -> None:

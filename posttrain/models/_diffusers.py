@@ -42,10 +42,16 @@ class DiffusersModel(Model, ABC):
     """Components that a folder may lack. diffusers must be told which ones it lacks."""
     buffers: ClassVar[frozenset[str]] = frozenset()
     """Tensors in the transformer's file that are not parameters, so never trained."""
+    unencoded: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the family's own that change no prompt's encoding."""
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
     """Component -> what loads it from its folder, if that is not the class in the pipeline's index."""
     packing: ClassVar[int] = 1
     """Side of the square of latents that becomes one token before patches are cut (FLUX: 2)."""
+    template: ClassVar[str] = "{}"
+    """What a prompt is written into before it becomes tokens, for counting them without the text encoder."""
+    latents: ClassVar[int | None] = None
+    """The side in latents of the images that the pipeline draws by default, if only its code says it."""
 
     path: str = Field(min_length=1)
     """A diffusers folder, a hub name such as ``stabilityai/stable-diffusion-3.5-medium``, or
@@ -68,8 +74,8 @@ class DiffusersModel(Model, ABC):
 
     def encoding_settings(self) -> dict[str, Any]:
         """The fields that change a prompt's encoding; the cache's name depends on them. By default, all
-        fields of the family's own."""
-        own = type(self).model_fields.keys() - DiffusersModel.model_fields.keys()
+        fields of the family's own but those in ``unencoded``."""
+        own = type(self).model_fields.keys() - DiffusersModel.model_fields.keys() - self.unencoded
         return self.model_dump(mode="json", include=set(own))
 
     def load(self, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
@@ -150,7 +156,7 @@ class DiffusersModel(Model, ABC):
         return self.divisor_of(transformer, factor), self.longest_side(transformer, factor)
 
     def native_side(self) -> int | None:
-        return native_side(configs_at(self.path) or {}, "transformer")
+        return native_side(configs_at(self.path) or {}, "transformer", self.latents)
 
     @classmethod
     def divisor_of(cls, transformer: Any, factor: int) -> int:
@@ -177,7 +183,8 @@ class DiffusersModel(Model, ABC):
         if (folder := pipeline_folder.local_folder(self.path)) is None:
             return {}
         longest = getattr(self, "max_sequence_length", None)  # most families have such a field
-        return token_counts(folder, captions, self.left_out(), longest)
+        texts = [self.template.format(caption) for caption in captions]
+        return token_counts(folder, texts, self.left_out(), longest)
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
         if (folder := pipeline_folder.local_folder(self.path)) is None:
@@ -191,11 +198,11 @@ class DiffusersModel(Model, ABC):
         return {component: torch_dtype(name) for component, name in names.items()}
 
 
-def native_side(configs: Configs, denoiser: str) -> int | None:
+def native_side(configs: Configs, denoiser: str, latents: int | None = None) -> int | None:
     """The side in pixels of the images that a pipeline with these ``configs`` is made for; None if they do
-    not tell. ``denoiser`` is the component whose ``sample_size`` counts latents."""
+    not tell. ``denoiser`` is the component whose ``sample_size`` counts latents, by default ``latents``."""
     vae = configs.get("vae", {})
-    if isinstance(latents := configs.get(denoiser, {}).get("sample_size"), int) and vae:
+    if isinstance(latents := configs.get(denoiser, {}).get("sample_size") or latents, int) and vae:
         return latents * compression(vae)
     return side if isinstance(side := vae.get("sample_size"), int) else None
 

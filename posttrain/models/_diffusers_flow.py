@@ -2,7 +2,7 @@
 
 A family writes :meth:`DiffusersFlowModel.encode` and :meth:`DiffusersFlowModel.velocity`. It overrides
 ``scaled`` and ``unscaled`` (latents), ``encoded``, ``decoded`` and ``latent_channels`` (autoencoder),
-``uniform_grid``, ``mu``, ``grid_mu`` or ``sigma`` if its pipeline differs there.
+``gives_times``, ``mu``, ``grid_mu`` or ``sigma`` if its pipeline differs there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
 from posttrain.flow.rectified import shift_sigma
 from posttrain.model import DtypeName, EncoderName, FlowModel, torch_dtype
+from posttrain.models._fitting import check_scheduler
 from posttrain.models._resting import Resting
 from posttrain.weights import pipeline_folder
 from posttrain.weights.adapter import load_adapter
@@ -61,6 +62,10 @@ class Block(Protocol):
 
 class DiffusersFlowModel(FlowModel):
     """A loaded diffusers pipeline."""
+
+    gives_times: bool = False
+    """Whether the pipeline gives its scheduler the times to sample at, before the shift: 1 to 1 / steps. If
+    not, they are the scheduler's own."""
 
     def __init__(self, spec: Block, pipeline: Any, source: Path, device: torch.device) -> None:
         """Wrap the ``pipeline`` that ``spec`` loaded from the folder ``source``. Raises ModelError if its
@@ -131,14 +136,9 @@ class DiffusersFlowModel(FlowModel):
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         dynamic = scheduler.config.get("use_dynamic_shifting")
         mu = self.grid_mu(self.tokens(self.latent_shape(height, width)[1:]), steps) if dynamic else None
-        scheduler.set_timesteps(steps, sigmas=self.uniform_grid(steps), **({} if mu is None else {"mu": mu}))
+        times = [1 - i / steps for i in range(steps)] if self.gives_times else None
+        scheduler.set_timesteps(steps, sigmas=times, **({} if mu is None else {"mu": mu}))
         return scheduler.sigmas.tolist()
-
-    def uniform_grid(self, steps: int) -> list[float] | None:
-        """The ``steps`` falling times from 1 on that the pipeline gives to its scheduler; None if it leaves
-        them to the scheduler."""
-        del steps
-        return None
 
     def tokens(self, size: Sequence[int]) -> int:
         """The number of tokens of latents of ``size`` (h, w)."""
@@ -246,14 +246,3 @@ class DiffusersFlowModel(FlowModel):
 
     def _components(self) -> set[str]:
         return {name for name, component in self.pipeline.components.items() if component is not None}
-
-
-def check_scheduler(config: Any) -> None:
-    """Raise ModelError if the scheduler's sigmas are no shift of a uniform grid: training draws from a shift,
-    and would learn other noise levels than those at which images are sampled."""
-    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
-        if config.get(name):
-            raise ModelError(
-                f"scheduler/scheduler_config.json: {name} is true; sigmas must be a uniform grid that is "
-                "shifted, as without it"
-            )

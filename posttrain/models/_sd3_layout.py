@@ -104,6 +104,5 @@ def single_file(blocks: int) -> SingleFile:
     return SingleFile(
         lambda names: transformer_places(names, blocks),
         autoencoder_places,
-        "model.diffusion_model.",
-        "first_stage_model.",
+        autoencoder_prefix="first_stage_model.",
     )

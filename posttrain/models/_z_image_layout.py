@@ -41,8 +41,6 @@ def _place_of(layer: str) -> Place | None:
 Z_IMAGE = SingleFile(
     transformer_places,
     autoencoder_places,
-    "model.diffusion_model.",
-    "vae.",
     kohya_module="networks.lora_zimage",  # that of musubi-tuner, by the author of kohya's scripts
 )
 """The layout of Z-Image's checkpoints."""

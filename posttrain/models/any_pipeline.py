@@ -13,10 +13,13 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, UNGUIDED, ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._fitting import check_widths
 from posttrain.models._mapping import KNOWN, Mapping
 from posttrain.weights import pipeline_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -64,6 +67,10 @@ class AnyFlowModel(DiffusersFlowModel):
     spec: AnyPipeline
     shapes: dict[str, tuple[int, ...]] | None = None
     """The shape of a prompt's condition, once one is known."""
+
+    def __init__(self, spec: AnyPipeline, pipeline: Any, source: Path, device: torch.device) -> None:
+        super().__init__(spec, pipeline, source, device)
+        self.gives_times = self.mapping.grid == "1 / steps"
 
     @cached_property
     def mapping(self) -> Mapping:
@@ -129,11 +136,6 @@ class AnyFlowModel(DiffusersFlowModel):
         )[0].float()
         return predicted if mapping.velocity == "noise - image" else -predicted
 
-    def uniform_grid(self, steps: int) -> list[float] | None:
-        if self.mapping.grid == "scheduler":
-            return None
-        return [1 - i / steps for i in range(steps)]
-
     def check(self) -> None:
         mapping, takes = self.mapping, inspect.signature(self.transformer.forward).parameters
         named = {mapping.latents, mapping.timestep, *mapping.prompt, *mapping.arguments}
@@ -152,12 +154,8 @@ class AnyFlowModel(DiffusersFlowModel):
                 "scheduler/scheduler_config.json: use_dynamic_shifting is true; a model of type diffusers "
                 "has one shift for images of all sizes"
             )
-        channels, taken = self.vae.config.latent_channels, self.transformer.config.in_channels
-        if channels != taken:
-            raise ModelError(
-                f"vae does not fit: its latent channels are {channels}, the transformer's in_channels is "
-                f"{taken}"
-            )
+        channels = self.vae.config.latent_channels
+        check_widths(self.transformer.config, ("vae", "its latent channels are", channels, "in_channels"))
 
 
 class AnyPipeline(DiffusersModel):

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from posttrain.errors import ModelError
 from posttrain.flow.guidance import EMBEDDED, UNGUIDED, ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._fitting import check_settings, check_widths
 from posttrain.models._flux_layout import FLUX
 from posttrain.models._packing import grid_ids, packed, unpacked
 
@@ -26,6 +26,7 @@ class FluxFlowModel(DiffusersFlowModel):
     """A loaded FLUX.1 pipeline."""
 
     spec: Flux
+    gives_times = True
 
     def encode(self, prompts: list[str]) -> Condition:
         embeds, pooled, _ = self.pipeline.encode_prompt(
@@ -56,24 +57,16 @@ class FluxFlowModel(DiffusersFlowModel):
         )[0]
         return unpacked(tokens.float(), height, width)
 
-    def uniform_grid(self, steps: int) -> list[float]:
-        # 1 to 1 / steps, as the pipeline gives them
-        return [1 - i / steps for i in range(steps)]
-
     def check(self) -> None:
         pipeline, config = self.pipeline, self.transformer.config
-        for part, found, name in (
-            ("text_encoder", pipeline.text_encoder.config.hidden_size, "pooled_projection_dim"),
-            ("text_encoder_2", pipeline.text_encoder_2.config.d_model, "joint_attention_dim"),
-            ("vae", 4 * self.vae.config.latent_channels, "in_channels"),
-        ):
-            if found != config[name]:
-                width = "4 times its latent channels are" if part == "vae" else "its width is"
-                raise ModelError(
-                    f"{part} does not fit: {width} {found}, the transformer's {name} is {config[name]}"
-                )
-        if config.patch_size != 1:
-            raise ModelError(f"transformer/config.json: patch_size is {config.patch_size}; FLUX has 1")
+        clip, t5 = pipeline.text_encoder.config, pipeline.text_encoder_2.config
+        check_widths(
+            config,
+            ("text_encoder", "its width is", clip.hidden_size, "pooled_projection_dim"),
+            ("text_encoder_2", "its width is", t5.d_model, "joint_attention_dim"),
+            ("vae", "4 times its latent channels are", 4 * self.vae.config.latent_channels, "in_channels"),
+        )
+        check_settings("transformer", config, {"patch_size": 1}, "FLUX has")
 
 
 class Flux(DiffusersModel):
@@ -83,6 +76,7 @@ class Flux(DiffusersModel):
     pipelines: ClassVar = ("FluxPipeline",)
     flow: ClassVar = FluxFlowModel
     packing: ClassVar = 2
+    unencoded: ClassVar = frozenset({"train_guidance"})
 
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """Tokens of a prompt in T5, in training and evaluation. Padding counts as tokens, as in diffusers. dev
@@ -104,6 +98,3 @@ class Flux(DiffusersModel):
         if self.train_guidance == 1 or self.guidance_rule().embedded:
             return {}
         return {"train_guidance": "has no effect: this model takes no guidance scale; remove it"}
-
-    def encoding_settings(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_sequence_length}

@@ -10,8 +10,10 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, UNGUIDED, ClassifierFree
+from posttrain.models._chat import chats
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._fitting import check_settings, check_widths
 from posttrain.models._flux2_layout import FLUX2
 from posttrain.models._outline import PIPELINE, configs_at
 from posttrain.models._packing import grid_ids, packed, unpacked
@@ -33,6 +35,7 @@ class Flux2KleinFlowModel(DiffusersFlowModel):
     """A loaded FLUX.2 klein pipeline."""
 
     spec: Flux2Klein
+    gives_times = True
 
     def __init__(self, spec: Flux2Klein, pipeline: Any, source: Path, device: torch.device) -> None:
         super().__init__(spec, pipeline, source, device)
@@ -42,18 +45,13 @@ class Flux2KleinFlowModel(DiffusersFlowModel):
         import torch
 
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.model
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-            for prompt in prompts
-        ]
         longest = self.spec.max_sequence_length
         tokens = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+            chats(tokenizer, prompts, thinking=False),
+            padding="max_length",
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
         )
         known = tokens.attention_mask.to(self.device).bool()
         # given the words alone, transformers would choose other kernels where no prompt of a batch is padded
@@ -85,10 +83,6 @@ class Flux2KleinFlowModel(DiffusersFlowModel):
         )[0]
         return unpacked(tokens.float(), height, width)
 
-    def uniform_grid(self, steps: int) -> list[float]:
-        # 1 to 1 / steps, as the pipeline gives them
-        return [1 - i / steps for i in range(steps)]
-
     def mu(self, tokens: int) -> float:
         return self.grid_mu(tokens, self.spec.grid_steps)
 
@@ -116,29 +110,19 @@ class Flux2KleinFlowModel(DiffusersFlowModel):
         return found[0], found[1]
 
     def check(self) -> None:
-        pipeline, config = self.pipeline, self.transformer.config
-        for name, value in KNOWN.items():
-            if config[name] != value:
-                raise ModelError(
-                    f"transformer/config.json: {name} is {config[name]}; FLUX.2 klein has {value}"
-                )
-        text = pipeline.text_encoder.config
+        config, text = self.transformer.config, self.pipeline.text_encoder.config
+        check_settings("transformer", config, KNOWN, "FLUX.2 klein has")
         if (layers := text.num_hidden_layers) < max(LAYERS):
             raise ModelError(
                 f"text_encoder does not fit: it has {layers} layers; the hidden states after layers "
                 f"{', '.join(map(str, LAYERS))} are needed"
             )
-        for part, found, name in (
-            ("text_encoder", len(LAYERS) * text.hidden_size, "joint_attention_dim"),
-            ("vae", 4 * self.vae.config.latent_channels, "in_channels"),
-        ):
-            if found != config[name]:
-                width = (
-                    "3 times its width is" if part == "text_encoder" else "4 times its latent channels are"
-                )
-                raise ModelError(
-                    f"{part} does not fit: {width} {found}, the transformer's {name} is {config[name]}"
-                )
+        width, channels = len(LAYERS) * text.hidden_size, 4 * self.vae.config.latent_channels
+        check_widths(
+            config,
+            ("text_encoder", "3 times its width is", width, "joint_attention_dim"),
+            ("vae", "4 times its latent channels are", channels, "in_channels"),
+        )
 
 
 class Flux2Klein(DiffusersModel):
@@ -148,6 +132,7 @@ class Flux2Klein(DiffusersModel):
     pipelines: ClassVar = ("Flux2KleinPipeline",)
     flow: ClassVar = Flux2KleinFlowModel
     packing: ClassVar = 2
+    unencoded: ClassVar = frozenset({"grid_steps"})
 
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """Tokens of a prompt, in training and evaluation. Padding counts as tokens, as in diffusers."""
@@ -161,9 +146,6 @@ class Flux2Klein(DiffusersModel):
 
     def guidance_rule(self) -> ClassifierFree:
         return _rule((configs_at(self.path) or {}).get(PIPELINE, {}))
-
-    def encoding_settings(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_sequence_length}
 
 
 def _rule(config: Mapping[str, Any]) -> ClassifierFree:

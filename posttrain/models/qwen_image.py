@@ -8,14 +8,12 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
-from posttrain.models._diffusers import DiffusersModel, compression
+from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
-from posttrain.models._outline import configs_at
+from posttrain.models._fitting import check_settings, check_widths
 from posttrain.models._packing import packed, unpacked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from posttrain.condition import Condition
@@ -29,8 +27,6 @@ KNOWN = {
 }
 """The transformer's settings that would need other inputs if they were different (those of the editing and
 layered variants)."""
-LATENTS = 128
-"""The side in latents of the images that the pipeline draws by default."""
 
 
 class NormKept(ClassifierFree):
@@ -49,27 +45,36 @@ class QwenImageFlowModel(DiffusersFlowModel):
     """A loaded Qwen-Image pipeline. Its autoencoder is one of videos; an image is a video of one frame."""
 
     spec: QwenImage
+    gives_times = True
 
     def encode(self, prompts: list[str]) -> Condition:
-        pipeline, longest = self.pipeline, self.spec.max_sequence_length
-        start = pipeline.prompt_template_encode_start_idx
-        tokens = pipeline.tokenizer(
+        tokenizer, template, start = self.tokenization()
+        tokens = tokenizer(
             # the model's authors guide with " " where there is no negative prompt
-            [pipeline.prompt_template_encode.format(prompt or " ") for prompt in prompts],
-            max_length=start + longest,
+            [template.format(prompt or " ") for prompt in prompts],
+            max_length=start + self.spec.max_sequence_length,
             padding="max_length",
             padding_side="right",
             truncation=True,
             return_tensors="pt",
         )
         # The attention is causal, so what follows a token, such as padding, does not change it.
-        encoder = pipeline.text_encoder.model.language_model
-        states = encoder(input_ids=tokens.input_ids.to(self.device), use_cache=False).last_hidden_state
+        states = self.states(tokens.input_ids.to(self.device))
         mask = tokens.attention_mask[:, start:].to(self.device).bool()
         return {
             "encoder_hidden_states": states[:, start:].masked_fill(~mask[..., None], 0),
             "encoder_hidden_states_mask": mask,
         }
+
+    def tokenization(self) -> tuple[Any, str, int]:
+        """The tokenizer, what prompts are written into, and how many of its first tokens are dropped."""
+        pipeline = self.pipeline
+        return pipeline.tokenizer, pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+
+    def states(self, ids: Tensor) -> Tensor:
+        """The text encoder's states (n, tokens, width) of the tokens ``ids`` (n, tokens)."""
+        encoder = self.pipeline.text_encoder.model.language_model
+        return encoder(input_ids=ids, use_cache=False).last_hidden_state
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = self.forward_dtype or self.transformer.dtype
@@ -83,10 +88,6 @@ class QwenImageFlowModel(DiffusersFlowModel):
             return_dict=False,
         )[0]
         return unpacked(tokens.float(), height, width)
-
-    def uniform_grid(self, steps: int) -> list[float]:
-        # 1 to 1 / steps, as the pipeline gives them
-        return [1 - i / steps for i in range(steps)]
 
     def encoded(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(pixels[:, :, None]).latent_dist
@@ -108,8 +109,8 @@ class QwenImageFlowModel(DiffusersFlowModel):
 
     def check(self) -> None:
         transformer, vae = self.transformer.config, self.vae.config
-        check_settings("transformer", transformer, KNOWN, "Qwen-Image")
-        check_settings("vae", vae, {"input_channels": 3}, "RGB")
+        check_settings("transformer", transformer, KNOWN, "for Qwen-Image it is")
+        check_settings("vae", vae, {"input_channels": 3}, "for RGB it is")
         check_moments(vae)
         taken = {"in_channels": transformer.in_channels, "out_channels": 4 * transformer.out_channels}
         for name, width in taken.items():
@@ -119,24 +120,13 @@ class QwenImageFlowModel(DiffusersFlowModel):
                     f"the transformer's {name} is made for {width}"
                 )
         width = self.pipeline.text_encoder.config.text_config.hidden_size
-        if width != transformer.joint_attention_dim:
-            raise ModelError(
-                f"text_encoder does not fit: its width is {width}, the transformer's joint_attention_dim is "
-                f"{transformer.joint_attention_dim}"
-            )
+        check_widths(transformer, ("text_encoder", "its width is", width, "joint_attention_dim"))
 
     def _moments(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and the standard deviation (c, 1, 1) of the autoencoder's latents."""
         config = self.vae.config
         mean, std = (latents.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
         return mean, std
-
-
-def check_settings(component: str, config: Any, known: Mapping[str, Any], what: str) -> None:
-    """Raise ModelError if a setting of a component's ``config`` is not as ``known`` for ``what``."""
-    for name, value in known.items():
-        if config[name] != value:
-            raise ModelError(f"{component}/config.json: {name} is {config[name]}; for {what} it is {value}")
 
 
 def check_moments(vae: Any) -> None:
@@ -154,6 +144,7 @@ class QwenImage(DiffusersModel):
     type: Literal["qwen_image"] = "qwen_image"
     pipelines: ClassVar = ("QwenImagePipeline",)
     flow: ClassVar = QwenImageFlowModel
+    latents: ClassVar = 128
 
     max_sequence_length: int = Field(default=512, ge=1, le=1024)
     """Tokens of a prompt, with 5 that end it, in training and evaluation. Shorter prompts are padded to as
@@ -161,7 +152,3 @@ class QwenImage(DiffusersModel):
 
     def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
         return NormKept()
-
-    def native_side(self) -> int | None:
-        configs = configs_at(self.path)
-        return None if configs is None else LATENTS * compression(configs["vae"])

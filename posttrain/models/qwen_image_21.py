@@ -8,13 +8,14 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
-from posttrain.models._diffusers import DiffusersModel, compression
-from posttrain.models._outline import configs_at
-from posttrain.models.qwen_image import LATENTS, QwenImageFlowModel, check_moments, check_settings
+from posttrain.models._chat import QWEN
+from posttrain.models._diffusers import DiffusersModel
+from posttrain.models._fitting import check_settings, check_widths
+from posttrain.models.qwen_image import QwenImageFlowModel, check_moments
 from posttrain.weights.text_processor import load_text_processor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -22,15 +23,11 @@ if TYPE_CHECKING:
 
     from posttrain.condition import Condition
     from posttrain.models._diffusers_flow import Block
-    from posttrain.weights.token_counts import TokenCounts
 
 KNOWN = {"patch_size": 1}
 """The transformer's setting that would need other inputs if it was different."""
 RGBA = 4
 """Channels of the images that the autoencoder takes and gives."""
-
-TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-"""What the transformer reads of the pipeline's template, for counting tokens without the text encoder."""
 
 
 class Distilled(ClassifierFree):
@@ -84,34 +81,21 @@ class QwenImage21FlowModel(QwenImageFlowModel):
 
             self.transformer.build_token_metadata = metadata
 
-    def encode(self, prompts: list[str]) -> Condition:
+    def tokenization(self) -> tuple[Any, str, int]:
+        pipeline = self.pipeline  # which drops the system's turn
+        return pipeline.processor.tokenizer, pipeline.prompt_template_t2i, pipeline._drop_idx
+
+    def states(self, ids: Tensor) -> Tensor:
         import torch
 
-        pipeline = self.pipeline
-        start = pipeline._drop_idx  # tokens of the system's turn, which the pipeline drops
-        tokens = pipeline.processor.tokenizer(
-            [pipeline.prompt_template_t2i.format(prompt or " ") for prompt in prompts],
-            max_length=start + self.spec.max_sequence_length,
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            return_tensors="pt",
-        )
-        # The attention is causal, so what follows a token, such as padding, does not change it.
-        encoder = pipeline.text_encoder.model.language_model
-        ids = tokens.input_ids.to(self.device)
+        encoder = self.pipeline.text_encoder.model.language_model
         # without positions of its own, the encoder would look for several texts in a row
         places = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)
         unnormed = encoder.norm.register_forward_hook(lambda module, inputs, normed: inputs[0])
         try:
-            states = encoder(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
+            return encoder(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
         finally:
             unnormed.remove()
-        mask = tokens.attention_mask[:, start:].to(self.device).bool()
-        return {
-            "encoder_hidden_states": states[:, start:].masked_fill(~mask[..., None], 0),
-            "encoder_hidden_states_mask": mask,
-        }
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = self.forward_dtype or self.transformer.dtype
@@ -161,8 +145,8 @@ class QwenImage21FlowModel(QwenImageFlowModel):
 
     def check(self) -> None:
         transformer, vae = self.transformer.config, self.vae.config
-        check_settings("transformer", transformer, KNOWN, "Qwen-Image 2.1")
-        check_settings("vae", vae, {"in_channels": RGBA, "out_channels": RGBA}, "RGBA")
+        check_settings("transformer", transformer, KNOWN, "for Qwen-Image 2.1 it is")
+        check_settings("vae", vae, {"in_channels": RGBA, "out_channels": RGBA}, "for RGBA it is")
         check_moments(vae)
         if self.pipeline.config.get("sample_sigmas"):
             raise ModelError(
@@ -170,16 +154,12 @@ class QwenImage21FlowModel(QwenImageFlowModel):
                 "training needs those of any number of steps"
             )
         width = self.pipeline.text_encoder.config.text_config.hidden_size
-        for part, found, name in (
-            ("vae", vae.z_dim, "in_channels"),
-            ("vae", vae.z_dim, "out_channels"),
-            ("text_encoder", width, "context_in_dim"),
-        ):
-            if found != transformer[name]:
-                kind = "its latent channels are" if part == "vae" else "its width is"
-                raise ModelError(
-                    f"{part} does not fit: {kind} {found}, the transformer's {name} is {transformer[name]}"
-                )
+        check_widths(
+            transformer,
+            ("vae", "its latent channels are", vae.z_dim, "in_channels"),
+            ("vae", "its latent channels are", vae.z_dim, "out_channels"),
+            ("text_encoder", "its width is", width, "context_in_dim"),
+        )
 
 
 class QwenImage21(DiffusersModel):
@@ -189,6 +169,8 @@ class QwenImage21(DiffusersModel):
     pipelines: ClassVar = ("QwenImage21Pipeline",)
     flow: ClassVar = QwenImage21FlowModel
     packing: ClassVar = 2
+    template: ClassVar = QWEN
+    latents: ClassVar = 128
     loaders: ClassVar = {"processor": load_text_processor}
 
     max_sequence_length: int = Field(default=512, ge=1, le=4096)
@@ -200,10 +182,3 @@ class QwenImage21(DiffusersModel):
 
     def call_settings(self) -> dict[str, Any]:
         return {}  # the pipeline's call takes prompts of any length
-
-    def native_side(self) -> int | None:
-        configs = configs_at(self.path)
-        return None if configs is None else LATENTS * compression(configs["vae"])
-
-    def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
-        return super().token_counts([TEMPLATE.format(caption) for caption in captions])

@@ -87,6 +87,7 @@ class SD3(DiffusersModel):
     flow: ClassVar = SD3FlowModel
     optional: ClassVar = T5
     buffers: ClassVar = frozenset({"pos_embed.pos_embed"})
+    unencoded: ClassVar = frozenset({"text_encoder_3"})  # the cache's name lists the components, T5 too
 
     max_sequence_length: int = Field(default=256, ge=1, le=512)
     """Maximum tokens of a prompt in T5, in training and evaluation. The published runs trained with 77 (SOAR)
@@ -104,7 +105,3 @@ class SD3(DiffusersModel):
 
     def left_out(self) -> frozenset[str]:
         return frozenset() if self.text_encoder_3 else T5
-
-    def encoding_settings(self) -> dict[str, Any]:
-        # the cache's name lists the components, T5 among them
-        return {"max_sequence_length": self.max_sequence_length}

@@ -8,28 +8,26 @@ from pydantic import Field
 
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
+from posttrain.models._chat import QWEN, chats
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._fitting import check_settings, check_widths
 from posttrain.models._outline import configs_at
 from posttrain.models._z_image_layout import Z_IMAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
     from posttrain.condition import Condition
     from posttrain.weights.single_file import SingleFile
-    from posttrain.weights.token_counts import TokenCounts
 
 KNOWN = {"all_patch_size": [2], "all_f_patch_size": [1], "siglip_feat_dim": None}
 """The transformer's settings that would need other inputs if they were different (the Omni variant has a
 ``siglip_feat_dim``)."""
 MULTIPLE = 32
 """The transformer fills up a prompt to a multiple of so many tokens (``SEQ_MULTI_OF`` in diffusers)."""
-
-TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-"""What the published chat template makes of a prompt, for counting tokens without the text encoder."""
 CAUSAL = {"full_attention": None}
 """The mask of each kind of attention in Qwen3: none beside causality."""
 
@@ -59,19 +57,12 @@ class ZImageFlowModel(DiffusersFlowModel):
     """A loaded Z-Image pipeline."""
 
     spec: ZImage
+    gives_times = True
 
     def encode(self, prompts: list[str]) -> Condition:
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.base_model
         tokens = tokenizer(
-            [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=True,
-                )
-                for prompt in prompts
-            ],
+            chats(tokenizer, prompts, thinking=True),
             max_length=self.spec.max_sequence_length,
             padding="max_length",
             padding_side="right",
@@ -104,25 +95,14 @@ class ZImageFlowModel(DiffusersFlowModel):
         )[0]
         return -torch.stack(list(velocities))[:, :, 0].float()
 
-    def uniform_grid(self, steps: int) -> list[float]:
-        # 1 to 1 / steps, as the pipeline gives them
-        return [1 - i / steps for i in range(steps)]
-
     def check(self) -> None:
         config, longest = self.transformer.config, self.spec.max_sequence_length
-        for name, value in KNOWN.items():
-            found = config[name]
-            if (list(found) if isinstance(found, tuple) else found) != value:
-                raise ModelError(f"transformer/config.json: {name} is {found}; for Z-Image it is {value}")
-        for part, width, name in (
-            ("text_encoder", self.pipeline.text_encoder.config.hidden_size, "cap_feat_dim"),
-            ("vae", self.vae.config.latent_channels, "in_channels"),
-        ):
-            if width != config[name]:
-                kind = "its latent channels are" if part == "vae" else "its width is"
-                raise ModelError(
-                    f"{part} does not fit: {kind} {width}, the transformer's {name} is {config[name]}"
-                )
+        check_settings("transformer", config, KNOWN, "for Z-Image it is")
+        check_widths(
+            config,
+            ("text_encoder", "its width is", self.pipeline.text_encoder.config.hidden_size, "cap_feat_dim"),
+            ("vae", "its latent channels are", self.vae.config.latent_channels, "in_channels"),
+        )
         if (reason := _too_long(longest, config)) is not None:
             raise ModelError(f"model.max_sequence_length is {longest}; {reason}")
 
@@ -147,6 +127,8 @@ class ZImage(DiffusersModel):
     pipelines: ClassVar = ("ZImagePipeline",)
     flow: ClassVar = ZImageFlowModel
     packing: ClassVar = 2
+    unencoded: ClassVar = frozenset({"cfg_normalization"})
+    template: ClassVar = QWEN
 
     max_sequence_length: int = Field(default=512, ge=1)
     """Tokens of a prompt within the chat template, in training and evaluation. Shorter prompts are stored as
@@ -169,9 +151,3 @@ class ZImage(DiffusersModel):
     def longest_side(self, transformer: Any, factor: int) -> int | None:
         positions = transformer.get("axes_lens")
         return positions and min(positions[1:]) * self.divisor_of(transformer, factor)
-
-    def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
-        return super().token_counts([TEMPLATE.format(caption) for caption in captions])
-
-    def encoding_settings(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_sequence_length}

@@ -35,6 +35,7 @@ SOURCE = (
         for name in ("counts", "folding", "footprint", "held", "kernels", "profile", "sizes")
     ),
     *(f"policy/{name}.py" for name in ("activations", "blocks", "tuning")),
+    "flow_model.py",
     "model.py",
     "models/*.py",
 )

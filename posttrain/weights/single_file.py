@@ -41,8 +41,8 @@ class SingleFile:
 
     transformer: Places
     autoencoder: Places
-    transformer_prefix: str
-    autoencoder_prefix: str
+    transformer_prefix: str = "model.diffusion_model."
+    autoencoder_prefix: str = "vae."
     kohya_module: str = "networks.lora_sd3"
     """The module of kohya's scripts that trains LoRAs of the model."""
 

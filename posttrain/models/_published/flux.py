@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.models._published._components import CLIP_L, FLUX_AUTOENCODER, T5_XXL
+
 _TRANSFORMER = {
     "patch_size": 1,
     "in_channels": 64,
@@ -16,40 +18,9 @@ _TRANSFORMER = {
     "axes_dims_rope": [16, 56, 56],
 }
 _REST: dict[str, dict[str, Any]] = {
-    "vae": {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "max_position_embeddings": 77,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-    },
-    "text_encoder_2": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-    },
+    "vae": FLUX_AUTOENCODER,
+    "text_encoder": CLIP_L,
+    "text_encoder_2": T5_XXL,
 }
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {

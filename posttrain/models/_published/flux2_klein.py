@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.models._published._components import QWEN3_4B, QWEN3_8B, autoencoder
+
 _TRANSFORMER = {
     "patch_size": 1,
     "in_channels": 128,
@@ -15,32 +17,11 @@ _TRANSFORMER = {
     "eps": 1e-6,
     "guidance_embeds": False,
 }
-_TEXT = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "eos_token_id": 151645,
-}
+_TEXT = {"architectures": ["Qwen3ForCausalLM"]}
 _REST: dict[str, dict[str, Any]] = {
-    "vae": {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 32,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "batch_norm_eps": 1e-4,
-        "patch_size": [2, 2],
-    },
+    "vae": autoencoder(
+        32, use_quant_conv=True, use_post_quant_conv=True, batch_norm_eps=1e-4, patch_size=[2, 2]
+    ),
     "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
 }
 _4B = {
@@ -52,13 +33,7 @@ _4B = {
         "num_attention_heads": 24,
         "joint_attention_dim": 7680,
     },
-    # that of Qwen3-4B
-    "text_encoder": {
-        **_TEXT,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "tie_word_embeddings": True,
-    },
+    "text_encoder": {**_TEXT, **QWEN3_4B},
 }
 _9B = {
     **_REST,
@@ -69,13 +44,7 @@ _9B = {
         "num_attention_heads": 32,
         "joint_attention_dim": 12288,
     },
-    # that of Qwen3-8B
-    "text_encoder": {
-        **_TEXT,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "tie_word_embeddings": False,
-    },
+    "text_encoder": {**_TEXT, **QWEN3_8B},
 }
 _DISTILLED = {"pipeline": {"is_distilled": True}}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.models._published._components import QWEN3_8B_LAYERS
 from posttrain.models._published.qwen_image import SCHEDULER
 
 _QWEN_IMAGE_21: dict[str, dict[str, Any]] = {
@@ -39,15 +40,8 @@ _QWEN_IMAGE_21: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "tie_word_embeddings": False,
         "text_config": {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
+            **QWEN3_8B_LAYERS,
             "max_position_embeddings": 262144,
-            "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 5000000.0,

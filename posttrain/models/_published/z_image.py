@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.models._published._components import FLUX_AUTOENCODER, QWEN3_4B
+
 _COMPONENTS: dict[str, dict[str, Any]] = {
     "transformer": {
         "all_patch_size": [2],
@@ -22,34 +24,9 @@ _COMPONENTS: dict[str, dict[str, Any]] = {
         "axes_dims": [32, 48, 48],
         "axes_lens": [1536, 512, 512],
     },
-    "vae": {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder": {
-        "architectures": ["Qwen3Model"],  # as model_index.json loads it; its own file has Qwen3ForCausalLM
-        "vocab_size": 151936,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000,
-        "eos_token_id": 151645,
-        "tie_word_embeddings": True,
-    },
+    "vae": FLUX_AUTOENCODER,
+    # as model_index.json loads it; its own file has Qwen3ForCausalLM
+    "text_encoder": {"architectures": ["Qwen3Model"], **QWEN3_4B},
 }
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
