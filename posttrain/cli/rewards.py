@@ -111,12 +111,14 @@ def score(
     from posttrain.evaluation.card import result
     from posttrain.evaluation.report.table import card_table
     from posttrain.scoring.folder import image_files, score_files, with_prompts
-    from posttrain.support.files import write
+    from posttrain.support.files import check_writable, write
     from posttrain.support.wording import counted
 
     if not images:
         raise PosttrainError("say which images to score: files or folders")
     items = with_prompts(image_files(images), prompts, prompt, rewards)
+    if output is not None:
+        check_writable(output)
     records = score_files(items, rewards, resolve(device), batch_size)
     if output is not None:
         write(output, "".join(json.dumps(record) + "\n" for record in records))

@@ -45,6 +45,16 @@ def write(file: Path, content: str | bytes) -> None:
             publish(unfinished, target)
 
 
+def check_writable(file: Path) -> None:
+    """Raise PosttrainError if ``file`` cannot be written, before long work whose result it is to hold."""
+    with writing(file):
+        if file.is_dir():
+            raise IsADirectoryError(str(file))
+        if file.is_file() or not file.exists():
+            with aside(file.resolve(), secrets.token_hex(4)) as unfinished:
+                unfinished.touch()
+
+
 @contextlib.contextmanager
 def published(folder: Path, needs: int | None = None, mark: str = "") -> Iterator[Path]:
     """Yield a new folder that becomes ``folder`` at the end of the block. One process at a time may write it.
