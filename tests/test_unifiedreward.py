@@ -201,7 +201,10 @@ def test_a_judge_that_hangs_does_not_keep_the_program_from_ending(judge):
     asked, told, before = threading.Event(), threading.Event(), {*threading.enumerate()}
     judge.reply = staticmethod(lambda text, image: asked.set() or (told.wait(60) and "Final Score: 5"))
     score = unified(judge).load(CPU)
-    threading.Thread(target=score, args=(grey(0.5), ["a"], [{}]), daemon=True).start()
+    caller = threading.Thread(target=score, args=(grey(0.5), ["a"], [{}]))
+    caller.start()
     assert asked.wait(60)
-    assert [thread.name for thread in {*threading.enumerate()} - before if not thread.daemon] == []
+    others = {*threading.enumerate()} - before - {caller}
     told.set()
+    caller.join(60)
+    assert [thread.name for thread in others if not thread.daemon] == []
