@@ -1,5 +1,8 @@
 """The images of a report: which ones, in which order, and how one looks at them without a script."""
 
+import json
+import os
+
 import pytest
 from html_page import checked, rows_of
 from hypothesis import given
@@ -73,6 +76,13 @@ def test_an_image_that_is_gone_leaves_the_others_with_their_own_prompts(run):
     grid = run / "soar" / "evaluation" / "grid"
     (grid / "000.png").unlink()
     assert load_results(run).stages[2].images == {(PROMPTS[3], 0): grid / "001.png"}
+
+
+def test_a_file_name_that_is_no_text_does_not_take_the_report(run):
+    account = json.loads((run / "soar" / "stage.json").read_text())
+    account["skipped"] = [os.fsdecode(b"caf\xe9.jpg") + ": truncated"]
+    (run / "soar" / "stage.json").write_text(json.dumps(account))
+    assert r"caf\udce9.jpg: truncated" in write_report(run).read_text("utf-8")
 
 
 def grids_of(folder, *steps):
