@@ -359,13 +359,14 @@ def test_weights_beside_the_stores_are_neither_counted_nor_removed(tmp_path):
     os.utime(weights, (1, 1))  # used longest ago
     filled(tmp_path, range(4), limit=shard.stat().st_size + 100)
     assert weights.is_file()
-    (weights.parent / "about.json").write_text("[1]")
-    assert {store.folder.name: (store.files, type(store.about)) for store in contents(tmp_path)} == {
-        "things-0": (1, dict),
-        "sd3": (0, dict),
-    }
+    (weights.parent / "about.json").write_text('["mine"]')
+    (tmp_path / "things-0" / "about.json").write_text("[damaged")
+    assert [(store.folder.name, store.files, store.about) for store in contents(tmp_path)] == [
+        ("things-0", 1, {})
+    ]
     clear(tmp_path)
-    assert weights.is_file()
+    assert sorted(path.name for path in weights.parent.iterdir()) == ["about.json", "model.safetensors"]
+    assert not (tmp_path / "things-0").exists()
 
 
 @given(st.integers(0, 10**6), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " "]))

@@ -33,11 +33,10 @@ class StoreSummary:
 
 def contents(root: Path) -> list[StoreSummary]:
     """The stores in the folder ``root``, the most recently used first."""
-    return sorted(
-        (_summary(file) for file in root.glob(f"*/{ABOUT}")),
-        key=lambda store: store.used or 0.0,
-        reverse=True,
-    )
+    found = (_summary(file) for file in root.glob(f"*/{ABOUT}"))
+    # others may name a file so; one of a store may be damaged
+    stores = (store for store in found if store.files or "kind" in store.about)
+    return sorted(stores, key=lambda store: store.used or 0.0, reverse=True)
 
 
 def _summary(file: Path) -> StoreSummary:
