@@ -7,7 +7,6 @@ is 429 or 5xx, or if the reader of the answer raises ValueError. Any other statu
 from __future__ import annotations
 
 import logging
-import os
 import time
 from abc import ABC
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from posttrain.errors import RewardError
 from posttrain.registry import FREE
 from posttrain.reward import Reward
 from posttrain.rewards._link import Answer, BadAnswer, Link, NoAnswer
+from posttrain.support.tokens import token_in, token_problem
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -45,17 +45,17 @@ class OverHttp(Reward, ABC):
     def problem(self) -> str | None:
         if (reason := super().problem()) is not None:
             return reason
-        if self.token_env is not None and not os.environ.get(self.token_env):
-            return f"token_env: there is no environment variable {self.token_env!r}, or it is empty"
+        if self.token_env is not None and (reason := token_problem(self.token_env)) is not None:
+            return f"token_env: {reason}"
         return None
 
     def link(self) -> Link:
         """A link that sends the token, and ignores proxies set in the environment."""
         headers = {}
         if self.token_env is not None:
-            if not (token := os.environ.get(self.token_env)):
-                raise RewardError(f"{self.type}: {self.problem()}")
-            headers["Authorization"] = f"Bearer {token}"
+            if (reason := token_problem(self.token_env)) is not None:
+                raise RewardError(f"{self.type}: token_env: {reason}")
+            headers["Authorization"] = f"Bearer {token_in(self.token_env)}"
         return Link(headers, self.timeout_seconds)
 
     def asked(self, link: Link, method: str, url: str, read: Callable[[Answer], T], **body: Any) -> T:

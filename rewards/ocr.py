@@ -71,8 +71,8 @@ def quoted(prompt: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """``text`` without spaces, in lower case."""
-    return text.replace(" ", "").lower()
+    """``text`` without spaces and line breaks, in lower case."""
+    return "".join(text.split()).lower()
 
 
 def similarity(target: str, recognized: str) -> float:

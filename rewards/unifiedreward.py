@@ -16,7 +16,6 @@ import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -65,6 +64,7 @@ class UnifiedReward(OverHttp):
     def load(self, device: torch.device) -> Scorer:
         del device  # the server has its own
         from posttrain.support.images import to_pil
+        from posttrain.support.worker import in_threads
 
         link, url = self.link(), f"{self.url.rstrip('/')}/chat/completions"
 
@@ -82,13 +82,11 @@ class UnifiedReward(OverHttp):
                     failed.set()
                     raise
 
-            with ThreadPoolExecutor(self.concurrency) as pool:
-                pairs = zip(to_pil(images), prompts, strict=True)
-                futures = [pool.submit(score_image, image, prompt) for image, prompt in pairs]
-                try:
-                    return Scores(torch.tensor([future.result() for future in futures]))
-                finally:
-                    failed.set()
+            futures = in_threads("judge", self.concurrency, score_image, to_pil(images), prompts)
+            try:
+                return Scores(torch.tensor([future.result() for future in futures]))
+            finally:
+                failed.set()
 
         return score
 

@@ -1,10 +1,12 @@
-"""A GPU that computes bf16 slowly is named before a stage trains in bf16."""
+"""Devices that cannot be used are refused, and a GPU that computes bf16 slowly is named before a stage trains in it."""
 
+import pytest
 import torch
 from runs import TRAIN, recipe, run_quietly, stage
 
+from posttrain.errors import RecipeError
 from posttrain.stages import prepare
-from posttrain.support.device import bf16_problem
+from posttrain.support.device import bf16_problem, resolve
 
 CUDA = torch.device("cuda")
 
@@ -26,3 +28,10 @@ def test_a_stage_in_bf16_says_so_in_a_line(tmp_path, monkeypatch):
     both = [stage("fp32", train=short), stage("bf16", train=short.replace("{", "{precision: bf16, "))]
     printed = run_quietly(recipe(*both), tmp_path / "run")
     assert [line for line in printed.splitlines() if "T4" in line] == ["bf16: a T4 has no units for bf16"]
+
+
+@pytest.mark.parametrize("name", ["meta", "xpu", "cpux", ""])
+def test_a_device_on_which_nothing_here_runs_is_refused(name):
+    with pytest.raises(RecipeError, match=f"device: no '{name}': one of 'auto', 'cpu'"):
+        resolve(name)
+    assert resolve("cpu") == torch.device("cpu")

@@ -351,6 +351,24 @@ def test_clearing_removes_the_cache_and_nothing_else(tmp_path):
     assert clear(tmp_path) == 0
 
 
+def test_weights_beside_the_stores_are_neither_counted_nor_removed(tmp_path):
+    (shard,) = filled(tmp_path / "other", range(4)).folder.glob("*.safetensors")
+    weights = tmp_path / "sd3" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(5000))
+    os.utime(weights, (1, 1))  # used longest ago
+    filled(tmp_path, range(4), limit=shard.stat().st_size + 100)
+    assert weights.is_file()
+    (weights.parent / "about.json").write_text('["mine"]')
+    (tmp_path / "things-0" / "about.json").write_text("[damaged")
+    assert [(store.folder.name, store.files, store.about) for store in contents(tmp_path)] == [
+        ("things-0", 1, {})
+    ]
+    clear(tmp_path)
+    assert sorted(path.name for path in weights.parent.iterdir()) == ["about.json", "model.safetensors"]
+    assert not (tmp_path / "things-0").exists()
+
+
 @given(st.integers(0, 10**6), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " "]))
 def test_a_size_is_its_number_times_its_unit_in_any_case(number, unit, space):
     for text in (

@@ -1,9 +1,11 @@
 """A file or folder of a run is there whole or not at all, whatever stops its writing."""
 
+import errno
 import multiprocessing
 import os
 import re
 import shutil
+import stat
 import time
 import types
 from pathlib import Path
@@ -85,6 +87,26 @@ def test_a_folder_that_is_stopped_leaves_the_old_one_whole_and_nothing_else(
     with pytest.raises(expected):
         write_folder(tmp_path / "final", stop if step == "in the block" else None)
     assert tree(tmp_path) == {"final/sub/a": "old"}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch, number):
+    flush = os.fsync
+
+    def of_files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    if number == errno.EIO:
+        with pytest.raises(PosttrainError, match="cannot write"):
+            write(tmp_path / "a", "text")
+        return
+    write(tmp_path / "a", "text")
+    with published(tmp_path / "folder") as folder:
+        (folder / "b").write_text("b")
+    assert ((tmp_path / "a").read_text(), (tmp_path / "folder" / "b").read_text()) == ("text", "b")
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

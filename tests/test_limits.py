@@ -20,7 +20,7 @@ from posttrain.scoring import limited as module
 from posttrain.scoring.batches import load_scorers
 from posttrain.scoring.judge import Judge
 from posttrain.scoring.limited import limited
-from posttrain.support.worker import Worker
+from posttrain.support.worker import Worker, in_threads
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(5, 3, 4, 4)
@@ -138,3 +138,19 @@ def test_a_worker_makes_calls_in_order_and_gives_up_those_that_have_not_begun():
     assert other.submit(os.getpid).result(60) == os.getpid()
     other.close(60)
     assert not other._thread.is_alive()
+
+
+def test_a_limit_may_be_longer_than_a_thread_can_wait():
+    (score,) = load_scorers([JpegIncompressibility(limit_minutes=1e12)], CPU).values()
+    assert score(IMAGES, PROMPTS, [{}] * 5).value.shape == (5,)
+
+
+def test_threads_make_each_call_once_and_the_program_does_not_wait_for_them():
+    def added(a, b):
+        return a + b, threading.current_thread().daemon
+
+    found = in_threads("t", 3, added, range(20), range(100, 120))
+    assert [future.result(60) for future in found] == [(100 + 2 * n, True) for n in range(20)]
+    one, fails = in_threads("t", 99, lambda n: 1 / n, [1, 0])
+    assert one.result(60) == 1
+    assert isinstance(fails.exception(60), ZeroDivisionError)

@@ -10,6 +10,7 @@ import pytest
 from forked import finished, posttrain
 from rich.console import Console
 
+from posttrain.cli.plan import _measured
 from posttrain.errors import PosttrainError
 from posttrain.planning.budget import Budget
 from posttrain.planning.gpus import custom, gpu
@@ -127,3 +128,10 @@ def test_a_plan_is_as_wide_as_the_terminal():
             assert words in text
         assert "…" not in text
         assert all(len(line) <= width for line in text.splitlines())
+
+
+@pytest.mark.parametrize("mfu", ["0", "-1", "NaN", "Infinity"])
+def test_a_measured_mfu_that_is_no_speed_is_refused(tmp_path, mfu):
+    (tmp_path / "b.json").write_text(f'{{"engine": {{"mfu": {mfu}}}}}')
+    with pytest.raises(PosttrainError, match=r"no result of a benchmark: its engine\.mfu is"):
+        _measured(tmp_path / "b.json")

@@ -1,21 +1,27 @@
 """A plug-in that fails breaks itself only, is named once, and is named again where its type is needed."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 from runs import DATA, HEAD, TRAIN
+from starlette.datastructures import Headers
 
 from posttrain.errors import ModelError, RewardError
+from posttrain.evaluation.report.meaning import meaning
 from posttrain.recipe.messages import from_plugins
 from posttrain.registry import Named
 from posttrain.reward import Reward
 from posttrain.scoring.catalogue import listing, reward_named
+from posttrain.scoring.server.app import Service
+from posttrain.scoring.server.limits import Limits
 from posttrain.stages.artifact import open_artifact
 from posttrain.support import plugins
 from posttrain.support.plugins import LOADED, PluginWarning, load_plugins, missing_type, package_of
@@ -106,7 +112,7 @@ def test_one_of_several_processes_tells_of_it(site, monkeypatch, other):
     assert missing_type("toys", "silent")
 
 
-def test_a_reward_that_does_not_say_its_range_is_listed(monkeypatch):
+def test_a_reward_that_does_not_say_its_range_is_listed_told_of_and_served(monkeypatch):
     monkeypatch.setattr(Reward, "variants", dict(Reward.variants))
 
     class Endless(Reward):
@@ -117,6 +123,10 @@ def test_a_reward_that_does_not_say_its_range_is_listed(monkeypatch):
     lines = listing().plain.splitlines()
     assert any(line.split()[:4] == ["endless", "nan", "to", "nan"] for line in lines)
     assert any(line.startswith("shapes ") for line in lines)
+    assert meaning({"type": "endless"}, higher=True).endswith("Without bounds; higher is better.")
+    request, batcher = SimpleNamespace(headers=Headers()), SimpleNamespace(problem=None)
+    health = asyncio.run(Service(Endless(), batcher, Limits(), None).health(request))
+    assert (health["name"], health["range"]) == ("endless", [None, None])
 
 
 def failed(group, name):

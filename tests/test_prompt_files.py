@@ -23,6 +23,9 @@ def test_prompts_are_lines_or_objects_and_repetitions_stay(tmp_path):
         ("a.txt", 'x\n{"prompt": "x"}', "a.txt:2: a JSON object in a text file"),
         ("a.txt", "x\n\xff", "a.txt:2: not UTF-8"),
         ("a.txt", " \n", "no prompt"),
+        ("a.txt", "a cat\ra dog\r", "a.txt:1: a carriage return within the line"),
+        ("a.json", '[\n"a cat",\n"a dog"\n]', "a.json: prompts are not read from '.json' files"),
+        ("a.TSV", "Prompt\tCategory\na cat\tAnimals\n", "not read from '.tsv' files: give a text file"),
     ],
 )
 def test_a_bad_prompt_is_named_by_line(tmp_path, name, body, reason):

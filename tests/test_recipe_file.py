@@ -164,6 +164,7 @@ def test_overrides_reach_stages_by_name_and_by_number():
     ("override", "words"),
     [
         ("stages.sor.train.steps=1", "no item 'sor' in stages (did you mean 'soar'?)"),
+        ("stages.\u00b2.train.steps=1", "no item '\u00b2' in stages"),
         ("stages.soar.train.stepps=1", "--set stages.soar.train.stepps=1: stages.1.train.stepps"),
         ("stages.soar.train.steps=x", "--set stages.soar.train.steps=x: stages.1.train.steps"),
         ("steps", "give a field and its value"),

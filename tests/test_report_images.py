@@ -1,14 +1,18 @@
 """The images of a report: which ones, in which order, and how one looks at them without a script."""
 
+import json
+import os
+
 import pytest
 from html_page import checked, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from report_runs import STAGES, evaluated_run
+from report_runs import PROMPTS, STAGES, evaluated_run
 
 from posttrain.evaluation.report.gallery import Column, Versus, changed_prompts, gallery
 from posttrain.evaluation.report.page import write_report
+from posttrain.evaluation.report.results import load_results
 
 
 @pytest.fixture
@@ -66,6 +70,19 @@ def test_an_image_that_is_damaged_or_gone_is_told_and_the_rest_is_shown(run):
     page = checked(write_report(run).read_text("utf-8"))
     assert len(page.all("img")) == 5
     assert "is damaged" in page.one("p", class_="none").text
+
+
+def test_an_image_that_is_gone_leaves_the_others_with_their_own_prompts(run):
+    grid = run / "soar" / "evaluation" / "grid"
+    (grid / "000.png").unlink()
+    assert load_results(run).stages[2].images == {(PROMPTS[3], 0): grid / "001.png"}
+
+
+def test_a_file_name_that_is_no_text_does_not_take_the_report(run):
+    account = json.loads((run / "soar" / "stage.json").read_text())
+    account["skipped"] = [os.fsdecode(b"caf\xe9.jpg") + ": truncated"]
+    (run / "soar" / "stage.json").write_text(json.dumps(account))
+    assert r"caf\udce9.jpg: truncated" in write_report(run).read_text("utf-8")
 
 
 def grids_of(folder, *steps):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from posttrain.errors import RewardError
 from posttrain.evaluation import card as module
 from posttrain.evaluation.card import card, differing, other_settings, result, summaries
 from posttrain.evaluation.intervals import bootstrap_interval
@@ -114,6 +115,12 @@ def test_the_mean_of_tags_weighs_each_tag_alike():
     assert found["tags"] == {"x": summaries(rows[:1], [JPEG]), "y": summaries(rows[1:3], [JPEG])}
     assert list(found["tags"]) == ["x", "y"]
     assert found["tag_means"] == {NAME: 1.0}, "0 and 2; what has no tag does not count"
+
+
+def test_a_detail_that_some_images_lack_is_an_error_that_names_it():
+    rows = [record("a", 0, 0.0, "x"), record("b", 0, 1.0, "y", part=1.0)]
+    with pytest.raises(RewardError, match=rf"no score '{NAME}/part' for 1 image, the first of 'a'"):
+        result(rows, [JPEG])
 
 
 def test_without_tags_there_is_no_mean_of_them():

@@ -46,7 +46,7 @@ def test_the_ocr_score_is_1_less_the_edit_distance_over_the_length(target, read)
 
 def test_the_text_to_be_read_is_between_the_first_two_quotes():
     assert [quoted(p) for p in ('a "b" c', '"b" and "d"', 'a "b', "a b", '""')] == ["b", "b", None, None, ""]
-    assert normalised(" A bC ") == "abc"
+    assert normalised(" A bC ") == normalised("A\nb\tC") == "abc"
     assert OCR().prompt_problem({"prompt": 'a "b"'}) is None
     assert (
         OCR().prompt_problem({"prompt": "a b"})

@@ -145,3 +145,12 @@ def test_a_smoke_run_writes_a_report_begins_anew_and_spares_other_runs(own, tmp_
     for options in ((2, ()), (1, ["sft"])):
         with pytest.raises(PosttrainError, match="--smoke"):
             run_shrunk(str(file), (), None, *options)
+
+
+def test_a_smoke_run_replaces_no_prompts_of_the_users_own(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(own())
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "mine"}\n')
+    with pytest.raises(PosttrainError, match=r"would replace 'prompts\.jsonl': give another --output"):
+        run_shrunk("own.yaml", (), Path(), 1, ())
+    assert (tmp_path / "prompts.jsonl").read_text() == '{"prompt": "mine"}\n'

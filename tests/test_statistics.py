@@ -111,3 +111,12 @@ def test_pairs_are_drawn_by_group():
 def test_unequal_lengths_are_no_pairs():
     with pytest.raises(ValueError, match="equal lengths"):
         paired_difference([1.0], [1.0, 2.0])
+
+
+def test_a_long_prompt_takes_its_own_room_alone():
+    groups = [f"prompt {n}" for n in range(2000)] + ["x" * 20_000]
+    tracemalloc.start()
+    bootstrap_interval(np.zeros(2001), groups=groups, resamples=10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000, "each as long as the longest they would be 160 MB"

@@ -85,6 +85,19 @@ def test_the_table_of_a_card_reads_no_markup_on_any_console():
         assert words in file.getvalue()
 
 
+def test_a_tag_may_be_called_all():
+    def score(mean):
+        return {"s": {"mean": mean, "low": 0.0, "high": 1.0}}
+
+    card = {"scores": score(0.25), "tags": {"all": score(0.75)}, "tag_means": {"s": 0.75}}
+    file = io.StringIO()
+    Console(file=file, width=90).print(card_table("x", card))
+    assert [line.split()[1] for line in file.getvalue().splitlines() if line.startswith("all")] == [
+        "0.250",
+        "0.750",
+    ]
+
+
 def test_any_locale_and_any_terminal_will_do(tmp_path):
     """Without a restart Python could not make the name from the command line's bytes."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}

@@ -194,3 +194,17 @@ def test_a_judge_that_hangs_is_an_error_that_says_so(judge):
     with pytest.raises(RewardError, match=r"asked 2 times in .*, the last time: no answer within 0\.1 s"):
         unified(judge, timeout_seconds=0.1, retries=1).load(CPU)(grey(0.5), ["a"], [{}])
     told.set()
+
+
+def test_a_judge_that_hangs_does_not_keep_the_program_from_ending(judge):
+    """An end by Ctrl-C would wait for all that is sent again, a quarter of an hour by default."""
+    asked, told, before = threading.Event(), threading.Event(), {*threading.enumerate()}
+    judge.reply = staticmethod(lambda text, image: asked.set() or (told.wait(60) and "Final Score: 5"))
+    score = unified(judge).load(CPU)
+    caller = threading.Thread(target=score, args=(grey(0.5), ["a"], [{}]))
+    caller.start()
+    assert asked.wait(60)
+    others = {*threading.enumerate()} - before - {caller}
+    told.set()
+    caller.join(60)
+    assert [thread.name for thread in others if not thread.daemon] == []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.cache.room import Room, writing
+from posttrain.cache.room import SHARD, Room, writing
 from posttrain.cache.store import ABOUT
 
 KEPT = {"images": "what was read of large data sets", "counts": "what plans counted"}
@@ -33,11 +33,10 @@ class StoreSummary:
 
 def contents(root: Path) -> list[StoreSummary]:
     """The stores in the folder ``root``, the most recently used first."""
-    return sorted(
-        (_summary(file) for file in root.glob(f"*/{ABOUT}")),
-        key=lambda store: store.used or 0.0,
-        reverse=True,
-    )
+    found = (_summary(file) for file in root.glob(f"*/{ABOUT}"))
+    # others may name a file so; one of a store may be damaged
+    stores = (store for store in found if store.files or "kind" in store.about)
+    return sorted(stores, key=lambda store: store.used or 0.0, reverse=True)
 
 
 def _summary(file: Path) -> StoreSummary:
@@ -45,13 +44,14 @@ def _summary(file: Path) -> StoreSummary:
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        about = {}
+        about = None
     shards = []
-    for shard in file.parent.glob("*.safetensors"):
+    for shard in file.parent.glob(SHARD):
         with contextlib.suppress(FileNotFoundError):  # another process may remove it meanwhile
             shards.append(shard.stat())
     used = max((status.st_mtime for status in shards), default=None)
-    return StoreSummary(file.parent, about, sum(status.st_size for status in shards), len(shards), used)
+    known = about if isinstance(about, dict) else {}
+    return StoreSummary(file.parent, known, sum(status.st_size for status in shards), len(shards), used)
 
 
 def clear(root: Path) -> int:
@@ -65,7 +65,7 @@ def clear(root: Path) -> int:
         return 0
     with writing(root), Room(root, 0).locked():
         for store in stores:
-            for pattern in ("*.safetensors", ".*.part", ABOUT):
+            for pattern in (SHARD, ".*.part", ABOUT):
                 for file in store.folder.glob(pattern):
                     file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the folder stays if it holds other files

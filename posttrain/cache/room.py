@@ -21,7 +21,9 @@ from posttrain.support.terminal import note
 from posttrain.support.wording import short
 from posttrain.support.write_errors import problem
 
-SHARDS = "*/*.safetensors"
+SHARD = f"{'[0-9a-f]' * 24}.safetensors"
+"""The names of shards. The cache's folder may hold other safetensors files, which are somebody's weights."""
+SHARDS = f"*/{SHARD}"
 """The shards of all stores, relative to the cache's folder."""
 
 

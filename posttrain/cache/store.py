@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.cache.room import Room, writing
+from posttrain.cache.room import SHARD, Room, writing
 from posttrain.cache.shard import Entry, Shard, checksum, fault
 from posttrain.errors import ModelError
 from posttrain.support.files import aside, clear_stale, publish
@@ -69,7 +69,7 @@ class Store:
 
     def refresh(self) -> None:
         """Open the shards that other processes have written since."""
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in sorted(self.folder.glob(SHARD)):
             if file in self._shards or file in self._unremovable:
                 continue
             try:

@@ -92,6 +92,8 @@ def run(
     from posttrain.stages.chain import run as run_recipe
     from posttrain.stages.processes import check_processes
 
+    if output is not None:
+        _check_output(recipe, output)
     if smoke:
         cli_smoke.run_shrunk(recipe, overrides or (), output, nproc, fresh or ())
         return
@@ -103,6 +105,21 @@ def run(
     check_or_raise(loaded)
     check_processes(loaded, nproc)
     run_in_processes(nproc)
+
+
+def _check_output(recipe: str, output: Path) -> None:
+    """Raise PosttrainError if a run in ``output`` would replace the file ``recipe`` by its full form."""
+    from posttrain.errors import PosttrainError
+    from posttrain.stages.stage_state import RECIPE
+    from posttrain.support.paths import is_file
+    from posttrain.weights.run_folders import is_run
+
+    kept = output / RECIPE
+    if is_file(recipe) and is_file(kept) and os.path.samefile(recipe, kept) and not is_run(output):
+        raise PosttrainError(
+            f"--output: a run in {str(output)!r} would replace {recipe} by the recipe with all its defaults: "
+            "give another folder, or the file another name"
+        )
 
 
 @app.command()

@@ -84,6 +84,9 @@ def _measured(file: Path) -> float:
     from posttrain.errors import PosttrainError
 
     try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["engine"]["mfu"])
+        mfu = float(json.loads(file.read_text(encoding="utf-8"))["engine"]["mfu"])
+        if not 0 < mfu < float("inf"):
+            raise ValueError(f"its engine.mfu is {mfu:g}")
+        return mfu
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PosttrainError(f"--measured: {str(file)!r} is no result of a benchmark: {error}") from error

@@ -111,12 +111,14 @@ def score(
     from posttrain.evaluation.card import result
     from posttrain.evaluation.report.table import card_table
     from posttrain.scoring.folder import image_files, score_files, with_prompts
-    from posttrain.support.files import write
+    from posttrain.support.files import check_writable, write
     from posttrain.support.wording import counted
 
     if not images:
         raise PosttrainError("say which images to score: files or folders")
     items = with_prompts(image_files(images), prompts, prompt, rewards)
+    if output is not None:
+        check_writable(output)
     records = score_files(items, rewards, resolve(device), batch_size)
     if output is not None:
         write(output, "".join(json.dumps(record) + "\n" for record in records))
@@ -163,7 +165,6 @@ def serve_reward(
 ) -> None:
     """Serve a reward over HTTP, for recipes that use a reward of type remote."""
     del debug
-    import os
     from contextlib import closing
     from importlib.util import find_spec
 
@@ -178,10 +179,11 @@ def serve_reward(
     from posttrain.scoring.server.limits import Limits
     from posttrain.scoring.server.listen import check_exposure, serve
     from posttrain.scoring.server.worker import Worker
+    from posttrain.support.tokens import token_in, token_problem
 
-    token = None if token_env is None else os.environ.get(token_env)
-    if token_env is not None and not token:
-        raise PosttrainError(f"--token-env: the environment variable {token_env!r} is missing or empty")
+    if token_env is not None and (reason := token_problem(token_env)) is not None:
+        raise PosttrainError(f"--token-env: {reason}")
+    token = None if token_env is None else token_in(token_env)
     check_exposure(host, token)
     (reward,) = chosen_rewards([name], overrides or ())
     limits = Limits(max_mb * 1_000_000, max_connections, transfer_seconds)

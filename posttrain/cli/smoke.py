@@ -17,6 +17,7 @@ def run_shrunk(
     from posttrain.recipe.smoke import SUFFIX, smoke, smoke_name
     from posttrain.stages.chain import run
     from posttrain.support.files import write
+    from posttrain.support.paths import is_file
     from posttrain.support.records import read_object
     from posttrain.support.terminal import note
 
@@ -31,6 +32,9 @@ def run_shrunk(
     if known and not str(read_object(before).get("name")).endswith(SUFFIX):
         raise PosttrainError(f"--smoke would remove the run in {str(folder)!r}: give another --output")
     small = smoke(recipe, folder)
+    for file, text in small.files.items():
+        if not known and is_file(file) and file.read_bytes() != text.encode():
+            raise PosttrainError(f"--smoke would replace {str(file)!r}: give another --output, or remove it")
     note(console, f"{recipe.name}, shrunk to try it; what differs from a real run:")
     for line in small.changes:
         note(console, f"  {line}")

@@ -14,6 +14,9 @@ from posttrain.errors import DataError, PosttrainError
 if TYPE_CHECKING:
     from posttrain.reward import Reward
 
+OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".yaml", ".yml")
+"""Endings of files whose lines are no prompts. Read as text, quotes, commas and headings would be prompts."""
+
 
 def prompt_rows(prompts: PromptFile | ShapesPrompts, rewards: Sequence[Reward] = ()) -> list[dict[str, Any]]:
     """One row per prompt, in order: a dict with ``prompt`` and the prompt's metadata.
@@ -35,11 +38,17 @@ def read_prompts(path: Path, rewards: Sequence[Reward] = ()) -> list[dict[str, A
 
     A ``.jsonl`` file has one object per line; its other keys are the prompt's metadata. Any other file is
     text with one prompt per line. Blank lines are skipped. No prompt is dropped: DataError is raised, with
-    line numbers, if a line cannot be used or if one of ``rewards`` cannot score its prompt.
+    line numbers, if a line cannot be used or if one of ``rewards`` cannot score its prompt. It is raised too
+    for a file of OTHER_FORMATS.
     """
     rows: list[dict[str, Any]] = []
     problems: list[Problem] = []
-    parse = _json_row if path.suffix.lower() == ".jsonl" else _text_row
+    if (ending := path.suffix.lower()) in OTHER_FORMATS:
+        raise DataError(
+            f"{path}: prompts are not read from {ending!r} files: give a text file with one prompt per line, "
+            "or a '.jsonl' file of objects with 'prompt'"
+        )
+    parse = _json_row if ending == ".jsonl" else _text_row
     for line, raw in lines(path):
         try:
             row = parse(raw)
@@ -75,6 +84,8 @@ def _json_row(raw: bytes) -> dict[str, Any]:
 def _text_row(raw: bytes) -> dict[str, Any]:
     if raw.startswith(b"{") and _is_object(raw):
         raise ValueError("a JSON object in a text file; name the file '.jsonl' if its rows are objects")
+    if b"\r" in raw:  # a file of an old Mac would be one prompt
+        raise ValueError("a carriage return within the line: each line must end in a line feed")
     return {"prompt": string({"prompt": text(raw)}, "prompt")}
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posttrain.errors import RewardError
 from posttrain.evaluation.intervals import bootstrap_interval
 from posttrain.recipe.suites import published_as
 from posttrain.support.differences import differences
 from posttrain.support.versions import versions
+from posttrain.support.wording import counted
 
 if TYPE_CHECKING:
     from posttrain.recipe.schema import Evaluation
@@ -84,17 +86,18 @@ def other_settings(
 def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:
     """The scores over all samples and over those of each tag, and each score's mean of the tags' means.
 
-    A record has ``prompt``, ``tag`` and ``scores``.
+    A record has ``prompt``, ``tag`` and ``scores``. Raises RewardError as :func:`summaries`.
     """
+    of_all = summaries(records, rewards)
     tags = {
         tag: summaries([r for r in records if r["tag"] == tag], rewards)
         for tag in dict.fromkeys(r["tag"] for r in records if r["tag"] is not None)
     }
-    names = records[0]["scores"] if tags else ()
+    names = of_all if tags else ()
     means = {name: float(np.mean([scores[name]["mean"] for scores in tags.values()])) for name in names}
     return {
         "images": len(records),
-        "scores": summaries(records, rewards),
+        "scores": of_all,
         "tags": tags,
         "tag_means": means,
     }
@@ -109,11 +112,18 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def summaries(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
     """Each score's mean with its 95 % bootstrap interval, the number of samples, and the direction.
 
-    The bootstrap draws prompts, or images if there is only one prompt.
+    The bootstrap draws prompts, or images if there is only one prompt. Raises RewardError if an image lacks a
+    score that others have.
     """
-    groups = np.unique([record["prompt"] for record in records], return_inverse=True)[1]
+    groups = [record["prompt"] for record in records]
+    names = dict.fromkeys(name for record in records for name in record["scores"])
     by_score = {}
-    for name in records[0]["scores"]:
+    for name in names:
+        if lacking := [record["prompt"] for record in records if name not in record["scores"]]:
+            raise RewardError(
+                f"no score {name!r} for {counted(len(lacking), 'image')}, the first of {lacking[0]!r}: a "
+                "reward must give equal details for all images"
+            )
         reward = next(r for r in rewards if r.label == name.split("/")[0])
         values = np.array([record["scores"][name] for record in records])
         low, high = bootstrap_interval(values, groups=groups)

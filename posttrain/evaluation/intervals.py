@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -12,7 +15,7 @@ VALUES_AT_ONCE = 2_000_000
 def bootstrap_interval(
     values: ArrayLike,
     *,
-    groups: ArrayLike | None = None,
+    groups: Iterable[Any] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -26,7 +29,7 @@ def bootstrap_interval(
     flat = np.asarray(values, float)
     if flat.ndim != 1 or not len(flat):
         raise ValueError(f"a bootstrap needs a list of values, not an array of shape {flat.shape}")
-    labels = np.arange(len(flat)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    labels = np.arange(len(flat)) if groups is None else _numbered(groups)
     if not labels.any():
         labels = np.arange(len(flat))  # each resample would be the single group, without any spread
     sums, counts = np.bincount(labels, flat), np.bincount(labels)
@@ -39,8 +42,19 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def _numbered(groups: Iterable[Any]) -> NDArray[np.int64]:
+    """The number of each group among all, sorted.
+
+    numpy would sort them too, but gives each of its texts as many bytes as the longest one: gigabytes for one
+    long prompt among many.
+    """
+    each = list(groups)
+    number = {group: n for n, group in enumerate(sorted(set(each)))}
+    return np.array([number[group] for group in each])
+
+
 def paired_difference(
-    a: ArrayLike, b: ArrayLike, *, groups: ArrayLike | None = None, level: float = 0.95
+    a: ArrayLike, b: ArrayLike, *, groups: Iterable[Any] | None = None, level: float = 0.95
 ) -> tuple[float, float, float]:
     """The mean of ``b - a``, both (n,), over pairs, and its interval as of :func:`bootstrap_interval`.
 

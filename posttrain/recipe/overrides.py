@@ -76,7 +76,7 @@ def _key(data: Any, part: str, path: FieldPath, text: str) -> Any:
     names = [item.get("name") if isinstance(item, dict) else None for item in data]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(data):
+    if part.isdecimal() and int(part) < len(data):
         return int(part)
     known = [str(name) for name in names if name]
     raise RecipeError(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 BATCH_SIZE = 4
+CASE: dict[str, Any] = {"index": int, "prompt": str, "image": str, "score": int | float, "details": dict}
+"""What each case of a record has, and its type."""
 PACKAGES = ("posttrain", "torch", "numpy", "pillow", "transformers")
 """Packages whose versions a record names."""
 
@@ -78,6 +80,9 @@ def read(path: Path) -> dict[str, Any]:
         raise RewardError(f"{path}: not a conformance file: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("cases"), list):
         raise RewardError(f"{path}: not a conformance file of format {FORMAT}, as --conformance writes it")
+    for number, case in enumerate(data["cases"], 1):
+        if not isinstance(case, dict) or not all(isinstance(case.get(k), kind) for k, kind in CASE.items()):
+            raise RewardError(f"{path}: case {number} is not as it was written: it needs {', '.join(CASE)}")
     return data
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +32,16 @@ MAX_PIXELS = 178_956_970
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """The files among ``paths``, and the images in the folders among them, sorted by name.
 
-    Grids of images that posttrain wrote into a folder are left out. Raises DataError for a file that does not
-    exist or a folder without images.
+    Hidden files of a folder, and grids of images that posttrain wrote, are left out. Raises DataError for a
+    file that does not exist or a folder without images.
     """
     files = []
     for path in paths:
         if not is_folder(path):
             files.append(path)
             continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        visible = (p for p in path.iterdir() if not p.name.startswith("."))
+        found = sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
         if not (images := [file for file in found if not is_grid(file)]):
             what = f"only grids of images ({found[0].name})" if found else "no image"
             below = ", not in its subfolders" if any(p.is_dir() for p in path.iterdir()) else ""
@@ -55,7 +58,8 @@ def with_prompts(
     """Pair each image with its prompt's row, from the file ``prompts`` or from one ``prompt`` for all.
 
     If the rows have a field ``image``, it names the file; else rows and images are paired in order. Raises
-    DataError if an image has no prompt, or if one of ``rewards`` cannot score a prompt.
+    DataError if an image has no prompt, if one of ``rewards`` cannot score a prompt, or if the order is in
+    doubt.
     """
     if (prompts is None) == (prompt is None):
         raise DataError("say what the images should show: --prompts FILE, or --prompt TEXT for all")
@@ -76,6 +80,7 @@ def with_prompts(
         return _paired_by_name(images, prompts, rows)
     if len(rows) != len(images):
         raise DataError(f"{len(images)} images and {len(rows)} prompts in {prompts}: one for each is needed")
+    _check_order(images, prompts)
     return list(zip(images, rows, strict=True))
 
 
@@ -134,6 +139,25 @@ def _paired_by_name(images: Sequence[Path], prompts: Path, rows: Sequence[Row]) 
             f"no row names {', '.join(unnamed[:3])}{' ...' * (len(unnamed) > 3)}"
         )
     return pairs
+
+
+def _check_order(images: Sequence[Path], prompts: Path) -> None:
+    """Raise DataError if the names are in the order of texts where their numbers say another one: ``10.png``
+    before ``2.png``. Images would get each other's prompts."""
+    for one, following in pairwise(images):
+        before, after = (re.split(r"(\d+)", image.name) for image in (one, following))
+        alike = one.parent == following.parent and before[::2] == after[::2]
+        if alike and one.name < following.name and _numbers(before) > _numbers(after):
+            raise DataError(
+                f"{prompts}: its rows belong to the images in the order of their names, and {one.name!r} "
+                f"comes before {following.name!r}: number the files with equally many digits, or name each "
+                "row's file by 'image'"
+            )
+
+
+def _numbers(parts: Sequence[str]) -> list[int]:
+    """The numbers in a name that was split at them."""
+    return [int(part) for part in parts[1::2]]
 
 
 def _batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def limited(reward: Reward, score: Scorer, device: torch.device) -> Scorer:
         if worker is None:
             worker = Worker(f"reward {name}")
         future = worker.submit(in_thread, images, prompts, metadata)
-        if not wait([future], minutes * 60).done:
+        if not wait([future], min(minutes * 60, threading.TIMEOUT_MAX)).done:
             worker = None
             named = ", ".join(map(repr, prompts[:NAMED]))
             others = f" and {len(prompts) - NAMED} others" if len(prompts) > NAMED else ""

@@ -25,6 +25,8 @@ def resolve(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # torch knows more, such as 'meta'
+            raise RuntimeError(name)
     except RuntimeError as error:
         raise RecipeError(f"device: no {name!r}: one of 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
     if device == torch.device("cuda"):

@@ -7,6 +7,7 @@ kill, a full disk or an exception at any moment leaves the target unchanged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -43,6 +44,16 @@ def write(file: Path, content: str | bytes) -> None:
         with aside(target, secrets.token_hex(4)) as unfinished:
             unfinished.write_bytes(data)
             publish(unfinished, target)
+
+
+def check_writable(file: Path) -> None:
+    """Raise PosttrainError if ``file`` cannot be written, before long work whose result it is to hold."""
+    with writing(file):
+        if file.is_dir():
+            raise IsADirectoryError(str(file))
+        if file.is_file() or not file.exists():
+            with aside(file.resolve(), secrets.token_hex(4)) as unfinished:
+                unfinished.touch()
 
 
 @contextlib.contextmanager
@@ -207,6 +218,10 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some file systems, such as shared folders of virtual machines, cannot flush a folder
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 

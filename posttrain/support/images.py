@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 GRID_MARK = ("posttrain-grid", "a grid of images, none to be scored")
 """The text in the metadata of a grid."""
+EXIF_PROMPT = 5000
+"""A JPEG has room for 65,533 bytes of EXIF data, and a character may take 12 of them."""
 PADDING, LEAST_TILE, FONT = 6, 128, 12
 
 
@@ -32,18 +34,17 @@ def save_image(
     """Write one sample with ``record`` as JSON in its metadata; the name has number, prompt and index.
 
     The metadata is the text ``posttrain`` in a PNG, and the EXIF image description in a JPEG (quality 95,
-    4:4:4).
+    4:4:4), with at most EXIF_PROMPT characters of the prompt.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", record["prompt"].lower()).strip("-")[:60]
     file = folder / f"{number:05d}-{slug}-{record['index']}.{'png' if kind == 'png' else 'jpg'}"
-    text = json.dumps(record)
     if kind == "png":
         info = PngInfo()
-        info.add_text("posttrain", text)
+        info.add_text("posttrain", json.dumps(record))
         image.save(file, pnginfo=info)
         return file
     exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = text
+    exif[ExifTags.Base.ImageDescription] = json.dumps({**record, "prompt": record["prompt"][:EXIF_PROMPT]})
     image.save(file, quality=95, subsampling=0, exif=exif)
     return file
 

@@ -1,10 +1,10 @@
-"""A thread that makes calls in order, and for which the end of the program does not wait."""
+"""Threads that make calls, and for which the end of the program does not wait."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, ParamSpec, TypeVar
 
@@ -47,3 +47,25 @@ class Worker:
             else:
                 future.set_result(result)
             del item, future, call  # what a call holds must not stay until the next one
+
+
+def in_threads(name: str, count: int, call: Callable[..., T], *arguments: Iterable[Any]) -> list[Future[T]]:
+    """Make ``call`` with the first of each of ``arguments``, the second, and so on, as ``map`` does, in up to
+    ``count`` threads. The futures have the results, or the exceptions, in that order."""
+    calls: list[tuple[Future[T], tuple[Any, ...]]] = [
+        (Future(), given) for given in zip(*arguments, strict=True)
+    ]
+    waiting = iter(calls)
+
+    def work() -> None:
+        for future, given in waiting:  # the threads share it, and each call goes to one of them
+            try:
+                result = call(*given)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+    for _ in range(min(count, len(calls))):
+        threading.Thread(target=work, name=name, daemon=True).start()
+    return [future for future, _ in calls]

@@ -21,7 +21,7 @@ def html(page: Page) -> str:
     views = max((len(gallery.names) for gallery in galleries), default=0)
     style = environment.get_template("style.css.j2").render(views=views)
     script = environment.get_template("script.js.j2").render()
-    return environment.get_template("page.html.j2").render(
+    text = environment.get_template("page.html.j2").render(
         page=page,
         sections=_sections(page),
         style=Markup(style),
@@ -29,6 +29,8 @@ def html(page: Page) -> str:
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
+    # the name of an image that was left out may have bytes that are no UTF-8, which a page cannot hold
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _hash(text: str) -> str:

@@ -31,7 +31,8 @@ def meaning(scorer: Mapping[str, Any], *, higher: bool) -> str:
     # a card leaves out what changes no score, such as a server's address, and has hashes for weights
     settings = {name: value for name, value in scorer.items() if name in kind.model_fields}
     reward = kind.model_construct(**settings)
-    return f"{reward.about()} {bounds(*reward.range)}; {direction}."
+    low, high = getattr(reward, "range", (-math.inf, math.inf))  # a plug-in's may lack it
+    return f"{reward.about()} {bounds(low, high)}; {direction}."
 
 
 def bounds(low: float, high: float) -> str:

@@ -154,9 +154,10 @@ def _stage(folder: Path, row: dict[str, Any], environment: dict[str, Any]) -> St
 
 def _images(evaluation: Path, card: dict[str, Any], samples: list[dict[str, Any]]) -> dict[Sample, Path]:
     """The files of the images that an evaluation kept, and that are still there."""
-    in_grid = zip(card.get("grid_prompts", []), sorted((evaluation / "grid").glob("*.png")), strict=False)
+    # by its number: a file that is gone must not move the others to wrong prompts
+    in_grid = [(p, evaluation / "grid" / f"{n:03d}.png") for n, p in enumerate(card.get("grid_prompts", []))]
     kept = {(row["prompt"], row["index"]): evaluation / row["image"] for row in samples if row.get("image")}
-    images = {(prompt, 0): file for prompt, file in in_grid}
+    images = {(prompt, 0): file for prompt, file in in_grid if file.is_file()}
     return images | {sample: f for sample, f in kept.items() if sample not in images and f.is_file()}
 
 

@@ -53,7 +53,7 @@ def card_table(name: str, card: dict[str, Any]) -> Table:
     for score in card["scores"]:
         heading = Text(f"{score}\n").append("mean [95 %]", "dim")
         grid.add_column(heading, justify="right", overflow="fold")
-    for label, scores in {"all": card["scores"], **card["tags"]}.items():
+    for label, scores in (("all", card["scores"]), *card["tags"].items()):  # a tag may be called "all"
         cells = (
             Text(f"{s['mean']:.3f} ").append(f"[{s['low']:.3f},\u00a0{s['high']:.3f}]", "dim")
             for s in scores.values()

@@ -48,7 +48,8 @@ class Service:
         self._admit(request)
         if self.batcher.problem is not None:
             raise Refused(503, self.batcher.problem)
-        low, high = (bound if math.isfinite(bound) else None for bound in self.reward.range)
+        told = getattr(self.reward, "range", (-math.inf, math.inf))  # a plug-in's may lack it
+        low, high = (bound if math.isfinite(bound) else None for bound in told)
         return {
             "name": self.reward.label,
             "range": [low, high],
