@@ -3,6 +3,9 @@
 The backend aot_eager traces and splits forward and backward as the default one does, and generates no code.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from pipelines import load
@@ -190,6 +193,25 @@ def test_compiled_blocks_keep_the_share_that_they_are_given(monkeypatch):
     for a, b in zip(gradients, same, strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm().clamp(min=1e-8)
     assert kept < 0.6 * whole
+
+
+def test_the_weights_of_a_compiled_stage_are_gone_when_it_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": "eager"})
+    kept, prepared = [], compiling.blocks
+
+    def noted(transformer):
+        made = prepared(transformer)
+        kept.extend(weakref.ref(parameter) for parameter in made[0].parameters())
+        return made
+
+    monkeypatch.setattr(compiling, "blocks", noted)
+    gc.disable()  # when it comes by itself depends on all else
+    try:
+        run_quietly(recipe(stage("sft", train=COMPILED.replace("steps: 6", "steps: 2"))), tmp_path / "run")
+        assert kept
+        assert all(parameter() is None for parameter in kept)
+    finally:
+        gc.enable()
 
 
 def test_zero_3_is_not_compiled():

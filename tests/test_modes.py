@@ -87,10 +87,11 @@ def test_blocks_keep_their_share_by_the_compiler_or_by_checkpointing(monkeypatch
 
 class Machine:
     """A device on which modes have given throughputs, in items a second; 0 does not fit, None does not
-    compile. Each trial takes ``each`` seconds. ``sizes`` fit of a mode, or of any number if it has none."""
+    compile. Each trial takes ``each`` seconds. ``sizes`` fit of a mode, or of any number if it has none. The
+    modes ``crowding`` do not fit even while they are compiled."""
 
-    def __init__(self, monkeypatch, rates, each=1.0, sizes=None):
-        self.rates, self.each, self.sizes = rates, each, sizes or {}
+    def __init__(self, monkeypatch, rates, each=1.0, sizes=None, crowding=()):
+        self.rates, self.each, self.sizes, self.crowding = rates, each, sizes or {}, crowding
         self.now, self.entered, self.searched, self.rows = 5000.0, [], [], []
         monkeypatch.setattr(modes, "enter", self.enter)
         monkeypatch.setattr(modes, "largest_micro_batch", self.search)
@@ -105,6 +106,8 @@ class Machine:
         assert (policy, strategy, sample) == (self.policy, self.strategy, "sample")
         self.entered.append(mode)
         self.rows.append(rows)
+        if mode in self.crowding:
+            raise TrainingError(f"no room to compile {mode}")
         return "no compiler" if self.rates.get(mode, 1.0) is None else None
 
     def search(self, algorithm, settings, policy, strategy, sample, first, expired=None):
@@ -247,6 +250,17 @@ def test_where_nothing_compiles_the_blocks_run_as_they_are(monkeypatch):
     assert machine.entered == [OFF, C_OFF, OFF], "what fails to compile once is not tried otherwise"
     assert machine.searched == [1], "and is not timed in a mode that it is not in"
     assert [one.mode for one in machine.fastest(compile=True)] == [OFF]
+
+
+def test_after_a_mode_that_did_not_fit_while_it_was_compiled_the_blocks_enter_the_one_that_is_taken(
+    monkeypatch,
+):
+    selective = Mode(False, "selective")
+    machine = Machine(monkeypatch, {}, crowding={Mode(True, "selective")})
+    assert [one.mode for one in machine.fastest(gradient_checkpointing="selective")] == [selective]
+    assert machine.entered == [selective, Mode(True, "selective"), selective]
+    machine = Machine(monkeypatch, {OFF: 5.0, C_HALF: 9.0}, crowding={C_OFF})
+    assert machine.fastest()[0].mode == C_HALF, "others are tried, as another one may fit"
 
 
 def test_a_strategy_that_cannot_go_on_ends_the_search(monkeypatch):

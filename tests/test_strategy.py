@@ -127,6 +127,15 @@ def test_moments_are_placed_as_the_strategy_lays_them():
     assert {n: p.values.tolist() for n, p in strategy.moments("a").items()} == {"step": -4, "exp_avg": [-2]}
 
 
+def test_moments_go_straight_to_the_device_of_their_weight():
+    policy = line_policy()
+    weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+    found = [descending(policy).as_moment(weight, stored(t)) for t in (torch.ones(1), torch.tensor(4.0))]
+    assert [t.device.type for t in found] == ["meta", "cpu"], (
+        "the number of steps goes where the optimizer has it"
+    )
+
+
 class Parted(torch.Tensor):
     """Stands for a tensor of which each process has a part."""
 

@@ -2,6 +2,8 @@
 
 import math
 import weakref
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -219,6 +221,50 @@ def test_a_strategy_that_cannot_repeat_stops_and_forgets_its_gradients(ranks):
         return found.value.micro_batch, policy.trained["a"].grad
 
     assert on_ranks(ranks, work) == [(2, None)] * ranks
+
+
+class Rows(Pull):
+    """Notes in ``seen``, by rank, the micro-batch of each rollout and the rows of each loss."""
+
+    seen: ClassVar = []
+
+    def collect(self, batch, tools):
+        self.seen.append((tools.world.rank, "micro-batch", tools.policy.micro_batch))
+        return super().collect(batch, tools)
+
+    def loss(self, items, policy):
+        self.seen.append((torch.distributed.get_rank(), "rows", len(items)))
+        return super().loss(items, policy)
+
+
+def rows_on_ranks(micro_batches, batches, given):
+    """What each of two ranks notes; ``batches``: the sample indices of each rank's only batch."""
+    Rows.seen.clear()
+
+    def work(world):
+        policy = line_policy(0, micro_batch=micro_batches[world.rank])
+        indices = batches[world.rank]
+        batch, tools = of([1.0] * len(indices), sample_index=indices)(policy)
+        source = [(batch, replace(tools, world=world))]
+        train(Rows(), policy, descending(policy, world=world), source, given, Steps())
+
+    on_ranks(2, work)
+    return [[note[1:] for note in Rows.seen if note[0] == rank] for rank in range(2)]
+
+
+def test_no_rank_computes_a_loss_of_no_rows():
+    # rank 0 has no sample of the second part, and rank 1 none of the first
+    found = rows_on_ranks([4, 4], [[0, 2], [1, 3]], settings(2, steps_per_batch=2))
+    assert found == [
+        [("micro-batch", 4), ("rows", 2), ("rows", 1)],
+        [("micro-batch", 4), ("rows", 1), ("rows", 2)],
+    ]
+
+
+def test_ranks_go_on_with_the_smallest_of_their_micro_batches():
+    """One of them may have halved its own while it drew images."""
+    found = rows_on_ranks([4, 2], [[0, 1, 2], [3, 4, 5]], settings(1))
+    assert found == [[("micro-batch", 2), ("rows", 2), ("rows", 1)]] * 2
 
 
 def test_a_rollout_keeps_its_lowered_weights():

@@ -93,7 +93,15 @@ def test_the_main_process_goes_first():
 
 @pytest.fixture
 def nowhere(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_RANK",
+        "SLURM_PROCID",
+    ):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -214,6 +222,25 @@ def test_more_processes_than_gpus_are_refused(nowhere):
     ):
         pass
     assert group.made == []
+
+
+def test_processes_that_would_share_the_gpu_that_a_recipe_names_are_refused(nowhere):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        nowhere.setenv(name, value)
+    nowhere.setenv("LOCAL_WORLD_SIZE", "2")
+    nowhere.setenv("LOCAL_RANK", "1")
+    group = Group(nowhere, 2)
+    with (
+        pytest.raises(PosttrainError, match="device: 'cuda:0' is one GPU, and 2 processes on this machine"),
+        joined(torch.device("cuda", 0)),
+    ):
+        pass
+    assert group.made == []
+    with joined(torch.device("cuda", 1)):  # its own
+        assert len(group.made) == 1
+    nowhere.setenv("LOCAL_WORLD_SIZE", "1")  # the others are on another machine
+    with joined(torch.device("cuda", 0)):
+        assert len(group.made) == 2
 
 
 def test_by_default_a_process_holds_all_on_its_device_and_no_copies():

@@ -132,8 +132,7 @@ def joined(device: torch.device, *, group: bool = False) -> Iterator[World]:
     """Join the processes that a launcher started; without a launcher, a world of this process alone.
 
     ``group`` makes torch's process group for one process as well, for strategies that need it. Raises
-    PosttrainError if the environment does not say how to reach the others, or if there are more processes
-    than GPUs.
+    PosttrainError if the environment does not say how to reach the others, or if processes would share a GPU.
     """
     rank, size = rank_and_world_size()
     if size == 1 and not group:
@@ -150,9 +149,15 @@ def joined(device: torch.device, *, group: bool = False) -> Iterator[World]:
     backend = "gloo"
     if device.type == "cuda":
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_size > torch.cuda.device_count():
             raise PosttrainError(
                 f"{local_size} processes on this machine, but {torch.cuda.device_count()} GPUs"
+            )
+        if local_size > 1 and device.index not in (None, local_rank):
+            raise PosttrainError(
+                f"device: {str(device)!r} is one GPU, and {local_size} processes on this machine need one "
+                "each: give 'cuda' or 'auto'"
             )
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

@@ -157,7 +157,9 @@ class _Search:
         self.algorithm, self.settings, self.policy = algorithm, settings, policy
         self.strategy, self.sample, self.clock = strategy, sample, clock
         self.mode: Mode | None = None
-        """The mode that the blocks are in."""
+        """The mode that the blocks are in; None if they could not enter the last one."""
+        self.compiles = True
+        """False if the last mode could not be compiled."""
         self.failure: TrainingError | None = None
         """Why the last mode that failed did."""
         self._began = self._last = clock()
@@ -184,7 +186,7 @@ class _Search:
             if self.expired() and (before or found):
                 break
             if (one := self._tried(Mode(True, checkpointing), items)) is None:
-                if self.mode is None:
+                if not self.compiles:
                     break  # what cannot be compiled once cannot be compiled otherwise
                 continue
             found.append(one)
@@ -197,8 +199,10 @@ class _Search:
     def enter(self, mode: Mode, items: int) -> str | None:
         """See :func:`enter`; compiled for a micro-batch of so many ``items``."""
         rows = items * rehearse(self.algorithm, self.policy.model.guidance_rule).rows_with
+        self.mode = None  # what raises an error here leaves the blocks neither in this mode nor in the last
         reason = enter(mode, self.policy, self.strategy, self.sample, rows)
-        self.mode = mode if reason is None else None
+        self.compiles = reason is None
+        self.mode = mode if self.compiles else None
         return reason
 
     def _allowed(self, modes: tuple[Checkpointing, ...]) -> tuple[Checkpointing, ...]:

@@ -74,6 +74,8 @@ def train(
     checked = start > 0
     undo = partial(_undo, strategy)
     while step < settings.steps and hooks.before_batch(step):
+        # one process may have halved it while it drew images, and rollouts exchange something per micro-batch
+        policy.micro_batch = -strategy.world.max(-policy.micro_batch)
         if (drawn := next(source, None)) is None:
             raise TrainingError(f"the data ended after {step} of {settings.steps} steps")
         batch, tools = drawn
@@ -90,7 +92,7 @@ def train(
             raise AlgorithmError(f"collect of {algorithm.type!r} returned {type(items).__name__}, not Items")
         items = _without_fillers(items)
         check = None if checked else OnPolicy(rows=min(policy.micro_batch, len(batch)))
-        parts, moved = list(items.parts_by_sample(settings.steps_per_batch)), False
+        parts, moved = _parts(items, settings.steps_per_batch), False
         for i in range(len(parts)):
             set_learning_rate(strategy.optimizer, learning_rate(settings, step))
             step += 1
@@ -199,9 +201,19 @@ def _micro_batches(items: Items, policy: Policy, check: OnPolicy | None, world: 
     counting = _counting(items, size if policy.compiled else 1)
     micro_batches = [counting.take(slice(0, first))] if len(counting) else []
     micro_batches += counting.take(slice(first, None)).split(size)
+    return micro_batches + [_filler(items)] * (world.max(len(micro_batches)) - len(micro_batches))
+
+
+def _parts(items: Items, count: int) -> list[Items]:
+    """The items in ``count`` parts, each with one item at least. Of several processes, one may have no sample
+    in a part, and a transformer cannot compute a forward of no rows."""
+    return [part if len(part) else _filler(items) for part in items.parts_by_sample(count)]
+
+
+def _filler(items: Items) -> Items:
+    """The first item, with weight 0."""
     one = items.take(slice(0, 1))
-    filler = replace(one, weight=torch.zeros_like(one.weight))
-    return micro_batches + [filler] * (world.max(len(micro_batches)) - len(micro_batches))
+    return replace(one, weight=torch.zeros_like(one.weight))
 
 
 def _counting(items: Items, multiple: int) -> Items:

@@ -172,5 +172,6 @@ class TorchStrategy(Strategy):
 
     def as_moment(self, parameter: nn.Parameter, stored: Stored) -> Tensor:
         """A copy of ``stored`` in the layout in which the optimizer keeps moments of the parameter."""
-        del parameter
-        return stored.whole().clone()
+        whole = stored.whole()
+        # straight to the device: the CPU's memory may not hold the moments of all weights once per process
+        return whole.to(parameter.device, copy=True) if whole.shape == parameter.shape else whole.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Sequence
 from functools import partial
@@ -78,6 +79,7 @@ def _run_stages(run: Run, reopened: Reopened) -> None:
     """Evaluate the base model, then train and evaluate each stage; skip what was done before."""
     from posttrain.stages.model_card import complete_card
     from posttrain.stages.stage_evaluation import evaluate_stage
+    from posttrain.support.device import free_memory
 
     evaluation = run.recipe.evaluation
     if evaluation is not None:
@@ -88,6 +90,8 @@ def _run_stages(run: Run, reopened: Reopened) -> None:
             run.console.print(f"{stage.name}: finished before, skipped", style="dim", highlight=False)
         else:
             _train(run, stage, reopened)
+            gc.collect()  # compiled blocks refer to themselves, and would keep their weights on the device
+            free_memory(run.device)
         if evaluation is not None:
             evaluate_stage(run, evaluation, stage)
         if run.world.is_main:

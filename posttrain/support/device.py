@@ -10,6 +10,9 @@ import torch
 
 from posttrain.errors import RecipeError
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container's limits."""
+
 
 def resolve(name: str) -> torch.device:
     """The torch device for a recipe's ``device``. ``auto`` prefers CUDA, then MPS, then the CPU.
@@ -94,11 +97,14 @@ def available_memory(device: torch.device) -> int | None:
         return None
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")  # a container's limit may be lower than the machine's memory
-    try:
-        limit, used = ((group / name).read_text("utf-8") for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):
+    try:  # a container's limit may be lower than the machine's memory
+        limit, used, parts = (
+            (CGROUP / f"memory.{name}").read_text("utf-8") for name in ("max", "current", "stat")
+        )
+        # what is used includes files that were read or written, which the system gives up when it needs room
+        files = next(int(line.split()[1]) for line in parts.splitlines() if line.startswith("inactive_file "))
+        return min(free, int(limit) - int(used) + files)
+    except (OSError, ValueError, StopIteration):
         return free
 
 
