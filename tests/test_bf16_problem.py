@@ -35,3 +35,12 @@ def test_a_device_on_which_nothing_here_runs_is_refused(name):
     with pytest.raises(RecipeError, match=f"device: no '{name}': one of 'auto', 'cpu'"):
         resolve(name)
     assert resolve("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("seen", "index"), [(4, 3), (1, 0)])  # Slurm may show each process its own GPU alone
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_takes_its_own_gpu(monkeypatch, name, seen, index):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert resolve(name) == torch.device("cuda", index)

@@ -1,6 +1,7 @@
 """What ranks tell each other, between real ones, and how they are joined."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,16 @@ class Group:
         monkeypatch.setattr(dist, "destroy_process_group", lambda: setattr(self, "gone", self.gone + 1))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(self, "device", device))
+        self.others = [f"GPU-{rank}" for rank in range(9)]
+        # the second process's own is GPU-1
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=self.others[1])
+        )
+        monkeypatch.setattr(dist, "all_gather_object", self._gather)
+
+    def _gather(self, values, own):
+        values[:] = self.others[: len(values)]
+        assert own == values[1]
 
 
 def test_processes_stop_together_when_a_signal_told_one_of_them(monkeypatch):
@@ -211,36 +222,23 @@ def test_several_processes_meet_as_the_environment_says(nowhere, kind, here, gpu
     assert group.gone == 1
 
 
-def test_more_processes_than_gpus_are_refused(nowhere):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+@pytest.mark.parametrize("gpus", [1, 4])  # Slurm may show each process its own GPU alone
+def test_processes_that_share_a_gpu_are_refused(nowhere, gpus):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
         nowhere.setenv(name, value)
-    nowhere.setenv("LOCAL_WORLD_SIZE", "2")
-    group = Group(nowhere, 1)
-    with (
-        pytest.raises(PosttrainError, match="2 processes on this machine, but 1 GPUs"),
-        joined(torch.device("cuda")),
-    ):
-        pass
-    assert group.made == []
-
-
-def test_processes_that_would_share_the_gpu_that_a_recipe_names_are_refused(nowhere):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
-        nowhere.setenv(name, value)
-    nowhere.setenv("LOCAL_WORLD_SIZE", "2")
+    nowhere.setenv("LOCAL_WORLD_SIZE", "4")
     nowhere.setenv("LOCAL_RANK", "1")
-    group = Group(nowhere, 2)
+    group = Group(nowhere, gpus)
+    with joined(torch.device("cuda", 0)) as made:
+        assert made == World(1, 4)
+    assert group.device == torch.device("cuda", 0)
+    group.others = ["GPU-0", "GPU-1", "GPU-2", "GPU-1"]
     with (
-        pytest.raises(PosttrainError, match="device: 'cuda:0' is one GPU, and 2 processes on this machine"),
+        pytest.raises(PosttrainError, match=r"processes 1 and 3 would share a GPU \(GPU-1\): start one"),
         joined(torch.device("cuda", 0)),
     ):
         pass
-    assert group.made == []
-    with joined(torch.device("cuda", 1)):  # its own
-        assert len(group.made) == 1
-    nowhere.setenv("LOCAL_WORLD_SIZE", "1")  # the others are on another machine
-    with joined(torch.device("cuda", 0)):
-        assert len(group.made) == 2
+    assert group.gone == 2
 
 
 def test_by_default_a_process_holds_all_on_its_device_and_no_copies():

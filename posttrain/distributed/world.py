@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -148,25 +148,29 @@ def joined(device: torch.device, *, group: bool = False) -> Iterator[World]:
         )
     backend = "gloo"
     if device.type == "cuda":
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_size > torch.cuda.device_count():
-            raise PosttrainError(
-                f"{local_size} processes on this machine, but {torch.cuda.device_count()} GPUs"
-            )
-        if local_size > 1 and device.index not in (None, local_rank):
-            raise PosttrainError(
-                f"device: {str(device)!r} is one GPU, and {local_size} processes on this machine need one "
-                "each: give 'cuda' or 'auto'"
-            )
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     timeout = datetime.timedelta(seconds=patience_seconds() + HEADSTART_SECONDS)
     dist.init_process_group(backend, timeout=timeout, **alone)
     try:
-        yield World(rank, size)
+        world = World(rank, size)
+        if device.type == "cuda" and size > 1:
+            # numbers do not tell GPUs apart: Slurm may show each process its own as number 0
+            own = str(torch.cuda.get_device_properties(device).uuid)
+            _refuse_shared(world.gather_objects(own))
+        yield world
     finally:
         # DeepSpeed keeps a reference of its own to the group, and would use it in the next run
         in_deepspeed = getattr(sys.modules.get("deepspeed.comm.comm"), "cdb", None)
         (sys.modules["deepspeed.comm"] if in_deepspeed is not None else dist).destroy_process_group()
+
+
+def _refuse_shared(gpus: Sequence[str]) -> None:
+    """Raise PosttrainError if two processes have the same GPU. ``gpus`` are their identities by rank."""
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) < rank:
+            raise PosttrainError(
+                f"processes {first} and {rank} would share a GPU ({gpu}): start one process for each GPU, "
+                "and give no number with 'device'"
+            )

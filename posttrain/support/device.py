@@ -24,7 +24,7 @@ def resolve(name: str) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            return _gpu_of_this_process()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -33,12 +33,18 @@ def resolve(name: str) -> torch.device:
     except RuntimeError as error:
         raise RecipeError(f"device: no {name!r}: one of 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
     if device == torch.device("cuda"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = _gpu_of_this_process()
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"device: no {name!r} here; torch sees {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise RecipeError("device: 'mps' is not available here")
     return device
+
+
+def _gpu_of_this_process() -> torch.device:
+    """The GPU of this process's number on its machine, or the only one that it sees."""
+    count = torch.cuda.device_count()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(count, 1))
 
 
 def set_tf32(enabled: bool) -> None:
