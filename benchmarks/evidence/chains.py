@@ -5,16 +5,13 @@ All have the same total cost. The RL stage is that of the shipped recipe, ``shap
 two chains after them have equal RL stages, of equal prompts and noise. A seed's RL is measured four times:
 before it, and after each third.
 
-What it takes, from measured runs (docs/learning.md, 2026-11-25: 307k forward-equivalents of ``shapes-nft`` in
-23 to 35 minutes of one core, 241k of ``shapes-grpo`` in 20 to 23), at 10k a core-minute:
+What it takes, at the 100 forward-equivalents a second of one busy CPU core (the records' own `cost`, 2026-11-27):
 
-- RL of a seed: 2 chains x 230k from the base, 4 x 161k after SFT or SOAR; the stages before: 2 x 69k.
-  1,244k a seed, 3.7M with three seeds: about 6.2 core-hours.
-- 21 evaluations a seed of 480 images x 20 forwards: 0.6M with three seeds, about 1 core-hour.
-
-That is 7.2 core-hours; at the slowest measured run, 8.4. The arms take longer: their 14 recipes are 1.3M
-forward-equivalents a seed, and measuring 14 arms and the base takes 84k each, 1.3M. Five seeds are 13M: about
-22 core-hours at the same rate.
+- RL of a seed: 3 chains x 230k from the base, 4 x 161k after SFT or SOAR; the stages before: 2 x 69k. 1.5M a
+  seed, 4.4M with three seeds: about 12 core-hours.
+- 24 evaluations a seed of 480 images x 20 forwards: 0.7M with three seeds, about 2 core-hours.
+- The arms: 14 recipes are 1.3M a seed, and measuring 14 arms and the base takes 58k each, 0.9M. Five seeds are
+  11M: about 30 core-hours.
 """
 
 from __future__ import annotations
