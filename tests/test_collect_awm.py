@@ -114,7 +114,8 @@ def test_samples_of_a_prompt_share_their_levels_but_for_uniform(time_type):
     assert torch.equal(found[0], found[1]) == torch.equal(found[2], found[3]) == (time_type != "uniform")
     assert not torch.equal(found[0], found[2])
     alone = levels(time_type, *[0.0] * 4, steps=100, group=group[2:], draws=Draws((0,), range(2, 4)))
-    assert torch.equal(found[2:], alone), "whatever else is in the micro-batch"
+    # whatever else is in the micro-batch; the last values of a tensor may be rounded by another instruction
+    torch.testing.assert_close(found[2:], alone, rtol=1e-6, atol=0)
 
 
 parts = st.integers(1, 9).flatmap(lambda k: st.lists(st.floats(0, LAST, width=32), min_size=k, max_size=k))

@@ -53,7 +53,7 @@ def check_writable(file: Path) -> None:
             raise IsADirectoryError(str(file))
         if file.is_file() or not file.exists():
             with aside(file.resolve(), secrets.token_hex(4)) as unfinished:
-                unfinished.touch()
+                unfinished.write_bytes(b"")
 
 
 @contextlib.contextmanager
