@@ -133,6 +133,15 @@ def test_a_signal_of_the_launcher_is_passed_on_and_awaited(started, tmp_path, mo
         wait_for_all(children, patience=60)
 
 
+def test_one_that_fails_because_another_is_about_to_leave_is_no_failure(started, monkeypatch):
+    """A signal came to one process alone, which is slower to end than the one that lost it."""
+    children = started("import sys, time; time.sleep(1); sys.exit(75)", "import sys; sys.exit(1)")
+    children[1].process.wait()
+    monkeypatch.setattr(module, "KILL_SECONDS", 60)
+    with pytest.raises(Stopped):
+        wait_for_all(children, patience=60)
+
+
 def test_a_process_that_does_not_end_when_asked_is_killed(started, tmp_path):
     handler = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)"
     (child,) = started(listening(tmp_path, handler))

@@ -103,11 +103,11 @@ def wait_for_all(children: Sequence[Child], patience: float) -> None:
             if ending > LAST_SECONDS:
                 break
             continue
-        _raise_if_failed(children, told)
+        _raise_if_failed(children)
         _raise_if_hanging([child for child in children if child.code is None], passed, patience)
     if any(child.code == stopping.EXIT_CODE for child in children):
         raise stopping.Stopped
-    _raise_if_failed(children, told=False)
+    _raise_if_failed(children)
 
 
 def end_all(children: Sequence[Child]) -> None:
@@ -124,13 +124,14 @@ def end_all(children: Sequence[Child]) -> None:
             child.process.wait()
 
 
-def _raise_if_failed(children: Sequence[Child], told: bool) -> None:
+def _raise_if_failed(children: Sequence[Child]) -> None:
     """Raise PosttrainError for the process that failed first, after showing its stderr.
 
-    Of processes that were ``told`` to stop, some may fail because another has stopped already.
+    Some may fail because another one is about to leave: a signal told it to stop, and it has closed its
+    connections. Such a stop is no failure.
     """
     failed = [child for child in children if child.failed]
-    if not failed or (told and _one_stops_soon(children)):
+    if not failed or _one_stops_soon(children):
         return
     first = min(failed, key=lambda child: (child.failed_at, child.rank))
     first.show_errors()
