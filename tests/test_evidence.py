@@ -22,6 +22,7 @@ from posttrain.algorithms.sft import SFT  # noqa: E402
 from posttrain.algorithms.soar import SOAR  # noqa: E402
 from posttrain.engine.trainer import update  # noqa: E402
 from posttrain.errors import PosttrainError  # noqa: E402
+from posttrain.evaluation import intervals  # noqa: E402
 from posttrain.optim.settings import Train  # noqa: E402
 from posttrain.testing.toys import alone, collected, toy_policy  # noqa: E402
 
@@ -372,6 +373,15 @@ def test_records_that_do_not_compare_are_refused(tmp_path, entry):
 def test_seeds_of_an_arm_with_another_recipe_are_refused(tmp_path):
     with pytest.raises(PosttrainError, match="sft-0 and sft-1 were made by other recipes"):
         written(tmp_path, [record("sft", 0, [0, 0, 0]), record("sft", 1, [0, 0, 0], recipes={"steps": 9})])
+
+
+def test_a_pair_of_one_seed_has_the_interval_of_other_prompts_and_no_p(tmp_path):
+    found = written(tmp_path, [*series(), record("sft-lora", 0, [0.2, 0.2, 0.9])])
+    pairs = [("sft-lora", "base"), ("sft", "base"), ("soar", "base")]
+    alone, *others = list(tables.differences_table(found, pairs, "20"))[2:]
+    low, high = intervals.bootstrap_interval([0.2, 0.2, 0.4], groups=["a", "b", "c"])
+    assert alone == f"| `sft-lora` | `base` | +0.267 [{low:+.3f}, {high:+.3f}] |  |  | 1 of 1 |  |"
+    assert others == list(tables.differences_table(found, pairs[1:], "20"))[2:], "p is of those that have one"
 
 
 def test_a_field_that_recipes_did_not_have_yet_refuses_no_record():

@@ -28,7 +28,8 @@ MAIN = "20"
 """Sampling steps of the comparison that claims are made from."""
 MANY = (
     "p: two-sided, by Holm's method for all rows of this table; an interval is of its row alone. It is "
-    "for other seeds and other prompts, the one of seeds alone for these prompts."
+    "for other seeds and other prompts, the one of seeds alone for these prompts. A row of one seed has the "
+    "bootstrap's interval, for other prompts."
 )
 
 

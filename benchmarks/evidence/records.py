@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.identity import differing
 from benchmarks.evidence.statistics import Difference, difference
 from posttrain.errors import PosttrainError
+from posttrain.evaluation.intervals import paired_difference
 from posttrain.support.records import read_object
 
 Record = Mapping[str, Any]
@@ -69,17 +71,22 @@ def between(
     values: Callable[[Record], Sequence[float]],
     labels: Callable[[Record], Sequence[str]],
 ) -> Difference | None:
-    """``arm`` minus ``against`` in their ``values``, on the seeds that both have; None if fewer than two.
+    """``arm`` minus ``against`` in their ``values``, on the seeds that both have; None if there is none. That
+    of one seed has the bootstrap's interval for other prompts, and no error or p.
 
     Fewer values than ``labels`` are those of the first. Raises PosttrainError if the two have other
     ``labels``: other prompts, or other images.
     """
     theirs = {r["seed"]: r for r in records.get(against, ())}
     pairs = [(theirs[r["seed"]], r) for r in records.get(arm, ()) if r["seed"] in theirs]
-    if len(pairs) < 2:
+    if not pairs:
         return None
     same = labels(pairs[0][0])
     if any(labels(record) != same for pair in pairs for record in pair):
         raise PosttrainError(f"{arm} and {against} were measured on other prompts or images")
     a, b = ([values(record) for record in side] for side in zip(*pairs, strict=True))
-    return difference(a, b, same[: len(a[0])])
+    labelled = same[: len(a[0])]
+    if len(pairs) == 1:
+        mean, low, high = paired_difference(a[0], b[0], groups=labelled)
+        return Difference(mean, math.nan, low, high, math.nan, math.nan, "1 of 1")
+    return difference(a, b, labelled)

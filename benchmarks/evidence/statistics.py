@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, its standard error, its 95 % interval, and how it came about."""
+    """A mean difference, its standard error, its 95 % interval, and how it came about. What one seed cannot
+    tell is NaN."""
 
     mean: float
     error: float

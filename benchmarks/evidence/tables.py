@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
@@ -36,19 +37,19 @@ def scores_table(records: Records, names: Sequence[str], key: str, scores: Seque
 
 
 def differences_table(records: Records, pairs: Pairs, key: str, score: str = "shapes") -> Iterator[str]:
-    """A row for each pair of arm and rival that have two seeds: the difference, and p adjusted by Holm's
-    method for all rows."""
+    """A row for each pair of arm and rival that have a seed in common: the difference, and p adjusted by
+    Holm's method for all rows that have one."""
     found = [
         (arm, rival, change)
         for arm, rival in pairs
         if (change := between(records, arm, rival, _score(key, score), _prompts)) is not None
     ]
     yield from _head("arm", "against", *COMPARED.split(" | "))
-    adjusted = holm([change.p for *_, change in found])
-    for (arm, rival, change), p in zip(found, adjusted, strict=True):
-        yield _row(
-            f"`{arm}`", f"`{rival}`", change, f"{change.error:.4f}", _alone(change), change.agree, _p(p)
-        )
+    adjusted = iter(holm([change.p for *_, change in found if not math.isnan(change.p)]))
+    for arm, rival, change in found:
+        told = ["", ""] if math.isnan(change.p) else [f"{change.error:.4f}", _alone(change)]
+        p = "" if math.isnan(change.p) else _p(next(adjusted))
+        yield _row(f"`{arm}`", f"`{rival}`", change, *told, change.agree, p)
 
 
 def kinds_table(records: Records, names: Sequence[str], key: str) -> Iterator[str]:
