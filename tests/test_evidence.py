@@ -229,7 +229,7 @@ def stubs(monkeypatch):
     scores = {"shapes": [0.0, 1.0], "shapes/lenient": [0.0, 1.0], "shapes/strict": [0.0, 1.0]}
 
     def scored(weights, settings, samples, folder, device):
-        seen.append(("scored", settings["steps"], settings["seed"], weights))
+        seen.append(("scored", settings["steps"], settings["seed"], weights, settings["prompts"]["count"]))
         return {"prompts": ["a", "b"], "tags": ["x", "x"], "scores": dict(scores)}
 
     def errors(policy, latents, captions, *, seed, **rest):
@@ -260,6 +260,7 @@ def test_base_and_arm_of_a_seed_are_measured_from_the_same_noise(stubs, tmp_path
         assert {*record["evaluations"]} == {"5", "10", "20", "40"}
     base, sft = ([s[:3] for s in stubs[a:b] if s[0] != "run"] for a, b in ((0, 5), (5, 11)))
     assert base == sft == [*(("scored", n, 3) for n in (5, 10, 20, 40)), ("errors", 3)]
+    assert [s[4] for s in stubs if s[0] == "scored"] == [240, 240, 480, 240] * 2
     assert ("run", 3, "sft-3-150-steps") in stubs, "a shorter run's folder would be gone on with"
     assert not [*(tmp_path / "runs").iterdir()]
 

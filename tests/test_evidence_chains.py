@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import learning  # noqa: E402
 from benchmarks.evidence import arms, chains, page, records, tables  # noqa: E402
 from posttrain import load_recipe  # noqa: E402
 from posttrain.algorithm import Algorithm  # noqa: E402
@@ -110,6 +111,15 @@ def test_a_chain_is_measured_before_rl_and_after_each_third(stubs, tmp_path):
     assert len(stubs) == count
     with pytest.raises(PosttrainError, match="made by other recipes"):
         chains.measured_chain("soar-nft", 1, *at)
+
+
+def test_the_table_of_learning_runs_has_a_chain_from_its_start_to_its_end(stubs, tmp_path):
+    file = chains.measured_chain("nft", 0, tmp_path / "runs", tmp_path / "records", steps=3)
+    row = learning.of_record(file)
+    assert (row.name, row.before, row.after) == ("nft-0", pytest.approx(0.1), pytest.approx(0.5))
+    assert row.gain == pytest.approx((0.4, 0.4, 0.4))
+    assert row.rewards == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert row.cost["forward_equivalents"] == 30
 
 
 def test_from_the_base_rl_is_all_of_the_cost(stubs, tmp_path):
