@@ -42,7 +42,7 @@ def resolve(name: str) -> torch.device:
 
 
 def _gpu_of_this_process() -> torch.device:
-    """The GPU of this process's number on its machine. Where it sees fewer GPUs, their numbers start again."""
+    """The GPU of this process's number on its machine. Where it sees fewer, their numbers start again."""
     count = torch.cuda.device_count()
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(count, 1))
 
