@@ -37,7 +37,7 @@ BEFORE = {"sft": 721, "soar": 94}
 READINGS = 3
 """Evaluations of an RL stage, after equal parts of its steps; one more comes before it."""
 HELD_OUT = {
-    **EVALUATION, "prompts": {"type": "shapes", "count": 120, "seed": 2028}, "images_per_prompt": 4,
+    **EVALUATION, "prompts": {"type": "shapes", "count": 240, "seed": 2028}, "images_per_prompt": 3,
     "steps": 20, "guidance": 1.0, "keep": "png",
 }  # fmt: skip
 """All six kinds of task; without guidance, as RL samples."""
