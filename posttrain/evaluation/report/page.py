@@ -20,8 +20,7 @@ from posttrain.evaluation.report.settings import environment_lines, evaluation_l
 from posttrain.evaluation.report.verdict import best_stage, verdict
 from posttrain.evaluation.report.view import Page
 from posttrain.support.files import write
-
-REPORT = "report.html"
+from posttrain.weights.run_folders import REPORT
 
 
 def write_report(*runs: Path, output: Path | None = None) -> Path:
