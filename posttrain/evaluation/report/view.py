@@ -22,6 +22,13 @@ def number(value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}.3f}"
 
 
+def gain_texts(change: float, low: float, high: float) -> tuple[str, str, str]:
+    """A difference and the ends of its interval, with so many digits that the ends differ in two of them."""
+    size = (high - low) or abs(change)
+    digits = min(max(3, math.ceil(1 - math.log10(size))), 9) if 0 < size < math.inf else 3
+    return f"{change:+.{digits}f}", f"{low:+.{digits}f}", f"{high:+.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of a table. An empty one is a dash."""
