@@ -73,6 +73,7 @@ def test_a_score_where_lower_is_better_says_so(pair):
         ((-0.5, -1.0, 0.0), "-0.500 [-1.000, +0.000] not significant"),
         ((0.5, -1.0, 2.0), "+0.500 [-1.000, +2.000] not significant"),
         ((0.5, -math.inf, math.inf), "+0.500 [of one sample] not significant"),
+        ((2e-5, -math.inf, math.inf), "+0.000020 [of one sample] not significant"),
         ((2e-4, 1e-4, 3e-4), "+0.00020 [+0.00010, +0.00030]"), ((2e-4, 2e-4, 2e-4), "+0.00020 [+0.00020, +0.00020]"),
     ],
 )  # fmt: skip
