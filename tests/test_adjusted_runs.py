@@ -176,10 +176,10 @@ def test_the_best_of_another_score_is_not_compared():
     account = Account(best=4, best_score=21.0, best_by="pickscore")
     training = SimpleNamespace(run=run_, policy=None, account=account)
     for _ in range(2):
-        HeldOut(training, made.stages[0].monitor, made.evaluation, None, None)  # type: ignore[arg-type]
+        HeldOut(training, made.stages[0].monitor, made.evaluation, None, None, None)  # type: ignore[arg-type]
         assert (account.best, account.best_score, account.best_by) == (None, None, "shapes")
     account.best = 7
-    HeldOut(training, made.stages[0].monitor, made.evaluation, None, None)  # type: ignore[arg-type]
+    HeldOut(training, made.stages[0].monitor, made.evaluation, None, None, None)  # type: ignore[arg-type]
     assert account.best == 7
 
 
@@ -249,7 +249,7 @@ def test_held_out_scores_of_other_prompts_are_not_compared():
 
     def hook(evaluation=made.evaluation, prompts=2):
         monitor = made.stages[0].monitor.model_copy(update={"prompts": prompts})
-        HeldOut(training, monitor, evaluation, None, None)  # type: ignore[arg-type]
+        HeldOut(training, monitor, evaluation, None, None, None)  # type: ignore[arg-type]
 
     hook()
     hook(made.evaluation.model_copy(update={"batch_size": 99}))

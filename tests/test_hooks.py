@@ -53,8 +53,8 @@ def watch_of(monkeypatch, account, *hooks):
     stage = SimpleNamespace(name="s", train=SimpleNamespace(steps=6))
     run, policy = SimpleNamespace(stage=stage, world=ALONE), SimpleNamespace(forward_equivalents=0)
     training: Any = SimpleNamespace(account=account, run=run, policy=policy, start=0)
-    bar: Any = None
-    return StageWatch(training, None, bar)
+    unused: Any = None
+    return StageWatch(training, None, unused, unused)
 
 
 def test_hooks_are_called_in_order_at_each_moment(monkeypatch):

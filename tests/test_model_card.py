@@ -1,18 +1,21 @@
 """Every stage's final/ has a model card, which an export takes along and a hub understands."""
 
+import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from pipelines import pipeline_folder
 from runs import EVALUATION, TRAIN, recipe, run_quietly, stage
 from typer.testing import CliRunner
 
 from posttrain.cli.app import app
 from posttrain.models._licences import origin_of
-from posttrain.stages.model_card import card_text
+from posttrain.stages.model_card import card_text, grid_image
 
 SHORT = TRAIN.replace("steps: 6", "steps: 2")
 LORA = "{type: lora, rank: 2}"
@@ -36,8 +39,6 @@ def card(folder):
 
 
 def test_a_card_says_what_the_weights_are_and_how_they_score(run):
-    import json
-
     found, scores = (
         card(run / "two" / "final"),
         json.loads((run / "two" / "evaluation" / "eval.json").read_text())["scores"],
@@ -53,8 +54,6 @@ def test_a_card_says_what_the_weights_are_and_how_they_score(run):
     assert "on top of the weights of `full`: load those first" in found.text
     assert "pipeline.set_adapters(['one', 'two'])" in found.text
     assert "![Images of the evaluation](grid.png)" in found.text
-    from PIL import Image
-
     with Image.open(run / "two" / "final" / "grid.png") as grid:
         assert grid.width > grid.height / 2 > 64
     assert "full" in card(run / "full" / "final").data.tags
@@ -86,6 +85,24 @@ def test_the_card_of_a_damaged_evaluation_does_not_say_that_there_was_none(run, 
     assert "evaluated, but the file of its scores, eval.json, is damaged." in card_text(copy, "full")
     file.unlink()
     assert "This stage was not evaluated." in card_text(copy, "full")
+
+
+def test_images_of_a_card_stand_with_their_prompts_and_one_that_is_damaged_is_left_out(
+    run, tmp_path, monkeypatch
+):
+    copy, drawn = shutil.copytree(run, tmp_path / "run"), []
+    monkeypatch.setattr(
+        "posttrain.support.images.grid", lambda images, columns, captions: drawn.append((images, captions))
+    )
+    folder = copy / "full" / "evaluation"
+    second = np.asarray(Image.open(folder / "grid" / "001.png")) / 255
+    prompts = json.loads((folder / "eval.json").read_text())["grid_prompts"]
+    (folder / "grid" / "000.png").unlink()
+    (copy / "base" / "evaluation" / "grid" / "000.png").write_bytes(b"torn")
+    grid_image(copy, "full")
+    (images, captions), *_ = drawn
+    assert captions == [f"base: {prompts[1]}", f"full: {prompts[1]}"]
+    assert images[1].permute(1, 2, 0).numpy() == pytest.approx(second)
 
 
 def test_a_card_is_there_before_the_evaluation_and_stays_as_it_is(run, tmp_path):

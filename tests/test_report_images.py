@@ -65,6 +65,16 @@ def test_prompts_are_listed_by_the_mean_of_their_images():
     assert changed_prompts([columns[0], columns[0]], Versus(0, 1, "s")) is None
 
 
+def test_nothing_gains_or_loses_where_scores_are_not_to_be_compared(run):
+    assert "gained and lost most" in write_report(run).read_text("utf-8")
+    file = run / "soar" / "evaluation" / "eval.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scorers": {"shapes": {"score": "strict"}}}))
+    text = write_report(run).read_text("utf-8")
+    assert "soar was evaluated by other rewards than base: do not compare their scores." in text
+    assert "gained and lost most" not in text
+    assert [e.text for e in checked(text).one(id="g").all("h4")] == ["Other prompts"]
+
+
 def test_an_image_that_is_damaged_or_gone_is_told_and_the_rest_is_shown(run):
     (run / "soar" / "evaluation" / "grid" / "001.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     page = checked(write_report(run).read_text("utf-8"))

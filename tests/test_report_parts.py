@@ -1,6 +1,7 @@
 """What a report is made of: costs, meanings of scores, tables, gains."""
 
 import json
+import math
 
 import pytest
 from html_page import checked
@@ -11,7 +12,9 @@ from posttrain.evaluation.report.html import html
 from posttrain.evaluation.report.meaning import bounds, meaning
 from posttrain.evaluation.report.page import write_report
 from posttrain.evaluation.report.results import StageResult
+from posttrain.evaluation.report.scores import score_cell
 from posttrain.evaluation.report.table import table
+from posttrain.evaluation.report.verdict import Gain
 from posttrain.evaluation.report.view import Cell, Page, Row, Table, number
 from posttrain.scoring.catalogue import every_reward
 
@@ -207,3 +210,20 @@ def test_the_terminal_has_a_colour_where_a_difference_is_significant_alone(run):
 def test_a_page_with_nothing_is_whole():
     page = checked(html(Page("empty", "Nothing.")))
     assert not page.one("nav").all("a")
+
+
+def test_the_alarms_of_a_stage_that_one_stopped_are_told(run):
+    (run / "soar" / "stage.json").unlink()
+    with (run / "soar" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "time": 30.0, "alarm/reward_hacking": 1.0}\n')
+    page = checked(write_report(run).read_text("utf-8"))
+    assert [line.text for line in page.one(id="alarms").all("li")] == ["soar, step 30: reward_hacking"]
+
+
+def test_a_gain_of_one_sample_has_no_colour_and_no_interval():
+    one, two = Gain(1.0, -math.inf, math.inf, True), Gain(0.5, 0.25, 0.75, True)
+    cell = score_cell({"mean": 1.0}, one, [None, one, two], best=True)
+    assert (cell.change, cell.kind, cell.drawing) == ("+1.000 (of one sample) not significant", "same", None)
+    cell = score_cell({"mean": 1.0}, two, [None, one, two], best=True)
+    assert (cell.change, cell.kind) == ("+0.500 (+0.250 to +0.750) better", "better")
+    assert 'cx="73.3"' in cell.drawing, "two thirds of the way from 0 to 0.75"

@@ -106,6 +106,8 @@ def test_of_equal_base_models_the_first_that_was_evaluated_is_kept():
     assert all(found.base_of(stage) is found.stages[0] for stage in found.stages)
     other = Results("c", [base(prompts=2)], "", {})
     assert [s.name for s in joined([*runs, other]).stages] == ["bare/x", "a/base", "b/y", "c/base"]
+    apart = joined([*runs, other])
+    assert [apart.base_of(s).name for s in apart.stages] == ["a/base", "a/base", "a/base", "c/base"]
     assert joined(runs[:1] * 2).stages == []
     bare = joined([runs[1], runs[1]])
     assert [s.name for s in bare.stages] == ["base", "bare/x", "bare/x"], "none was evaluated"

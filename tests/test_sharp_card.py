@@ -7,10 +7,11 @@ import pytest
 
 from posttrain.errors import RewardError
 from posttrain.evaluation import card as module
-from posttrain.evaluation.card import card, differing, other_settings, result, summaries
+from posttrain.evaluation.card import card, differing, other_settings, other_weights, result, summaries
 from posttrain.evaluation.intervals import bootstrap_interval
 from posttrain.recipe.schema import Evaluation
 from posttrain.rewards.jpeg import JpegCompressibility
+from posttrain.stages.stage_evaluation import _reason_against
 from posttrain.support.versions import versions
 
 JPEG = JpegCompressibility()
@@ -176,3 +177,39 @@ def test_an_evaluation_is_compared_with_a_card_by_its_settings_but_not_by_any_we
     )
     before["prompts"] = before["prompts"] | {"path": "elsewhere"}
     assert other_settings(before, evaluation(), rows) == []
+
+
+def test_other_weights_of_a_reward_are_told_by_their_hashes(tmp_path):
+    def evaluation(folder):
+        reward = {"type": "pickscore", "path": str(tmp_path / folder), "processor": str(tmp_path / "a")}
+        return Evaluation.model_validate({"prompts": {"type": "shapes", "count": 2}, "rewards": [reward]})
+
+    for folder, content in (("a", "1"), ("copy", "1"), ("b", "2")):
+        (tmp_path / folder).mkdir()
+        for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+            (tmp_path / folder / name).write_text("{}")
+        (tmp_path / folder / "model.safetensors").write_text(content)
+    rows = [{"prompt": "a"}]
+    before = {
+        **card(Drawn(), evaluation("a"), rows, "ema"),
+        "images": 0,
+        "scores": {},
+        "tags": {},
+        "tag_means": {},
+    }
+    begun, finished = tmp_path / "begun", tmp_path / "finished"
+    for folder, name in ((begun, "claim.json"), (finished, "eval.json")):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(before))
+        (folder / "records.jsonl").touch()
+        assert _reason_against(folder, evaluation("copy"), rows) is None
+        assert ".path.model.safetensors (was" in _reason_against(folder, evaluation("b"), rows)
+    assert [*other_weights(before, evaluation("a"))] == [*other_weights(before, evaluation("copy"))] == []
+    (line,) = other_weights(before, evaluation("b"))
+    assert line.startswith("scorers.pickscore.weights.path.model.safetensors (was '6b86b273")
+    assert [*other_weights(before, evaluation("gone"))] == [], "they are not here"
+    del before["scorers"]["pickscore"]["weights"]["path"]["model.safetensors"]
+    assert [*other_weights(before, evaluation("b"))] == [], "an earlier version did not list the file"
+    before["scorers"]["pickscore"] = {}
+    assert [*other_weights(before, evaluation("b"))] == []
+    assert [*other_weights({"scorers": {}}, evaluation("b"))] == []

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 
 import pytest
 from html_page import checked, rows_of
@@ -71,6 +72,9 @@ def test_a_score_where_lower_is_better_says_so(pair):
         ((0.5, 0.0, 1.0), "+0.500 [+0.000, +1.000] not significant"),
         ((-0.5, -1.0, 0.0), "-0.500 [-1.000, +0.000] not significant"),
         ((0.5, -1.0, 2.0), "+0.500 [-1.000, +2.000] not significant"),
+        ((0.5, -math.inf, math.inf), "+0.500 [of one sample] not significant"),
+        ((2e-5, -math.inf, math.inf), "+0.000020 [of one sample] not significant"),
+        ((2e-4, 1e-4, 3e-4), "+0.00020 [+0.00010, +0.00030]"), ((2e-4, 2e-4, 2e-4), "+0.00020 [+0.00020, +0.00020]"),
     ],
 )  # fmt: skip
 def test_a_difference_in_words(difference, text):
@@ -169,6 +173,16 @@ def test_the_page_has_the_scores_and_those_images_that_there_are(pair, tmp_path)
     write_page(pair, target, 1)
     assert len(checked(target.read_text("utf-8")).one(id="g").all("article")) == 1
     assert kept not in target.read_text("utf-8"), "q changed most"
+
+
+def test_the_page_of_other_noise_does_not_say_that_it_is_the_same(pair, tmp_path):
+    a, b = pair.evaluations
+    drawn(a.folder / "grid" / "000.png", "red")
+    a.card["sampler"], b.card["sampler"] = {"seed": 0}, {"seed": 1}
+    write_page(pair, tmp_path / "c.html", 1)
+    page = checked((tmp_path / "c.html").read_text("utf-8"))
+    assert page.one("p", class_="lead").text == "4 samples of the same prompts, against a."
+    assert page.one(id="g").one("h3").text == "Same prompt"
 
 
 def test_names_on_the_page_are_escaped(pair, tmp_path):

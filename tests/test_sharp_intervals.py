@@ -90,6 +90,11 @@ def test_the_interval_of_a_difference_is_that_of_its_pairs():
     assert narrow == pytest.approx(by_hand([1.0, 0.5, -1.0, 5.0], level=0.5))
 
 
+def test_one_pair_has_no_interval():
+    assert paired_difference([1.0], [1.5]) == (0.5, -np.inf, np.inf)
+    assert paired_difference([1.0, 2.0], [1.5, 2.5], groups=["a", "a"]) == (0.5, 0.5, 0.5)
+
+
 def test_shapes_in_the_messages_are_those_given():
     with pytest.raises(ValueError, match=r"pairs need equal lengths, not \(1,\) and \(2,\)"):
         paired_difference([1.0], [1.0, 2.0])

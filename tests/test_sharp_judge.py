@@ -3,6 +3,7 @@
 import json
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,15 @@ import torch
 from PIL import Image
 from servers import until
 
+from posttrain.engine.monitor import Monitor
 from posttrain.errors import NotFinite, RewardError
+from posttrain.recipe.schema import Evaluation
 from posttrain.reward import Scores
+from posttrain.rewards.shapes import Shapes
 from posttrain.scoring import judge as judges
 from posttrain.scoring.batches import draw_and_score, grid_positions, load_scorers, samples_of
 from posttrain.scoring.judge import Judge, Verdict
+from posttrain.stages.hooks.held_out import HeldOut
 
 CPU = torch.device("cpu")
 
@@ -203,3 +208,25 @@ def test_only_one_batch_is_scored_at_a_time_and_closing_drops_what_waits(tmp_pat
     assert count == ["a"]
     assert waiting[0].done(), "closing waits for the worker"
     assert waiting[1].cancelled()
+
+
+def test_held_out_scores_load_no_reward_again_that_the_stage_has(tmp_path, monkeypatch):
+    loaded = []
+
+    def load(self, device, original=Shapes.load):
+        loaded.append(self.score)
+        return original(self, device)
+
+    monkeypatch.setattr(Shapes, "load", load)
+    stage, account = SimpleNamespace(train=SimpleNamespace(keep_best=None)), SimpleNamespace(readings=[])
+    account.read_with = account.best_by = None
+    training: Any = SimpleNamespace(run=SimpleNamespace(stage=stage), policy=None, account=account)
+    prompts = {"type": "shapes", "count": 2}
+    with Judge(Halving(), [Shapes(score="graded", weight=2)], tmp_path) as judge:
+        for score in ("graded", "strict"):
+            rewards = ["jpeg_compressibility", {"type": "shapes", "score": score}]
+            evaluation = Evaluation.model_validate({"prompts": prompts, "rewards": rewards})
+            hook: Any = HeldOut(training, Monitor(), evaluation, None, None, judge)  # type: ignore[arg-type]
+            assert list(hook._scorers) == ["jpeg_compressibility", "shapes"]
+            assert (hook._scorers["shapes"] is judge.scorers["shapes"]) == (score == "graded")
+    assert loaded == ["graded", "strict"]

@@ -1,6 +1,7 @@
 """A run folder is read field by field, and its sentences and figures are worked out by hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_difference_pairs_equal_prompts_and_indices_with_the_score():
     other.samples[0]["index"] = 7
     del other.samples[1]["scores"]["s"]
     del base.samples[2]["scores"]["s"]
-    assert difference(base, other, "s") == (1.0, 1.0, 1.0)
+    assert difference(base, other, "s") == (1.0, -math.inf, math.inf)
     other.samples.pop()
     assert difference(base, other, "s") is None
 
@@ -144,6 +145,34 @@ def test_a_fall_to_0_is_not_significant_where_lower_is_better():
     assert "-2.000 to +0.000, paired over prompts), which is not significant." in words
 
 
+def test_one_sample_does_not_tell_of_others():
+    found = results(stage("base", [0.25]), stage("x", [0.75]))
+    assert verdict(found) == (
+        "x scores best on s: 0.750, +0.500 against the base model (of one sample), which is not significant."
+    )
+    gain = gain_of(found, found.stages[1], "s")
+    assert (gain.kind, gain.known) == ("same", False)
+
+
+def test_the_verdict_has_as_many_digits_as_the_table():
+    words = verdict(results(stage("base", [1e-4, 3e-4]), stage("x", [2e-4, 7e-4])))
+    assert words.startswith(
+        "x scores best on s: 0.00045, +0.00025 against the base model (95 % interval +0.00010 to +0.00040"
+    )
+
+
+def test_a_base_model_of_another_run_is_no_stage():
+    base, x, other, y = (
+        stage("base", [0.25, 0.5]),
+        stage("x", [0.5, 0.75]),
+        stage("o", [1.0, 1.0]),
+        stage("y", [0.0, 0.0]),
+    )
+    found = Results("runs", [base, x, other, y], "", {}, {"x": base, "o": other, "y": other})
+    assert gain_of(found, other, "s") is None
+    assert verdict(found) == "o scores best on s (1.000)."
+
+
 def test_a_best_stage_without_pairs_is_told_by_its_mean_and_higher_is_the_default():
     base, other = stage("base", [0.25]), stage("x", [0.75], prompts=["another"])
     for one in (base, other):
@@ -153,7 +182,9 @@ def test_a_best_stage_without_pairs_is_told_by_its_mean_and_higher_is_the_defaul
 
 def test_a_stage_that_lacks_the_first_score_is_left_out():
     other = stage("t", [9.0], score="another")
-    assert verdict(results(stage("base", [0.5]), other)) == "No stage beats the base model on s (0.500)."
+    assert verdict(results(stage("base", [0.5]), other)) == (
+        "Only the base model has been evaluated on s (0.500)."
+    )
     assert verdict(results(StageResult("base", None, None), other)) == "t scores best on another (9.000)."
 
 

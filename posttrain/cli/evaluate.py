@@ -124,7 +124,7 @@ def compare_evaluations(
     output: Annotated[
         Path | None, typer.Option(help="Write an HTML page with the images side by side.")
     ] = None,
-    prompts: Annotated[int, typer.Option(min=0, max=100_000, help="Number of prompts on the page.")] = 24,
+    prompts: Annotated[int, typer.Option(min=0, max=100_000, help="Number of samples on the page.")] = 24,
     debug: DebugOption = False,
 ) -> None:
     """Compare evaluations on the samples that they share.

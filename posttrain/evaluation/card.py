@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,12 +75,26 @@ def other_settings(
 ) -> list[str]:
     """A line for each setting in which the evaluation of the card ``before`` is not ``evaluation``.
 
-    ``free`` are further entries that may differ. Weights of model and rewards are not compared.
+    ``free`` are further entries that may differ. Weights of the model are not compared, and for those of
+    rewards there is :func:`other_weights`.
     """
     now = _settings(evaluation, rows)
     scorers = {label: {**scorer, "weights": None} for label, scorer in before["scorers"].items()}
     then = {**{name: before[name] for name in now}, "scorers": scorers}
     return list(differences(then, now, (*FREE, *free)))
+
+
+def other_weights(before: Mapping[str, Any], evaluation: Evaluation) -> Iterator[str]:
+    """A line for each file of a reward's weights that is another one than gave the scores of the card
+    ``before``. Files that are not on this machine are not compared."""
+    for reward in evaluation.rewards:
+        then = before["scorers"].get(reward.label, {}).get("weights", {})
+        for name, weights in reward.weights.items():
+            if (path := weights.local(getattr(reward, name))) is not None:
+                known = then.get(name, {})
+                now = {file: digest for file, digest in weights.hashes(path).items() if file in known}
+                old = {file: known[file] for file in now}
+                yield from differences(old, now, path=f"scorers.{reward.label}.weights.{name}")
 
 
 def result(records: Sequence[Row], rewards: Sequence[Reward]) -> dict[str, Any]:

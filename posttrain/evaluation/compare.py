@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from posttrain.evaluation.intervals import paired_difference
 from posttrain.evaluation.likeness import other_base
 from posttrain.evaluation.names import distinct_names
 from posttrain.evaluation.parts import CARD, read_evaluation
+from posttrain.evaluation.report.view import gain_texts, number
 from posttrain.support.paths import is_file
 from posttrain.weights.run_folders import is_run
 
@@ -132,16 +134,16 @@ def compare_table(comparison: Comparison) -> Table:
             change = Text(worded(comparison.difference(evaluated, score)) if i else "")
             if "not significant" in change.plain:
                 change.stylize("dim")
-            mean = f"{comparison.mean(evaluated, score):.3f}"
+            mean = number(comparison.mean(evaluated, score))
             table.add_row(Text("" if i else comparison.heading(score)), Text(evaluated.name), mean, change)
     return table
 
 
 def worded(difference: tuple[float, float, float]) -> str:
     """A difference and its interval as ``+0.050 [+0.010, +0.090]``, with "not significant" if it is not."""
-    change, low, high = difference
-    text = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return f"{text} not significant" if low <= 0 <= high else text
+    change, low, high = gain_texts(*difference)
+    text = f"{change} [{low}, {high}]" if math.isfinite(difference[2]) else f"{change} [of one sample]"
+    return f"{text} not significant" if difference[1] <= 0 <= difference[2] else text
 
 
 def _read(folder: Path, name: str) -> Evaluated:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from posttrain.evaluation.compare import Comparison, Evaluated
+from posttrain.evaluation.likeness import unlike
 from posttrain.evaluation.report.gallery import Column, Versus, changed_prompts, gallery
 from posttrain.evaluation.report.html import html
 from posttrain.evaluation.report.meaning import meaning
@@ -31,13 +32,14 @@ def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
     ``target`` cannot be written.
     """
     evaluations = comparison.evaluations
+    alike = not any(unlike({one.name: one.card for one in evaluations}))
     first, shared = evaluations[0], counted(len(comparison.keys), "sample")
     columns = [_column(comparison, of, i) for i, of in enumerate(evaluations)]
     score = comparison.scores[0]
     versus = Versus(0, len(columns) - 1, score, first.card["scores"][score]["higher_is_better"])
     page = Page(
         title=" · ".join(of.name for of in evaluations),
-        lead=f"{shared} of the same prompts and noise, against {first.name}.",
+        lead=f"{shared} of the same prompts{' and noise' if alike else ''}, against {first.name}.",
         remarks=comparison.remarks,
         meanings=list(_meanings(comparison)),
         scores=_table(comparison, [name for name in comparison.scores if "/" not in name], "Results"),
@@ -45,7 +47,7 @@ def write_page(comparison: Comparison, target: Path, prompts: int) -> None:
             comparison, [name for name in comparison.scores if "/" in name], "Details of the scores"
         ),
         scores_note=NOTE.format(first=first.name),
-        images=gallery(columns, versus, prompts),
+        images=gallery(columns, versus, prompts, alike=alike),
         changed=changed_prompts(columns, versus),
         settings=[(of.name, [*model_lines(of.card), *evaluation_lines(of.card)], "") for of in evaluations],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,11 +59,14 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """The mean of ``b - a``, both (n,), over pairs, and its interval as of :func:`bootstrap_interval`.
 
-    Raises ValueError if the lengths differ.
+    One pair alone does not tell how much others would differ: its interval is from -inf to inf. Raises
+    ValueError if the lengths differ.
     """
     first, second = np.asarray(a, float), np.asarray(b, float)
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, not {first.shape} and {second.shape}")
     difference: NDArray[np.float64] = second - first
     low, high = bootstrap_interval(difference, groups=groups, level=level)
+    if len(difference) == 1:
+        low, high = -math.inf, math.inf
     return float(difference.mean()), low, high

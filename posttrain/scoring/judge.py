@@ -19,7 +19,7 @@ from posttrain.support.images import to_pil
 from posttrain.support.worker import Worker
 
 if TYPE_CHECKING:
-    from posttrain.reward import Reward
+    from posttrain.reward import Reward, Scorer
 
 
 CLOSE_SECONDS = 5.0
@@ -33,7 +33,7 @@ class Judge:
     """
 
     def __init__(self, model: FlowModel, rewards: Sequence[Reward], failures: Path) -> None:
-        self.model, self.failures = model, failures
+        self.model, self.rewards, self.failures = model, rewards, failures
         self.scorers = load_scorers(rewards, model.device)
         self.weights = {r.label: r.weight if r.higher_is_better else -r.weight for r in rewards}
         """Each reward's factor in the weighted sum to maximise; negative for a reward whose lower scores
@@ -50,6 +50,14 @@ class Judge:
         """
         images = self.model.decode(latents).float().cpu()
         return self._worker.submit(self._scored, images, batch.metadata)
+
+    def scorers_of(self, rewards: Sequence[Reward]) -> dict[str, Scorer]:
+        """The scoring functions of ``rewards``. One that the stage has too is not loaded again, as its
+        networks would take the memory twice: call it while no batch is being scored."""
+        weighed = [reward.model_copy(update={"weight": 1.0}) for reward in self.rewards]
+        new = [r for r in rewards if r.model_copy(update={"weight": 1.0}) not in weighed]
+        loaded = load_scorers(new, self.model.device)
+        return {r.label: {**self.scorers, **loaded}[r.label] for r in rewards}
 
     def close(self) -> None:
         """Drop the batches whose scoring has not begun, and wait a little for the one that has."""

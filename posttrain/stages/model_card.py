@@ -5,6 +5,7 @@ It has no times and no dates, so that equal runs have equal cards.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,24 +94,32 @@ def grid_image(run_folder: Path, name: str) -> Image | None:
     from posttrain.support.images import grid
 
     def images(of: str) -> dict[str, Path]:
-        folder = run_folder / of / "evaluation"
-        prompts = _card(run_folder, of)[0].get("grid_prompts", [])
-        return dict(zip(prompts, sorted((folder / "grid").glob("*.png")), strict=False))
+        # by its number: a file that is gone must not move the others to wrong prompts
+        folder, prompts = (
+            run_folder / of / "evaluation" / "grid",
+            _card(run_folder, of)[0].get("grid_prompts", []),
+        )
+        files = {prompt: folder / f"{n:03d}.png" for n, prompt in enumerate(prompts)}
+        return {prompt: file for prompt, file in files.items() if file.is_file()}
 
     own, base, tiles = images(name), images(BASE), []
     for prompt in list(own)[:SHOWN]:
         tiles += [
             (who, prompt, files[prompt]) for who, files in ((BASE, base), (name, own)) if prompt in files
         ]
-    pixels = []
-    for _, _, file in tiles:
-        with Image.open(file) as image:
+    pixels, captions = [], []
+    for who, prompt, file in tiles:
+        # one that is damaged is left out, as it does not take the weights of a long run
+        with (
+            contextlib.suppress(OSError, SyntaxError, Image.DecompressionBombError),
+            Image.open(file) as image,
+        ):
             image.thumbnail((PIXELS, PIXELS))
             pixels.append(np.asarray(image.convert("RGB")))
+            captions.append(f"{who}: {prompt}")
     if len({one.shape for one in pixels}) != 1:
         return None
-    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
-    return grid(stacked, 4, [f"{who}: {prompt}" for who, prompt, _ in tiles])
+    return grid(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255, 4, captions)
 
 
 def _facts(recipe: Recipe, chain: Sequence[Stage], run_folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from posttrain.evaluation.report.verdict import difference
 from posttrain.recipe.schema import BASE, Recipe
 from posttrain.stages.stage_state import RECIPE
 from posttrain.support.spelling import meant
-from posttrain.weights.run_folders import RUN, is_run
+from posttrain.weights.run_folders import REPORT, RUN, is_run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,7 +83,7 @@ class RunResult:
     @property
     def report(self) -> Path:
         """The HTML page, which is written when the run ends."""
-        return self.folder / "report.html"
+        return self.folder / REPORT
 
     def final(self, stage: str) -> Path:
         """The folder with the weights that ``stage`` wrote. Raises PosttrainError if it is not finished."""

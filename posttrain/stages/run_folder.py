@@ -22,6 +22,7 @@ from posttrain.support.files import locked, write
 from posttrain.support.records import read_object
 from posttrain.support.versions import versions
 from posttrain.support.write_errors import writing
+from posttrain.weights.run_folders import REPORT, is_run
 
 if TYPE_CHECKING:
     import torch
@@ -54,12 +55,13 @@ def claimed(
 
     Gives the finished stages that are to be opened again, see :mod:`posttrain.stages.adjust`. Every process
     calls it; the main one locks and writes. The stages ``fresh``, and those trained from their weights, begin
-    anew. Raises PosttrainError where another run holds the folder or a process does not see it, RecipeError
-    where ``recipe`` would change what was trained.
+    anew. Raises PosttrainError where another run holds the folder, a process does not see it, or the report
+    would replace a page that is none of a run; RecipeError where ``recipe`` would change what was trained.
     """
     reopened: Reopened = {}
     with _exclusive(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
+            _spare_report(folder)
             remove_leftovers(folder)
             anew = to_begin_anew(folder, recipe, fresh)
             reopened = adjust(folder, recipe, note, anew)
@@ -85,6 +87,15 @@ def _exclusive(folder: Path) -> Iterator[None]:
         if not free:
             raise PosttrainError(f"another run is writing to {str(folder)!r}; wait for it or give --output")
         yield
+
+
+def _spare_report(folder: Path) -> None:
+    """Raise PosttrainError where the run's report would replace a page of something else."""
+    if (folder / REPORT).exists() and not (is_run(folder) or (folder / RECIPE).exists()):
+        raise PosttrainError(
+            f"{str(folder)!r} is no run, and has a {REPORT} that the run's report would replace: give "
+            "another --output, or the page another name"
+        )
 
 
 def _describe(folder: Path, recipe: Recipe, device: torch.device, note: Note) -> None:

@@ -56,7 +56,7 @@ def _train(training: Training) -> None:
     ):
         try:
             _choose_mode(training)
-            watch, batches = StageWatch(training, tracker, bar), _batches(training, judge)
+            watch, batches = StageWatch(training, tracker, bar, judge), _batches(training, judge)
             with deferred(), watch.stopping():
                 train(stage.algorithm, training.policy, training.strategy, batches, settings, watch, start)
                 watch.finish()

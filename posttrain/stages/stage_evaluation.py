@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.data.prompts import prompt_rows
 from posttrain.errors import DamagedError, PosttrainError
-from posttrain.evaluation.card import other_settings
+from posttrain.evaluation.card import other_settings, other_weights
 from posttrain.evaluation.evaluate import Share, evaluate
 from posttrain.evaluation.parts import CARD, CLAIM, SHOWN, put_aside, read_records
 from posttrain.recipe.file import dump_recipe
@@ -77,10 +77,11 @@ def _reason_against(folder: Path, evaluation: Evaluation, rows: Sequence[Any]) -
             # a finished one has the images that were kept then
             free = ("shown", "sampler.batch_size")
             card = read_object(folder / CARD, *keys, *SHOWN, "images")
-            lines = other_settings(card, evaluation, rows, free)
+            lines = other_settings(card, evaluation, rows, free) or [*other_weights(card, evaluation)]
             read_records(folder, card["images"])
         elif (folder / CLAIM).exists():
-            lines = other_settings(read_object(folder / CLAIM, *keys), evaluation, rows)
+            card = read_object(folder / CLAIM, *keys)
+            lines = other_settings(card, evaluation, rows) or [*other_weights(card, evaluation)]
         else:
             return (
                 f"there is no {CARD}" if any(not p.name.startswith(".") for p in folder.iterdir()) else None

@@ -14,7 +14,7 @@ from posttrain.engine.checkpoint_folder import saved, step_of
 from posttrain.engine.tracker import METRICS, read_metrics
 from posttrain.errors import DamagedError, PosttrainError
 from posttrain.evaluation.parts import CLAIM, PARTS, read_what_is_whole
-from posttrain.evaluation.report.results import damage_of
+from posttrain.evaluation.report.results import alarms_of, damage_of
 from posttrain.recipe.schema import BASE
 from posttrain.stages.stage_state import RECIPE, SUMMARY
 from posttrain.support.files import locked
@@ -22,8 +22,8 @@ from posttrain.support.records import read_object
 from posttrain.weights.run_folders import RUN, run_problem
 
 State = Literal["waiting", "training", "trained", "evaluating", "finished"]
-HELD_OUT, ALARM = "heldout/", "alarm/"
-"""How the names of the held-out scores, and of alarms, begin in the metrics."""
+HELD_OUT = "heldout/"
+"""How the names of the held-out scores begin in the metrics."""
 ROWS = 20
 """The rate is that of the last so many recorded rows."""
 
@@ -141,7 +141,7 @@ def _evaluation(status: StageStatus, folder: Path) -> None:
 
 def _training(status: StageStatus, rows: Sequence[Mapping[str, Any]]) -> None:
     """Take over what is recorded of optimizer steps, readings and alarms."""
-    steps = [row for row in rows if "learning_rate" in row]
+    steps, status.alarms = [row for row in rows if "learning_rate" in row], alarms_of(rows)
     if steps:
         last = steps[-1]
         status.step, status.images_per_second = last["step"], last.get("images_per_second")
@@ -151,8 +151,6 @@ def _training(status: StageStatus, rows: Sequence[Mapping[str, Any]]) -> None:
         for name, value in row.items():
             if name.startswith(HELD_OUT):
                 status.held_out[name.removeprefix(HELD_OUT)] = value
-            elif name.startswith(ALARM):
-                status.alarms.append(f"step {row['step']}: {name.removeprefix(ALARM)}")
         status.refused_steps += "refused_steps" in row
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posttrain.engine.tracker import Tracker
 from posttrain.errors import StepRefused
+from posttrain.scoring.judge import Judge
 from posttrain.stages.account import Clock
 from posttrain.stages.hooks.checkpoints import Checkpoints
 from posttrain.stages.hooks.groups_alike import GroupsAlike
@@ -24,7 +25,9 @@ from posttrain.support.progress import StageProgress
 from posttrain.support.stopping import Stopped
 
 
-def hooks_of(training: Training, tracker: Tracker | None, bar: StageProgress, clock: Clock) -> list[Hook]:
+def hooks_of(
+    training: Training, tracker: Tracker | None, bar: StageProgress, clock: Clock, judge: Judge
+) -> list[Hook]:
     """The hooks of a stage, in the order in which they act. Add yours here.
 
     Totals come first, since records read them. The checkpoint comes after the held-out scores, which it
@@ -38,7 +41,7 @@ def hooks_of(training: Training, tracker: Tracker | None, bar: StageProgress, cl
         hooks.append(ImageGrids(training, tracker))
     if stage.monitor is not None:
         assert recipe.evaluation is not None, "the recipe's validation requires it"
-        hooks.append(HeldOut(training, stage.monitor, recipe.evaluation, tracker, checkpoints))
+        hooks.append(HeldOut(training, stage.monitor, recipe.evaluation, tracker, checkpoints, judge))
     hooks += [checkpoints, Records(training, tracker, bar, clock), GroupsAlike(training)]
     return [*hooks, RefusedSteps(training)]
 
@@ -46,11 +49,11 @@ def hooks_of(training: Training, tracker: Tracker | None, bar: StageProgress, cl
 class StageWatch:
     """The trainer's :class:`posttrain.engine.trainer.Watch`: passes each moment on to the hooks."""
 
-    def __init__(self, training: Training, tracker: Tracker | None, bar: StageProgress) -> None:
+    def __init__(self, training: Training, tracker: Tracker | None, bar: StageProgress, judge: Judge) -> None:
         self.training, self.account = training, training.account
         self.steps = training.run.stage.train.steps
         self.clock = Clock(training.account)
-        self.hooks = hooks_of(training, tracker, bar, self.clock)
+        self.hooks = hooks_of(training, tracker, bar, self.clock, judge)
         self._note(training.start)
 
     def before_batch(self, step: int) -> bool:

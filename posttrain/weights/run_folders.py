@@ -8,9 +8,9 @@ from posttrain.errors import DamagedError
 from posttrain.support.paths import expanded, folder_problem, is_file, is_folder
 from posttrain.support.records import read_object
 
-FINAL, RUN, SUMMARY = "final", "run.json", "stage.json"
+FINAL, RUN, SUMMARY, REPORT = "final", "run.json", "stage.json", "report.html"
 """The folder that a finished stage publishes; in a run's folder, its description; in a finished stage's, what
-it cost."""
+it cost; in a run's folder, the page of its results."""
 DESCRIPTION = "posttrain.json"
 """In what a stage publishes, the model that it is of, and what it was made from."""
 

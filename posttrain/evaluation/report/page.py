@@ -13,15 +13,14 @@ from posttrain.evaluation.report.cost import cost_table
 from posttrain.evaluation.report.gallery import Column, Versus, changed_prompts, gallery, grids
 from posttrain.evaluation.report.html import html
 from posttrain.evaluation.report.meaning import meanings
-from posttrain.evaluation.report.results import Results
+from posttrain.evaluation.report.results import Results, StageResult, alarms_of
 from posttrain.evaluation.report.runs import joined, load_runs
 from posttrain.evaluation.report.scores import NOTE, score_table, tag_table, with_cost
 from posttrain.evaluation.report.settings import environment_lines, evaluation_lines
-from posttrain.evaluation.report.verdict import best_stage, verdict
+from posttrain.evaluation.report.verdict import best_stage, gain_of, verdict
 from posttrain.evaluation.report.view import Page
 from posttrain.support.files import write
-
-REPORT = "report.html"
+from posttrain.weights.run_folders import REPORT
 
 
 def write_report(*runs: Path, output: Path | None = None) -> Path:
@@ -72,7 +71,7 @@ def page_of(runs: Sequence[Results]) -> Page:
         more_curves=more,
         cost=cost,
         cost_note=cost_note,
-        alarms=[line for s in results.stages for line in s.account.get("alarms", [])],
+        alarms=[line for stage in results.stages for line in _alarms(stage)],
         skipped=[f"{s.name}: {line}" for s in results.stages for line in s.account.get("skipped", [])],
         settings=[(run.name, _settings(run), run.recipe) for run in runs],
     )
@@ -86,7 +85,8 @@ def _columns(results: Results) -> list[Column]:
 
 
 def _versus(results: Results, columns: Sequence[Column]) -> Versus | None:
-    """Samples gain and lose in the best stage, or in the last one where the base model is best."""
+    """Samples gain and lose in the best stage, or in the last one where the base model is best. None where
+    the two were not evaluated alike."""
     evaluated = [stage for stage in results.stages if stage.scored]
     if not results.score_names or not evaluated:
         return None
@@ -96,10 +96,17 @@ def _versus(results: Results, columns: Sequence[Column]) -> Versus | None:
         best = evaluated[-1]
     names = [column.name for column in columns]
     pair = results.base_of(best).name, best.name
-    if pair[0] == pair[1] or not set(pair) <= set(names):
+    if gain_of(results, best, score) is None or not set(pair) <= set(names):
         return None
     higher = best.scores.get(score, {}).get("higher_is_better", True)
     return Versus(names.index(pair[0]), names.index(pair[1]), score, higher)
+
+
+def _alarms(stage: StageResult) -> list[str]:
+    """The alarms of a stage. One that is not finished, or that an alarm stopped, has them in its metrics."""
+    if stage.account:
+        return stage.account.get("alarms", [])
+    return [f"{stage.name}, {line}" for line in alarms_of(stage.metrics)]
 
 
 def _settings(run: Results) -> list[str]:

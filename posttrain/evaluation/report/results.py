@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from posttrain.weights.run_folders import RUN, SUMMARY
 AGAIN = "'posttrain run' with its recipe makes it again"
 NEVER = "only the stage trained afresh (--fresh) makes it again"
 """What makes a file again that is damaged or missing."""
+ALARM = "alarm/"
+"""How the names of alarms begin in the metrics."""
 Sample = tuple[str, int]
 """A prompt, and the number of the image among those of the prompt."""
 
@@ -117,6 +119,12 @@ def damage_of(folder: Path, *, is_finished: bool, is_evaluated: bool) -> Iterato
         yield f"{str(metrics)!r} is damaged in line {', '.join(map(str, lines))}, left out here; {NEVER}"
     elif is_finished and not read_metrics(metrics):
         yield f"{str(metrics)!r} {'has no rows' if metrics.is_file() else 'is missing'}; {NEVER}"
+
+
+def alarms_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each alarm in the rows of ``metrics.jsonl``."""
+    names = [(row["step"], name) for row in metrics for name in row if name.startswith(ALARM)]
+    return [f"step {step}: {name.removeprefix(ALARM)}" for step, name in names]
 
 
 def cost_texts(stage: StageResult) -> list[str]:

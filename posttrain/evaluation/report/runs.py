@@ -46,7 +46,7 @@ def joined(runs: Sequence[Results]) -> Results:
         # a base model that was not evaluated has nothing to show
         same = next((b for b in kept if _alike(b, base)), kept[0])
         stages += [*([base] if base is same else []), *others]
-        bases |= {stage.name: same for stage in others}
+        bases |= {stage.name: same for stage in (same, *others)}
     if len(kept) == 1:
         stages.remove(kept[0])
         stages.insert(0, replace(kept[0], name=BASE))

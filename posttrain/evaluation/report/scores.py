@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from posttrain.evaluation.report.cost import origin, training_cost
 from posttrain.evaluation.report.curves import interval
 from posttrain.evaluation.report.results import Results, StageResult
 from posttrain.evaluation.report.verdict import Gain, best_stage, gain_of
-from posttrain.evaluation.report.view import Cell, Row, Table, number
+from posttrain.evaluation.report.view import Cell, Row, Table, gain_texts, number
 
 NOTE = (
     "Each cell has the mean, its 95 % bootstrap interval over prompts, and the difference from the base "
@@ -66,25 +65,18 @@ def score_cell(
     bounds = [f"{number(score['low'])} – {number(score['high'])}"] if "low" in score else []
     if gain is None:
         return Cell(number(score["mean"]), bounds, best=best)
-    known = [other for other in of_all if other is not None]
-    span = min(other.low for other in known), max(other.high for other in known)
-    return Cell(
-        number(score["mean"]),
-        bounds,
-        change_text(gain),
-        gain.kind,
-        best,
-        interval(gain.change, gain.low, gain.high, span, gain.kind),
-    )
+    drawing = None
+    if gain.known:
+        known = [other for other in of_all if other is not None and other.known]
+        span = min(other.low for other in known), max(other.high for other in known)
+        drawing = interval(gain.change, gain.low, gain.high, span, gain.kind)
+    return Cell(number(score["mean"]), bounds, change_text(gain), gain.kind, best, drawing)
 
 
 def change_text(gain: Gain) -> str:
     """A difference in words, with its interval: ``+0.050 (+0.010 to +0.090) better``."""
-    # so many digits that the two ends of the interval differ in two of them
-    width = gain.high - gain.low
-    digits = min(max(3, math.ceil(1 - math.log10(width))), 9) if width > 0 else 3
-    change, low, high = (f"{value:+.{digits}f}" for value in (gain.change, gain.low, gain.high))
-    return f"{change} ({low} to {high}) {WORDS[gain.kind]}"
+    change, low, high = gain_texts(gain.change, gain.low, gain.high)
+    return f"{change} ({f'{low} to {high}' if gain.known else 'of one sample'}) {WORDS[gain.kind]}"
 
 
 def tag_table(results: Results) -> Table | None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from posttrain.evaluation.likeness import unlike
 from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
 from posttrain.evaluation.report.verdict import Gain, best_stage, gain_of, verdict
+from posttrain.evaluation.report.view import number
 
 COSTS = (("forward-eq.", 2), ("images/s", 4), ("peak mem.", 5), ("steps", 7), ("trained", 8))
 """Heading and rank of each column of :func:`cost_texts`."""
@@ -55,12 +56,12 @@ def card_table(name: str, card: dict[str, Any]) -> Table:
         grid.add_column(heading, justify="right", overflow="fold")
     for label, scores in (("all", card["scores"]), *card["tags"].items()):  # a tag may be called "all"
         cells = (
-            Text(f"{s['mean']:.3f} ").append(f"[{s['low']:.3f},\u00a0{s['high']:.3f}]", "dim")
+            Text(f"{number(s['mean'])} ").append(f"[{number(s['low'])},\u00a0{number(s['high'])}]", "dim")
             for s in scores.values()
         )
         grid.add_row(Text(label), *cells)
     if card["tag_means"]:
-        grid.add_row("mean of tags", *(f"{mean:.3f}" for mean in card["tag_means"].values()))
+        grid.add_row("mean of tags", *map(number, card["tag_means"].values()))
     return grid
 
 
@@ -101,7 +102,7 @@ def _width(columns: list[Column]) -> int:
 def _score(stage: StageResult, name: str, best: bool, interval: bool) -> Text:
     if (score := stage.scores.get(name)) is None:
         return Text("–")
-    text = Text(f"{score['mean']:.3f}", "bold" if best else "")
+    text = Text(number(score["mean"]), "bold" if best else "")
     return text.append(f" [{score['low']:.2f}, {score['high']:.2f}]", "not bold dim") if interval else text
 
 
@@ -110,5 +111,5 @@ def _gain(gain: Gain | None) -> Text:
     if gain is None:
         return Text("–")
     if gain.kind == "same":
-        return Text(f"{gain.change:+.3f} n.s.", "dim")
-    return Text(f"{gain.change:+.3f}", "green" if gain.kind == "better" else "red")
+        return Text(f"{number(gain.change, '+')} n.s.", "dim")
+    return Text(number(gain.change, "+"), "green" if gain.kind == "better" else "red")

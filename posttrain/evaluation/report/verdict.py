@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from posttrain.evaluation.intervals import paired_difference
 from posttrain.evaluation.likeness import unlike
 from posttrain.evaluation.report.results import Results, StageResult
+from posttrain.evaluation.report.view import gain_texts, number
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class Gain:
     low: float
     high: float
     higher_is_better: bool
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval: one sample has none."""
+        return math.isfinite(self.high)
 
     @property
     def kind(self) -> Literal["better", "worse", "same"]:
@@ -33,16 +40,17 @@ def verdict(results: Results) -> str:
         return "Nothing has been evaluated."
     score = results.score_names[0]
     best = best_stage(results, score)
-    mean = best.scores[score]["mean"]
-    if best is results.base_of(best):
-        return f"No stage beats the base model on {score} ({mean:.3f})."
+    mean, measured = number(best.scores[score]["mean"]), [s for s in results.stages if score in s.scores]
+    if all(stage is results.base_of(stage) for stage in measured):
+        return f"Only the base model has been evaluated on {score} ({mean})."
+    if all(best is results.base_of(stage) for stage in measured):
+        return f"No stage beats the base model on {score} ({mean})."
     if (gain := gain_of(results, best, score)) is None:
-        return f"{best.name} scores best on {score} ({mean:.3f})."
+        return f"{best.name} scores best on {score} ({mean})."
+    change, low, high = gain_texts(gain.change, gain.low, gain.high)
+    told = f"95 % interval {low} to {high}, paired over prompts" if gain.known else "of one sample"
     remark = ", which is not significant" if gain.kind == "same" else ""
-    return (
-        f"{best.name} scores best on {score}: {mean:.3f}, {gain.change:+.3f} against the base model "
-        f"(95 % interval {gain.low:+.3f} to {gain.high:+.3f}, paired over prompts){remark}."
-    )
+    return f"{best.name} scores best on {score}: {mean}, {change} against the base model ({told}){remark}."
 
 
 def gain_of(results: Results, stage: StageResult, score: str) -> Gain | None:

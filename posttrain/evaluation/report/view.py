@@ -22,6 +22,14 @@ def number(value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}.3f}"
 
 
+def gain_texts(change: float, low: float, high: float) -> tuple[str, str, str]:
+    """A difference and the ends of its interval, with so many digits that the ends differ in two of them, or
+    that the difference has two where they do not."""
+    size = high - low if 0 < high - low < math.inf else abs(change)
+    digits = min(max(3, math.ceil(1 - math.log10(size))), 9) if size else 3
+    return f"{change:+.{digits}f}", f"{low:+.{digits}f}", f"{high:+.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of a table. An empty one is a dash."""

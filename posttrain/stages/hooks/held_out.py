@@ -15,7 +15,7 @@ from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import EMA
 from posttrain.errors import TrainingError
 from posttrain.sampling.sampler import FlowSampler
-from posttrain.scoring.batches import draw_and_score, load_scorers, samples_of
+from posttrain.scoring.batches import draw_and_score, samples_of
 from posttrain.stages.hooks.checkpoints import Checkpoints
 from posttrain.stages.hooks.hook import Hook
 from posttrain.stages.stage_run import Training
@@ -23,6 +23,7 @@ from posttrain.stages.stage_run import Training
 if TYPE_CHECKING:
     from posttrain.recipe.schema import Evaluation
     from posttrain.reward import Scorer
+    from posttrain.scoring.judge import Judge
 
 
 class HeldOut(Hook):
@@ -39,10 +40,11 @@ class HeldOut(Hook):
         evaluation: Evaluation,
         tracker: Tracker | None,
         checkpoints: Checkpoints,
+        judge: Judge,
     ) -> None:
         self.run, self.policy, self.account = training.run, training.policy, training.account
         self.monitor, self.evaluation = monitor, evaluation
-        self.tracker, self.checkpoints = tracker, checkpoints
+        self.tracker, self.checkpoints, self.judge = tracker, checkpoints, judge
         self._forget_other_readings({"prompts": monitor.prompts, "evaluation": evaluation.deciding()})
 
     def _forget_other_readings(self, now: dict[str, Any]) -> None:
@@ -101,7 +103,7 @@ class HeldOut(Hook):
 
     @functools.cached_property
     def _scorers(self) -> dict[str, Scorer]:
-        return load_scorers(self.evaluation.rewards, self.policy.model.device)
+        return self.judge.scorers_of(self.evaluation.rewards)
 
     def _act(self, step: int) -> None:
         """Raise the alarms of this reading, or protect its checkpoint where a rollback may need it."""
