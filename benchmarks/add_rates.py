@@ -31,10 +31,15 @@ FULL, LORA = {"tune": "full"}, {"tune": "lora"}
 COMPILED, EAGER = {"compile": True}, {"compile": False}
 ENTRIES: dict[str, dict[str, Any]] = {
     "soar compiled off": {**SOAR, **FULL, **COMPILED},
+    "soar compiled off 7": {**SOAR, **FULL, **COMPILED},
+    "soar compiled 0.5": {**SOAR, **FULL, **COMPILED, "checkpointing": "0.5"},
+    "soar compiled 0.2": {**SOAR, **FULL, **COMPILED, "checkpointing": "0.2"},
     "soar compiled full": {**SOAR, **FULL, **COMPILED, "checkpointing": "full"},
     "soar eager off": {**SOAR, **FULL, **EAGER},
     "soar as shipped": {**SOAR, **FULL, **EAGER, "checkpointing": "full"},
     "lora soar compiled off": {**SOAR, **LORA, **COMPILED},
+    "lora soar compiled 0.5": {**SOAR, **LORA, **COMPILED, "checkpointing": "0.5"},
+    "lora soar compiled 0.2": {**SOAR, **LORA, **COMPILED, "checkpointing": "0.2"},
     "lora soar compiled full": {**SOAR, **LORA, **COMPILED, "checkpointing": "full"},
     "lora soar eager off": {**SOAR, **LORA, **EAGER},
     "sft compiled": {**SFT, **FULL, **COMPILED},

@@ -103,6 +103,7 @@ def measured(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             rows = [row for row in (found[0] if found else []) if "images_per_second" in row]
             if len(rows) > options.steps:
                 break
+        used = used_gb()
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -120,14 +121,23 @@ def measured(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         return {**figures, "error": f"{len(rows)} steps in {options.seconds} s: {text[-600:]}"}
     batch = load_recipe(options.recipe, options.set, checks=False).stages[0].train.batch_size
     seconds = (rows[-1]["time"] - rows[0]["time"]) / (len(rows) - 1)
-    peak = rows[-1].get("peak_memory")
     return {
         **figures,
         "steps": len(rows) - 1,
         "samples_per_second": batch / seconds,
         "seconds": seconds,
-        "peak_gb": peak / 1e9 if peak else None,
+        "peak_gb": used,
     }
+
+
+def used_gb() -> float | None:
+    """GB of the GPU that its processes hold, with what they keep for later; None where nothing tells."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return float(told.stdout.split()[0]) * 2**20 / 1e9
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def main() -> None:
@@ -142,17 +152,22 @@ def main() -> None:
     options = parser.parse_args()
     out = Path(os.environ.get("OUT", "runs/gpu"))
     work = Path(os.environ.get("WORK", out / "work"))
-    if not (work / "model" / "model_index.json").is_file():
+    is_there = (work / "model" / "model_index.json").is_file()
+    if not is_there and options.prepare:
         shutil.rmtree(work, ignore_errors=True)
         write_data(work, TINY["resolution"] if options.tiny else 512)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         write_model(work / "model", options.tiny, device)
     if options.prepare:
         return
+    if not is_there:
+        # in a process of its own, since this one would keep memory of the GPU while the run is measured
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--prepare"], check=True)
     figures = {k: v for k, v in measured(options, work).items() if v is not None}
     figures = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
     line = json.dumps({"source": "run", "entry": options.name or f"{options.recipe} as shipped", **figures})
     print(line, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "gpu.jsonl").open("a") as file:
         file.write(line + "\n")
 

@@ -45,7 +45,7 @@ if begins tests; then
 fi
 if begins shipped; then
     # with a compiler's cache of its own: what a user sees the first time
-    part=180
+    part=220
     [ -n "$tiny" ] && part=100
     TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) WORK=${WORK:-/tmp/posttrain-as-shipped} timeout $((part + 60)) \
         "$python" benchmarks/as_shipped.py sd35m-soar $tiny --steps 3 --seconds "$part" 2>"$OUT/shipped.log"

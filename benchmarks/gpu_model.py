@@ -21,6 +21,7 @@ from posttrain.data.batches import encoded
 from posttrain.data.loader import ImageBatch
 from posttrain.engine.compiling import OPTIONS
 from posttrain.engine.trainer import update
+from posttrain.optim.optimizers import optimizer_of
 from posttrain.policy.activations import Checkpointing, checkpoint_blocks, share_kept
 from posttrain.policy.blocks import blocks
 from posttrain.recipe.schema import Evaluation
@@ -95,6 +96,18 @@ class Watched:
         if self.first is None and "ratio_deviation" in losses.metrics:
             self.first = losses.metrics["ratio_deviation"].detach().max().item()
         return losses
+
+
+def in_8_bits(step: SoarStep, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns while the optimizer of ``step`` keeps its moments in 8 bits. With float32 ones,
+    masters, moments, gradients and bf16 weights alone take 40 GB."""
+    weights = list(step.policy.trained.values())
+    changed = step.settings.model_copy(update={"optimizer": "adamw8bit"})
+    try:
+        step.strategy.optimizer = optimizer_of(changed, weights)
+        return work()
+    finally:
+        step.strategy.optimizer = optimizer_of(step.settings, weights)
 
 
 def online(session: Session, it: Bench, algorithm: Algorithm, **changes: Any) -> Iteration:

@@ -21,7 +21,7 @@ from _bench import Bench, bench
 from _gpu import Session, command_line, halved
 from _profile import kernels
 from _soar import SoarStep
-from gpu_model import Work, as_set, online, options_of, sampling, sft
+from gpu_model import Work, as_set, in_8_bits, online, options_of, sampling, sft
 
 from posttrain.algorithms.diffusion_nft import DiffusionNFT
 from posttrain.algorithms.flow_grpo import FlowGRPO
@@ -120,6 +120,7 @@ class WithLora(Table):
         if self.tiny:
             small = FlowGRPO(group_size=4, num_steps=4, sde_window_size=2, guidance_scale=1.0, beta=0.0)
             made = online(self.session, self.it, small, batch=4, micro_batch=4, resolution=32)
+        made.policy.compiled = True  # the blocks will be: its rollout takes the update's program
         try:
             return self.profile("grpo", self.it, made.engine, compiled=True)
         finally:
@@ -134,6 +135,7 @@ class WithLora(Table):
         before = model.spec
         model.spec = before.model_copy(update={"max_sequence_length": 16 if self.tiny else 128})
         made = online(self.session, self.it, algorithm, batch=count, resolution=side, micro_batch=count)
+        made.policy.compiled = compiled
         flops = self.work.of(made.it, rehearse(algorithm).forward_equivalents)
         try:
             with as_set(self.it, "off", compiled=compiled):
@@ -160,6 +162,7 @@ class Whole(Table):
             ("soar compiled off", 38, lambda: soar("off", True, 14)),
             ("soar compiled 0.5", 38, lambda: soar(0.5, True, 28)),
             ("soar compiled 0.2", 38, lambda: soar(0.2, True, 14)),
+            ("8-bit soar compiled 0.2", 42, lambda: in_8_bits(self.step, lambda: soar(0.2, True, 14))),
             ("straightforward soar", 12, self.straightforward),
             ("soar profile", 35, self.soar_profile),
             ("sft compiled", 37, lambda: self.sft(True)),
@@ -215,9 +218,8 @@ class Whole(Table):
 
 def main() -> None:
     session = Session(command_line(__doc__ or ""), "table")
-    cuda = session.device.type == "cuda"
     session.measure_rate()
-    name = torch.cuda.get_device_name() if cuda else "1 CPU thread"
+    name = torch.cuda.get_device_name() if session.device.type == "cuda" else "1 CPU thread"
     session.say("device", name=name, torch=torch.__version__, matmul_tflops=session.rate / 1e12)
     work = Work()
     for kind, part in ((WithLora, 0.55), (Whole, 1.0)):
@@ -240,7 +242,7 @@ def measure(kind: type[WithLora] | type[Whole], session: Session, work: Work) ->
 
 NAMES: dict[type[Table], list[str]] = {
     WithLora: ["lora", "grpo", "nft"],
-    Whole: ["soar", "sft", "vae", "sampling", "straightforward"],
+    Whole: ["soar", "8-bit", "sft", "vae", "sampling", "straightforward"],
 }
 """How the names of a model's entries begin."""
 

@@ -105,3 +105,15 @@ def test_a_run_finds_its_mode_once(tmp_path, monkeypatch):
     (tmp_path / "run" / "sft" / "stage.json").unlink()
     again = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
     assert "chosen by trying" not in again
+
+
+def test_a_search_that_ended_the_run_goes_on_with_the_size_that_fitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(modes, "settled", lambda settings, device: settled(settings, torch.device("cuda")))
+    faster_and_larger(monkeypatch)
+    no_room_for(4, monkeypatch)
+    train = AUTO.replace("{", "{gradient_checkpointing: auto, ")
+    made = recipe(stage("sft", train=train), overrides=["parallel={strategy: fsdp2}"])
+    with pytest.raises(TrainingError, match=r"sft: out of memory with 4 .* last checkpoint with 2"):
+        run_quietly(made, tmp_path / "run")
+    printed = run_quietly(made, tmp_path / "run")
+    assert "chosen by trying: not compiled, gradient_checkpointing off, micro_batch 2" in printed

@@ -141,10 +141,10 @@ def test_a_failure_is_told_after_a_stage_whose_blocks_could_be_compiled(monkeypa
     assert not any(block._compiled_call_impl for block in blocks(policy.model.transformer))
 
 
-@pytest.mark.parametrize(("rows", "repeatable"), [(1, True), (4, True), (4, False)])
-def test_blocks_whose_rows_do_not_fit_are_compiled_all_the_same(monkeypatch, rows, repeatable):
+@pytest.mark.parametrize(("rows", "alone"), [(1, True), (4, True), (1, False), (4, False)])
+def test_blocks_whose_rows_do_not_fit_are_compiled_all_the_same(monkeypatch, rows, alone):
     policy, strategy = whole_policy()
-    monkeypatch.setattr(type(strategy), "repeatable", repeatable)
+    monkeypatch.setattr(type(strategy), "tries_alone", alone)
     asked = []
 
     def try_out(p, s, sample, count):
@@ -152,7 +152,7 @@ def test_blocks_whose_rows_do_not_fit_are_compiled_all_the_same(monkeypatch, row
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(compiling, "try_out", try_out)
-    if repeatable and rows > 1:
+    if alone:
         assert compiling.compile_blocks(policy, strategy, "sample", rows=rows) is None
         assert policy.compiled
     else:

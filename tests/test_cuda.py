@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_done_in_halves_with_the_same_gradient():
         with torch.no_grad():
             items = SFT().collect(batch, Tools(policy, draws))
         strategy, settings = alone(policy), Train(steps=1, max_grad_norm=1e9)
-        work = functools.partial(update, SFT(), policy, items, strategy, settings, 1)
+        work = functools.partial(update, SFT(), policy, items, strategy, settings)
         halve_until_it_fits(work, policy, lambda: strategy.zero_grad() or True)
         return torch.cat([g.flatten() for g in strategy.optimizer.seen]), policy.micro_batch
 

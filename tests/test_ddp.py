@@ -120,6 +120,7 @@ def test_ranks_step_alike_with_the_settings_of_the_stage(autocast):
         policy, strategy = prepared(world, 1, autocast=autocast)
         assert strategy.optimizer.param_groups[0]["lr"] == 0.5
         assert not strategy.repeatable
+        assert strategy.tries_alone
         backward(policy, strategy, 1.0 + world.rank, True)
         assert strategy.step(1e9) == 3
         return [p.item() for p in policy.trained.values()]

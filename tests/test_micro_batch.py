@@ -142,10 +142,10 @@ class Trials:
         return rows / min(rows, self.fastest) / 8, self.base + self.each * rows
 
 
-def found(made=None, world=ALONE, repeatable=True, state=None, policy=None, **first):
+def found(made=None, world=ALONE, alone=True, state=None, policy=None, **first):
     policy = policy or line_policy()
     strategy = descending(policy, world=world)
-    strategy.repeatable = repeatable
+    strategy.tries_alone = alone
     strategy.optimizer.state.update(state or {})
     made = made or stage(batch_size=32)
     return largest_micro_batch(made.algorithm, made.train, policy, strategy, "sample", **first)
@@ -259,13 +259,34 @@ def test_what_ran_out_of_memory_ends_the_search(monkeypatch, room):
     assert trials.ended == ["collect", "free_memory", "reset_peak_memory"]
 
 
-@pytest.mark.parametrize("repeatable", [True, False])
-def test_one_item_that_does_not_fit_is_an_error(monkeypatch, repeatable):
+@pytest.mark.parametrize("alone", [True, False])
+def test_one_item_that_does_not_fit_is_an_error(monkeypatch, alone):
     Trials(monkeypatch, room=0)
     with pytest.raises(TrainingError, match=r"^out of memory with one item at a time \(CUDA out") as error:
-        found(repeatable=repeatable)
+        found(alone=alone)
     assert not isinstance(error.value, OutOfMemory)
-    assert error.value.__cause__ is LACK
+    assert error.value.__cause__ is (None if alone else LACK)
+
+
+@pytest.mark.parametrize("room", [0, 4])
+def test_ranks_that_try_alone_agree_on_what_fits_where_one_of_them_lacks_memory(monkeypatch, room):
+    Trials(monkeypatch)
+
+    def timed(policy, strategy, sample, rows):
+        if strategy.world.rank == 1 and rows > room:
+            raise LACK
+        return 1.0, rows
+
+    def work(world):
+        try:
+            return found(world=world).items
+        except TrainingError as error:
+            return str(error)[:38]
+        finally:
+            assert world.gather_objects("next") == ["next", "next"], "what follows is paired"
+
+    monkeypatch.setattr(trial, "timed", timed)
+    assert on_ranks(2, work) == [4 if room else "out of memory with one item at a time "] * 2
 
 
 def test_other_errors_are_passed_on(monkeypatch):
@@ -275,13 +296,13 @@ def test_other_errors_are_passed_on(monkeypatch):
         found()
 
 
-@pytest.mark.parametrize(("ranks", "repeatable"), [(1, False), (2, True)])
-def test_where_weights_are_waited_for_the_search_stops_the_run(monkeypatch, ranks, repeatable):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_where_weights_are_waited_for_the_search_stops_the_run(monkeypatch, ranks):
     Trials(monkeypatch, room=4)
 
     def work(world):
         with pytest.raises(OutOfMemory, match="with 8 rows at a time") as error:
-            found(world=world, repeatable=repeatable)
+            found(world=world, alone=False)
         assert error.value.__cause__ is LACK
         return error.value.micro_batch
 
@@ -349,10 +370,10 @@ def test_a_first_of_which_not_even_one_fits_is_an_error(monkeypatch):
 def test_a_first_that_ends_the_run_leaves_half_of_it(monkeypatch):
     Trials(monkeypatch, room=4)
     with pytest.raises(OutOfMemory) as error:
-        found(first=7, repeatable=False)
+        found(first=7, alone=False)
     assert error.value.micro_batch == 3
     with pytest.raises(OutOfMemory) as error:
-        found(first=3, repeatable=False)
+        found(first=3, alone=False)
     assert error.value.micro_batch == 3, "which fitted before six did not"
 
 
@@ -370,10 +391,10 @@ def test_the_items_of_a_step_on_one_of_the_processes(monkeypatch, batch_size, st
     assert (found, type(found)) == (items, int)
 
 
-def one(items, repeatable=True):
+def one(items, alone=True):
     policy = line_policy()
     strategy = descending(policy)
-    strategy.repeatable = repeatable
+    strategy.tries_alone = alone
     return one_trial(Pull(), items, policy, strategy, "sample")
 
 
@@ -386,5 +407,5 @@ def test_one_trial_is_of_that_many_items_or_says_that_they_do_not_fit(monkeypatc
     assert not isinstance(error.value, OutOfMemory)
     assert trials.tried == [12, 14]
     with pytest.raises(OutOfMemory) as error:
-        one(7, repeatable=False)
+        one(7, alone=False)
     assert error.value.micro_batch == 3

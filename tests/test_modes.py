@@ -1,6 +1,8 @@
 """A stage finds out how to compute where the recipe says auto: the fastest of what fits, tried once."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -126,13 +128,15 @@ class Machine:
     def one(self, algorithm, items, policy, strategy, sample):
         return self.search(algorithm, None, policy, strategy, sample, items).trials[-1]
 
-    def fastest(self, steps=10_000, policy=None, compiles=True, **given):
+    def fastest(self, steps=10_000, policy=None, compiles=True, alone=True, **given):
         policy = policy or line_policy()
         strategy = descending(policy)
-        strategy.compiles = compiles
+        strategy.compiles, strategy.tries_alone = compiles, alone
         self.policy, self.strategy = policy, strategy
         self.settings = Train(steps=10_000, batch_size=8, **{**AUTO, **given})
-        return fastest(SFT(), self.settings, policy, strategy, "sample", steps, lambda: self.now)
+        self.told = []
+        now = lambda: self.now  # noqa: E731
+        return fastest(SFT(), self.settings, policy, strategy, "sample", steps, now, self.told.append)
 
 
 OFF, C_OFF, C_HALF, C_FIFTH, C_FULL = Mode(), *(Mode(True, c) for c in ("off", 0.5, 0.2, "full"))
@@ -249,7 +253,42 @@ def test_where_nothing_compiles_the_blocks_run_as_they_are(monkeypatch):
     assert [one.mode for one in machine.fastest()] == [OFF]
     assert machine.entered == [OFF, C_OFF, OFF], "what fails to compile once is not tried otherwise"
     assert machine.searched == [1], "and is not timed in a mode that it is not in"
+    assert machine.told == ["no compiler"]
     assert [one.mode for one in machine.fastest(compile=True)] == [OFF]
+    assert machine.told == ["no compiler"]
+
+
+def test_it_is_told_why_nothing_is_compiled_though_the_recipe_says_so(monkeypatch):
+    machine = Machine(monkeypatch, {OFF: 9.0, C_OFF: 0, C_HALF: 0, C_FIFTH: 0, C_FULL: 0})
+    assert [one.mode for one in machine.fastest(compile=True)] == [OFF]
+    assert machine.told == [f"no room for {C_FULL}"]
+    assert [one.mode for one in machine.fastest()] == [OFF]
+    assert machine.told == [], "auto may find that nothing compiled fits"
+    machine = Machine(monkeypatch, {OFF: 0}, each=51.0)
+    assert machine.fastest(compile=True)[0].mode == Mode(False, "selective")
+    assert machine.told == ["no time is left of the 120 s in which modes are tried"]
+    machine = Machine(monkeypatch, {C_OFF: 0})
+    assert machine.fastest(compile=True)[0].mode == C_HALF
+    assert machine.told == []
+
+
+def test_a_mode_that_did_not_fit_leaves_no_tensor_of_its_forward(monkeypatch):
+    machine, kept = Machine(monkeypatch, {}), []
+
+    def search(*arguments):
+        if machine.entered[-1] == OFF:
+            activation = torch.ones(3)
+            kept.append(weakref.ref(activation))
+            raise TrainingError("no room") from torch.OutOfMemoryError("CUDA out of memory")
+        assert kept[0]() is None, "else the next mode has less room"
+        return Size(1, [Trial(1, 1.0, 0)], False)
+
+    monkeypatch.setattr(modes, "largest_micro_batch", search)
+    gc.disable()  # when it comes by itself depends on all else
+    try:
+        assert machine.fastest(compile=False)[0].mode == Mode(False, "selective")
+    finally:
+        gc.enable()
 
 
 def test_after_a_mode_that_did_not_fit_while_it_was_compiled_the_blocks_enter_the_one_that_is_taken(
@@ -271,7 +310,11 @@ def test_a_strategy_that_cannot_go_on_ends_the_search(monkeypatch):
 
     monkeypatch.setattr(modes, "largest_micro_batch", search)
     with pytest.raises(OutOfMemory):
-        machine.fastest()
+        machine.fastest(alone=False)
+    machine = Machine(monkeypatch, {OFF: 0})
+    with pytest.raises(TrainingError, match=r"^no room for not compiled, gradient_checkpointing off$"):
+        machine.fastest(alone=False)
+    assert machine.entered == [OFF], "weights may still be gathered"
 
 
 def test_what_was_found_in_a_line():

@@ -241,6 +241,7 @@ def test_a_session_becomes_rows(tmp_path, monkeypatch, capsys):
         {"source": "table", "entry": "device", "name": "NVIDIA H100 80GB HBM3", "torch": "2.11", "matmul_tflops": 700},
         {"source": "table", "entry": "soar compiled off", "micro_batch": 7, "samples_per_second": 5.5, "mfu": 0.44},
         {"source": "table", "entry": "grpo compiled", "micro_batch": 24, "samples_per_second": 12, "slice": 48, "of": 768},
+        {"source": "table", "entry": "soar compiled 0.5", "micro_batch": 28, "samples_per_second": 5, "mfu": 0.4},
         {"source": "table", "entry": "nft compiled", "error": "out of memory"},
         {"source": "table", "entry": "vae", "encode": {"samples_per_second": 60}, "decode": {"samples_per_second": 40}},
         {"source": "lab", "entry": "bf16 rows 14", "rows": 14, "samples_per_second": 55.0},
@@ -251,12 +252,12 @@ def test_a_session_becomes_rows(tmp_path, monkeypatch, capsys):
     arguments = [str(tmp_path / "gpu.jsonl"), "--commit", "abc", "--date", "2027-01-01", "--rates", str(kept)]
     monkeypatch.setattr(sys, "argv", ["add_rates.py", *arguments])
     runpy.run_path(str(ROOT / "benchmarks" / "add_rates.py"), run_name="__main__")
-    assert "4 rows of H100 80GB added" in capsys.readouterr().out
+    assert "5 rows of H100 80GB added" in capsys.readouterr().out
     from posttrain.planning.rates import read_rows
 
     rows = read_rows(kept)
     assert rows[: len(shipped_rates().rows)] == shipped_rates().rows
-    soar, grpo, encode, decode = rows[-4:]
+    soar, grpo, share, encode, decode = rows[-5:]
     assert (soar.algorithm, soar.tune, soar.compile, soar.commit) == ("soar", "full", True, "abc")
     # 23 forward-equivalents of 2.44 TFLOP
     assert equivalents(soar) * soar.forward_tflop * 5.5 / 700 == pytest.approx(0.44, abs=0.002)
@@ -264,6 +265,23 @@ def test_a_session_becomes_rows(tmp_path, monkeypatch, capsys):
     assert (encode.samples_per_second, decode.samples_per_second) == (60, 40)
     wanted = replace(WANTED, compile=True, checkpointing="off", micro_batch=7)
     assert Rates(rows).nearest(wanted) == soar
+    assert Rates(rows).nearest(replace(wanted, checkpointing="0.5", micro_batch=28)) == share
+
+
+def test_every_step_that_the_table_measures_becomes_a_row(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import add_rates
+    import gpu_table
+
+    names = set()
+    for kind in (gpu_table.WithLora, gpu_table.Whole):
+        made = object.__new__(kind)
+        made.step = None
+        names |= {name for name, _, _ in made.entries()}
+    others = {"vae", "straightforward soar", "8-bit soar compiled 0.2"} | {
+        name for name in names if name.endswith("profile")
+    }
+    assert names - others == add_rates.ENTRIES.keys()
 
 
 def test_a_file_without_figures_adds_none(tmp_path, monkeypatch):

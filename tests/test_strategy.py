@@ -76,6 +76,8 @@ def test_one_process_can_begin_a_step_anew():
     assert policy.trained["a"].grad is None
     assert strategy.repeatable
     assert not Alone.__base__.repeatable
+    assert strategy.tries_alone
+    assert not Alone.__base__.tries_alone
 
 
 def test_moments_go_by_name_and_are_tensors_of_their_own():

@@ -34,8 +34,9 @@ def compile_blocks(
     The compilation happens in a forward and backward of ``rows`` rows of the ``sample``: each number of rows
     is compiled anew. Returns None, or the reason why the blocks of all processes stay uncompiled: the failure
     of the first process that had one. If the rows do not fit into memory, the blocks are compiled all the
-    same. Raises TrainingError if not even one row fits, or if compilation fails under a strategy with sharded
-    weights, which cannot continue after a failure; OutOfMemory if the strategy cannot continue after that.
+    same. A strategy that does not try alone cannot continue after that: raises TrainingError if not even one
+    row fits, else OutOfMemory. Raises TrainingError too if compilation fails under sharded weights, which
+    cannot continue after a failure.
     """
     from torch._dynamo import config
     from torch._functorch import config as partitioner
@@ -80,11 +81,11 @@ def _failure_of_a_trial(policy: Policy, strategy: Strategy, sample: Sample, rows
         raise
     except Exception as error:  # compilers raise errors of any type, and training works without them
         if is_out_of_memory(error):
+            if strategy.tries_alone:
+                return None
             if rows == 1:
                 raise too_little("with one row at a time", error) from error
-            if strategy.world.size > 1 or not strategy.repeatable:
-                raise OutOfMemory(error, rows, rows // 2) from error
-            return None
+            raise OutOfMemory(error, rows, rows // 2) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if strategy.layout.sharded:
             raise TrainingError(

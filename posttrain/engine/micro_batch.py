@@ -125,19 +125,24 @@ def sizes_tried(trials: list[Trial], device: torch.device) -> str:
 def _tried(items: int, rows: int, policy: Policy, strategy: Strategy, sample: trial.Sample) -> Trial | None:
     """A trial of ``items`` items of ``rows`` rows each, by the slowest and fullest process; None if they do
     not fit."""
-    world = strategy.world
+    measured: tuple[float, int] | str
+    one = "with one item at a time"
     try:
         measured = trial.timed(policy, strategy, sample, items * rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if not strategy.tries_alone:
+            # other processes are still waiting for this one, or weights are left gathered
+            lack = too_little(one, error) if items == 1 else OutOfMemory(error, items, items // 2)
+            raise lack from error
+        measured = str(error)  # the error itself would keep the failed forward's tensors alive
+    results = strategy.world.gather_objects(measured)
+    if lacking := [result for result in results if isinstance(result, str)]:
         if items == 1:
-            raise too_little("with one item at a time", error) from error
-        # other processes are still waiting for this one, or weights are left gathered
-        if world.size > 1 or not strategy.repeatable:
-            raise OutOfMemory(error, items, items // 2) from error
+            raise too_little(one, MemoryError(lacking[0]))
         return None
-    seconds, memory = (max(values) for values in zip(*world.gather_objects(measured), strict=True))
+    seconds, memory = (max(values) for values in zip(*results, strict=True))
     return Trial(items, items / seconds, memory)
 
 

@@ -17,7 +17,6 @@ from posttrain.engine.micro_batch import Trial, items_in_step, largest_micro_bat
 from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import TrainingError
 from posttrain.policy.activations import SELECTIVE, Checkpointing, checkpoint_blocks, share_kept
-from posttrain.policy.out_of_memory import OutOfMemory
 
 if TYPE_CHECKING:
     import torch
@@ -105,16 +104,17 @@ def fastest(
     sample: Sample,
     steps: int,
     clock: Callable[[], float] = time.monotonic,
+    tell: Callable[[str], None] = lambda reason: None,
 ) -> list[Found]:
     """Try the modes that the settings allow, on rows of the ``sample``; return those that work, the fastest
-    first, and be in its mode.
+    first, and be in its mode. ``tell`` gets the reason where blocks could not be compiled.
 
     ``steps`` are still to be taken. Of the modes without compilation, the first in which one item fits is
     tried. Those with it follow if the rest of the stage would take WORTHWHILE seconds. Recomputing more saves
     memory and takes time, so each compiled mode begins with twice the micro-batch of the one before, and the
     search ends with a mode that is slower than the one before, or that memory did not limit. It also ends
     where one more trial would probably exceed PATIENCE seconds. All processes decide alike. Raises
-    TrainingError if one item fits in no mode.
+    TrainingError if one item fits in no mode, or if the strategy cannot continue after what did not fit.
     """
     search = _Search(algorithm, settings, policy, strategy, sample, clock)
     found = search.first_that_works(EAGER)
@@ -124,6 +124,9 @@ def fastest(
         may_compile = may_compile and strategy.world.broadcast(seconds) >= WORTHWHILE
     if may_compile and (compiled := search.compiled(found)):
         found = compiled if settings.compile is True else [*found, *compiled]
+    elif may_compile and (settings.compile is True or not search.compiles):
+        reason = search.failure or f"no time is left of the {PATIENCE} s in which modes are tried"
+        tell(str(reason).removeprefix("compile: "))
     if not found:
         assert search.failure is not None, "a mode that does not work says why"
         raise search.failure
@@ -161,7 +164,7 @@ class _Search:
         self.compiles = True
         """False if the last mode could not be compiled."""
         self.failure: TrainingError | None = None
-        """Why the last mode that failed did."""
+        """Why the last mode that failed did, without the tensors of its forward."""
         self._began = self._last = clock()
         self._longest = float(COMPILING)
 
@@ -176,6 +179,7 @@ class _Search:
         """The first of the modes without compilation in which one item fits; none if none does."""
         for checkpointing in self._allowed(modes):
             if (one := self._tried(Mode(False, checkpointing), 1)) is not None:
+                self.failure = None
                 return [one]
         return []
 
@@ -216,7 +220,8 @@ class _Search:
         given = self.settings.micro_batch
         try:
             if (reason := self.enter(mode, first if given == "auto" else given)) is not None:
-                raise TrainingError(f"compile: {reason}")
+                self.failure = TrainingError(f"compile: {reason}")
+                return None
             if given == "auto":
                 size = largest_micro_batch(
                     self.algorithm,
@@ -230,8 +235,8 @@ class _Search:
                 return Found(mode, size.items, size.trials, size.crowded)
             trial = one_trial(self.algorithm, given, self.policy, self.strategy, self.sample)
             return Found(mode, given, [trial], crowded=False)
-        except OutOfMemory:
-            raise
         except TrainingError as error:
-            self.failure = error
+            if not self.strategy.tries_alone:  # else all processes fail alike
+                raise
+            self.failure = TrainingError(str(error))
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Replicated(TorchStrategy):
     In float32, torch's wrapper sends gradients during the last backward of a step. In bf16 the float32
     gradients beside the masters are added up after it.
     """
+
+    tries_alone: ClassVar = True
 
     def __init__(self, policy: Policy, settings: Train, world: World) -> None:
         policy.lower()

@@ -32,3 +32,4 @@ class Alone(TorchStrategy):
     """The strategy of :class:`Single`."""
 
     repeatable: ClassVar = True
+    tries_alone: ClassVar = True

@@ -70,6 +70,9 @@ class Strategy(ABC):
     repeatable: ClassVar[bool] = False
     """Whether a step can be repeated after its forward or backward failed: the failure leaves nothing behind
     but gradients, which :meth:`zero_grad` removes."""
+    tries_alone: ClassVar[bool] = False
+    """Whether a forward and backward before a step's last micro-batch needs no other process, and leaves
+    nothing behind but gradients where it fails. Then the processes can agree on what fits by trying."""
     compiles: bool = True
     """Whether blocks can be compiled once for all layers."""
     layout: Layout

@@ -148,7 +148,7 @@ def _changes(recipe: Recipe, stage: Stage, counts: Counts, budget: Budget) -> It
 def _as_measured(stage: Stage, budget: Budget, most: int) -> Iterator[Change]:
     """The settings of measured rows of the same tuning."""
     train, settings = f"stages.{stage.name}.train", stage.train
-    now = (settings.compile, settings.gradient_checkpointing, settings.micro_batch)
+    now = (settings.compile, str(settings.gradient_checkpointing), settings.micro_batch)
     if "auto" in now[:2]:
         return  # a run tries by itself
     rows = (row for row in budget.rates.rows if row.training and row.tune == stage.tune.type)
@@ -160,7 +160,7 @@ def _as_measured(stage: Stage, budget: Budget, most: int) -> Iterator[Change]:
         changed = []
         if compiled != settings.compile:
             changed.append(f"{train}.compile=true")
-        if checkpointing != settings.gradient_checkpointing:
+        if checkpointing != now[1]:
             changed.append(f"{train}.gradient_checkpointing={checkpointing}")
         if settings.micro_batch not in ("auto", size):
             changed.append(f"{train}.micro_batch={size}")

@@ -106,17 +106,27 @@ def _choose_mode(training: Training) -> None:
         share = f"gradient_checkpointing {mode.checkpointing:g}"
         run.note(f"{run.stage.name}: compile auto is false on this device, so {share} acts as selective")
     if (reason := enter(mode, training.policy, training.strategy, sample)) is not None:
-        run.warn(f"{run.stage.name}: compile: the blocks run as they are ({reason})")
+        run.warn(_uncompiled(run.stage.name, reason))
     if training.search_micro_batch and sample is not None:
         _find_micro_batch(training, sample)
+
+
+def _uncompiled(name: str, reason: str) -> str:
+    return f"{name}: compile: the blocks run as they are ({reason})"
 
 
 def _find_mode(training: Training, sample: Sample) -> None:
     """Find the mode and the micro-batch by trying, and remember them for when the run is resumed."""
     run, stage, policy = training.run, training.run.stage, training.policy
-    steps = stage.train.steps - training.start
+    settings, steps = stage.train, stage.train.steps - training.start
+    if not training.search_micro_batch:  # more may have run out of memory before
+        settings = settings.model_copy(update={"micro_batch": policy.micro_batch})
+
+    def tell(reason: str) -> None:
+        run.warn(_uncompiled(stage.name, reason))
+
     run.note(f"{stage.name}: trying what is fastest, for about two minutes at most")
-    found = fastest(stage.algorithm, stage.train, policy, training.strategy, sample, steps)
+    found = fastest(stage.algorithm, settings, policy, training.strategy, sample, steps, tell=tell)
     policy.micro_batch = found[0].micro_batch
     run.note(f"{stage.name}: {in_words(found, run.model.device)}")
     if run.world.is_main:
