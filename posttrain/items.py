@@ -11,6 +11,12 @@ from torch import Tensor
 
 from posttrain.condition import Condition, Conditions
 
+RECORDED = {
+    "step", "time", "loss", "grad_norm", "skipped_steps", "refused_steps", "learning_rate",
+    "images_per_second", "forward_equivalents",
+}  # fmt: skip
+"""What the engine itself records of a step. An algorithm's metrics have other names."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -64,7 +70,8 @@ class Items:
 
     A field is read as an attribute: ``items.latents``. Two fields are required: ``prompt_index`` (n,), the
     item's row in ``conditions``, and ``sample_index`` (n,), the index of the item's sample in the batch.
-    Raises ValueError if one is missing, if first axes differ, or if a field has the name of an attribute.
+    Raises ValueError if one is missing, if first axes differ, if a field has the name of an attribute, or if
+    anything is no tensor.
     """
 
     weight: Tensor
@@ -75,9 +82,18 @@ class Items:
     conditions: Conditions
     """The batch's encoded prompts; row 0 is the empty prompt."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """What to record of the batch: scalars, and vectors (n,), which become histograms."""
+    """What to record of the batch: scalars, and vectors (n,), which become histograms. Their names are none
+    of those that the engine records, such as ``loss`` and ``time``."""
 
     def __post_init__(self) -> None:
+        for name, value in {"weight": self.weight, **self.fields, **self.metrics}.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"items: {name!r} is of type {type(value).__name__}, not a tensor")
+        _check_metrics(self.metrics)
+        for name, value in self.metrics.items():
+            if value.ndim > 1:
+                shape = tuple(value.shape)
+                raise ValueError(f"items: the metric {name!r} has the shape {shape}, not () or (n,)")
         if missing := [name for name in ("prompt_index", "sample_index") if name not in self.fields]:
             raise ValueError(
                 f"items lack {' and '.join(map(repr, missing))}; they have {sorted(self.fields)}"
@@ -88,7 +104,8 @@ class Items:
             )
         if self.weight.ndim != 1:
             raise ValueError(f"items: weight has the shape {tuple(self.weight.shape)}, not (n,)")
-        lengths = {name: len(tensor) for name, tensor in {"weight": self.weight, **self.fields}.items()}
+        named = {"weight": self.weight, **self.fields}
+        lengths = {name: (*tensor.shape, "none")[0] for name, tensor in named.items()}
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise ValueError(f"items: weight and every field must have the same length; they have {listed}")
@@ -144,7 +161,17 @@ class Losses:
     per_item: Tensor
     """(n,) The loss of each item, neither weighted nor averaged; the update does both."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> (n,) values to record. Their mean is taken with the items' weights."""
+    """Name -> (n,) values to record, by names that the engine does not record. Their mean is taken with the
+    items' weights."""
+
+    def __post_init__(self) -> None:
+        _check_metrics(self.metrics)
+
+
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raise ValueError if a metric would take the place of what the engine records."""
+    if taken := sorted(RECORDED & metrics.keys()):
+        raise ValueError(f"a metric cannot be called {taken[0]!r}, which the engine records of every step")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from posttrain.support import user_code
 from posttrain.support.paths import expanded
 from posttrain.support.plugins import load_plugins
 from posttrain.support.shipped import shipped
+from posttrain.support.user_errors import as_user_error, last_line
 
 Variants = dict[str, "type[Named]"]
 
@@ -132,7 +133,12 @@ class Spec(_Told):
     """A block of a recipe. Unknown fields, type conversions, infinities and NaN are refused."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
     def deciding(self, *, late: bool = True) -> dict[str, Any]:
@@ -169,8 +175,14 @@ class Named(Spec):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if Named in cls.__bases__:
             cls.variants = {}
-        if not (names := get_args(cls.model_fields["type"].annotation)):
+        kind = cls.model_fields["type"]
+        if not (names := get_args(kind.annotation)):
             return  # an abstract base
+        if names != (kind.default,):
+            example = f"type: Literal[{names[0]!r}] = {names[0]!r}"
+            raise TypeError(
+                f"the type of {cls.__name__} must be one literal that is also its default: {example}"
+            )
         for base in cls.__mro__[1:]:
             if base in cls.variants.values():
                 raise TypeError(
@@ -226,9 +238,19 @@ class AnyOf:
         return {"anyOf": [handler(self._adapter().core_schema), own]}
 
     def _validated(self, value: Any) -> Any:
-        if isinstance(value, dict) and ":" in (named := str(value.get("type"))):
+        if not isinstance(value, dict):
+            return self._adapter().validate_python(value)
+        if ":" in (named := str(value.get("type"))):
             value = {**value, "type": self._loaded(named)}
-        return self._adapter().validate_python(value)
+        try:
+            made = self._adapter().validate_python(value)
+        except TypeError as error:  # the class lacks a method, or has an __init__ of its own
+            if as_user_error(error) is not None:
+                raise
+            raise field_error(("type",), f"cannot make {named!r}: {last_line(error)}") from error
+        if not isinstance(made, self.family):
+            raise field_error(("type",), f"a validator of {named!r} returns {made!r}: let it return self")
+        return made
 
     def _dumped(self, value: Any, info: SerializationInfo) -> Any:
         """The block of ``value``. Its ``type`` finds the class again in a process that has not loaded it."""
@@ -239,7 +261,9 @@ class AnyOf:
 
     def _adapter(self) -> TypeAdapter[Any]:
         """The union, discriminated by ``type``, of the variants that there are now."""
-        variants = tuple(self.family.variants.values())
+        # a class whose annotations name nothing would spoil the blocks of all others
+        every = self.family.variants.values()
+        variants = tuple(v for v in every if v.__pydantic_complete__ or v.model_rebuild(raise_errors=False))
         if variants not in self._adapters:
             # pydantic refuses a discriminator for a single class
             union: Any = variants[0]
@@ -259,8 +283,11 @@ class AnyOf:
             raise field_error(("type",), f"{named!r} {fault}")
         try:
             found = user_code.load(named)
+            if found in self.family.variants.values():
+                found.model_rebuild()  # raises where an annotation names nothing
         except Exception as error:  # whatever the user's own module raises when it is run
-            raise field_error(("type",), f"cannot load the {kind} {named!r}: {error}") from error
+            fault = str(error).partition("\n")[0]
+            raise field_error(("type",), f"cannot load the {kind} {named!r}: {fault}") from error
         if found not in self.family.variants.values():
             expected = f"a subclass of {self.family.__name__} with a line such as type: Literal['x'] = 'x'"
             raise field_error(

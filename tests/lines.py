@@ -48,7 +48,7 @@ class Pull(Algorithm):
         NOTES.append(("collect", tools.policy.trained["a"].item()))
         x = batch.latents.flatten()
         fields = {"x": x, "prompt_index": batch.prompt_index, "sample_index": batch.sample_index}
-        metrics = {"mean_x": x.mean(), "loss": torch.tensor(99.0)}
+        metrics = {"mean_x": x.mean(), "twice": torch.tensor(99.0)}
         return Items(
             batch.metadata[0]["weight"] if batch.metadata else torch.ones_like(x),
             fields,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import pytest
 import torch
 from image_layouts import LAYOUTS
@@ -130,7 +131,12 @@ class Mine(Algorithm):
             fields |= {"latents": torch.zeros_like(noise), "target": noise}
         if self.fault == "chunks":
             fields["target"] = fields["target"] * tools.policy.micro_batch
-        return Items(torch.ones_like(sigma), fields, batch.conditions)
+        weight = torch.ones_like(sigma)
+        if self.fault == "random weight":
+            weight = torch.tensor(np.random.default_rng().random(len(sigma)))
+        if self.fault == "weight of chunks":
+            weight = weight * tools.policy.micro_batch
+        return Items(weight, fields, batch.conditions)
 
     def loss(self, items, policy):
         latents = items.latents
@@ -169,7 +175,11 @@ class Taste(Reward):
                 "random": lambda: torch.rand(len(red)),
                 "division": lambda: red * (images.flatten(1).std(1) / images.flatten(1).std(1)),
             }
-            return Scores(wrong.get(self.fault, lambda: red)())
+            details = {
+                "random detail": {"red": torch.tensor(np.random.default_rng().random(len(red)))},
+                "detail of a batch": {"red": red - red.mean()},
+            }
+            return Scores(wrong.get(self.fault, lambda: red)(), details.get(self.fault, {}))
 
         return score
 
@@ -187,7 +197,10 @@ class DotSource(BatchSource):
         for number in itertools.count(0 if self.fault == "restarts" else start):
             first = number * self.opening.batch_size + (0 if self.fault == "all" else world.rank * count)
             ids = [(first + i) % 8 for i in range(count)]
-            conditions, rows = encode(self.model, [self.prompts[i] for i in ids])
+            more = (
+                " or more" * int(np.random.default_rng().integers(1000)) if self.fault == "captions" else ""
+            )
+            conditions, rows = encode(self.model, [self.prompts[i] + more for i in ids])
             latents = torch.stack([torch.full(self.model.latent_shape(*self.size), i / 8) for i in ids])
             if self.fault == "random":
                 latents = torch.randn(latents.shape)
@@ -241,8 +254,15 @@ class WrongFlow(ToyFlow):
             sigma = torch.zeros_like(sigma)
         if self.fault == "neighbours":
             latents = latents + latents.mean(0)
-        dtype = torch.float32 if self.fault == "dtype" else self.transformer.dtype
+        own = (
+            self.transformer.dtype
+            if self.fault == "own dtype"
+            else self.forward_dtype or self.transformer.dtype
+        )
+        dtype = torch.float32 if self.fault == "dtype" else own
         inputs = latents.to(dtype), sigma.to(dtype), {k: v.to(dtype) for k, v in condition.items()}
+        if self.fault == "transformer":
+            self.module = self.transformer
         found = super().velocity(*inputs).float()
         return found.detach().requires_grad_() if self.fault == "detached" else found
 
@@ -301,6 +321,8 @@ FAULTS = [
     (AlgorithmTests, "moves", "collect and loss move no weights"),
     (AlgorithmTests, "rows", "the cost and the number of items are what the plan counts"),
     (AlgorithmTests, "chunks", "collect does not depend on how many rows a forward takes"),
+    (AlgorithmTests, "random weight", "all randomness of collect comes from tools.draws"),
+    (AlgorithmTests, "weight of chunks", "collect does not depend on how many rows a forward takes"),
     (AlgorithmTests, "dropout", "loss draws no random number"),
     (AlgorithmTests, "batch mean", "the gradient does not depend on the micro-batch"),
     (AlgorithmTests, "no gradient", "the gradient does not depend on the micro-batch"),
@@ -309,6 +331,8 @@ FAULTS = [
     (RewardTests, "range", "every image has a finite score in the range, and the scores differ"),
     (RewardTests, "batch", "a score depends on its own image, prompt and row alone"),
     (RewardTests, "random", "equal images have equal scores, by a reward that was loaded again too"),
+    (RewardTests, "random detail", "equal images have equal scores, by a reward that was loaded again too"),
+    (RewardTests, "detail of a batch", "a score depends on its own image, prompt and row alone"),
     (RewardTests, "division", "images without a detail have a score too"),
     (RewardTests, "wordless", "it says its range, and which packages and weights it needs"),
     (DataTests, "", ""),
@@ -324,6 +348,11 @@ FAULTS = [
     (
         DataTests,
         "random",
+        "a batch is a function of its key and its number, so a run goes on where it was cut off",
+    ),
+    (
+        DataTests,
+        "captions",
         "a batch is a function of its key and its number, so a run goes on where it was cut off",
     ),
     (
@@ -349,6 +378,14 @@ FAULTS = [
         ModelTests,
         "dtype",
         "the velocity is float32, of the latents' shape, and finite from sigma 0 to 1, with bf16 weights too",
+    ),
+    *(
+        (
+            ModelTests,
+            fault,
+            "the velocity is float32, of the latents' shape, and finite from sigma 0 to 1, with bf16 weights too",
+        )
+        for fault in ("transformer", "own dtype")
     ),
     (
         ModelTests,

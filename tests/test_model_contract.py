@@ -12,10 +12,11 @@ from runs import EVALUATION, recipe, run_quietly, stage
 from safetensors.torch import load_file
 from torch import nn
 
-from posttrain.algorithm import Items
+from posttrain.algorithm import Items, Losses
 from posttrain.condition import Conditions
 from posttrain.errors import ModelError
 from posttrain.flow.sampling_settings import Sampling
+from posttrain.items import RECORDED
 from posttrain.model import FlowModel, Model
 from posttrain.policy.tuning import Lora
 from posttrain.stages.artifact import open_artifact, open_sampler
@@ -157,3 +158,26 @@ def test_items_name_the_field_that_is_missing_or_of_another_length():
             Items(torch.ones(3), fields, items().conditions)
     with pytest.raises(ValueError, match=r"must have the same length.*weight 3.*latents 2"):
         items(latents=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"must have the same length.*scale none"):
+        items(scale=torch.tensor(1.0))
+    with pytest.raises(ValueError, match="'latents' is of type list, not a tensor"):
+        items(latents=[1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"kl": 0.5}, "items: 'kl' is of type float, not a tensor"),
+        ({"kl": torch.zeros(3, 3)}, r"the metric 'kl' has the shape \(3, 3\), not \(\) or \(n,\)"),
+        *(
+            ({name: torch.zeros(3)}, f"a metric cannot be called '{name}', which the engine")
+            for name in RECORDED
+        ),
+    ],
+)
+def test_metrics_that_cannot_be_recorded_are_refused_by_name(metrics, words):
+    made = items()
+    with pytest.raises(ValueError, match=words):
+        Items(made.weight, made.fields, made.conditions, metrics)
+    with pytest.raises(ValueError, match="a metric cannot be called 'loss'"):
+        Losses(made.weight, {"loss": made.weight})

@@ -149,3 +149,11 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     ]
     assert (events.Images("samples")[-1].width, events.Images("samples")[-1].height) == (6, 4)
     assert [row["loss"] for row in read_metrics(tmp_path / METRICS)] == [1, 2, 203, 204, 205]
+
+
+def test_a_histogram_is_of_the_finite_values(tmp_path):
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        tracker.log(1, {}, {"some": [1.0, math.nan, 3.0, math.inf], "none": [math.nan]})
+    (row,) = read_metrics(tmp_path / METRICS)
+    assert (row["some"]["low"], row["some"]["high"], sum(row["some"]["counts"])) == (1, 3, 2)
+    assert sum(row["none"]["counts"]) == 0

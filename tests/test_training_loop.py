@@ -167,7 +167,7 @@ def test_a_batch_without_weight_leaves_the_check_to_the_next_part_and_batch():
     half = of([1, 2, 3, 4], weight=[0, 5, 0, 5])
     watch, _, _ = trained([nothing, of([5, 6])], settings(2))
     assert noted("check") == [[4, 5]]
-    assert watch.told[0][2] == {"mean_x": 1.5, "loss": 99, "skipped_steps": 1}
+    assert watch.told[0][2] == {"mean_x": 1.5, "twice": 99, "skipped_steps": 1}
     # its first part trains nothing, so the second is still by the weights that collected it
     trained([half], settings(2, steps_per_batch=2), policy=line_policy(1, micro_batch=2))
     assert noted("check") == [[1, 3]]

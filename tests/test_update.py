@@ -79,6 +79,10 @@ class Averaged(Pull):
         (lambda losses: Losses(losses.per_item, {"twice": 3}), "returned twice as int"),
         (lambda losses: losses.per_item, "loss of 'averaged-in-test' returned Tensor, not Losses"),
         (lambda losses: None, "returned NoneType, not Losses"),
+        (
+            lambda losses: Losses(losses.per_item.detach()),
+            "returned per_item without gradients: compute it from",
+        ),
     ],
 )
 def test_what_is_not_one_loss_for_each_item_is_refused(returned, words, monkeypatch):
@@ -90,6 +94,14 @@ def test_what_is_not_one_loss_for_each_item_is_refused(returned, words, monkeypa
 def test_a_negative_weight_is_refused():
     with pytest.raises(AlgorithmError, match="items of 'pull-in-test': a weight is negative, -3"):
         step(items_of([2, 4], weight=[1, -3]))
+
+
+@pytest.mark.parametrize("weight", [[1, math.nan], [math.nan, math.nan], [1, math.inf]])
+def test_a_weight_that_is_not_finite_refuses_the_step_and_is_named(weight):
+    with pytest.raises(StepRefused) as refused:
+        step(items_of([2, 4], weight=weight))
+    bad = [i for i, value in enumerate(weight) if not math.isfinite(value)]
+    assert [row["sample"] for row in refused.value.samples] == bad
 
 
 def test_the_gradient_is_clipped_to_the_norm_that_is_told_before_it():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from posttrain.algorithm import Algorithm, Batch, Items, Tools, Verdict
 from posttrain.condition import Condition, Conditions
+from posttrain.engine.answers import collected, losses_of
 from posttrain.flow.guidance import CLASSIFIER_FREE, ClassifierFree
 from posttrain.model import FlowModel
 from posttrain.policy.policy import Policy
@@ -88,11 +89,11 @@ class Rehearsal:
             policy.add_role(role)
         tools = Tools(policy, Draws((0, 0, 0), range(self.samples)), lambda n: model.sigmas(n, 1, 1), judge)
         with torch.no_grad():
-            self.items: Items = algorithm.collect(_group(algorithm, channels), tools)
+            self.items: Items = collected(algorithm, _group(algorithm, channels), tools)
         self.rollout, self.decoded = list(model.calls), judge.asked
         model.calls.clear()
         for item in self.items.split(1):
-            algorithm.loss(item, policy)
+            losses_of(algorithm, item, policy)
         self.losses = model.calls
 
     @property

@@ -14,7 +14,8 @@ from posttrain.algorithm import Batch, Items, Tools
 def suspects(
     micro_batches: Sequence[Items], losses: Sequence[Tensor], *, every: bool
 ) -> list[dict[str, Any]]:
-    """A record for each item of weight above 0 whose loss is not finite, or for ``every`` item.
+    """A record for each item, but for those of weight 0, whose loss or weight is not finite, or for ``every``
+    one.
 
     ``losses`` has the losses (n,) of each micro-batch. A record has ``sample`` (its position in the batch of
     all processes), ``loss`` and the items' scalar fields, such as ``sigma``.
@@ -24,7 +25,7 @@ def suspects(
         scalars = {name: values for name, values in items.fields.items() if values.ndim == 1}
         scalars = {"sample": scalars.pop("sample_index"), "loss": loss, **scalars}
         del scalars["prompt_index"]
-        shown = (items.weight > 0) & (~loss.isfinite() | every)
+        shown = (items.weight != 0) & (~(loss * items.weight).isfinite() | every)
         columns = [values[shown].tolist() for values in scalars.values()]
         rows += [dict(zip(scalars, values, strict=True)) for values in zip(*columns, strict=True)]
     return rows

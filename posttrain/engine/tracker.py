@@ -68,10 +68,12 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def binned(values: Sequence[float], count: int = 20) -> dict[str, Any]:
-    """The histogram of ``values``: ``low``, ``high``, and the ``counts`` of ``count`` equal bins between."""
+    """The histogram of the finite ``values``: ``low``, ``high``, and the ``counts`` of ``count`` equal bins
+    between."""
     import numpy as np
 
-    counts, edges = np.histogram(np.asarray(values, dtype=float), bins=count)
+    finite = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
+    counts, edges = np.histogram(finite, bins=count)
     return {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from posttrain.algorithm import Algorithm, Batch, Items, Losses, Tools
+from posttrain.algorithm import Algorithm, Batch, Items, Tools
 from posttrain.distributed.world import World
+from posttrain.engine.answers import collected, losses_of
 from posttrain.engine.suspects import described, finite, suspects
 from posttrain.errors import AlgorithmError, StepRefused, TrainingError
 from posttrain.optim.schedule import learning_rate, set_learning_rate
@@ -81,15 +82,13 @@ def train(
         batch, tools = drawn
         try:
             with torch.no_grad(), policy.casts_kept():
-                items = halve_until_it_fits(partial(algorithm.collect, batch, tools), policy, undo)
+                items = halve_until_it_fits(partial(collected, algorithm, batch, tools), policy, undo)
         except StepRefused as error:
             error.samples = described(error.samples, batch, tools)
             for _ in range(settings.steps_per_batch):
                 step += 1
                 hooks.refused(step, error)
             continue
-        if not isinstance(items, Items):
-            raise AlgorithmError(f"collect of {algorithm.type!r} returned {type(items).__name__}, not Items")
         items = _without_fillers(items)
         check = None if checked else OnPolicy(rows=min(policy.micro_batch, len(batch)))
         parts, moved = _parts(items, settings.steps_per_batch), False
@@ -152,7 +151,7 @@ def update(
         for i, micro_batch in enumerate(micro_batches):
             beat()
             strategy.begin_micro_batch(last=i == len(micro_batches) - 1)
-            losses = _losses(algorithm, micro_batch, policy)
+            losses = losses_of(algorithm, micro_batch, policy)
             seen.append(losses.per_item.detach())
             if i == 0 and check is not None and len(micro_batch) == check.rows and finite(seen[0]):
                 algorithm.check_on_policy(losses)
@@ -171,22 +170,6 @@ def update(
         samples = suspects(micro_batches, seen, every=math.isfinite(loss))
         raise StepRefused(f"the loss ({loss:.6g}) or the gradient's norm ({norm:.6g})", samples)
     return {**means, "grad_norm": torch.tensor(norm)}
-
-
-def _losses(algorithm: Algorithm, items: Items, policy: Policy) -> Losses:
-    """The losses of ``items``. Raises AlgorithmError if there is not one for each: a mean over the items
-    would be multiplied by every weight, and would depend on the micro-batch."""
-    losses = algorithm.loss(items, policy)
-    if not isinstance(losses, Losses):
-        raise AlgorithmError(f"loss of {algorithm.type!r} returned {type(losses).__name__}, not Losses")
-    for name, values in {"per_item": losses.per_item, **losses.metrics}.items():
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        if found != (len(items),):
-            raise AlgorithmError(
-                f"loss of {algorithm.type!r} returned {name} as {found}, not one number for each of "
-                f"{len(items)} items, {(len(items),)}"
-            )
-    return losses
 
 
 def _micro_batches(items: Items, policy: Policy, check: OnPolicy | None, world: World) -> list[Items]:
@@ -219,7 +202,7 @@ def _filler(items: Items) -> Items:
 def _counting(items: Items, multiple: int) -> Items:
     """The items of positive weight in their order, and as many others as make their number a multiple of
     ``multiple``, if there are as many. Compiled blocks then see few sizes, each of which takes a minute."""
-    counts = (items.weight > 0).to(torch.int8)
+    counts = (items.weight != 0).to(torch.int8)  # NaN counts too, so that its step is refused
     number = -(-int(counts.sum()) // multiple) * multiple
     return items.take(torch.argsort(counts, descending=True, stable=True)[:number])
 

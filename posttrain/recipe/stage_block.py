@@ -66,7 +66,14 @@ class Stage(Spec):
 
     @model_validator(mode="after")
     def _data_and_rewards_suit_the_algorithm(self) -> Self:
-        kind, needs, gives = self.algorithm.type, self.algorithm.needs, self.data.gives
+        kind = self.algorithm.type
+        # a class of the user's own may have forgotten it
+        needs, gives = getattr(self.algorithm, "needs", None), getattr(self.data, "gives", None)
+        if needs is None:
+            message = (
+                f"the class of {kind!r} does not say what it needs: write needs: ClassVar = 'images' in it"
+            )
+            raise field_error(("algorithm",), message)
         if gives != needs:
             types = sorted(
                 name for name, data in Data.variants.items() if getattr(data, "gives", "") == needs
@@ -117,6 +124,9 @@ class Stage(Spec):
     @model_validator(mode="after")
     def _groups_divide_the_batch(self) -> Self:
         group, batch = self.algorithm.samples_per_prompt, self.train.batch_size
+        if not isinstance(group, int) or group < 1:
+            message = f"samples_per_prompt of {self.algorithm.type!r} is {group!r}, no whole number from 1 on"
+            raise field_error(("algorithm",), message)
         if batch % group:
             message = f"{batch} samples cannot be split into groups of {group}; {nearest(batch, group)}"
             raise field_error(("train", "batch_size"), message)

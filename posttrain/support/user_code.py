@@ -70,7 +70,7 @@ def load(named: str) -> Any:
         raise ImportError(_no_module(module))
     try:
         loaded = importlib.import_module(module)
-    except Exception as error:  # whatever a person's own file may raise
+    except (Exception, SystemExit) as error:  # whatever a person's own file may raise
         raise ImportError(with_place(error)) from error
     if not hasattr(loaded, name):
         raise ImportError(f"the module {module!r} has no {name!r}{meant(name, dir(loaded))}")

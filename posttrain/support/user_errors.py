@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from pydantic import PydanticUserError
+
 from posttrain.errors import PosttrainError, UserCodeError
 
 OURS = __name__.partition(".")[0]
@@ -49,14 +51,16 @@ def with_lines(error: BaseException) -> str:
 
 def with_place(error: BaseException) -> str:
     """The last line of ``error``, and the user's file and line that raised it, if any, in one line."""
-    calls = _calls(error)
+    calls = [] if isinstance(error, SyntaxError) else _calls(error)  # its message has the place
     return last_line(error) + (f" ({calls[-1].filename}, line {calls[-1].lineno})" if calls else "")
 
 
 def last_line(error: BaseException) -> str:
-    """``Type: message``, as Python ends a traceback; of a long message the last line."""
+    """``Type: message``, as Python ends a traceback. Of a long message it is the last line; of pydantic's the
+    first, which says what is wrong."""
     lines = [x for x in str(error).splitlines() if x.strip() and "For further information" not in x]
-    return f"{type(error).__name__}{': ' if lines else ''}{lines[-1].strip() if lines else ''}"
+    line = lines[0 if isinstance(error, PydanticUserError) else -1].strip() if lines else ""
+    return f"{type(error).__name__}{': ' if lines else ''}{line}"
 
 
 def _calls(error: BaseException) -> traceback.StackSummary:
@@ -78,7 +82,7 @@ def _calls(error: BaseException) -> traceback.StackSummary:
 def _user_class(frame: FrameType) -> type | None:
     """The class of the user's own, made from one of ours, whose method runs in ``frame``; else None."""
     code = frame.f_code
-    if _is_ours(frame) or not code.co_argcount:
+    if _is_ours(frame) or _package(frame) == "pydantic" or not code.co_argcount:  # which makes his class
         return None
     first: Any = frame.f_locals.get(code.co_varnames[0])
     owner = first if isinstance(first, type) else type(first)

@@ -65,13 +65,13 @@ class AlgorithmLaws(BlockLaws):
         items, state = self.collected(policy), torch.get_rng_state()
         again = self.collected(policy)
         require(torch.equal(state, torch.get_rng_state()), "torch's global generator was used")
-        other = [name for name in items.fields if not _same(items, again, name)]
+        other = [name for name in _of(items) if not torch.equal(_of(items)[name], _of(again)[name])]
         require(not other, f"a second call gave another {', '.join(other)}")
         later = self.collected(policy, step=1)
         require(
             any(
-                not _same(items, later, name)
-                for name in items.fields
+                not torch.equal(values, later.fields[name])
+                for name, values in items.fields.items()
                 if name not in ("prompt_index", "sample_index")
             ),
             "the next step draws the same numbers",
@@ -109,8 +109,8 @@ class AlgorithmLaws(BlockLaws):
     )
     def test_collect_does_not_depend_on_the_micro_batch(self) -> None:
         one, other = (self.collected(micro_batch=size) for size in (3, 100))
-        for name in one.fields:
-            off = _distance(one.fields[name], other.fields[name])
+        for name, values in _of(one).items():
+            off = _distance(values, _of(other)[name])
             require(off < 1e-4, f"{name} differs by {off:.2g} of its size")
 
     @law(
@@ -133,8 +133,9 @@ class AlgorithmLaws(BlockLaws):
         require(not moved, f"moved: {', '.join(moved)}")
 
 
-def _same(one: Items, other: Items, name: str) -> bool:
-    return torch.equal(one.fields[name], other.fields[name])
+def _of(items: Items) -> dict[str, Tensor]:
+    """The weight and the fields of ``items``."""
+    return {"weight": items.weight, **items.fields}
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

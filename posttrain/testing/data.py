@@ -144,10 +144,17 @@ def _full_batch(source: BatchSource, size: int) -> Numbered:
 
 
 def _same(one: Numbered, other: Numbered) -> bool:
-    """Whether two batches have the same number, samples and latents."""
+    """Whether two batches have the same number, samples, prompts, rows and latents."""
     (number, batch, draws), (again, second, others) = one, other
     if (number, list(draws.ids), draws.key) != (again, list(others.ids), others.key):
         return False
-    if batch.latents.is_meta:
-        return [row["prompt"] for row in batch.metadata] == [row["prompt"] for row in second.metadata]
-    return torch.equal(batch.latents, second.latents)
+    if list(batch.metadata) != list(second.metadata):
+        return False
+    tensors, theirs = (
+        {**one.conditions.rows(one.prompt_index), **one.fields, "latents": one.latents}
+        for one in (batch, second)
+    )
+    if batch.latents.is_meta:  # of prompts, which have no images yet
+        del tensors["latents"], theirs["latents"]
+    same = (torch.equal(tensor, theirs[name]) for name, tensor in tensors.items() if name in theirs)
+    return tensors.keys() == theirs.keys() and all(same)

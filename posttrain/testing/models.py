@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from posttrain.errors import ModelError
 from posttrain.model import DtypeName, FlowModel, Model
@@ -17,10 +19,25 @@ from posttrain.policy.tuning import Lora
 from posttrain.testing.law import BlockLaws, law, require
 from posttrain.weights.writing import entries_of
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 CPU = torch.device("cpu")
+
+
+class Gathered(nn.Module):
+    """Stands for a strategy's wrapper that computes in another precision: notes what floats it is given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.network(*tree_map(self._taken, given), **tree_map(self._taken, named))
+
+    def _taken(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        self.dtypes.add(value.dtype)
+        return value.float()
 
 
 class ModelLaws(BlockLaws):
@@ -99,7 +116,8 @@ class ModelLaws(BlockLaws):
 
     @law(
         "the velocity is float32, of the latents' shape, and finite from sigma 0 to 1, with bf16 weights too",
-        "cast latents and condition to forward_dtype or the transformer's dtype, and the result to float32",
+        "call self.module, cast latents and condition to forward_dtype or the transformer's dtype, and the "
+        "result to float32",
     )
     def test_the_velocity_has_its_shape_in_either_precision(self) -> None:
         for dtype in ("fp32", "bf16"):
@@ -111,6 +129,13 @@ class ModelLaws(BlockLaws):
                 require(found.shape == latents.shape, f"{dtype}: the shape {tuple(found.shape)}")
                 require(found.dtype == torch.float32, f"{dtype}: the result is {found.dtype}")
                 require(found.isfinite().all(), f"{dtype}: it is not finite at sigma {float(s[0]):.2g}")
+        model = self.load()
+        model.forward_dtype, model.module = torch.bfloat16, (network := Gathered(model.transformer))
+        latents, sigma, condition = self.inputs(model, self.sizes[-1])
+        with torch.no_grad():
+            model.velocity(latents, sigma, condition)
+        require(network.dtypes, "it does not call self.module, which a parallel strategy replaces")
+        require(torch.bfloat16 in network.dtypes, f"forward_dtype is bfloat16, the inputs {network.dtypes}")
 
     @law(
         "a row's velocity depends on its own latents, sigma and prompt, and on nothing else",
