@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posttrain.algorithm import Algorithm, Batch, Tools, Verdict
 from posttrain.distributed.world import World
-from posttrain.errors import NotFinite, StepRefused
+from posttrain.errors import NotFinite, RewardError, StepRefused
 from posttrain.flow.advantages import has_spread, mean_group_std, weighted
 from posttrain.flow.solvers import Solver
 from posttrain.sampling.latents import sample_latents
@@ -98,7 +98,11 @@ class Rollouts(Algorithm, ABC):
 
 
 def _joined(pending: Sequence[Future[Verdict]], batch: Batch, tools: Tools) -> Verdict:
-    """The scores of the batch's micro-batches. Raises StepRefused if a process has one that is not finite."""
+    """The scores of the batch's micro-batches.
+
+    Raises StepRefused if a process has one that is not finite, and RewardError if details differ, in which
+    processes would exchange other scores than they mean to.
+    """
     verdicts: list[Verdict] = []
     bad: list[dict[str, Any]] = []
     for i, future in enumerate(pending):
@@ -107,8 +111,14 @@ def _joined(pending: Sequence[Future[Verdict]], batch: Batch, tools: Tools) -> V
         except NotFinite as error:
             places = batch.sample_index[i * tools.policy.micro_batch :].tolist()
             bad += [{"sample": places[p], "reason": str(error)} for p in error.positions]
-    if reasons := [r["reason"] for of_rank in tools.world.gather_objects(bad) for r in of_rank]:
+    of_ranks = tools.world.gather_objects((bad, {tuple(sorted(v.details)) for v in verdicts}))
+    if reasons := [r["reason"] for of_rank, _ in of_ranks for r in of_rank]:
         raise StepRefused(f"a reward ({reasons[0]})", bad)
+    if len(details := sorted(set().union(*(names for _, names in of_ranks)))) > 1:
+        both = f"{[*details[0]]} and {[*details[-1]]}"
+        raise RewardError(
+            f"some images have the details {both}: a reward must give equal details for all images"
+        )
     return Verdict.cat(verdicts)
 
 
@@ -125,7 +135,7 @@ def of_all_processes(verdict: Verdict, world: World) -> Verdict:
     """The scores of all processes' samples, in the order of the ranks."""
     return Verdict(
         {name: world.gather(scores) for name, scores in verdict.rewards.items()},
-        {name: world.gather(scores) for name, scores in verdict.details.items()},
+        {name: world.gather(verdict.details[name]) for name in sorted(verdict.details)},  # equal everywhere
     )
 
 

@@ -19,6 +19,7 @@ from posttrain.registry import FREE
 from posttrain.reward import Reward
 from posttrain.rewards._link import Answer, BadAnswer, Link, NoAnswer
 from posttrain.support.tokens import token_in, token_problem
+from posttrain.support.wording import without_logins
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -61,12 +62,13 @@ class OverHttp(Reward, ABC):
     def asked(self, link: Link, method: str, url: str, read: Callable[[Answer], T], **body: Any) -> T:
         """Send a request with httpx's ``body``, again after failures; return what ``read`` makes of it.
 
-        Raises RewardError, which names ``url``, if the server refuses the request or all retries fail.
+        Raises RewardError, which names ``url`` without a password in it, if the server refuses the request or
+        all retries fail.
         """
-        reason, began = "", time.monotonic()
+        reason, began, shown = "", time.monotonic(), without_logins(url)
         for attempt in range(self.retries + 1):
             if attempt:
-                log.warning("%s: %s. It is asked again, %d of %d times", url, reason, attempt, self.retries)
+                log.warning("%s: %s. It is asked again, %d of %d times", shown, reason, attempt, self.retries)
                 time.sleep(min(self.backoff_seconds * 2 ** (attempt - 1), MAX_WAIT_SECONDS))
             try:
                 answer = link.request(method, url, **body)
@@ -74,17 +76,17 @@ class OverHttp(Reward, ABC):
                 reason = str(error)
                 continue
             except BadAnswer as error:
-                raise RewardError(f"{url}: {error}") from error
+                raise RewardError(f"{shown}: {error}") from error
             refusal = f"status {answer.status}: {answer.excerpt()}"
             if answer.status == 429 or answer.status >= 500:
                 reason = refusal
                 continue
             if not 200 <= answer.status < 300:
-                raise RewardError(f"{url}: {refusal}")
+                raise RewardError(f"{shown}: {refusal}")
             try:
                 return read(answer)
             except ValueError as error:
                 reason = str(error)
         times = "once" if self.retries == 0 else f"{self.retries + 1} times"
         seconds = time.monotonic() - began
-        raise RewardError(f"{url}: asked {times} in {seconds:.1f} s, the last time: {reason}")
+        raise RewardError(f"{shown}: asked {times} in {seconds:.1f} s, the last time: {reason}")

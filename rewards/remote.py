@@ -17,7 +17,7 @@ from posttrain.errors import RewardError
 from posttrain.registry import FREE
 from posttrain.reward import Scores
 from posttrain.rewards._http import OverHttp
-from posttrain.support.wording import shown
+from posttrain.support.wording import shown, without_logins
 
 if TYPE_CHECKING:
     from posttrain.reward import Scorer
@@ -61,21 +61,26 @@ class Remote(OverHttp):
     def load(self, device: torch.device) -> Scorer:
         del device  # the server has its own
         link, base = self.link(), self.url.rstrip("/")
+        place = without_logins(base)
         self.asked(link, "GET", f"{base}/health", self._check_server)
 
         def ask(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             from posttrain.scoring.server.answers import scores_of
             from posttrain.scoring.server.wire import packed
 
-            body, url = packed(images, prompts, metadata), f"{base}/score"
-
             def read(answer: Answer) -> Scores:
                 try:
-                    return scores_of(answer.json(), len(prompts))
+                    told = answer.json()
+                    scores = scores_of(told, len(prompts))
                 except ValueError as error:  # also if the answer is not JSON
-                    raise RewardError(f"{url}: not scores: {error} (got '{answer.excerpt()}')") from error
+                    raise RewardError(
+                        f"{place}/score: not scores: {error} (got '{answer.excerpt()}')"
+                    ) from error
+                self._check_name(told.get("name", self.name))  # servers of others may not say it
+                return scores
 
-            return self.asked(link, "POST", url, read, content=body)
+            body = packed(images, prompts, metadata)
+            return self.asked(link, "POST", f"{base}/score", read, content=body)
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             size = self.batch_size
@@ -86,7 +91,7 @@ class Remote(OverHttp):
             names = batches[0].details if batches else {}
             if odd := [batch for batch in batches if batch.details.keys() != names.keys()]:
                 both = f"{[*names]} and {[*odd[0].details]}"
-                raise RewardError(f"{base}: answers have different details: {both}")
+                raise RewardError(f"{place}: answers have different details: {both}")
             return Scores(
                 torch.cat([batch.value for batch in batches]),
                 {name: torch.cat([batch.details[name] for batch in batches]) for name in names},
@@ -96,23 +101,27 @@ class Remote(OverHttp):
 
     def _check_server(self, answer: Answer) -> None:
         """Raise RewardError if the server's reward is not the one that the recipe describes."""
+        place = without_logins(self.url)
         try:
             health = answer.json()
             name, higher, (low, high) = health["name"], health["higher_is_better"], health["range"]
             low, high = -INFINITY if low is None else float(low), INFINITY if high is None else float(high)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise RewardError(f"{self.url}: no reward server (got '{answer.excerpt()}')") from error
-        if name != self.name:
-            raise RewardError(f"{self.url} has the reward {shown(name)}; the recipe says name: {self.name}")
+            raise RewardError(f"{place}: no reward server (got '{answer.excerpt()}')") from error
+        self._check_name(name)
         if higher is not self.higher_is_better:
             actual = "higher" if higher else "lower"
-            raise RewardError(
-                f"{self.url}: {actual} scores are better; the recipe says better: {self.better}"
-            )
+            raise RewardError(f"{place}: {actual} scores are better; the recipe says better: {self.better}")
         if (self.lowest is not None and low < self.lowest) or (
             self.highest is not None and high > self.highest
         ):
             raise RewardError(
-                f"{self.url}: scores lie in {low:g} to {high:g}; the recipe says lowest: {self.lowest}, "
+                f"{place}: scores lie in {low:g} to {high:g}; the recipe says lowest: {self.lowest}, "
                 f"highest: {self.highest}"
             )
+
+    def _check_name(self, name: object) -> None:
+        """Raise RewardError if the server's reward has another ``name`` than the recipe says."""
+        if name != self.name:
+            place = without_logins(self.url)
+            raise RewardError(f"{place} has the reward {shown(name)}; the recipe says name: {self.name}")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_run import assert_equal_weights, weights
 
 from posttrain.cache import keys
+from posttrain.cache.room import Room
 from posttrain.data.family import Opening
 from posttrain.distributed.world import World
 from posttrain.errors import ModelError, PosttrainError, RecipeError
@@ -181,6 +182,28 @@ def test_mirrored_cut_and_broken_images_give_equal_batches_to_the_bit(tmp_path, 
             assert all(torch.equal(rows[name], rows_[name]) for name in rows)
         assert one.skipped() == other.skipped()
         assert len(other.skipped()) == 1
+
+
+def test_a_file_that_is_replaced_before_it_is_encoded_gives_its_entry_to_no_other(tmp_path, monkeypatch):
+    made = images_recipe(tmp_path, "latents: sampled", "crop: center")
+    files = sorted((tmp_path / "shapes" / "images").glob("*.jpg"))
+    file, other = [file for file in files if file.read_bytes() != b"no image"][:2]
+    content, reserve = file.read_bytes(), Room.reserve
+
+    def replaced(*given):  # it is called after the images are hashed
+        file.write_bytes(other.read_bytes())
+        return reserve(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Room, "reserve", replaced)
+        batches, source = seen(made, tmp_path)
+        mixed = by_image(batches)
+    alike = [i for i, record in source.images["images"].records.items() if record.path in (file, other)]
+    assert torch.equal(mixed[alike[0]][0], mixed[alike[1]][0])
+    file.write_bytes(content)
+    after, _ = seen(made, tmp_path)
+    shutil.rmtree(tmp_path / "cache")
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(after, seen(made, tmp_path)[0], strict=True))
 
 
 def by_image(batches):

@@ -15,7 +15,7 @@ from posttrain.algorithms import _rollouts
 from posttrain.algorithms._online import Online
 from posttrain.distributed import world as worlds
 from posttrain.distributed.world import ALONE, World
-from posttrain.errors import NotFinite, StepRefused
+from posttrain.errors import NotFinite, RewardError, StepRefused
 from posttrain.scoring.judge import Verdict
 from posttrain.support.randomness import Draws
 from posttrain.support.stopping import Stopped
@@ -145,6 +145,34 @@ def test_clamping_on_both_sides():
     items, _ = collected(Scored(quality=[9.0, 1.0, 1.0, 0.0, 9.0, 5.0]), adv_clip_max=0.75)
     assert items.advantage.max() == 0.75
     assert items.advantage.min() == -0.75
+
+
+@dataclass
+class Uneven(Scored):
+    """A judge that gives one more detail for one micro-batch of one rank."""
+
+    odd: int = 0
+
+    def submit(self, latents, batch):
+        future = super().submit(latents, batch)
+        if len(self.futures) - 1 == self.odd:
+            future.result().details["quality/more"] = future.result().details["quality/sharp"]
+        return future
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_details_that_only_some_images_have_are_an_error(odd):
+    with pytest.raises(RewardError, match=r"\['quality/more', 'quality/sharp'\] and \['quality/sharp'\]"):
+        collected(Uneven(odd=odd))
+
+
+def test_details_that_only_one_process_has_are_an_error_of_all():
+    def work(world):
+        with pytest.raises(RewardError, match="a reward must give equal details for all images"):
+            collected(Uneven(odd=0 if world.rank == 1 else -1), world=world, count=3)
+        return True
+
+    assert on_ranks(2, work) == [True, True]
 
 
 def test_advantages_may_be_mixed_instead_of_rewards():

@@ -1,5 +1,6 @@
 """Image files are decoded as they are shown, or refused by name."""
 
+import struct
 import warnings
 
 import numpy as np
@@ -17,6 +18,30 @@ def test_grey_of_16_bits_is_scaled_and_not_clipped(tmp_path):
     for suffix in ("png", "tif", "pgm"):
         Image.fromarray(values).save(tmp_path / f"a.{suffix}")
         assert pixels(tmp_path / f"a.{suffix}")[0, :, 1].tolist() == [0, 0, 1, 128, 255]
+
+
+def tiff(bits, photometric, packed):
+    """A TIFF of one row of two grey pixels, whose bytes are ``packed``."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(packed))
+        + packed
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+    )
+
+
+def test_grey_of_a_tiff_runs_from_its_own_black_to_its_own_white(tmp_path):
+    for name, image, expected in (
+        ("12 bits", tiff(12, 1, b"\xff\xf0\x80"), [255, 8]),  # 4095 and 128
+        ("16 bits", tiff(16, 1, b"\xff\xff\x01\x01"), [255, 1]),
+        ("white is zero", tiff(16, 0, b"\xff\xff\x01\x01"), [0, 254]),
+    ):
+        (tmp_path / f"{name}.tif").write_bytes(image)
+        assert pixels(tmp_path / f"{name}.tif")[0, :, 0].tolist() == expected, name
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])

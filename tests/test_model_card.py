@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from posttrain.cli.app import app
 from posttrain.models._licences import origin_of
+from posttrain.recipe.file import dump_recipe, parse_recipe
 from posttrain.stages.model_card import card_text, grid_image
 
 SHORT = TRAIN.replace("steps: 6", "steps: 2")
@@ -61,8 +62,6 @@ def test_a_card_says_what_the_weights_are_and_how_they_score(run):
 
 
 def test_the_recipe_of_a_card_is_the_recipe(run):
-    from posttrain.recipe.file import parse_recipe
-
     text = re.search(r"```yaml\n(.*?)\n```", (run / "one" / "final" / "README.md").read_text(), re.S)[1]
     assert parse_recipe(text, "card").stages == recipe(
         *(stage(n, train=SHORT, **({} if n == "full" else {"tune": LORA})) for n in ("full", "one", "two")), evaluation=EVALUATION
@@ -117,6 +116,16 @@ def test_a_card_is_there_before_the_evaluation_and_stays_as_it_is(run, tmp_path)
     )
     run_quietly(recipe(*stages, evaluation=EVALUATION), run)
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+
+
+def test_a_card_has_no_password_of_a_reward_server(run, tmp_path):
+    shutil.copytree(run / "full", tmp_path / "full")
+    file = tmp_path / "full" / "recipe.yaml"
+    remote = "evaluation.rewards=[{type: remote, url: 'http://me:secret@host:8400', name: mine}]"
+    file.write_text(dump_recipe(parse_recipe(file.read_text(), "card", [remote], checks=False)))
+    text = card_text(tmp_path, "full")
+    assert "url: http://host:8400" in text
+    assert "secret" not in text
 
 
 def test_base_and_licence_are_told_where_they_are_known(tmp_path):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from forked import finished, posttrain
 from rich.console import Console
+from typer import BadParameter
 
+from posttrain.cli.options import number
 from posttrain.cli.plan import _measured
 from posttrain.errors import PosttrainError
 from posttrain.planning.budget import Budget
@@ -80,6 +82,13 @@ def test_mistakes_are_one_clear_error(tmp_path, arguments, words):
     done = posttrain("plan", "quickstart", *arguments, cwd=tmp_path, code=1)
     assert done.stderr.startswith("error: ")
     assert words in done.stderr
+
+
+def test_nan_is_no_number_of_an_option():
+    # some versions of typer only compare it with the bounds, and no comparison with NaN is true
+    with pytest.raises(BadParameter, match="nan is no number"):
+        number(float("nan"))
+    assert (number(0.5), number(None)) == (0.5, None)
 
 
 MORE = [pytest.param(name, marks=pytest.mark.matrix) for name in ("sft_step", "nft_iteration", "evaluation")]

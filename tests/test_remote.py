@@ -278,6 +278,39 @@ def test_a_server_that_comes_back_is_found_again():
             same(waiting.result(), expected)
 
 
+def test_another_reward_at_the_address_of_one_that_ended_is_noticed():
+    with running(Shapes(), port=_free_port()) as url:
+        score = remote(url).load(CPU)
+        score(*scenes(2))
+    with (
+        running(JpegIncompressibility(), port=int(url.rpartition(":")[2])),
+        pytest.raises(
+            RewardError, match="has the reward 'jpeg_incompressibility'; the recipe says name: sha"
+        ),
+    ):
+        score(*scenes(2))
+
+
+def test_no_message_shows_the_password_of_an_address(faulty, caplog):
+    url = faulty.url.replace("://", "://me:se@cret@")
+    score, host = remote(url).load(CPU), faulty.url.removeprefix("http://")
+
+    def told(ask):
+        with pytest.raises(RewardError) as error:
+            ask()
+        assert host in str(error.value)
+        assert "cret" not in str(error.value)
+
+    for fault in (status(503), status(400), {"value": [1.0]}, {"name": "ocr", "value": [0.5] * 3}):
+        faulty.script[:] = [fault] * 3
+        told(lambda: score(*THREE))
+    told(lambda: remote(url, better="lower").load(CPU))
+    told(lambda: remote(url, lowest=0.0).load(CPU))
+    told(lambda: remote(url, name="ocr").load(CPU))
+    assert f"{host}/score: status 503" in caplog.text
+    assert "cret" not in caplog.text
+
+
 def test_without_the_token_nothing_is_told_and_nothing_is_scored(monkeypatch):
     monkeypatch.setenv("GIVEN", "secret")
     monkeypatch.setenv("WRONG", "secre")

@@ -158,3 +158,6 @@ def test_settings_are_flat():
         "d": None,
         "e": "x",
     }
+    assert flat({"rewards": [{"url": "http://me:secret@host/v1"}]}) == {
+        "rewards": "[{'url': 'http://host/v1'}]"
+    }

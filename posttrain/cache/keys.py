@@ -15,7 +15,7 @@ import torch
 
 from posttrain.model import EncoderName, FlowModel
 
-FORMAT = 2
+FORMAT = 3
 """Version of the stored form; increase it when equal inputs would be kept as other tensors."""
 PACKAGES: dict[EncoderName, tuple[str, ...]] = {
     "prompts": ("torch", "diffusers", "transformers", "tokenizers"),

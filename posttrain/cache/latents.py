@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -42,8 +42,8 @@ class LatentCache:
         self.store, self.model, self.source, self.kind = store, model, source, kind
         records = source.records
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashes = pool.map(_content_hash, [record.image for record in records.values()])
-            self._hashes = dict(zip(records, hashes, strict=True))
+            hashed = pool.map(_hashed, [record.image for record in records.values()])
+            self._hashed = dict(zip(records, hashed, strict=True))
 
     def fill(self, name: str, console: Console, rank: int = 0, world_size: int = 1) -> None:
         """Encode the images that the store lacks, and their mirror images if the data is flipped.
@@ -75,7 +75,7 @@ class LatentCache:
                 if batch and (full or self.source.bucket_of[i] != self.source.bucket_of[batch[0][0]]):
                     self._encode(batch)
                     batch = []
-                if pixels is not None:
+                if (pixels := self._current(i, flip, pixels)) is not None:
                     batch.append((i, flip, pixels))
                 bar.update(done)
             self._encode(batch)
@@ -109,10 +109,24 @@ class LatentCache:
     def _entry(self, i: int, flip: bool) -> Entry | None:
         if (entry := self.store.read(self._key(i, flip))) is not None:
             return entry
-        for _, _, pixels in self.source.centre_crops([(i, flip)], workers=0):
-            if pixels is not None:
-                self._encode([(i, flip, pixels)])
+        if (pixels := self._current(i, flip, self._decoded(i, flip))) is not None:
+            self._encode([(i, flip, pixels)])
         return self.store.read(self._key(i, flip))
+
+    def _decoded(self, i: int, flip: bool) -> Tensor | None:
+        ((_, _, pixels),) = self.source.centre_crops([(i, flip)], workers=0)
+        return pixels
+
+    def _current(self, i: int, flip: bool, pixels: Tensor | None) -> Tensor | None:
+        """``pixels``; of a file that was replaced since it was hashed, those that it has now, hashed anew.
+
+        The key of one file must not get the encoding of another, which all later runs would read.
+        """
+        image = self.source.records[i].image
+        while pixels is not None and _stamp(image) != self._hashed[i].stamp:
+            self._hashed[i] = _hashed(image)
+            pixels = self._decoded(i, flip)
+        return pixels
 
     def _encode(self, images: Sequence[DecodedImage]) -> None:
         if not images:
@@ -128,7 +142,7 @@ class LatentCache:
                 self.store.add(key, {"latents": self.model.latents(mean, logvar, noise)}, name)
 
     def _key(self, i: int, flip: bool) -> str:
-        return digest(self._hashes[i], *self.source.bucket_of[i], flip)
+        return digest(self._hashed[i].sha256, *self.source.bucket_of[i], flip)
 
     def _bytes(self, jobs: Iterable[tuple[int, bool]]) -> int:
         """Bytes on disk of the entries of ``jobs``, at most."""
@@ -140,8 +154,26 @@ class LatentCache:
         return sum(size[self.source.bucket_of[i]] for i, _ in jobs)
 
 
-def _content_hash(image: Place) -> str:
+class _Hashed(NamedTuple):
+    """A hash of an image's bytes."""
+
+    sha256: str
+    stamp: tuple[int, int] | None
+    """What its file was when the hash was begun."""
+
+
+def _hashed(image: Place) -> _Hashed:
+    stamp = _stamp(image)  # first, so that a file that is replaced meanwhile has another one afterwards
     try:
-        return image.sha256()
+        return _Hashed(image.sha256(), stamp)
     except OSError:
-        return str(image)  # an unreadable file is never kept, and decoding it will report why
+        return _Hashed(str(image), stamp)  # an unreadable file is never kept, and decoding will report why
+
+
+def _stamp(image: Place) -> tuple[int, int] | None:
+    """What tells whether the image's file was replaced; None if it is not there."""
+    try:
+        status = image.path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,13 @@ RecipeArgument = Annotated[
 BaseOption = Annotated[
     str | None, typer.Option(help="Base model of a LoRA. Default: the one that the LoRA names.")
 ]
+
+
+def number(value: float | None) -> float | None:
+    """The value of an option. Refuses NaN, which is neither below a minimum nor above a maximum."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no number")
+    return value
 
 
 def terminal() -> Terminal:

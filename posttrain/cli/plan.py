@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli.options import DebugOption, RecipeArgument, terminal
+from posttrain.cli.options import DebugOption, RecipeArgument, number, terminal
 
 
 def plan_resources(
@@ -20,13 +20,15 @@ def plan_resources(
         str | None, typer.Option(help="Memory of a GPU that --gpu does not know, such as 48GB.")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, max=1e6, help="Dense bf16 TFLOP/s of that GPU.")
+        float | None,
+        typer.Option(min=0.001, max=1e6, callback=number, help="Dense bf16 TFLOP/s of that GPU."),
     ] = None,
     mfu: Annotated[
         float | None,
         typer.Option(
             min=0.001,
             max=1,
+            callback=number,
             help="Fraction of the peak throughput that is sustained. Default: as measured, or 0.4.",
         ),
     ] = None,

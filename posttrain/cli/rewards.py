@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli.options import DebugOption, DeviceOption, terminal
+from posttrain.cli.options import DebugOption, DeviceOption, number, terminal
 
 rewards_app = typer.Typer(
     help="List the rewards and their requirements, or download their weights.", no_args_is_help=False
@@ -86,7 +86,9 @@ def score(
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(min=0, help="With --against: largest difference, relative for scores above 1."),
+        typer.Option(
+            min=0, callback=number, help="With --against: largest difference, relative for scores above 1."
+        ),
     ] = 1e-5,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
@@ -145,7 +147,10 @@ def serve_reward(
     transfer_seconds: Annotated[
         float,
         typer.Option(
-            min=0.1, max=86_400, help="Within this time a request must arrive, and its answer be taken."
+            min=0.1,
+            max=86_400,
+            callback=number,
+            help="Within this time a request must arrive, and its answer be taken.",
         ),
     ] = 60.0,
     reward_seconds: Annotated[
@@ -153,6 +158,7 @@ def serve_reward(
         typer.Option(
             min=0.1,
             max=86_400,
+            callback=number,
             help="A reward that takes longer for a batch is ended and started again, once.",
         ),
     ] = 600.0,

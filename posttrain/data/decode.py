@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from posttrain.data.place import Place
 from posttrain.errors import DataError
@@ -19,6 +20,9 @@ from posttrain.support.quiet import exif_warnings_hidden
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """The formats that are read. Pillow would run external programs for some others (EPS, WMF)."""
+
+WHITE_IS_ZERO = 0
+"""The photometric interpretation of a TIFF whose grey runs from white to black."""
 
 
 class BadImage(DataError):
@@ -37,7 +41,7 @@ def open_image(path: Path | Place, max_pixels: int) -> Image.Image:
     """
     with _opened(path, max_pixels) as image:
         image.load()
-        return _rgb(path, ImageOps.exif_transpose(image), image.format)
+        return _rgb(path, image)
 
 
 def image_size(path: Path | Place, max_pixels: int) -> tuple[int, int]:
@@ -94,13 +98,16 @@ def _ends_in_padding(source: Path | BytesIO) -> bool:
         return not handle.read().rstrip(b"\0").endswith(b"\xff\xd9")
 
 
-def _rgb(path: Path | Place, image: Image.Image, file_format: str | None) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+def _rgb(path: Path | Place, opened: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
+        black, white = _levels(opened)
         values = np.asarray(image).astype(np.float32)
         if isinstance(clear := image.info.get("transparency"), int):
-            values[values == clear] = 65535
+            values[values == clear] = white
         # Pillow's conversion clips at 255, so nearly everything would be white.
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+        values = (values - black) / ((white - black) / 255)
+        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
         message = f"its samples are {kind}, whose white level is unknown; save it with 8 or 16 bits"
@@ -110,3 +117,11 @@ def _rgb(path: Path | Place, image: Image.Image, file_format: str | None) -> Ima
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _levels(opened: Image.Image) -> tuple[int, int]:
+    """The values of black and white in grey of up to 16 bits, which Pillow reads as a file has them."""
+    if not isinstance(opened, TiffImageFile):
+        return 0, 65535
+    most = 2 ** opened.tag_v2[BITSPERSAMPLE][0] - 1
+    return (most, 0) if opened.tag_v2[PHOTOMETRIC_INTERPRETATION] == WHITE_IS_ZERO else (0, most)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.errors import DamagedError, TrainingError
 from posttrain.support.files import write
 from posttrain.support.records import read_object
+from posttrain.support.wording import without_logins
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,11 +126,13 @@ def _identity(folder: Path) -> str | None:
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested blocks by path, such as ``train.steps``; lists become text."""
+    """The values of nested blocks by path, such as ``train.steps``; lists become text, and no text has a
+    password in an address."""
     values: dict[str, Any] = {}
     for name, value in block.items():
         if isinstance(value, Mapping):
             values |= flat(value, f"{prefix}{name}.")
         else:
-            values[f"{prefix}{name}"] = value if isinstance(value, int | float | None) else str(value)
+            is_text = not isinstance(value, int | float | None)
+            values[f"{prefix}{name}"] = without_logins(str(value)) if is_text else value
     return values

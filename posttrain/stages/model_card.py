@@ -19,6 +19,7 @@ from posttrain.stages.stage_state import SUMMARY, recorded
 from posttrain.support.files import write
 from posttrain.support.paths import is_path
 from posttrain.support.records import read_object
+from posttrain.support.wording import without_logins
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,7 +135,7 @@ def _facts(recipe: Recipe, chain: Sequence[Stage], run_folder: Path) -> dict[str
         "call": _call(recipe),
         "in_comfyui": model.in_comfyui,
         "stages": [_row(recipe, s, run_folder) for s in chain],
-        "recipe": dump_recipe(recipe).rstrip(),
+        "recipe": without_logins(dump_recipe(recipe).rstrip()),  # the page is made to be published
     }
 
 

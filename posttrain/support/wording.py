@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+LOGIN = re.compile(r"(?<=://)[^\s/]+@")
+"""The user and the password in an address."""
 SHOWN_CHARACTERS = 80
 """An error shows this much of a value that somebody else has sent."""
 
@@ -56,3 +59,9 @@ def shown(value: Any) -> str:
     """The beginning of ``value`` as code shows it, for an error. Its sender may have made it long."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def without_logins(text: str) -> str:
+    """``text`` without the user and the password in its addresses: ``https://HOST`` for
+    ``https://USER:PASSWORD@HOST``."""
+    return LOGIN.sub("", text)

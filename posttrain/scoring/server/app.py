@@ -58,7 +58,7 @@ class Service:
         }
 
     async def score(self, request: Request) -> JSONResponse:
-        """The scores of the images in the request. Raises Refused."""
+        """The scores of the images in the request, with the reward's name. Raises Refused."""
         self._admit(request)
         length = self._length(request)
         if self.batcher.ended:
@@ -74,7 +74,8 @@ class Service:
                 raise Refused(422, str(error)) from error
             except asyncio.CancelledError as error:  # by uvicorn, after it has waited for a while
                 raise Refused(503, "the server is being stopped") from error
-        return JSONResponse(answer(scores))
+        # a client notices by the name if another reward is served at its address meanwhile
+        return JSONResponse({"name": self.reward.label, **answer(scores)})
 
     async def _scores(self, request: Request, upload: Upload, length: int) -> Scores:
         """Receive the request's body, and have it scored while its client waits."""

@@ -2,7 +2,8 @@
 
 A request is a safetensors file. It has the tensor ``images`` (n, 3, h, w) float32, and in its metadata, as
 JSON, ``prompts`` and ``rows`` (each prompt's row of the prompt file). An answer is JSON with ``value`` and
-``details`` (:mod:`posttrain.scoring.server.answers`). Neither format can hold code.
+``details`` (:mod:`posttrain.scoring.server.answers`), and ``name``, the reward's. Neither format can hold
+code.
 
 Nothing in either is compressed. So what a request needs in memory is bounded by its size, and by the limits
 below on its text and images, which are far above what a run sends.
