@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from _model import model_of
 
+from posttrain.engine.modes import EAGER
 from posttrain.model import FlowModel
 from posttrain.policy import Policy
-from posttrain.policy.activations import Checkpointing
 from posttrain.policy.precision import AUTOCAST
 from posttrain.policy.tuning import Full, Tune
 from posttrain.support.device import synchronize
@@ -81,9 +81,7 @@ def arguments(title: str, batch: int, **more: Any) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=batch, help="samples in a step or an iteration")
     parser.add_argument("--rounds", type=int, default=7, help="repeats of each, alternating")
     parser.add_argument("--compile", type=int, default=0, help="1 compiles the engine's transformer blocks")
-    parser.add_argument(
-        "--checkpointing", choices=get_args(Checkpointing), default="off", help="of the engine's gradients"
-    )
+    parser.add_argument("--checkpointing", choices=EAGER, default="off", help="of the engine's gradients")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures, as posttrain plan reads it")
     for name, default in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)

@@ -284,6 +284,16 @@ def test_every_step_that_the_table_measures_becomes_a_row(monkeypatch):
     assert names - others == add_rates.ENTRIES.keys()
 
 
+@pytest.mark.parametrize("way", ["off", "selective", "full"])
+def test_a_benchmark_checkpoints_in_the_ways_of_the_engine(monkeypatch, way):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import _bench
+
+    monkeypatch.setattr(sys, "argv", ["soar_step.py", "--model", "sd35m", "--checkpointing", way])
+    found = _bench.arguments("", 4, points=6)
+    assert (found.checkpointing, found.resolution, found.points) == (way, 512, 6)
+
+
 def test_a_file_without_figures_adds_none(tmp_path, monkeypatch):
     (tmp_path / "gpu.jsonl").write_text('{"source": "table", "entry": "soar compiled off", "error": "x"}')
     monkeypatch.setattr(sys, "argv", ["add_rates.py", str(tmp_path / "gpu.jsonl"), "--commit", "abc"])
