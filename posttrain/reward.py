@@ -147,6 +147,8 @@ def checked(name: str, score: Scorer) -> Scorer:
         try:
             with torch.no_grad():  # set here, since it does not carry over from another thread
                 scores = score(images.clone(), list(prompts), copy.deepcopy(list(metadata)))
+        except NotFinite as error:
+            raise NotFinite(f"reward {name!r} has no score: {error}", error.positions) from error
         except Exception as error:
             example = prompts[0] if prompts else ""
             why = str(error) if isinstance(error, PosttrainError) else with_lines(error)

@@ -63,13 +63,15 @@ class OverHttp(Reward, ABC):
         """Send a request with httpx's ``body``, again after failures; return what ``read`` makes of it.
 
         Raises RewardError, which names ``url`` without a password in it, if the server refuses the request or
-        all retries fail.
+        all retries fail. Its cause is what ``read`` raised of the last answer, if there was one.
         """
         reason, began, shown = "", time.monotonic(), without_logins(url)
+        unread: ValueError | None = None
         for attempt in range(self.retries + 1):
             if attempt:
                 log.warning("%s: %s. It is asked again, %d of %d times", shown, reason, attempt, self.retries)
                 time.sleep(min(self.backoff_seconds * 2 ** (attempt - 1), MAX_WAIT_SECONDS))
+            unread = None
             try:
                 answer = link.request(method, url, **body)
             except NoAnswer as error:
@@ -86,7 +88,7 @@ class OverHttp(Reward, ABC):
             try:
                 return read(answer)
             except ValueError as error:
-                reason = str(error)
+                reason, unread = str(error), error
         times = "once" if self.retries == 0 else f"{self.retries + 1} times"
         seconds = time.monotonic() - began
-        raise RewardError(f"{shown}: asked {times} in {seconds:.1f} s, the last time: {reason}")
+        raise RewardError(f"{shown}: asked {times} in {seconds:.1f} s, the last time: {reason}") from unread

@@ -4,7 +4,8 @@ Any server with OpenAI's chat interface can serve the model. Differences from Fl
 
 * The question is written anew, by the published criteria: faithfulness to the caption and quality, with 1 to
   5 after ``Final Score:``. To compare with published numbers, give the published text as ``question``.
-* A reply without a score is asked for again, and is an error in the end. The published code counts it as 0.
+* A reply without a score is asked for again. In the end it is as a score that is not finite: the step is
+  refused, since asking for the same images on the next run would not help. The published code counts it as 0.
 * "Final Score: 45" is not a score. The published code reads it as 4.
 """
 
@@ -22,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from posttrain.errors import NotFinite, RewardError
 from posttrain.registry import FREE
 from posttrain.reward import Scores
 from posttrain.rewards._http import OverHttp
@@ -48,6 +50,10 @@ SCORE = re.compile(
 """The number after "Final Score:", also in bold or brackets. "45" and "4 / 10" do not match."""
 
 
+class NoScore(ValueError):
+    """The model's reply has no score."""
+
+
 class UnifiedReward(OverHttp):
     """The model's score from 1 to 5, divided by 5. Published tables show the undivided score."""
 
@@ -71,22 +77,27 @@ class UnifiedReward(OverHttp):
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
             failed = threading.Event()
 
-            def score_image(image: Image, prompt: str) -> float:
+            def score_image(image: Image, prompt: str) -> float | RewardError:
                 if failed.is_set():  # send no more images; the error is raised before this is looked at
                     return math.nan
                 try:
                     return (
                         self.asked(link, "POST", url, score_in, json=self._request(image, prompt)) / HIGHEST
                     )
-                except BaseException:
+                except BaseException as error:
+                    if isinstance(error, RewardError) and isinstance(error.__cause__, NoScore):
+                        return error  # of this image alone
                     failed.set()
                     raise
 
             futures = in_threads("judge", self.concurrency, score_image, to_pil(images), prompts)
             try:
-                return Scores(torch.tensor([future.result() for future in futures]))
+                found = [future.result() for future in futures]
             finally:
                 failed.set()
+            if unread := {i: error for i, error in enumerate(found) if isinstance(error, RewardError)}:
+                raise NotFinite(str(next(iter(unread.values()))), [*unread])
+            return Scores(torch.tensor(found))
 
         return score
 
@@ -107,7 +118,8 @@ class UnifiedReward(OverHttp):
 
 
 def score_in(answer: Answer) -> float:
-    """The last score in the model's reply, 1 to 5. Raises ValueError if there is none."""
+    """The last score in the model's reply, 1 to 5. Raises NoScore if it has none, ValueError if it is no
+    reply."""
     try:
         text = answer.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
@@ -115,5 +127,5 @@ def score_in(answer: Answer) -> float:
     text = text if isinstance(text, str) else ""
     scores = [float(number) for number in SCORE.findall(text)]
     if not scores or scores[-1] > HIGHEST:
-        raise ValueError(f"no 'Final Score:' of 1 to {HIGHEST} in the reply {text[-200:]!r}")
+        raise NoScore(f"no 'Final Score:' of 1 to {HIGHEST} in the reply {text[-200:]!r}")
     return scores[-1]

@@ -11,6 +11,7 @@ from plans import SOAR, counts_of, need, planned, soar_counts
 from safetensors.torch import load_file
 
 from posttrain.algorithm import Algorithm
+from posttrain.engine.monitor import Monitor
 from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import PosttrainError
 from posttrain.models._published import PUBLISHED
@@ -283,6 +284,9 @@ def test_a_checkpoint_has_weights_moments_ema_and_the_roles_that_move():
         more = {"steps": 100, "checkpoint_every": 30, "keep_every": 30, "keep_best": "ocr"}
         kept = stage.model_copy(update={"train": stage.train.model_copy(update=more)})
         assert disk_bytes(kept, sizes) == (stage.train.keep_checkpoints + 3 + 1) * one + 40
+        for action, good in (("warn", 0), ("rollback", 1)):  # and the one of the last good reading
+            watched = stage.model_copy(update={"monitor": Monitor(reward_hacking=action)})
+            assert disk_bytes(watched, sizes) == (stage.train.keep_checkpoints + good) * one + 40
 
 
 def test_an_export_that_rounds_has_the_exact_weights_beside_it():

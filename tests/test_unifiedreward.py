@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from servers import Quiet, serving
 
-from posttrain.errors import RewardError
+from posttrain.errors import NotFinite, RewardError
 from posttrain.reward import checked
 from posttrain.rewards._link import Answer
 from posttrain.rewards.unifiedreward import UnifiedReward, score_in
@@ -175,10 +175,20 @@ def test_a_reply_without_a_score_is_asked_for_again_and_then_an_error(judge, fau
     assert len(judge.seen) == 3
     script += [fault] * 9
     with pytest.raises(
-        RewardError, match=f"'unifiedreward' failed.*{judge.url}/chat/completions: asked 3 times"
-    ):
+        RewardError, match=f"'unifiedreward' (failed|has no).*{judge.url}/chat/completions: asked 3 times"
+    ) as error:
         score(grey(0.5), ["a"], [{}])
+    assert isinstance(error.value, NotFinite) == isinstance(fault, str)
     assert len(judge.seen) == 6
+
+
+def test_images_whose_replies_have_no_score_are_named_and_the_others_are_judged(judge):
+    judge.reply = staticmethod(lambda text, image: "Final Score: 5" if text.endswith("good") else "Sorry.")
+    score = checked("unifiedreward", unified(judge, retries=1, concurrency=1).load(CPU))
+    with pytest.raises(NotFinite, match=r"has no score: .*asked 2 times.*in the reply 'Sorry\.'") as error:
+        score(grey(*[0.5] * 5), ["good", "bad", "good", "bad", "good"], [{}] * 5)
+    assert error.value.positions == [1, 3]
+    assert len(judge.seen) == 3 + 2 * 2
 
 
 def test_a_refusal_is_an_error_at_once_and_ends_the_batch(judge):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from posttrain.model import EncoderName
-    from posttrain.optim.settings import OptimizerName, Train
+    from posttrain.optim.settings import OptimizerName
     from posttrain.recipe.schema import Recipe, Stage
 
 FLOAT32 = 4
@@ -158,12 +158,14 @@ def disk_bytes(stage: Stage, sizes: Sizes) -> float:
     if stage.tune.type == "full":
         exact = FLOAT32 * sizes.trained if sizes.exported < FLOAT32 else 0  # from which later stages start
         artifact = sizes.exported * sizes.trained + (sizes.companions or 0) + exact
-    return checkpoint * _checkpoints_kept(stage.train) + artifact
+    return checkpoint * _checkpoints_kept(stage) + artifact
 
 
-def _checkpoints_kept(train: Train) -> int:
+def _checkpoints_kept(stage: Stage) -> int:
     """How many checkpoints of a stage are on disk at its end, at most."""
+    train = stage.train
     kept = train.keep_checkpoints + (train.keep_best is not None)
+    kept += stage.monitor is not None and stage.monitor.rolls_back  # the one to roll back to
     return kept if train.keep_every is None else kept + train.steps // train.keep_every
 
 
