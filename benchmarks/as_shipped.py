@@ -152,6 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     out = Path(os.environ.get("OUT", "runs/gpu"))
     work = Path(os.environ.get("WORK", out / "work"))
+    # a time limit ends the run too, which would go on beside what is measured next
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     is_there = (work / "model" / "model_index.json").is_file()
     if not is_there and options.prepare:
         shutil.rmtree(work, ignore_errors=True)

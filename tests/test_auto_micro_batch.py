@@ -117,3 +117,17 @@ def test_a_search_that_ended_the_run_goes_on_with_the_size_that_fitted(tmp_path,
         run_quietly(made, tmp_path / "run")
     printed = run_quietly(made, tmp_path / "run")
     assert "chosen by trying: not compiled, gradient_checkpointing off, micro_batch 2" in printed
+
+
+def test_a_search_says_why_nothing_is_compiled(tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr(compiling, "OPTIONS", {**compiling.OPTIONS, "backend": broken})
+    monkeypatch.setattr(modes, "settled", lambda settings, device: settled(settings, torch.device("cuda")))
+    monkeypatch.setattr(trial, "timed", lambda policy, strategy, sample, rows: (1.0, rows))
+    train = TRAIN.replace("micro_batch: 4", "micro_batch: auto, compile: true")
+    printed = run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
+    (line,) = [line for line in printed.splitlines() if "compile:" in line]
+    assert line.startswith("sft: compile: the blocks run as they are (")
+    assert "no kernel" in line

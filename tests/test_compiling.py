@@ -24,6 +24,7 @@ from posttrain.policy.blocks import blocks
 from posttrain.policy.out_of_memory import OutOfMemory
 from posttrain.policy.tuning import Full
 from posttrain.sampling.prompts import encode
+from posttrain.stages import stage as stages
 
 COMPILED = TRAIN.replace("{", "{compile: true, ")
 PROMPTS = "{prompts: {type: shapes, count: 12}, resolution: 16}"
@@ -228,3 +229,12 @@ def _as_before():
     yield
     config.suppress_errors, config.cache_size_limit = before
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("micro_batch", "rows"), [(3, 3), (8, 4)])  # a step has 4 items
+def test_what_is_compiled_first_is_the_size_that_comes(tmp_path, monkeypatch, micro_batch, rows):
+    entered = []
+    monkeypatch.setattr(stages, "enter", lambda mode, policy, strategy, sample, rows: entered.append(rows))
+    train = COMPILED.replace("micro_batch: 4", f"micro_batch: {micro_batch}").replace("steps: 6", "steps: 1")
+    run_quietly(recipe(stage("sft", train=train)), tmp_path / "run")
+    assert entered == [rows]

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from posttrain.algorithm import Batch, Tools
-from posttrain.engine.micro_batch import largest_micro_batch, trials_in_words
+from posttrain.engine.micro_batch import items_in_step, largest_micro_batch, trials_in_words
 from posttrain.engine.modes import enter, fastest, in_words
+from posttrain.engine.rehearsal import rehearse
 from posttrain.engine.service import PACKAGES, Labels, Service, flat
 from posttrain.engine.tracker import Tracker
 from posttrain.engine.trainer import train
@@ -105,10 +106,20 @@ def _choose_mode(training: Training) -> None:
     elif isinstance(mode.checkpointing, float):
         share = f"gradient_checkpointing {mode.checkpointing:g}"
         run.note(f"{run.stage.name}: compile auto is false on this device, so {share} acts as selective")
-    if (reason := enter(mode, training.policy, training.strategy, sample)) is not None:
+    rows = _rows_at_once(training) if mode.compiled else 1
+    if (reason := enter(mode, training.policy, training.strategy, sample, rows)) is not None:
         run.warn(_uncompiled(run.stage.name, reason))
     if training.search_micro_batch and sample is not None:
         _find_micro_batch(training, sample)
+
+
+def _rows_at_once(training: Training) -> int:
+    """The rows of a micro-batch, so that no other size is compiled first; 1 if it is still to be found."""
+    if training.search_micro_batch:
+        return 1
+    stage, policy = training.run.stage, training.policy
+    items = min(policy.micro_batch, items_in_step(stage.algorithm, stage.train, training.strategy))
+    return items * rehearse(stage.algorithm, policy.model.guidance_rule).rows_with
 
 
 def _uncompiled(name: str, reason: str) -> str:
