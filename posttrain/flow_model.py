@@ -116,7 +116,7 @@ class FlowModel(ABC):
 
     def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of ``pixels`` (n, 3, H, W) in [-1, 1], drawn from the posterior with ``noise``."""
-        return self.latents(*self.posterior(pixels), noise)
+        return self.latents(*posterior_of(self, pixels), noise)
 
     def identity(self, encoder: EncoderName) -> dict[str, Any]:
         """What an encoding depends on beside the prompt or the pixels, as JSON values: the encoder's settings
@@ -171,3 +171,48 @@ class FlowModel(ABC):
         if getattr(self.transformer, "peft_config", None):
             self.transformer.unload_lora()  # the new weights already contain the adapters
         return load_component(self.transformer, source)
+
+
+def conditions_of(model: FlowModel, prompts: Sequence[str]) -> Condition:
+    """What ``model`` encodes ``prompts`` to. Raises ModelError unless it has tensors of a row for each."""
+    found = model.encode_prompts(prompts)
+    if not isinstance(found, dict):
+        raise _other(model, "encode_prompts", found, "a dict of tensors")
+    for name, tensor in found.items():
+        if not _is_tensor(tensor) or tensor.shape[:1] != (len(prompts),):
+            raise _other(model, "encode_prompts", tensor, f"a row for each of {len(prompts)} prompts", name)
+    return found
+
+
+def posterior_of(model: FlowModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of ``pixels``. Raises ModelError unless the mean has the shape of the latents."""
+    found: Any = model.posterior(pixels)
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise _other(model, "posterior", found, "mean and log-variance")
+    shape = (len(pixels), *model.latent_shape(*pixels.shape[-2:]))
+    if not _is_tensor(found[0]) or tuple(found[0].shape) != shape:
+        raise _other(model, "posterior", found[0], f"the shape {shape}, by latent_shape", "the mean")
+    return found[0], found[1]
+
+
+def velocity_of(model: FlowModel, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """The velocity at ``latents``. Raises ModelError unless it has their shape: a smaller one would be
+    repeated over theirs."""
+    found = model.velocity(latents, sigma, condition)
+    if not _is_tensor(found) or found.shape != latents.shape:
+        raise _other(model, "velocity", found, f"the shape {tuple(latents.shape)} of the latents")
+    return found
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def _other(model: FlowModel, method: str, found: Any, wanted: str, name: str = "") -> ModelError:
+    kind, what = type(model), tuple(found.shape) if _is_tensor(found) else type(found).__name__
+    of = f"{name} as " if name else ""
+    return ModelError(
+        f"{kind.__module__}:{kind.__qualname__}.{method} returned {of}{what}, where {wanted} is expected"
+    )

@@ -185,8 +185,12 @@ class Verdict:
 
     @staticmethod
     def cat(parts: Sequence[Verdict]) -> Verdict:
-        """The scores of all samples, in order."""
+        """The scores of all samples, in order; of the details those that every part has."""
         return Verdict(
             {name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards},
-            {name: torch.cat([p.details[name] for p in parts]) for name in parts[0].details},
+            {
+                name: torch.cat([p.details[name] for p in parts])
+                for name in parts[0].details
+                if all(name in p.details for p in parts)
+            },
         )

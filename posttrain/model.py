@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, ClassifierFree
 from posttrain.flow_model import DtypeName, EncoderName, FlowModel, PromptSource, torch_dtype
 from posttrain.registry import Named
@@ -40,6 +41,15 @@ if TYPE_CHECKING:
     from posttrain.weights.token_counts import TokenCounts
 
 __all__ = ["DtypeName", "EncoderName", "FlowModel", "Model", "PromptSource", "torch_dtype"]
+
+
+def loaded(spec: Model, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
+    """What ``spec`` loads. Raises ModelError if that is no FlowModel, and as :meth:`Model.load` does."""
+    model = spec.load(device, transformer_dtype)
+    if not isinstance(model, FlowModel):
+        of, found = type(spec), type(model).__name__
+        raise ModelError(f"{of.__module__}:{of.__qualname__}.load returned {found}, which is no FlowModel")
+    return model
 
 
 class Model(Named, ABC):

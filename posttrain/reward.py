@@ -155,6 +155,8 @@ def checked(name: str, score: Scorer) -> Scorer:
             raise RewardError(f"reward {name!r} failed on prompts such as {example!r}: {why}") from error
         if not isinstance(scores, Scores):
             raise RewardError(f"reward {name!r} returned {type(scores).__name__}, where Scores are expected")
+        if not isinstance(scores.details, dict):
+            raise RewardError(f"reward {name!r} returned details as {type(scores.details).__name__}, no dict")
         for key, values in {"value": scores.value, **scores.details}.items():
             if not isinstance(values, torch.Tensor):
                 raise RewardError(

@@ -36,7 +36,7 @@ class Scaled(Line):
         self.transformer = self.module = Scales(*sizes)
 
     def velocity(self, latents, sigma, condition):
-        return self.module(latents)
+        return self.module(latents).expand_as(latents) / latents.numel()
 
 
 def prepared(world, *sizes, autocast=None, **settings):
@@ -47,7 +47,7 @@ def prepared(world, *sizes, autocast=None, **settings):
 
 def backward(policy, strategy, x, last):
     strategy.begin_micro_batch(last=last)
-    strategy.backward(policy.velocity(torch.full((1, 1), x), torch.zeros(1), {}))
+    strategy.backward(policy.velocity(torch.full((1, 1), x), torch.zeros(1), {}).sum())
 
 
 def gradients(policy):
@@ -104,7 +104,7 @@ def test_gradients_of_weights_of_several_values_keep_their_places(autocast):
         policy, strategy = prepared(world, (2, 3), 3, autocast=autocast)
         x = torch.arange(3.0) + 10 * world.rank
         strategy.begin_micro_batch(last=True)
-        strategy.backward(policy.velocity(x, torch.zeros(1), {}))
+        strategy.backward(policy.velocity(x, torch.zeros(1), {}).sum())
         held = {}
         strategy.optimizer.step = lambda: held.update(dict(enumerate(gradients(policy))))
         strategy.step(1e9)

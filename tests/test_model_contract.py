@@ -17,8 +17,10 @@ from posttrain.condition import Conditions
 from posttrain.errors import ModelError
 from posttrain.flow.sampling_settings import Sampling
 from posttrain.items import RECORDED
-from posttrain.model import FlowModel, Model
+from posttrain.model import FlowModel, Model, loaded
+from posttrain.policy import Policy
 from posttrain.policy.tuning import Lora
+from posttrain.sampling.prompts import encode
 from posttrain.stages.artifact import open_artifact, open_sampler
 from posttrain.weights.writing import entries_of
 
@@ -181,3 +183,50 @@ def test_metrics_that_cannot_be_recorded_are_refused_by_name(metrics, words):
         Items(made.weight, made.fields, made.conditions, metrics)
     with pytest.raises(ValueError, match="a metric cannot be called 'loss'"):
         Losses(made.weight, {"loss": made.weight})
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "words"),
+    [
+        ("encode_prompts", None, "encode_prompts returned NoneType, where a dict of tensors is expected"),
+        (
+            "encode_prompts",
+            {"c": torch.zeros(1, 2)},
+            r"returned c as \(1, 2\), where a row for each of 2 prompts",
+        ),
+        ("encode_prompts", {"c": [0, 0]}, "returned c as list, where a row"),
+        (
+            "posterior",
+            torch.zeros(2, 3, 4, 4),
+            r"posterior returned \(2, 3, 4, 4\), where mean and log-variance",
+        ),
+        (
+            "posterior",
+            (torch.zeros(1, 3, 4, 4),) * 2,
+            r"the mean as \(1, 3, 4, 4\), where the shape \(2, 3, 4, 4\)",
+        ),
+        ("velocity", (torch.zeros(2, 3, 4, 4),), r"velocity returned tuple, where the shape \(2, 3, 4, 4\)"),
+        ("velocity", torch.zeros(2, 3, 1, 1), r"velocity returned \(2, 3, 1, 1\), where the shape"),
+    ],
+)
+def test_what_a_model_returns_of_another_shape_is_told_with_its_class(
+    method, returned, words, toy, monkeypatch
+):
+    model = toy.load(torch.device("cpu"), "fp32")
+    monkeypatch.setattr(model, method, lambda *given: returned)
+    latents, condition = torch.zeros(2, 3, 4, 4), {"c": torch.zeros(2, 2)}
+    call = {
+        "encode_prompts": lambda: encode(model, ["a"]),
+        "posterior": lambda: model.encode_images(torch.zeros(2, 3, 16, 16), latents),
+        "velocity": lambda: Policy(model).velocity(latents, torch.ones(2), condition),
+    }[method]
+    with pytest.raises(ModelError, match=r"test_model_contract:ToyFlow\..*" + words):
+        call()
+
+
+def test_a_model_that_loads_nothing_is_told_with_its_class(toy, monkeypatch):
+    monkeypatch.setattr(Toy, "load", lambda *given: None)
+    with pytest.raises(
+        ModelError, match=r"test_model_contract:Toy\.load returned NoneType, which is no FlowModel"
+    ):
+        loaded(toy, torch.device("cpu"), "fp32")

@@ -159,6 +159,7 @@ def test_what_is_no_score_is_refused(returned, words):
         (None, "returned NoneType, where Scores"),
         (Scores([0.5, 0.5]), "returned value as list, not as a tensor"),  # pyright: ignore[reportArgumentType]
         (Scores(torch.zeros(2), {"part": [1, 2]}), "returned part as list"),  # pyright: ignore[reportArgumentType]
+        (Scores(torch.zeros(2), None), "returned details as NoneType, no dict"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_a_scorer_that_gives_no_scores_is_named(returned, words):

@@ -19,7 +19,7 @@ from posttrain.cache.room import Demand
 from posttrain.cache.store import Entry, Store, size_of
 from posttrain.data.loader import ImageSource, PlannedBatch
 from posttrain.data.place import Place
-from posttrain.model import FlowModel
+from posttrain.flow_model import FlowModel, posterior_of
 from posttrain.support.progress import stage_progress
 from posttrain.support.randomness import Draws, generator
 
@@ -131,7 +131,7 @@ class LatentCache:
     def _encode(self, images: Sequence[DecodedImage]) -> None:
         if not images:
             return
-        posterior = self.model.posterior(torch.stack([pixels for _, _, pixels in images]))
+        posterior = posterior_of(self.model, torch.stack([pixels for _, _, pixels in images]))
         for (i, flip, _), mean, logvar in zip(images, *posterior, strict=True):
             key, name = self._key(i, flip), f"the image {str(self.source.records[i].image)!r}"
             if self.kind == "mean_logvar":

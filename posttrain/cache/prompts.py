@@ -11,7 +11,7 @@ from posttrain.cache.keys import digest
 from posttrain.cache.room import Demand
 from posttrain.cache.store import Entry, Store, size_of
 from posttrain.condition import Condition
-from posttrain.model import FlowModel
+from posttrain.flow_model import FlowModel, conditions_of
 from posttrain.support.progress import stage_progress
 
 PROMPT_ENCODE_BATCH = 64
@@ -71,7 +71,7 @@ class PromptCache:
     def _encode(self, prompts: Sequence[str]) -> None:
         if not prompts:
             return
-        encoded = self.model.encode_prompts(prompts)
+        encoded = conditions_of(self.model, prompts)
         for i, prompt in enumerate(prompts):
             entry = {name: tensor[i] for name, tensor in encoded.items()}
             self.store.add(digest(prompt), entry, f"the prompt {prompt[:60]!r}")

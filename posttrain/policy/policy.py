@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.condition import Condition, Conditions, concatenated
-from posttrain.model import FlowModel
+from posttrain.flow_model import FlowModel, velocity_of
 from posttrain.policy.layout import Layout
 from posttrain.policy.masters import Masters
 from posttrain.policy.piece import Piece, Stored
@@ -92,7 +92,7 @@ class Policy:
             torch.set_grad_enabled(recorded),
             torch.autocast(latents.device.type, dtype=self.autocast, enabled=enabled),
         ):
-            velocity = self.model.velocity(latents, sigma, condition)
+            velocity = velocity_of(self.model, latents, sigma, condition)
         return velocity if gradients else velocity.detach()
 
     @contextlib.contextmanager

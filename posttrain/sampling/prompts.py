@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.condition import Conditions
-from posttrain.model import FlowModel
+from posttrain.flow_model import FlowModel, conditions_of
 
 
 def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor]:
@@ -17,8 +17,8 @@ def encode(model: FlowModel, prompts: Sequence[str]) -> tuple[Conditions, Tensor
 
     Distinct prompts are encoded once, or read from the model's cache."""
     distinct = list(dict.fromkeys(prompts))
-    source = model.encode_prompts if model.prompt_cache is None else model.prompt_cache.conditions
-    encoded = source(["", *distinct])
+    cache, every = model.prompt_cache, ["", *distinct]
+    encoded = conditions_of(model, every) if cache is None else cache.conditions(every)
     row = {prompt: i + 1 for i, prompt in enumerate(distinct)}
     rows = torch.tensor([row[p] for p in prompts], device=model.device)
     return Conditions(encoded), rows

@@ -100,6 +100,7 @@ def _run_stages(run: Run, reopened: Reopened) -> None:
 
 def _train(run: Run, stage: Stage, reopened: Reopened) -> None:
     """Load the model with the weights that ``stage`` starts from, and run the stage."""
+    from posttrain.model import loaded
     from posttrain.stages.lineage import FINAL, describe, exact, sources
     from posttrain.stages.made_from import confirm_weights
     from posttrain.stages.reference import reference_weights
@@ -109,7 +110,7 @@ def _train(run: Run, stage: Stage, reopened: Reopened) -> None:
 
     recipe, folder = run.recipe, run.folder
     set_tf32(recipe.tf32)
-    model = run.spec.load(run.device, "fp32" if stage.tune.type == "full" else run.spec.frozen_dtype())
+    model = loaded(run.spec, run.device, "fp32" if stage.tune.type == "full" else run.spec.frozen_dtype())
     parents = sources(recipe, recipe.parent(stage), folder)
     base, ended = confirm_weights(run, stage, parents), reopened.get(stage.name)
     if run.world.is_main and stage.name in reopened and ended is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from posttrain.engine.checkpoint import STATE, verified
 from posttrain.engine.manifest import MANIFEST, Damage
 from posttrain.errors import ModelError, RecipeError
+from posttrain.model import loaded
 from posttrain.recipe.deciding import fingerprint, former_fingerprint
 from posttrain.stages.lineage import exact, sources
 from posttrain.stages.stage_state import recorded
@@ -48,7 +49,7 @@ def open_checkpoint(path: str, device: torch.device, weights: str | None) -> tup
     weights, chosen = _chosen(path, state, stage, weights)
     tensors = {name: stored.whole() for name, stored in chosen.items()}
     spec = recipe.model.build(run_folder / "model", device)
-    model = spec.load(device, "fp32")
+    model = loaded(spec, device, "fp32")
     for source in sources(recipe, recipe.parent(stage), run_folder):
         model.load_weights(exact(source), merge=stage.tune.merges)
     stage.tune.apply(model.transformer, recipe.seed)
