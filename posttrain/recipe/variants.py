@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, Field
 from posttrain.algorithm import Algorithm
 from posttrain.data.family import Data
 from posttrain.model import Model
-from posttrain.registry import AnyOf, field_error
+from posttrain.recipe.any_of import AnyOf
+from posttrain.registry import field_error
 from posttrain.reward import Reward
 
 
