@@ -185,12 +185,8 @@ class Verdict:
 
     @staticmethod
     def cat(parts: Sequence[Verdict]) -> Verdict:
-        """The scores of all samples, in order; of the details those that every part has."""
+        """The scores of all samples, in order. All parts have equal details."""
         return Verdict(
             {name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards},
-            {
-                name: torch.cat([p.details[name] for p in parts])
-                for name in parts[0].details
-                if all(name in p.details for p in parts)
-            },
+            {name: torch.cat([p.details[name] for p in parts]) for name in parts[0].details},
         )

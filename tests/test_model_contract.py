@@ -173,7 +173,7 @@ def test_items_name_the_field_that_is_missing_or_of_another_length():
         ({"kl": torch.zeros(3, 3)}, r"the metric 'kl' has the shape \(3, 3\), not \(\) or \(n,\)"),
         *(
             ({name: torch.zeros(3)}, f"a metric cannot be called '{name}', which the engine")
-            for name in RECORDED
+            for name in sorted(RECORDED)
         ),
     ],
 )
