@@ -371,6 +371,14 @@ def test_records_that_do_not_compare_are_refused(tmp_path, entry):
         written(tmp_path, [record("base", 0, [0, 0, 0]), record("sft", 5, [0, 0, 0], **{entry: "other"})])
 
 
+def test_chains_beside_arms_have_measures_of_their_own(tmp_path):
+    made = [record("base", 0, [0, 0, 0]), *(record(c, 0, [0, 0, 0], measures="c") for c in ("awm", "nft"))]
+    assert {*written(tmp_path, made)} == {"awm", "base", "nft"}
+    made[2] = record("nft", 0, [0, 0, 0], measures="other")
+    with pytest.raises(PosttrainError, match="awm-0 and nft-0 were made by other measures"):
+        written(tmp_path, made)
+
+
 def test_seeds_of_an_arm_with_another_recipe_are_refused(tmp_path):
     with pytest.raises(PosttrainError, match="sft-0 and sft-1 were made by other recipes"):
         written(tmp_path, [record("sft", 0, [0, 0, 0]), record("sft", 1, [0, 0, 0], recipes={"steps": 9})])

@@ -37,7 +37,8 @@ def read(folder: Path) -> Records:
     _refuse_mixed(folder, everyone, ("base", "judge"))
     for of_arm in found.values():
         _refuse_mixed(folder, of_arm, ("base", "judge", "measures", "recipes"))
-    for group in ([a for a in found if a in ARMS or a == "base"], [a for a in found if a not in ARMS]):
+    for are_arms in (True, False):  # chains are measured in another way
+        group = [arm for arm in found if (arm in ARMS or arm == "base") is are_arms]
         _refuse_mixed(folder, [record for arm in group for record in found[arm]], ("measures",))
     records = {arm: sorted(of_arm, key=lambda r: r["seed"]) for arm, of_arm in found.items()}
     _refuse_unequal_costs(records)
