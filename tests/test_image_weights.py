@@ -6,7 +6,6 @@ from by_hand import SHAPE, Given, conditions, linear_policy, near
 from data_files import folder_of, write_rows
 from image_layouts import COUNT, LAYOUTS, columns
 from PIL import Image
-from toys import ToyModel
 
 from posttrain.algorithm import Batch, Tools
 from posttrain.algorithms.sft import SFT
@@ -18,6 +17,7 @@ from posttrain.data import Images
 from posttrain.data.family import Opening
 from posttrain.data.image_data import ImageData
 from posttrain.data.rows import read_records
+from posttrain.testing.toys import Thumbnails
 
 WEIGHTS = [2.0, 1.0, 0.5, 3.0]
 
@@ -69,7 +69,7 @@ def test_the_step_is_the_weighted_mean_over_images():
 @pytest.mark.parametrize("cached", [False, True])
 def test_other_columns_reach_the_batch_with_and_without_a_cache(tmp_path, cached):
     data = ImageData(images=LAYOUTS["jsonl"](tmp_path), resolution=32, crop="center")
-    model = ToyModel()
+    model = Thumbnails()
     source = data.open(Opening(model, tmp_path, 4))
     if cached:
         store = Store(Room(tmp_path / "cache", 10**8), "images", {}, None, print)

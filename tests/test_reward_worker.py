@@ -165,7 +165,7 @@ def test_a_reward_that_dies_takes_health_along_and_is_started_again_once(worker,
         assert ill.json()["error"] == f"{died.json()['error']}. It is being started again"
         waits = pool.submit(post, url)  # a request in the meantime is not lost
         seen.set()
-        assert waits.result().json() == {"value": [0.5], "details": {}}
+        assert waits.result().json() == {"name": "judge", "value": [0.5], "details": {}}
         assert health(url).status_code == 200
         assert post(url, "vanish").status_code == 503
         for answer in (health(url), post(url)):

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from pydantic import PydanticUserError
-
 from posttrain.errors import PosttrainError, UserCodeError
 
 OURS = __name__.partition(".")[0]
@@ -58,6 +56,8 @@ def with_place(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """``Type: message``, as Python ends a traceback. Of a long message it is the last line; of pydantic's the
     first, which says what is wrong."""
+    from pydantic import PydanticUserError  # which help does not need
+
     lines = [x for x in str(error).splitlines() if x.strip() and "For further information" not in x]
     line = lines[0 if isinstance(error, PydanticUserError) else -1].strip() if lines else ""
     return f"{type(error).__name__}{': ' if lines else ''}{line}"
