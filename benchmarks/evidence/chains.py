@@ -9,7 +9,7 @@ What it takes, at 100 forward-equivalents a second of one busy CPU core (cost in
 
 - RL of a seed: 3 chains x 230k from the base, 4 x 161k after SFT or SOAR; the stages before: 2 x 69k. 1.5M a
   seed, 4.4M with three seeds: about 12 core-hours.
-- 24 evaluations a seed of 480 images x 20 forwards: 0.7M with three seeds, about 2 core-hours.
+- 24 evaluations a seed of 720 images x 20 forwards: 1.0M with three seeds, about 3 core-hours.
 - The arms: 14 recipes are 1.3M a seed, and measuring 14 arms and the base takes 58k each, 0.9M. Five seeds
   are 11M: about 30 core-hours.
 """

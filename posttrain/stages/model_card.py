@@ -96,10 +96,8 @@ def grid_image(run_folder: Path, name: str) -> Image | None:
 
     def images(of: str) -> dict[str, Path]:
         # by its number: a file that is gone must not move the others to wrong prompts
-        folder, prompts = (
-            run_folder / of / "evaluation" / "grid",
-            _card(run_folder, of)[0].get("grid_prompts", []),
-        )
+        folder = run_folder / of / "evaluation" / "grid"
+        prompts = _card(run_folder, of)[0].get("grid_prompts", [])
         files = {prompt: folder / f"{n:03d}.png" for n, prompt in enumerate(prompts)}
         return {prompt: file for prompt, file in files.items() if file.is_file()}
 
@@ -110,7 +108,7 @@ def grid_image(run_folder: Path, name: str) -> Image | None:
         ]
     pixels, captions = [], []
     for who, prompt, file in tiles:
-        # one that is damaged is left out, as it does not take the weights of a long run
+        # a damaged one is left out: the card must not end a long run
         with (
             contextlib.suppress(OSError, SyntaxError, Image.DecompressionBombError),
             Image.open(file) as image,

@@ -56,7 +56,7 @@ def claimed(
     Gives the finished stages that are to be opened again, see :mod:`posttrain.stages.adjust`. Every process
     calls it; the main one locks and writes. The stages ``fresh``, and those trained from their weights, begin
     anew. Raises PosttrainError where another run holds the folder, a process does not see it, or the report
-    would replace a page that is none of a run; RecipeError where ``recipe`` would change what was trained.
+    would replace a page of something else; RecipeError where ``recipe`` would change what was trained.
     """
     reopened: Reopened = {}
     with _exclusive(folder) if world.is_main else contextlib.nullcontext():
