@@ -82,7 +82,7 @@ def _calls(error: BaseException) -> traceback.StackSummary:
 def _user_class(frame: FrameType) -> type | None:
     """The class of the user's own, made from one of ours, whose method runs in ``frame``; else None."""
     code = frame.f_code
-    if _is_ours(frame) or _package(frame) == "pydantic" or not code.co_argcount:  # which makes his class
+    if _is_ours(frame) or _package(frame) == "pydantic" or not code.co_argcount:  # pydantic makes the class
         return None
     first: Any = frame.f_locals.get(code.co_varnames[0])
     owner = first if isinstance(first, type) else type(first)
