@@ -32,6 +32,7 @@ from posttrain.stages import made_from
 from posttrain.stages.artifact import open_artifact, open_sampler
 from posttrain.stages.lineage import describe
 from posttrain.stages.made_from import confirm_data, confirm_weights
+from posttrain.stages.result import RunResult
 from posttrain.stages.run import Run
 from posttrain.stages.stage_run import StageRun
 from posttrain.weights import fingerprints
@@ -339,9 +340,13 @@ def spoil_and_compare(run, card):
 
     assert "do not compare their scores" in str(table(run).title)
     assert "do not compare their scores" in write_report(run).read_text()
+    result, score = RunResult(run), next(iter(card["scores"]))
+    assert result.gain("lora", score) is None
+    assert not any("gain_mean" in row for row in result.table() if row["stage"] == "lora")
     del other["model"]["base"]
     file.write_text(json.dumps(other))
     assert [*unlike(load_results(run).cards)] == [], "a card of an earlier version does not say"
+    assert RunResult(run).gain("lora", score) is not None
 
 
 def test_a_whole_export_says_of_which_base_it_is(base, tmp_path):

@@ -102,8 +102,8 @@ class RunResult:
     def gain(self, stage: str, score: str, over: str = BASE) -> Score | None:
         """The mean difference of ``stage`` and ``over`` on the samples they share, with its interval.
 
-        None if one of them lacks the score so far. Raises PosttrainError if the run has scores, and none
-        of this name.
+        None if one of them lacks the score so far, or if they were not evaluated alike: str(result) tells
+        how. Raises PosttrainError if the run has scores, and none of this name.
         """
         known = sorted({name for each in self._results.stages for name in each.scores})
         if known and score not in known:

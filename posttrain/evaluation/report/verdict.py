@@ -59,7 +59,7 @@ def gain_of(results: Results, stage: StageResult, score: str) -> Gain | None:
     None for the base model itself, and where the two have no sample in common or were not evaluated alike.
     """
     base = results.base_of(stage)
-    if stage is base or score not in stage.scores or any(unlike({"": base.card, stage.name: stage.card})):
+    if stage is base or score not in stage.scores:
         return None
     if (found := difference(base, stage, score)) is None:
         return None
@@ -76,8 +76,10 @@ def best_stage(results: Results, score: str) -> StageResult:
 def difference(base: StageResult, other: StageResult, score: str) -> tuple[float, float, float] | None:
     """The mean gain of ``other`` over ``base`` on the samples that both have, and its 95 % interval.
 
-    None if they share no sample with that score.
+    None if they share no sample with that score, or were not evaluated alike.
     """
+    if any(unlike({base.name: base.card, other.name: other.card})):
+        return None
     before = {(r["prompt"], r["index"]): r["scores"] for r in base.samples}
     pairs = [
         (before[key][score], r["scores"][score], r["prompt"])
