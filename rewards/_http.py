@@ -26,6 +26,14 @@ log = logging.getLogger(__name__)
 MAX_WAIT_SECONDS = 30.0
 
 
+class Refused(RewardError):
+    """A server refuses a request, and would the next time; ``answer`` is what it said."""
+
+    def __init__(self, message: str, answer: Answer) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
 class OverHttp(Reward, ABC):
     """A reward that asks a server for its scores."""
 
@@ -62,8 +70,9 @@ class OverHttp(Reward, ABC):
     def asked(self, link: Link, method: str, url: str, read: Callable[[Answer], T], **body: Any) -> T:
         """Send a request with httpx's ``body``, again after failures; return what ``read`` makes of it.
 
-        Raises RewardError, which names ``url`` without a password in it, if the server refuses the request or
-        all retries fail. Its cause is what ``read`` raised of the last answer, if there was one.
+        Raises RewardError, which names ``url`` without a password in it: Refused if the server refuses the
+        request, or another if all retries fail. Its cause is what ``read`` raised of the last answer, if
+        there was one.
         """
         reason, began, shown = "", time.monotonic(), without_logins(url)
         unread: ValueError | None = None
@@ -84,7 +93,7 @@ class OverHttp(Reward, ABC):
                 reason = refusal
                 continue
             if not 200 <= answer.status < 300:
-                raise RewardError(f"{shown}: {refusal}")
+                raise Refused(f"{shown}: {refusal}", answer)
             try:
                 return read(answer)
             except ValueError as error:

@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from posttrain.errors import RewardError
+from posttrain.errors import NotFinite, RewardError
 from posttrain.registry import FREE
 from posttrain.reward import Scores
-from posttrain.rewards._http import OverHttp
+from posttrain.rewards._http import OverHttp, Refused
 from posttrain.support.wording import shown, without_logins
 
 if TYPE_CHECKING:
@@ -59,14 +59,15 @@ class Remote(OverHttp):
         return self.better == "higher"
 
     def load(self, device: torch.device) -> Scorer:
+        from posttrain.scoring.server.answers import scores_of
+        from posttrain.scoring.server.wire import packed
+
         del device  # the server has its own
         link, base = self.link(), self.url.rstrip("/")
         place = without_logins(base)
         self.asked(link, "GET", f"{base}/health", self._check_server)
 
         def ask(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-            from posttrain.scoring.server.answers import scores_of
-            from posttrain.scoring.server.wire import packed
 
             def read(answer: Answer) -> Scores:
                 try:
@@ -83,11 +84,15 @@ class Remote(OverHttp):
             return self.asked(link, "POST", f"{base}/score", read, content=body)
 
         def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-            size = self.batch_size
-            batches = [
-                ask(images[i : i + size], prompts[i : i + size], metadata[i : i + size])
-                for i in range(0, len(prompts), size)
-            ]
+            batches = []
+            for i in range(0, len(prompts), self.batch_size):
+                part = slice(i, i + self.batch_size)
+                try:
+                    batches.append(ask(images[part], prompts[part], metadata[part]))
+                except Refused as error:
+                    if places := _not_finite(error.answer, len(prompts[part])):
+                        raise NotFinite(str(error), [i + place for place in places]) from error
+                    raise
             names = batches[0].details if batches else {}
             if odd := [batch for batch in batches if batch.details.keys() != names.keys()]:
                 both = f"{[*names]} and {[*odd[0].details]}"
@@ -125,3 +130,13 @@ class Remote(OverHttp):
         if name != self.name:
             place = without_logins(self.url)
             raise RewardError(f"{place} has the reward {shown(name)}; the recipe says name: {self.name}")
+
+
+def _not_finite(refusal: Answer, count: int) -> list[int]:
+    """Which of a request's ``count`` images have no finite score, if that is why it was refused."""
+    from posttrain.scoring.server.answers import not_finite
+
+    try:
+        return not_finite(refusal.json(), count)
+    except ValueError:  # another server may answer in another format
+        return []

@@ -19,7 +19,7 @@ from runs import recipe, run_quietly, stage
 from servers import Quiet, ended, running, serving, until
 
 from posttrain.distributed.launch import _free_port
-from posttrain.errors import PosttrainError, RecipeError, RewardError
+from posttrain.errors import NotFinite, PosttrainError, RecipeError, RewardError
 from posttrain.recipe.file import chosen_rewards, evaluation_settings
 from posttrain.reward import Scores, checked
 from posttrain.rewards._link import Link, NoAnswer
@@ -207,8 +207,6 @@ def test_a_fault_that_stays_is_an_error_after_the_retries(faulty, fault, words):
     ("fault", "words"),
     [
         ({"value": [1.0, 2.0]}, "value: 2 numbers for 3 images"),
-        ({"value": [1.0, float("nan"), 2.0]}, "value: nan is no score"),
-        ({"value": [1.0, 1e60, 2.0]}, "value: 1e\\+60 is no score"),
         ({"value": [1.0, "good", 2.0]}, "'good' is no number"),
         ({"value": [1.0, True, 2.0]}, "True is no number"),
         ({"value": [1.0, False, 2.0]}, "False is no number"),
@@ -263,6 +261,33 @@ def test_a_reward_that_fails_on_the_server_is_told_in_its_words():
         pytest.raises(RewardError, match=r"status 422: .*no GenEval metadata"),
     ):
         remote(url).load(CPU)(*THREE)
+
+
+@pytest.mark.parametrize("score", [float("nan"), 1e60], ids=["nan", "too-large"])
+def test_scores_that_are_not_finite_are_told_with_their_places_as_in_process(monkeypatch, faulty, score):
+    """A run then refuses the step, and goes on."""
+    own(monkeypatch, lambda images, prompts, metadata: torch.tensor([row["score"] for row in metadata]))
+    rows = [{"score": value} for value in (0.5, 0.25, 0.75, score, 0.5)]
+    images = torch.rand(5, 3, 8, 8)
+    with running(Callable(function="served:judge")) as url:
+        ask = checked("judge", remote(url, "judge", batch_size=2).load(CPU))
+        with pytest.raises(
+            NotFinite, match=r"'judge' .*/score: status 422: .*(nan|inf) for prompt 'd'"
+        ) as error:
+            ask(images, list("abcde"), rows)
+    assert error.value.positions == [3]
+    faulty.script += [{"value": [1.0, 2.0, score]}]
+    with pytest.raises(NotFinite, match=r"returned (nan|inf) for prompt") as error:
+        checked("shapes", remote(faulty.url).load(CPU))(*THREE)
+    assert error.value.positions == [2]
+
+
+@pytest.mark.parametrize("places", [[3], [-1], [True], ["0"], [], 0, None])
+def test_a_refusal_that_names_no_image_of_the_request_is_an_error(faulty, places):
+    faulty.script += [lambda handler: handler.reply({"error": "so", "not_finite": places}, 422)]
+    with pytest.raises(RewardError, match="status 422") as error:
+        checked("shapes", remote(faulty.url).load(CPU))(*THREE)
+    assert not isinstance(error.value, NotFinite)
 
 
 def test_a_server_that_comes_back_is_found_again():

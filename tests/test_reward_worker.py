@@ -12,7 +12,7 @@ import pytest
 import torch
 from servers import ended, running, until
 
-from posttrain.errors import RewardError
+from posttrain.errors import NotFinite, RewardError
 from posttrain.rewards.callable import Callable
 from posttrain.rewards.remote import Remote
 from posttrain.scoring.server import listen
@@ -54,6 +54,15 @@ def worker(monkeypatch):
 
 def said(worker, prompt="a"):
     return worker(IMAGES, [prompt] * 2, [{}, {"more": 1}])
+
+
+def test_a_score_that_is_not_finite_is_told_with_its_place_and_the_worker_goes_on(worker):
+    made = worker()
+    made.start()
+    with pytest.raises(NotFinite, match="returned nan for prompt 'b'") as error:
+        made(IMAGES, ["a", "b"], [{}, {"more": float("nan")}])
+    assert error.value.positions == [1]
+    assert said(made).value.tolist() == [0.5, 1.5]
 
 
 @pytest.mark.parametrize(

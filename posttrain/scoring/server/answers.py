@@ -26,7 +26,8 @@ def answer(scores: Scores) -> dict[str, Any]:
 
 
 def scores_of(data: Any, count: int) -> Scores:
-    """The scores in ``data``, an answer for ``count`` images. Raises ValueError if it is malformed."""
+    """The scores in ``data``, an answer for ``count`` images; they need not be finite. Raises ValueError if
+    it is malformed."""
     if not isinstance(data, dict) or not isinstance(data.get("value"), list):
         raise ValueError("no list 'value' of scores")
     details = data.get("details", {})
@@ -42,6 +43,14 @@ def scores_of(data: Any, count: int) -> Scores:
     )
 
 
+def not_finite(data: Any, count: int) -> list[int]:
+    """Which of ``count`` images have no finite score, as the refusal ``data`` says; none if it says nothing
+    of it."""
+    places = data.get("not_finite") if isinstance(data, dict) else None
+    valid = isinstance(places, list) and all(type(place) is int and 0 <= place < count for place in places)
+    return places if valid else []
+
+
 def _tensor(name: str, values: Any, count: int) -> Tensor:
     if not isinstance(values, list) or len(values) != count:
         given = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
@@ -50,9 +59,6 @@ def _tensor(name: str, values: Any, count: int) -> Tensor:
     if bad := [v for v in values if not isinstance(v, (int, float)) or isinstance(v, bool)]:
         raise ValueError(f"{name}: {shown(bad[0])} is no number")
     try:
-        tensor = torch.tensor([float(v) for v in values], dtype=torch.float32)
+        return torch.tensor([float(v) for v in values], dtype=torch.float32)
     except OverflowError as error:
         raise ValueError(f"{name}: {error}") from error
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name}: {values[int((~tensor.isfinite()).nonzero()[0])]} is no score")
-    return tensor

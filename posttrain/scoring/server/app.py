@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from posttrain.errors import RewardError
+from posttrain.errors import NotFinite, RewardError
 from posttrain.reward import Reward, Scores
 from posttrain.scoring.server.answers import answer
 from posttrain.scoring.server.batching import Batcher
@@ -70,6 +70,8 @@ class Service:
                 raise Refused(400, str(error) or "the request ended too early") from error
             except RewardDied as error:
                 raise Refused(503, str(error)) from error
+            except NotFinite as error:
+                raise Refused(422, str(error), not_finite=[*error.positions]) from error
             except RewardError as error:
                 raise Refused(422, str(error)) from error
             except asyncio.CancelledError as error:  # by uvicorn, after it has waited for a while
@@ -138,7 +140,8 @@ def application(reward: Reward, batcher: Batcher, limits: Limits, token: str | N
         assert isinstance(error, Refused)
         first = str(error).partition("\n")[0]  # the other lines may quote files of this machine
         # what a reward says may hold lone surrogates, which UTF-8 has no bytes for
-        return JSONResponse({"error": first.encode(errors="backslashreplace").decode()}, error.status)
+        reason = first.encode(errors="backslashreplace").decode()
+        return JSONResponse({"error": reason, **error.entries}, error.status)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(Refused, refused)

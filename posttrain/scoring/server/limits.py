@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 STALLED_SECONDS = 1.0
 STALLED_BYTES = 65_536
@@ -23,8 +24,8 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that is not scored: the HTTP status, and the reason."""
+    """A request that is not scored: the HTTP status, the reason, and what else its answer says."""
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, **entries: Any) -> None:
         super().__init__(reason)
-        self.status = status
+        self.status, self.entries = status, entries

@@ -2,8 +2,9 @@
 
 A request is a safetensors file. It has the tensor ``images`` (n, 3, h, w) float32, and in its metadata, as
 JSON, ``prompts`` and ``rows`` (each prompt's row of the prompt file). An answer is JSON with ``value`` and
-``details`` (:mod:`posttrain.scoring.server.answers`), and ``name``, the reward's. Neither format can hold
-code.
+``details`` (:mod:`posttrain.scoring.server.answers`), and ``name``, the reward's. A refusal is JSON with
+``error``, the reason, and where images or scores are not finite ``not_finite``, their places in the request.
+None of these formats can hold code.
 
 Nothing in either is compressed. So what a request needs in memory is bounded by its size, and by the limits
 below on its text and images, which are far above what a run sends.

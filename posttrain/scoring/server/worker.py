@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.errors import PosttrainError, RewardError
+from posttrain.errors import NotFinite, PosttrainError, RewardError
 from posttrain.reward import Reward, Scores, checked
 from posttrain.scoring.server.answers import answer, scores_of
 from posttrain.support.device import set_tf32
@@ -62,7 +62,8 @@ class Worker:
         self._result()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Scores:
-        """The scores of ``images``. Raises RewardError; RewardDied if there will be no more scores."""
+        """The scores of ``images``. Raises RewardError: NotFinite if one is not finite, RewardDied if there
+        will be no more scores."""
         self._call = call = object()
         limit = threading.Timer(self.seconds, self._kill_late, [call])
         limit.start()
@@ -96,13 +97,15 @@ class Worker:
                 self._process.kill()
 
     def _result(self) -> Any:
-        """What the process sends next. Raises RewardError if that is an error, RewardDied if it ends."""
+        """What the process sends next. Raises RewardError if that is an error: RewardDied if it ends."""
         try:
             kind, value = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
         if kind == "died":
             raise self._died(value)
+        if kind == "not finite":
+            raise NotFinite(*value)
         if kind == "error":
             raise RewardError(value)
         return value
@@ -156,6 +159,8 @@ def _received(pixels: socket.socket, shape: Sequence[int]) -> Tensor:
 def _scored(score, images, prompts, rows, device: torch.device) -> tuple[str, Any]:
     try:
         return "scores", answer(score(images, prompts, rows))
+    except NotFinite as error:
+        return "not finite", (str(error), [*error.positions])
     except RewardError as error:
         reason = str(error)
     try:
