@@ -57,8 +57,8 @@ STAGES = {
     "nft": RL("shapes-nft", "nft", 192 * (8 + 3 * (1 + 3))),
     # 192 images: 5 steps, and a forward with backward of one of them
     "grpo": RL("shapes-grpo", "grpo", 192 * (5 + 3)),
-    # as nft: the ratio's forward in place of the old policy's
-    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
+    # as nft, and a forward for the ratio
+    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 1 + 3))),
 }
 CHAINS: dict[str, tuple[str, str]] = {
     **{"-".join(filter(None, (b, rl))): (b, rl) for rl in ("nft", "grpo") for b in ("", *BEFORE)},
