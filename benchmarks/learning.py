@@ -1,11 +1,11 @@
-"""Makes a Markdown table of finished learning runs, and a picture of their reward.
+"""Makes Markdown tables of finished learning runs, and a picture of their reward.
 
 for s in 0 1 2; do posttrain run shapes-dpo --set seed=$s --output runs/shapes-dpo-$s; done
-python benchmarks/learning.py picture.svg runs/shapes-dpo-*
+python -m benchmarks.learning picture.svg runs/shapes-dpo-*
 
 It also takes the records of chains, which `python -m benchmarks.evidence run` makes:
 
-python benchmarks/learning.py docs/learning.svg benchmarks/evidence/records/{nft,awm}-?.json
+python -m benchmarks.learning docs/learning.svg benchmarks/evidence/records/{nft,awm}-?.json
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from benchmarks.evidence.statistics import difference as of_seeds
 from posttrain.evaluation.intervals import paired_difference
 from posttrain.evaluation.report.curves import chart
 from posttrain.evaluation.report.results import load_results
@@ -27,6 +28,9 @@ STYLE = (
     "<style>svg{font-family:sans-serif;background:#fff}.title{font-size:14px;font-weight:600}"
     ".tick{font-size:11px;fill:#66707e}.grid{stroke:#e3e7ec}</style>"
 )
+
+
+CHANGE = "{:+.3f} [{:+.3f}, {:+.3f}]"
 
 
 class Trained(NamedTuple):
@@ -62,19 +66,51 @@ def of_record(file: Path) -> Trained:
     return Trained(file.stem, fmean(first), fmean(last), gain, record["cost"], rewards)
 
 
+def on_the_way(files: Sequence[Path]) -> Iterator[str]:
+    """A table of what chains had gained at each reading, each for other prompts; of several seeds also
+    together, for other seeds and other prompts."""
+    records = [read_object(file, "arm", "evaluations", "prompts", "readings") for file in files]
+    steps = sorted({reading["step"] for record in records for reading in record["readings"][1:]})
+    yield f"| run | {' | '.join(f'after {step}' for step in steps)} |"
+    yield "| --- |" + " --- |" * len(steps)
+    for arm in dict.fromkeys(record["arm"] for record in records):
+        seeds = [record for record in records if record["arm"] == arm]
+        for of in ([seed] for seed in seeds):
+            yield f"| {arm}-{of[0]['seed']} | {' | '.join(_gained(of, step) for step in steps)} |"
+        if len(seeds) > 1:
+            yield f"| {arm}, all | {' | '.join(_gained(seeds, step) for step in steps)} |"
+
+
+def _gained(seeds: Sequence[Mapping[str, Any]], step: int) -> str:
+    """The gain at a reading of one arm's ``seeds``; nothing if one of them has none then."""
+    before, then = [], []
+    for record in seeds:
+        at = {reading["step"]: str(i) for i, reading in enumerate(record["readings"])}
+        if step not in at:
+            return ""
+        before.append(record["evaluations"]["0"]["shapes"])
+        then.append(record["evaluations"][at[step]]["shapes"])
+    prompts = seeds[0]["prompts"]
+    if len(seeds) > 1:
+        return str(of_seeds(before, then, prompts))
+    return CHANGE.format(*paired_difference(before[0], then[0], groups=prompts))
+
+
 def main(picture: str, *paths: str) -> None:
-    """Print the table and write the picture of the run folders and records at ``paths``."""
+    """Print the tables and write the picture of the run folders and records at ``paths``."""
     series = {}
     print("| run | before | trained | difference, 95 % | forward-equivalents | images | minutes |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for path in map(Path, paths):
         for name, before, after, gain, cost, rewards in [of_record(path)] if path.is_file() else of_run(path):
-            change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
+            minutes = cost["seconds"] / 60
             print(
-                f"| {name} | {before:.3f} | {after:.3f} | {change} | {short(cost['forward_equivalents'])} "
-                f"| {short(cost['samples'])} | {cost['seconds'] / 60:.0f} |"
+                f"| {name} | {before:.3f} | {after:.3f} | {CHANGE.format(*gain)} "
+                f"| {short(cost['forward_equivalents'])} | {short(cost['samples'])} | {minutes:.0f} |"
             )
             series[name] = rewards
+    if files := [path for path in map(Path, paths) if path.is_file()]:
+        print("", *on_the_way(files), sep="\n")
     svg = str(chart("reward of the rollouts, by optimizer step", series, 720, 300))
     Path(picture).write_text(
         svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(">", f">{STYLE}", 1),

@@ -29,18 +29,13 @@ def test_chains_have_equal_totals_and_equal_rl_after_sft_and_soar():
     for before, rl in chains.CHAINS.values():
         name = "-".join(filter(None, (before, rl)))
         spent = chains.BEFORE[before] * 32 * arms.forwards(arms.ARMS[before].algorithm) if before else 0
-        dear = chains.STAGES[rl].dear
-        # a stage has whole steps, and whole readings
-        assert spent + chains.length(name) * dear == pytest.approx(
-            chains.TOTAL, abs=chains.READINGS / 2 * dear
-        )
+        total = spent + chains.length(name) * chains.STAGES[rl].dear
+        assert total == pytest.approx(chains.TOTAL, rel=0.001)
     assert chains.length("sft-nft") == chains.length("soar-nft") == 42
     assert chains.length("sft-grpo") == chains.length("soar-grpo") == 105
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("awm", AWM), ("awm-kl", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)]
-)
+@pytest.mark.parametrize(("name", "kind"), [("awm", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)])
 def test_a_steps_cost_is_what_the_policy_counts(name, kind):
     (stage,) = chains.rl_recipe(name, 0, "base").stages
     algorithm, policy = stage.algorithm, toy_policy()
@@ -58,9 +53,7 @@ def test_a_chain_is_the_shipped_recipe_with_another_start_and_length(name, tmp_p
     (stage,), (known,) = recipe.stages, shipped.stages
     assert (recipe.seed, stage.start_from, stage.train.steps) == (2, str(tmp_path), chains.length(name))
     assert recipe.depth(stage) == 0, "its draws are those of RL from the base"
-    without_kl = {"beta": 0, "ema_beta": 0, "kl_ema_decay_type": "linear"}
-    assert stage.algorithm == known.algorithm.model_copy(update=without_kl if name == "awm" else {})
-    for field in ("data", "rewards", "tune"):
+    for field in ("algorithm", "data", "rewards", "tune"):
         assert getattr(stage, field) == getattr(known, field)
     free = {"steps", "checkpoint_every", "keep_every", "sample_every"}
     assert stage.train.model_dump(exclude=free) == known.train.model_dump(exclude=free)
@@ -128,6 +121,32 @@ def test_the_table_of_learning_runs_has_a_chain_from_its_start_to_its_end(stubs,
     assert row.gain == pytest.approx((0.4, 0.4, 0.4))
     assert row.rewards == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert row.cost["forward_equivalents"] == 30
+
+
+def test_what_chains_gained_on_the_way_is_told_by_seed_and_together(tmp_path):
+    def kept(arm, seed, *means, step=20):
+        samples = ([mean + spread for spread in (-0.1, 0.1)] for mean in means)
+        made = {
+            "arm": arm,
+            "seed": seed,
+            "prompts": ["a", "b"],
+            "evaluations": {str(i): {"shapes": shapes} for i, shapes in enumerate(samples)},
+            "readings": [{"step": step * i} for i in range(len(means))],
+        }
+        (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(made))
+
+    kept("nft", 0, 0.2, 0.3, 0.5)
+    kept("nft", 1, 0.2, 0.3, 0.7)
+    kept("awm", 0, 0.2, 0.1, step=30)
+    head, _, *rows = learning.on_the_way(sorted(tmp_path.glob("*.json")))
+    assert head == "| run | after 20 | after 30 | after 40 |"
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["awm-0", "nft-0", "nft-1", "nft, all"]
+    assert [cell.split(" ")[0] for cell in cells[0]] == ["awm-0", "", "-0.100", ""]
+    assert [row[1].split(" ")[0] for row in cells[1:]] == ["+0.100"] * 3
+    assert [row[3].split(" ")[0] for row in cells[1:]] == ["+0.300", "+0.500", "+0.400"]
+    low, high = map(float, cells[3][3].split("[")[1].strip("]").split(", "))
+    assert low < 0.3 < 0.5 < high, "two seeds say little of others"
 
 
 def test_from_the_base_rl_is_all_of_the_cost(stubs, tmp_path):

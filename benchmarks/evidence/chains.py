@@ -1,4 +1,4 @@
-"""The chains: DiffusionNFT and Flow-GRPO from the base, after SFT and after SOAR; AWM from the base.
+"""The chains: DiffusionNFT and Flow-GRPO from the base, after SFT and after SOAR, and AWM from the base.
 
 All have the same total cost. The RL stage is that of the shipped recipe, ``shapes-nft``, ``shapes-grpo`` or
 ``shapes-awm``, shortened by what the stage before it cost. SFT and SOAR before it cost the same, so a seed's
@@ -50,24 +50,19 @@ class RL(NamedTuple):
     stage: str
     dear: int
     """Forward-equivalents of an optimizer step, if no sample is left out."""
-    changes: tuple[str, ...] = ()
-    """What differs from the recipe's stage."""
 
 
-NO_KL = ("algorithm.ema_beta=0", "algorithm.kl_ema_decay_type=linear")
 STAGES = {
     # 192 images: 8 steps of the rollout, and at 3 noise levels the old policy and a forward with backward
     "nft": RL("shapes-nft", "nft", 192 * (8 + 3 * (1 + 3))),
     # 192 images: 5 steps, and a forward with backward of one of them
     "grpo": RL("shapes-grpo", "grpo", 192 * (5 + 3)),
-    # as nft, and a forward for the ratio
-    "awm-kl": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 1 + 3))),
-    # as the recipe was until a seed of this collapsed; the ratio's forward in place of the old policy's
-    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3)), NO_KL),
+    # as nft: the ratio's forward in place of the old policy's
+    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
 }
 CHAINS: dict[str, tuple[str, str]] = {
     **{"-".join(filter(None, (b, rl))): (b, rl) for rl in ("nft", "grpo") for b in ("", *BEFORE)},
-    **{rl: ("", rl) for rl in ("awm", "awm-kl")},
+    "awm": ("", "awm"),
 }
 """A chain's name -> what comes before RL, if anything, and the RL stage."""
 AGAINST: dict[str, tuple[str, ...]] = {
@@ -76,7 +71,6 @@ AGAINST: dict[str, tuple[str, ...]] = {
     "sft-grpo": ("grpo",),
     "soar-grpo": ("grpo", "sft-grpo"),
     "awm": ("nft",),
-    "awm-kl": ("nft", "awm"),
 }
 """The chains that each is compared with, chosen before any was run."""
 
@@ -95,12 +89,11 @@ def rl_recipe(name: str, seed: int, start: str, steps: int | None = None) -> Rec
     of, total = STAGES[CHAINS[name][1]], steps or length(name)
     total = READINGS * -(-total // READINGS)
     at, every = f"stages.{of.stage}", total // READINGS
-    values: dict[str, Any] = {
+    values = {
         "name": f"evidence-{name}", "seed": seed, "tracker": "none", "evaluation": "null",
         f"{at}.start_from": start, f"{at}.train.steps": total, f"{at}.train.sample_every": "null",
         f"{at}.train.checkpoint_every": every, f"{at}.train.keep_every": every,
     }  # fmt: skip
-    values |= {f"{at}.{field}": value for field, value in (change.split("=") for change in of.changes)}
     if total <= 5:
         values[f"{at}.train.warmup_steps"] = 0
     return load_recipe(of.recipe, [f"{key}={value}" for key, value in values.items()], checks=False)
