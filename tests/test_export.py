@@ -207,6 +207,15 @@ def test_what_is_there_is_kept_unless_it_is_an_export_and_told_to_go(run, tmp_pa
     assert not (tmp_path / "made" / LORA).exists()
 
 
+def test_a_model_whose_weights_are_in_several_files_is_exported(run, tmp_path):
+    """As that of a class of the user's is, where it has more than 10 GB."""
+    cut = shutil.copytree(run, tmp_path / "cut")
+    for number in (1, 2):
+        (cut / "full" / "final" / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors").touch()
+    export(trained_at(str(cut / "full")), tmp_path / "x")
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) == 2
+
+
 def test_what_cannot_be_exported_is_named(run, tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         trained_at(str(tmp_path / "nowhere"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from posttrain.support.files import copy, published
 from posttrain.support.paths import expanded, in_the_way
 from posttrain.support.records import read_object
 from posttrain.support.wording import counted
-from posttrain.weights.files import weight_files
+from posttrain.weights.files import component_weights
 from posttrain.weights.lora_file import write_joined, write_kohya
 from posttrain.weights.needed_files import listed
 from posttrain.weights.pipeline_folder import INDEX, index_in
@@ -74,7 +75,7 @@ def trained_at(source: str) -> Trained:
 
     Raises ModelError where there is none, or it is not finished.
     """
-    folder = expanded(source).absolute()
+    folder = Path(os.path.realpath(expanded(source)))
     if is_run(folder):
         stages = [row["name"] for row in read_object(folder / RUN, "stages")["stages"]][1:]
         done = [name for name in stages if (folder / name / FINAL).is_dir()]
@@ -91,7 +92,12 @@ def trained_at(source: str) -> Trained:
         raise ModelError(f"the stage {source!r} is not finished: {FINISHED_ONLY}")
     if not (final / DESCRIPTION).is_file():
         raise ModelError(f"{source!r} is neither a run nor a finished stage: it holds no {DESCRIPTION}")
-    return Trained(final, described(final))
+    description = described(final)
+    if (kind := description.get("format")) in ("comfyui", "kohya"):
+        raise ModelError(
+            f"{source!r} is an export as {kind}, which is read by other tools: give the stage's folder"
+        )
+    return Trained(final, description)
 
 
 def export(
@@ -116,6 +122,7 @@ def export(
             f"{', '.join(fitting)}"
         )
     _refuse_to_lose(target, overwrite)
+    target = Path(os.path.realpath(target))  # a link stays, and leads to the export
     write = {"diffusers": _pipeline, "merged": _pipeline, "lora": _lora, "comfyui": _comfyui, "kohya": _kohya}
     writer: Callable[[Trained, Path, DtypeName | None], DtypeName] = write[kind]
     with published(target) as folder:
@@ -133,7 +140,8 @@ def _add_card(trained: Trained, folder: Path, kind: Format, dtype: DtypeName | N
     """Write the model card of the export in ``folder``; where its run is gone, it is that of ``final``."""
     stage = trained.final.parent
     if (stage / RECIPE).is_file():
-        (file,) = [path.name for path in folder.glob("*.safetensors")] or [""]
+        files = [path.name for path in folder.glob("*.safetensors")]
+        file = files[0] if len(files) == 1 else ""
         (folder / README).write_text(card_text(stage.parent, stage.name, kind, file, dtype or ""), "utf-8")
     for name in (README, GRID):
         if (trained.final / name).is_file() and not (folder / name).exists():
@@ -144,6 +152,10 @@ def _refuse_to_lose(target: Path, overwrite: bool) -> None:
     """Raise PosttrainError if ``target`` holds something that an export would replace without being asked."""
     if (problem := in_the_way(target)) is not None:
         raise PosttrainError(f"--to: {problem}")
+    if target.is_dir() and target.samefile("."):
+        raise PosttrainError(
+            f"--to: {str(target)!r} is the current folder, and would be replaced: give another one"
+        )
     if target.is_dir() and (there := [path.name for path in target.iterdir()]):
         if DESCRIPTION not in there or "format" not in described(target):  # a stage's own has none
             holds = f"{str(target)!r} holds {counted(len(there), 'file')}, and no export"
@@ -199,7 +211,7 @@ def _comfyui(trained: Trained, folder: Path, dtype: DtypeName | None) -> DtypeNa
 
 
 def _placed(folder: Path, places: Callable[..., Any], prefix: str) -> dict[str, Entry]:
-    entries = entries_in(weight_files(folder))
+    entries = entries_in(component_weights(folder))
     return placed(entries, places(entries), prefix)
 
 
