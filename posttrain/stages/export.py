@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.engine.checkpoint_folder import saved
-from posttrain.errors import ModelError, PosttrainError
+from posttrain.errors import ModelError, PosttrainError, RecipeError
 from posttrain.model import DtypeName, torch_dtype
 from posttrain.stages.artifact import open_exact, spec_of
 from posttrain.stages.checkpoint_model import is_checkpoint
@@ -21,7 +22,7 @@ from posttrain.support.files import copy, published
 from posttrain.support.paths import expanded, in_the_way
 from posttrain.support.records import read_object
 from posttrain.support.wording import counted
-from posttrain.weights.files import component_weights
+from posttrain.weights.files import component_weights, file_header
 from posttrain.weights.lora_file import write_joined, write_kohya
 from posttrain.weights.needed_files import listed
 from posttrain.weights.pipeline_folder import INDEX, index_in
@@ -137,12 +138,15 @@ def export(
 
 
 def _add_card(trained: Trained, folder: Path, kind: Format, dtype: DtypeName | None) -> None:
-    """Write the model card of the export in ``folder``; where its run is gone, it is that of ``final``."""
+    """Write the model card of the export in ``folder``. Where its run is gone, or the stage's folder has
+    another name than its recipe says, it is that of ``final``."""
     stage = trained.final.parent
     if (stage / RECIPE).is_file():
         files = [path.name for path in folder.glob("*.safetensors")]
         file = files[0] if len(files) == 1 else ""
-        (folder / README).write_text(card_text(stage.parent, stage.name, kind, file, dtype or ""), "utf-8")
+        with contextlib.suppress(RecipeError):
+            card = card_text(stage.parent, stage.name, kind, file, dtype or "")
+            (folder / README).write_text(card, "utf-8")
     for name in (README, GRID):
         if (trained.final / name).is_file() and not (folder / name).exists():
             copy(trained.final / name, folder / name)
@@ -172,6 +176,8 @@ def _pipeline(trained: Trained, folder: Path, dtype: DtypeName | None) -> DtypeN
     if trained.kind == "full fine-tuning" and dtype in (None, own):
         for file in (f for f in sorted(trained.final.rglob("*")) if f.is_file()):
             (place := folder / file.relative_to(trained.final)).parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                file_header(file)  # or ModelError, for one that was cut off
             copy(file, place)
         return own
     used = dtype or spec_of(trained.final).export_dtype()
