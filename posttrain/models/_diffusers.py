@@ -88,7 +88,7 @@ class DiffusersModel(Model, ABC):
         kind: Any = getattr(diffusers, self.kind())
         dtypes = self._dtypes(transformer_dtype)
         with quiet(), explained(self.path):
-            if (source := pipeline_folder.complete_folder(self.path, self.left_out())) is None:
+            if (source := pipeline_folder.complete_folder(self.path, self.left_out(), self.revision)) is None:
                 source = Path(kind.download(self.path, revision=self.revision))
         held = pipeline_folder.components(source)
         needed = {*kind._get_signature_keys(kind)[0]} - {*kind._optional_components}
@@ -99,7 +99,7 @@ class DiffusersModel(Model, ABC):
         return self.flow(self, load_pipeline(kind, source, dtypes, absent, self.loaders), source, device)
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
-        configs = configs_at(self.path)
+        configs = configs_at(self.path, self.revision)
         return None if configs is None else self.outline_of(configs, transformer_dtype, device)
 
     def outline_of(
@@ -131,7 +131,7 @@ class DiffusersModel(Model, ABC):
 
     def export_dtype(self) -> DtypeName:
         """bf16 where the base's transformer is published in bf16, else fp32, which rounds nothing."""
-        if (folder := pipeline_folder.local_folder(self.path)) is None:
+        if (folder := pipeline_folder.local_folder(self.path, self.revision)) is None:
             return "fp32"
         weights = headers(folder / "transformer")
         kinds = {kind for name, (kind, _) in weights.items() if name not in self.buffers}
@@ -144,19 +144,21 @@ class DiffusersModel(Model, ABC):
         return None if self.offload else self.model_copy(update={"offload": True})
 
     def missing(self) -> str | None:
-        return pipeline_folder.missing(self.path, "transformer", self.pipelines, self.left_out())
+        return pipeline_folder.missing(
+            self.path, "transformer", self.pipelines, self.left_out(), self.revision
+        )
 
     def weight_files(self) -> Mapping[str, Path]:
-        return pipeline_folder.files_of(self.path, self.left_out())
+        return pipeline_folder.files_of(self.path, self.left_out(), self.revision)
 
     def sides(self) -> tuple[int, int | None] | None:
-        if (configs := configs_at(self.path)) is None:
+        if (configs := configs_at(self.path, self.revision)) is None:
             return None
         transformer, factor = configs["transformer"], compression(configs["vae"])
         return self.divisor_of(transformer, factor), self.longest_side(transformer, factor)
 
     def native_side(self) -> int | None:
-        return native_side(configs_at(self.path) or {}, "transformer", self.latents)
+        return native_side(configs_at(self.path, self.revision) or {}, "transformer", self.latents)
 
     @classmethod
     def divisor_of(cls, transformer: Any, factor: int) -> int:
@@ -172,7 +174,7 @@ class DiffusersModel(Model, ABC):
         return positions * self.divisor_of(transformer, factor)
 
     def guidance_rule(self) -> ClassifierFree:
-        return self.guidance_rule_of((configs_at(self.path) or {}).get("transformer", {}))
+        return self.guidance_rule_of((configs_at(self.path, self.revision) or {}).get("transformer", {}))
 
     def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
         """How a guidance scale acts on a transformer of this configuration."""
@@ -180,14 +182,14 @@ class DiffusersModel(Model, ABC):
         return CLASSIFIER_FREE
 
     def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
-        if (folder := pipeline_folder.local_folder(self.path)) is None:
+        if (folder := pipeline_folder.local_folder(self.path, self.revision)) is None:
             return {}
         longest = getattr(self, "max_sequence_length", None)  # most families have such a field
         texts = [self.template.format(caption) for caption in captions]
         return token_counts(folder, texts, self.left_out(), longest)
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        if (folder := pipeline_folder.local_folder(self.path)) is None:
+        if (folder := pipeline_folder.local_folder(self.path, self.revision)) is None:
             return super().transformer_shapes()
         if (shapes := header_shapes(folder / "transformer")) is None:
             return None

@@ -195,7 +195,9 @@ class AnyPipeline(DiffusersModel):
             self.described()
         except ModelError as error:
             return str(error)
-        return pipeline_folder.missing(self.path, "transformer", (self.kind(),), self.left_out())
+        return pipeline_folder.missing(
+            self.path, "transformer", (self.kind(),), self.left_out(), self.revision
+        )
 
     def encoding_settings(self) -> dict[str, Any]:
         mapping = self.described().model_dump(mode="json", include={"prompt", "empty", "encode"})

@@ -145,7 +145,7 @@ class Flux2Klein(DiffusersModel):
         return FLUX2
 
     def guidance_rule(self) -> ClassifierFree:
-        return _rule((configs_at(self.path) or {}).get(PIPELINE, {}))
+        return _rule((configs_at(self.path, self.revision) or {}).get(PIPELINE, {}))
 
 
 def _rule(config: Mapping[str, Any]) -> ClassifierFree:

@@ -96,7 +96,7 @@ class SD3(DiffusersModel):
     """False leaves out the T5 encoder, as diffusers allows; its embeddings are then zeros."""
 
     def single_file(self) -> SingleFile | None:
-        configs = configs_at(self.path)
+        configs = configs_at(self.path, self.revision)
         return None if configs is None else single_file(configs["transformer"]["num_layers"])
 
     def guidance_rule(self) -> ClassifierFree:
