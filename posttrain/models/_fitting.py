@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.errors import ModelError
 from posttrain.weights.files import json_object
 from posttrain.weights.needed_files import NETWORK_CONFIG, class_of, listed
 from posttrain.weights.pipeline_folder import INDEX, index_in
 from posttrain.weights.tokenizer import encoder_of
-
-if TYPE_CHECKING:
-    from posttrain.models._diffusers import DiffusersModel
 
 
 def check_widths(transformer: Any, *parts: tuple[str, str, int, str]) -> None:
@@ -49,9 +46,10 @@ def check_output(transformer: Any) -> None:
         )
 
 
-def check_components(spec: DiffusersModel, kind: Any, folder: Path) -> None:
+def check_components(spec: Any, kind: Any, folder: Path) -> None:
     """Raise ModelError if the pipeline's ``folder`` lacks a component that the pipeline class ``kind`` needs,
     or has a transformer that ``kind`` does not take, or one with settings that its class does not know.
+    ``spec`` is the recipe's block, a DiffusersModel.
 
     diffusers passes over such settings, and would draw with another network than the one that was trained:
     so an older one lost ``zero_cond_t`` of Qwen-Image-Edit-2511 (huggingface/diffusers#12889).
