@@ -18,6 +18,7 @@ from pydantic import Field
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, ClassifierFree
 from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
+from posttrain.models._fitting import check_components
 from posttrain.models._licences import origin_of
 from posttrain.models._outline import Configs, configs_at, outlined
 from posttrain.registry import FREE
@@ -42,6 +43,8 @@ class DiffusersModel(Model, ABC):
     """Components that a folder may lack. diffusers must be told which ones it lacks."""
     buffers: ClassVar[frozenset[str]] = frozenset()
     """Tensors in the transformer's file that are not parameters, so never trained."""
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """Settings of published transformers that their class does not know, and does not need."""
     unencoded: ClassVar[frozenset[str]] = frozenset()
     """Fields of the family's own that change no prompt's encoding."""
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
@@ -90,12 +93,8 @@ class DiffusersModel(Model, ABC):
         with quiet(), explained(self.path):
             if (source := pipeline_folder.complete_folder(self.path, self.left_out(), self.revision)) is None:
                 source = Path(kind.download(self.path, revision=self.revision))
-        held = pipeline_folder.components(source)
-        needed = {*kind._get_signature_keys(kind)[0]} - {*kind._optional_components}
-        if lacking := sorted(needed - held - self.optional - self.left_out()):
-            index = str(source / pipeline_folder.INDEX)
-            raise ModelError(f"{index!r} names no {', '.join(lacking)}, which a {self.kind()} needs")
-        absent = self.left_out() | (self.optional - held)
+        check_components(self, kind, source)
+        absent = self.left_out() | (self.optional - pipeline_folder.components(source))
         return self.flow(self, load_pipeline(kind, source, dtypes, absent, self.loaders), source, device)
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
@@ -114,10 +113,14 @@ class DiffusersModel(Model, ABC):
         return None if pipeline is None else self.flow(settled, pipeline, Path(self.path), device)
 
     def unfit(self) -> str | None:
+        import diffusers
         import torch
 
         try:
             with explained(self.path):
+                folder = pipeline_folder.complete_folder(self.path, self.left_out())
+                if folder is not None and (kind := getattr(diffusers, self.kind(), None)) is not None:
+                    check_components(self, kind, folder)
                 self.outline("fp32", torch.device("meta"))
         except ModelError as error:
             return str(error)

@@ -13,7 +13,7 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, UNGUIDED, ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
-from posttrain.models._fitting import check_widths
+from posttrain.models._fitting import check_output, check_widths
 from posttrain.models._mapping import KNOWN, Mapping
 from posttrain.weights import pipeline_folder
 
@@ -156,6 +156,7 @@ class AnyFlowModel(DiffusersFlowModel):
             )
         channels = self.vae.config.latent_channels
         check_widths(self.transformer.config, ("vae", "its latent channels are", channels, "in_channels"))
+        check_output(self.transformer.config)
 
 
 class AnyPipeline(DiffusersModel):
