@@ -95,7 +95,9 @@ def test_a_number_of_processes_that_a_command_prints_is_refused(tmp_path):
     (tmp_path / "run.sh").write_text(
         "accelerate launch --num_processes=$(nvidia-smi -L | wc -l) train.py --model_family=sd3\n"
     )
-    with pytest.raises(PosttrainError, match=r"num_processes=.* has the output of a command: write its value"):
+    with pytest.raises(
+        PosttrainError, match=r"num_processes=.* has the output of a command: write its value"
+    ):
         translate("simpletuner", [str(tmp_path / "run.sh")])
 
 
