@@ -118,7 +118,7 @@ class DiffusersModel(Model, ABC):
 
         try:
             with explained(self.path):
-                folder = pipeline_folder.complete_folder(self.path, self.left_out())
+                folder = pipeline_folder.complete_folder(self.path, self.left_out(), self.revision)
                 if folder is not None and (kind := getattr(diffusers, self.kind(), None)) is not None:
                     check_components(self, kind, folder)
                 self.outline("fp32", torch.device("meta"))
