@@ -439,10 +439,17 @@ def test_the_revision_says_which_snapshot_is_read(tmp_path, monkeypatch, lora):
         place = kept / "snapshots" / commits[name]
         assert {file.parent.parent for file in spec.weight_files().values()} == {place}
         assert spec.load(CPU, "fp32").source == place
+    index = kept / "snapshots" / commits["main"] / "model_index.json"
+    of_another = index.read_text().replace("SD3Transformer2DModel", "FluxTransformer2DModel")
+    index.unlink()  # v2 has the same file
+    index.write_text(of_another)
+    assert SD3(path="some/model", revision="v2").unfit() is None
+    assert "the transformer's class is FluxTransformer2DModel" in (SD3(path="some/model").unfit() or "")
     absent = SD3(path="some/model", revision="v3")
     assert (absent.weight_files(), absent.sides()) == ({}, None)
     other = shutil.copytree(kept, tmp_path / "models--other--model", copy_function=os.link)
-    shutil.rmtree(other / "snapshots" / commits["v2"])
+    shutil.rmtree(other / "snapshots" / commits["main"])
+    (other / "refs" / "main").write_text(commits["v2"])
     (tmp_path / "lora").mkdir()
     shutil.copy(lora, tmp_path / "lora" / LORA)
     made_of = {"type": "sd3", "path": "some/model", "revision": "v2"}
@@ -450,6 +457,6 @@ def test_the_revision_says_which_snapshot_is_read(tmp_path, monkeypatch, lora):
     (tmp_path / "lora" / "posttrain.json").write_text(json.dumps(description))
     for base, place in (
         (None, kept / "snapshots" / commits["v2"]),
-        ("other/model", other / "snapshots" / commits["main"]),
+        ("other/model", other / "snapshots" / commits["v2"]),
     ):
         assert open_artifact(str(tmp_path / "lora"), CPU, base)[0].source == place
