@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import CPU, FAMILIES
 from pipelines import assert_equal_but_for_rounding
+from ruamel.yaml import YAML
 from runs import recipe, run_quietly, stage
 from safetensors.torch import load_file
 
@@ -205,6 +206,13 @@ def test_check_tells_a_mapping_that_does_not_fit_before_weights_are_loaded():
     assert "AuraFlowTransformer2DModel takes no x" in (AURA.block(mapping=mapping).unfit() or "")
     mapping = KNOWN["AuraFlowPipeline"].model_copy(update={"encode": {"system": "x"}})
     assert "encode_prompt of AuraFlowPipeline takes no system" in (AURA.block(mapping=mapping).unfit() or "")
+
+
+def test_the_mapping_in_the_docs_is_that_of_lumina2_in_ten_lines():
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text("utf-8")
+    (block,) = re.findall(r"```yaml\n(model:\n  type: diffusers\n.*?)```", page, re.DOTALL)
+    assert len(block.partition("mapping:")[2].splitlines()) <= 10
+    assert Mapping(**YAML(typ="safe").load(block)["model"]["mapping"]) == KNOWN["Lumina2Pipeline"]
 
 
 def test_the_comparison_in_the_docs_tells_a_mapping_that_fits_from_one_that_does_not(capsys):

@@ -207,6 +207,25 @@ def test_what_is_there_is_kept_unless_it_is_an_export_and_told_to_go(run, tmp_pa
     assert not (tmp_path / "made" / LORA).exists()
 
 
+def test_a_stages_folder_may_have_another_name_and_several_files(run, tmp_path):
+    """As that of a class of the user's has, of more than 10 GB."""
+    final = shutil.copytree(run / "full", tmp_path / "mine") / "final"
+    for shard in ("one.safetensors", "two.safetensors"):
+        shutil.copy(run / "one" / "final" / LORA, final / shard)
+    export(trained_at(str(tmp_path / "mine")), tmp_path / "x")
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) == 2
+    assert (tmp_path / "x" / "README.md").read_bytes() == (final / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui"])
+def test_a_file_that_was_cut_off_is_named_and_not_exported(run, tmp_path, kind):
+    file = shutil.copytree(run, tmp_path / "cut") / "full/final/vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ModelError, match=r"full/final/vae/diffusion_pytorch_model\.safetensors'"):
+        export(trained_at(str(tmp_path / "cut" / "full")), tmp_path / "x", kind)
+    assert not (tmp_path / "x").exists()
+
+
 def test_what_cannot_be_exported_is_named(run, tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         trained_at(str(tmp_path / "nowhere"))

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from families import CPU, FAMILIES
+from families import FAMILIES
 from pipelines import assert_equal_but_for_rounding
 
 from posttrain.algorithm import Batch, Tools
 from posttrain.algorithms.sft import SFT
 from posttrain.condition import Conditions
-from posttrain.errors import ModelError
 from posttrain.planning.counts import Counts
 from posttrain.policy import Policy
 from posttrain.policy.tuning import Lora
@@ -102,17 +101,3 @@ def test_a_plan_counts_it_from_the_configurations_of_its_folder(family):
     assert counts.flops("forward", larger) > counts.flops("forward", size) > 0
     assert all(counts.flops(work, size) > 0 for work in ("encode", "decode", "text"))
     assert family.block().unfit() is None
-
-
-def test_a_size_that_does_not_fit_is_refused_before_a_weight_moves(family):
-    divisor, longest = family.block().sides()
-    assert family.bad_size[0] % divisor or (longest and family.bad_size[0] > longest)
-
-
-def test_a_component_that_is_missing_is_named(family, tmp_path):
-    import shutil
-
-    copied = shutil.copytree(family.path, tmp_path / "copy")
-    shutil.rmtree(copied / "transformer")
-    with pytest.raises(ModelError, match="transformer"):
-        type(family.block())(path=str(copied), **family.settings).load(CPU, "fp32")

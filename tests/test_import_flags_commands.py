@@ -47,6 +47,12 @@ COMMAND = f"torchrun --nproc_per_node=1 -m sora.train_soar_sd3_5m --learning_rat
         ("LR=1e-5; LR+=0", r"'LR\+=0;?' adds to a variable"),
         ("echo if", r"'\$LR' has a variable that the script does not set"),
         ("LR=${RATE}", r"'\$\{RATE\}' has a variable that the script does not set"),
+        ("LR=$(cat rate | head -1)", r"'\$\(...\)' has the output of a command"),
+        ("LR=`cat rate`", r"'\$\(...\)' has the output of a command"),
+        ("LR=1e-5\ncase $1 in\n fast) LR=9e-5 ;;\nesac", "command 3: 'LR=9e-5' is set under a condition"),
+        ('LR=1e-5\n[ "$1" = fast ] && echo && LR=9e-5', "command 2: 'LR=9e-5' is set under a condition"),
+        ("LR=1e-5\ntest $1 || LR=9e-5", "command 2: 'LR=9e-5' is set under a condition"),
+        ("LR=1e-5\nfor LR in 2e-5 3e-5; do", r"'\$LR' has a variable that the script does not set"),
     ],
 )
 def test_what_a_script_may_not_leave_open(tmp_path, before, words):
@@ -56,11 +62,43 @@ def test_what_a_script_may_not_leave_open(tmp_path, before, words):
 
 
 @pytest.mark.parametrize(
-    "before", ["LR=${RATE:-3e-6}", "if true; then\necho\nfi\nLR=3e-6", "echo if\nexport LR=3e-6"]
+    "before",
+    [
+        "LR=${RATE:-3e-6}",
+        "if true; then\necho\nfi\nLR=3e-6",
+        "echo if\nexport LR=3e-6",
+        "RATE=3e-6; LR=${1:-${RATE}}",
+        "RATE=\nLR=${RATE:-3e-6}",
+        "LR=3e-6\ncat <<-'EOF' > notes | cat\nLR=9\n\tEOF\nN=$((1<<LR))",
+        "# LR=9 \\\nLR=3e-6",
+        "cd soar && readonly LR=3e-6",
+        "f() { local LR=3e-6",
+    ],
 )
 def test_variables_of_a_script_have_defaults_and_follow_conditions(tmp_path, before):
     (tmp_path / "run.sh").write_text(f"{before}\n{COMMAND}")
     assert recipe_of("hy-soar", [str(tmp_path / "run.sh")]).stages[0].train.learning_rate == 3e-6
+
+
+def test_a_bare_variable_may_hold_several_words_or_none(tmp_path):
+    before = 'MORE="--seed 3 --output_dir=a"\nNONE=""\nOUT="b c"\n'
+    (tmp_path / "run.sh").write_text(
+        f'{before}if python train_soar_a.py {" ".join(SHORT)} $MORE $NONE "$@" --logging_dir "$OUT"; then echo; fi\n'
+    )
+    found = translate("hy-soar", [str(tmp_path / "run.sh")], 1)
+    assert "name: a " in found.text
+    assert "seed: 3 " in found.text
+    assert dict(found.idle)['--logging_dir "b c"']
+
+
+def test_a_number_of_processes_that_a_command_prints_is_refused(tmp_path):
+    (tmp_path / "run.sh").write_text(
+        "accelerate launch --num_processes=$(nvidia-smi -L | wc -l) train.py --model_family=sd3\n"
+    )
+    with pytest.raises(
+        PosttrainError, match=r"num_processes=.* has the output of a command: write its value"
+    ):
+        translate("simpletuner", [str(tmp_path / "run.sh")])
 
 
 def test_options_of_the_launcher_are_told():

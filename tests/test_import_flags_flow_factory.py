@@ -172,3 +172,13 @@ def test_the_number_of_processes_that_the_user_says_settles_it(tmp_path):
 def test_one_target_module_is_a_list_of_one(tmp_path):
     found = factory(tmp_path, train__trainer_type="grpo", train__group_size=24, model__target_modules="to_q")
     assert stage_of(found).tune.targets == ["to_q"]
+
+
+def test_what_is_lost_of_a_default_is_told(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "num_processes: 2\nmodel: {model_name_or_path: x/sd3, model_type: sd3-5, finetune_type: lora}\n"
+        "train: {trainer_type: nft, group_size: 4}\nrewards: [{reward_model: pickscore}]\n"
+    )
+    differs = "\n".join(translate("flow-factory", [str(tmp_path / "c.yaml")]).differs)
+    for words in ("target_modules is all", "dynamics_type is Flow-SDE", "timestep_range is 0.9", "is gdpo"):
+        assert f"{words} there by default" in differs

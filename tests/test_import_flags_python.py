@@ -71,6 +71,16 @@ def test_a_configuration_of_ones_own_is_read_and_not_run(tmp_path, monkeypatch):
         translate("flow-grpo", ["grpo.py:mime"])
 
 
+def test_what_is_lost_of_ones_own_base_is_told(tmp_path):
+    (tmp_path / "grpo.py").write_text(OWN)
+    base = BASE.replace(
+        "config.train.learning_rate", "config.train.sft = 0.5\n    config.train.learning_rate"
+    )
+    (tmp_path / "base.py").write_text(base)
+    found = translate("flow-grpo", [f"{tmp_path / 'grpo.py'}:mine"])
+    assert told(found.lost, "config.train.sft") == ["a stage of type sft before this one"]
+
+
 @pytest.mark.parametrize(
     "line",
     ["while True:\n        x = 1", "x = 9 ** 9 ** 9", "x = 'a' * 999", "import os\n    os.remove('a')"],

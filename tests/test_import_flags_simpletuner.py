@@ -181,3 +181,17 @@ def test_learning_rate_and_weight_decay_from_other_options(folder):
     train = stage_of(found).train
     assert (train.learning_rate, train.weight_decay) == (pytest.approx(8**0.5), 0.5)
     assert told(found.idle, "--seed") == ["it is no seed; the recipe has one of its own"]
+
+
+def test_a_switch_may_stand_bare_and_a_data_set_has_sizes_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = {"instance_data_dir": "/x", "resolution": 512, "resolution_type": "pixel"}
+    (tmp_path / "data.json").write_text(json.dumps([block]))
+    words = "--model_family=sd3 --max_train_steps=10 --lr_scheduler=constant --data_backend_config=data.json"
+    found = translate("simpletuner", [*words.split(), "--resolution=768", "--push_to_hub", "--controlnet"])
+    assert told(found.lost, "--controlnet") == ["it has no counterpart"]
+    assert told(found.idle, "--resolution") == ["the data set has its own"]
+    lost = dict(found.lost)
+    assert lost["--data_backend_config: resolution_type pixel"].startswith(
+        "resolution is the area of a bucket"
+    )

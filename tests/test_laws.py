@@ -268,6 +268,11 @@ class WrongFlow(ToyFlow):
 
     def sigmas(self, steps, height, width):
         grid = super().sigmas(steps, height, width)
+        if self.fault == "static":
+            grid = [3 * s / (1 + 2 * s) for s in grid]
+        if self.fault in ("stretched", "static"):
+            last = grid[-2]
+            return [*(1 - 0.98 * (1 - s) / (1 - last) for s in grid[:-1]), 0.0]
         return [s**2 for s in grid] if self.fault == "grid" else grid
 
     def identity(self, encoder):
@@ -311,6 +316,12 @@ class DataTests(DataLaws):
 class ModelTests(ModelLaws):
     model = Small()
     lora = Lora(rank=2, targets=["first", "last"])
+
+
+class StretchedTests(ModelTests):
+    """Of a model whose sampling grid ends at 0.02; where it is ``static``, the grid is shifted, but not sigma(t)."""
+
+    terminal = 0.02
 
 
 FAULTS = [
@@ -398,6 +409,8 @@ FAULTS = [
         "a row's velocity depends on its own latents, sigma and prompt, and on nothing else",
     ),
     (ModelTests, "grid", "training draws its sigmas by the function that makes the sampling grid"),
+    (StretchedTests, "stretched", ""),
+    (StretchedTests, "static", "training draws its sigmas by the function that makes the sampling grid"),
     (
         ModelTests,
         "detached",

@@ -161,6 +161,18 @@ def test_a_truncated_file_and_a_shard_that_is_missing_are_named(folder):
         load(folder)
 
 
+def test_a_weight_that_an_index_lists_and_no_shard_holds_is_named(folder):
+    file = folder / "transformer" / NETWORKS["transformer"]
+    state, shard = load_file(file), "diffusion_pytorch_model-00001-of-00001.safetensors"
+    file.unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, shard)}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+    del state["proj_out.bias"]
+    save_file(state, file.with_name(shard), {"format": "pt"})
+    with pytest.raises(ModelError, match=r"transformer' do not fit: 1 missing \(proj_out\.bias\)"):
+        load(folder)
+
+
 def test_a_tokenizer_must_fit_its_text_encoder(folder):
     config = folder / "tokenizer" / "tokenizer_config.json"
     original = json.loads(config.read_text())
@@ -238,7 +250,8 @@ def a_and_b(state):
 
 LORAS = {
     "other names": (all_names(lambda n: n.replace("attn", "atn")), r"30 left over \(transformer_blocks\.0\.atn"),
-    "other prefix": (all_names(lambda n: n.replace("transformer.", "unet.", 1)), "30 left over"),
+    "other prefix": (all_names(lambda n: n.replace("transformer.", "unet.", 1)), r"such as 'unet\.\S*', do not begin with 'transformer\.'"),
+    "no prefix": (all_names(lambda n: n.removeprefix("transformer.")), r"do not begin with 'transformer\.'"),
     "of the text encoder": (lambda s: s.update({"text_encoder.q.lora_A.weight": torch.ones(4, 16), "text_encoder.q.lora_B.weight": torch.ones(16, 4)}), r"2 left over \(text_encoder\.q"),
     "half a pair": (lambda s: s.pop(a_and_b(s)[1]), r"1 missing \(.*lora_B\.weight\)"),
     "other half": (lambda s: s.pop(a_and_b(s)[0]), r"1 missing \(.*lora_A\.weight\)"),
@@ -399,7 +412,7 @@ def test_a_file_is_taken_for_no_hub_name(tmp_path, monkeypatch):
 
 def test_a_hub_name_of_which_files_are_missing_here_is_downloaded(folder, monkeypatch):
     """The index alone is in the cache as soon as a model's family was looked up."""
-    monkeypatch.setattr(pipeline_folder_module, "local_folder", lambda path: folder)
+    monkeypatch.setattr(pipeline_folder_module, "local_folder", lambda path, revision: folder)
     assert pipeline_folder_module.complete_folder("some/model") == folder
     for lost in ("text_encoder_3", "tokenizer_3"):
         shutil.rmtree(folder / lost)
@@ -408,3 +421,42 @@ def test_a_hub_name_of_which_files_are_missing_here_is_downloaded(folder, monkey
     assert pipeline_folder_module.complete_folder("some/model", {"text_encoder_3", "tokenizer_3"}) == folder
     assert pipeline_folder_module.missing("some/model", "transformer", ["StableDiffusion3Pipeline"]) is None
     assert pipeline_folder_module.complete_folder(str(folder)) == folder, "a folder is what it is"
+
+
+def test_the_revision_says_which_snapshot_is_read(tmp_path, monkeypatch, lora):
+    from posttrain.models.sd3 import SD3
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--some--model"
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    (kept / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        shutil.copytree(pipeline_folder(), kept / "snapshots" / commit, copy_function=os.link)
+        (kept / "refs" / name).write_text(commit)
+    asked = {None: "main", "main": "main", "v2": "v2", "b" * 40: "v2"}
+    for revision, name in asked.items():
+        spec = SD3(path="some/model", revision=revision)
+        place = kept / "snapshots" / commits[name]
+        assert {file.parent.parent for file in spec.weight_files().values()} == {place}
+        assert spec.load(CPU, "fp32").source == place
+    index = kept / "snapshots" / commits["main"] / "model_index.json"
+    of_another = index.read_text().replace("SD3Transformer2DModel", "FluxTransformer2DModel")
+    index.unlink()  # v2 has the same file
+    index.write_text(of_another)
+    assert SD3(path="some/model", revision="v2").unfit() is None
+    assert "the transformer's class is FluxTransformer2DModel" in (SD3(path="some/model").unfit() or "")
+    absent = SD3(path="some/model", revision="v3")
+    assert (absent.weight_files(), absent.sides()) == ({}, None)
+    other = shutil.copytree(kept, tmp_path / "models--other--model", copy_function=os.link)
+    shutil.rmtree(other / "snapshots" / commits["main"])
+    (other / "refs" / "main").write_text(commits["v2"])
+    (tmp_path / "lora").mkdir()
+    shutil.copy(lora, tmp_path / "lora" / LORA)
+    made_of = {"type": "sd3", "path": "some/model", "revision": "v2"}
+    description = {"parents": [], "model": made_of, "weights": "raw"}
+    (tmp_path / "lora" / "posttrain.json").write_text(json.dumps(description))
+    for base, place in (
+        (None, kept / "snapshots" / commits["v2"]),
+        ("other/model", other / "snapshots" / commits["v2"]),
+    ):
+        assert open_artifact(str(tmp_path / "lora"), CPU, base)[0].source == place

@@ -185,7 +185,7 @@ class FakeHub:
     """In place of the hub: notes what HfApi is asked for."""
 
     def __init__(self, monkeypatch, status=None):
-        self.asked = []
+        self.asked, self.removed = [], None
 
         def create_repo(api, repo_id, **options):
             self.asked.append((repo_id, options))
@@ -199,6 +199,7 @@ class FakeHub:
                 p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*") if p.is_file()
             )
             self.asked.append((repo_id, [f for f in files if f not in ignore_patterns]))
+            self.removed = options["delete_patterns"]
 
         monkeypatch.setattr(HfApi, "create_repo", create_repo)
         monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
@@ -210,9 +211,11 @@ def test_an_export_is_pushed_to_a_private_repository(run, tmp_path, monkeypatch)
     assert hub.asked[0][0] == "mine"
     assert (hub.asked[0][1]["private"], hub.asked[0][1]["exist_ok"]) == (True, False)
     assert hub.asked[1] == ("me/mine", ["README.md", "grid.png", "pytorch_lora_weights.safetensors"])
+    assert hub.removed is None
     assert "uploaded to https://hub/me/mine" in done.output.replace("\n", "")
     exported(run / "one", "--to", tmp_path / "x", "--push-to-hub", "mine", "--public", "--overwrite")
     assert (hub.asked[2][1]["private"], hub.asked[2][1]["exist_ok"]) == (False, True)
+    assert hub.removed == ["*-of-?????.safetensors", "*.safetensors.index.json"], "diffusers would load them"
 
 
 @pytest.mark.parametrize(

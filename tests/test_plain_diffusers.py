@@ -97,6 +97,30 @@ def test_shards_and_files_of_torch_become_one_file(mixed, tmp_path):
     assert written.keys() == state.keys()
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("way", ["safetensors", "torch"])
+def test_what_is_written_of_a_component_is_what_was_loaded(mixed, tmp_path, way, dtype):
+    """Folders that were saved again keep an old index, and have other precisions and files of training."""
+    base = shutil.copytree(mixed, tmp_path / "base")
+    encoder = base / "text_encoder"
+    state = load_file(encoder / "model.safetensors")
+    others = {n: t + 1 for n, t in state.items()}
+    if way == "safetensors":
+        save_file(others, encoder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
+        (encoder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        (encoder / "model.safetensors").unlink()
+        save_file(others, encoder / "model.fp16.safetensors", metadata={"format": "pt"})
+        torch.save(state, encoder / "pytorch_model.bin")
+        torch.save(others, encoder / "pytorch_model.fp16.bin")
+        torch.save({"arguments": object}, encoder / "training_args.bin")
+    load(base).save(tmp_path / "final", dtype, {})
+    for folder in (base, tmp_path / "final"):
+        loaded = load(folder).pipeline.text_encoder.state_dict()
+        assert all(torch.equal(loaded[n], t.float()) for n, t in state.items())
+
+
 def test_a_component_that_overflows_is_named(mixed, tmp_path):
     base = shutil.copytree(mixed, tmp_path / "base")
     state = load_file(base / "vae" / "diffusion_pytorch_model.safetensors")

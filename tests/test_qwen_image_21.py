@@ -13,6 +13,7 @@ from posttrain.errors import ModelError
 from posttrain.importing.models import kind_of
 from posttrain.models.qwen_image import QwenImage
 from posttrain.models.qwen_image_21 import QwenImage21
+from posttrain.planning.counts import Counts
 from posttrain.policy.tuning import Lora
 from posttrain.weights.transformer import LORA
 from posttrain.weights.writing import entries_of
@@ -155,3 +156,10 @@ def test_the_published_network_has_as_many_weights_as_the_bytes_of_its_turbo_fil
 def test_another_trainers_name_of_it_is_this_type_and_turbo_is_none():
     kinds = {name: kind_of(f"Qwen/Qwen-Image{name}") for name in ("", "-2512", "-2.1", "-2.1-Turbo")}
     assert kinds == {"": "qwen_image", "-2512": "qwen_image", "-2.1": "qwen_image_21", "-2.1-Turbo": ""}
+
+
+def test_a_plan_counts_it_from_its_published_configuration():
+    counts = Counts(QwenImage21(path=HUB), cuda=True)
+    tokens = 4096 + 520  # an image of 1024 px, and a prompt
+    assert counts.flops("forward", (1024, 1024)) == pytest.approx(2 * 7.1e9 * tokens, rel=0.15)
+    assert counts.latent_shape((1024, 1024)) == (64, 64, 64)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import pipeline_folder
 from ruamel.yaml import YAML
+from ruamel.yaml.parser import Parser
 
 from posttrain.errors import RecipeError
 from posttrain.recipe.file import dump_recipe, load_recipe, parse_recipe, recipe_text, shipped_recipes
@@ -119,6 +120,9 @@ def test_a_faulty_recipe_is_refused_by_line_and_remedy(text, line, words):
         assert word in message
 
 
+START = Parser.parse_stream_start
+
+
 def test_the_good_recipe_is_good_and_its_numbers_are_numbers():
     recipe = parse_recipe(GOOD, "r.yaml")
     assert recipe.stages[0].train.learning_rate == 3e-4
@@ -196,6 +200,15 @@ def test_files_that_are_no_recipes_are_refused(tmp_path):
     ]:
         with pytest.raises(RecipeError, match=words):
             load_recipe(tmp_path / name)
+
+
+def test_a_text_is_parsed_once_and_its_first_fault_is_told(monkeypatch):
+    made = []
+    monkeypatch.setattr(Parser, "parse_stream_start", lambda self: made.append(self) or START(self))
+    parse_recipe(GOOD, "r.yaml")
+    assert len(made) == 1
+    with pytest.raises(RecipeError, match=r"^r\.yaml:1: not valid YAML: found undefined alias"):
+        parse_recipe("a: *x\nb: !t 1\n", "r.yaml")
 
 
 def test_an_unknown_name_lists_the_shipped_recipes():

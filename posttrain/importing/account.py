@@ -39,7 +39,19 @@ def checked(draft: Draft, text: str) -> Translation:
             f"{settings.trainer}'s values give a recipe that posttrain refuses:\n{message}"
         ) from None
     yours = [f"{'.'.join(map(str, path))}: {words}" for path, words in machine_problems(recipe)]
-    return Translation(text, *_became(draft), draft.differs, list(settings.hints()), yours)
+    return Translation(
+        text, *_became(draft), [*_by_default(draft), *draft.differs], list(settings.hints()), yours
+    )
+
+
+def _by_default(draft: Draft) -> list[str]:
+    """What is lost of flags that were not given, whose default does something."""
+    settings = draft.settings
+    return [
+        f"{settings.spelled(name)} is{value_of(settings[name])} there by default: {words}"
+        for name, words in draft.lost.items()
+        if name not in settings
+    ]
 
 
 def _with_flags(message: str, text: str) -> str:
@@ -73,4 +85,8 @@ def _became(draft: Draft) -> tuple[Told, Told, Told]:
             idle.append((shown, "off, as here"))
         else:
             lost.append((shown, flag.nearest or "no field of the recipe comes from it"))
+    for name, value in settings.defaults.items():  # of a user's own base
+        flag = settings.table[name]
+        if flag.nearest and value not in flag.off and name not in settings and name not in draft.lost:
+            lost.append((f"{settings.spelled(name)}{value_of(value)}", flag.nearest))
     return translated, idle + draft.more_idle, lost + draft.more_lost

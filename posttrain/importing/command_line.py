@@ -65,9 +65,11 @@ def script_at(words: Sequence[str], scripts: re.Pattern[str]) -> int | None:
 
 
 def refuse_unset(value: str, what: str) -> None:
-    """Raise PosttrainError, which begins with ``what``, if ``value`` still has a variable of the shell."""
-    if _UNSET.search(value):
-        raise PosttrainError(f"{what} has a variable that the script does not set: write its value")
+    """Raise PosttrainError, which begins with ``what``, if ``value`` still has a variable of the shell or the
+    output of a command."""
+    if found := _UNSET.search(value):
+        kind = "the output of a command" if found[0] == "$(" else "a variable that the script does not set"
+        raise PosttrainError(f"{what} has {kind}: write its value")
 
 
 def _flags(words: Sequence[str]) -> tuple[list[tuple[str, object]], list[str]]:

@@ -39,6 +39,7 @@ class Draft:
         """Flag -> the fields that came from it."""
         self.idle: dict[str, str] = {}
         self.lost: dict[str, str] = {}
+        """Flag -> what comes nearest. One that was not given is told as a default of the trainer."""
         self.differs: list[str] = []
         self.more_idle: list[tuple[str, str]] = []
         self.more_lost: list[tuple[str, str]] = []
@@ -76,10 +77,6 @@ class Draft:
         """Set a field to what comes nearest to a flag's value; ``words`` say what differs."""
         self.put(path, value, flag, note="the nearest")
         self.lost[flag] = words
-        if flag not in self.settings:
-            self.differs.append(
-                f"{self.settings.spelled(flag)} is{value_of(self.settings[flag])} there by default: {words}"
-            )
 
     def yaml(self, heading: str) -> str:
         """The recipe, with ``heading`` as a comment in front."""

@@ -132,7 +132,7 @@ _FAILED = object()
 def _value(flag: Flag, value: Any) -> Any:
     """``value``, which may be a text, as ``flag`` reads it; ``_FAILED`` if it cannot."""
     if value is BARE:
-        return True if flag.kind == "bool" else _FAILED
+        return True if flag.kind in ("bool", "any") else _FAILED
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         needed = flag.kind in ("int", "float", "bool", "list") or flag.choices
         return _FAILED if needed and flag.default is not None else None

@@ -155,8 +155,6 @@ def _algorithm(s: Settings, d: Draft) -> None:
         d.lost["flow_schedule_auto_shift"] = words
     else:
         d.idle["flow_schedule_auto_shift"] = "the shift is the model's own"
-    if "flow_schedule_shift" not in s:
-        d.differs.append(f"flow_schedule_shift is {s['flow_schedule_shift']:g} there by default: {words}")
 
 
 TRAINER = Trainer(

@@ -27,7 +27,8 @@ def put_data(s: Settings, d: Draft, near: Path | None) -> None:
     if folder is None:
         note = "yours: a folder of images with .txt captions, or a list"
         d.put("stage.data.images", "my-images", note=note)
-        d.lost[FLAG] = "the file was not found, or names no folder of images: set data.images"
+        if FLAG in s:
+            d.lost[FLAG] = "the file was not found, or names no folder of images: set data.images"
     else:
         d.put("stage.data.images", str(folder), FLAG)
         if block.get("type") == "huggingface":
@@ -63,11 +64,17 @@ def _size(s: Settings, d: Draft, block: Mapping[str, Any]) -> None:
     megapixels = kind == "area"
     pixels = round((side * 1e6) ** 0.5 / 64) * 64 if megapixels else round(side)
     d.put("stage.data.resolution", pixels, flag, note="megapixels" if megapixels else "")
-    if kind == "pixel":
-        words = "resolution is the area of a bucket, not the length of an image's shorter side"
+    words = "resolution is the area of a bucket, not the length of an image's shorter side"
+    if "resolution_type" in block:
+        d.idle["resolution_type"] = "the data set has its own"
+        if kind == "pixel":
+            d.more_lost.append((f"--{FLAG}: resolution_type pixel", words))
+    elif kind == "pixel":
         d.lost["resolution_type"] = words
     else:
         d.idle["resolution_type"] = "the area of a bucket, as here"
+    if "resolution" in block:
+        d.idle["resolution"] = "the data set has its own"
 
 
 def _backend(s: Settings, d: Draft, near: Path | None) -> dict[str, Any]:

@@ -75,5 +75,3 @@ def _clipping(s: Settings, d: Draft) -> None:
         return
     words = "the norm of the gradient is clipped, for which 1.0 is usual; there each number of it by itself"
     d.lost["grad_clip_method"] = words
-    if "grad_clip_method" not in s:
-        d.differs.append(f"grad_clip_method is value there by default: {words}")

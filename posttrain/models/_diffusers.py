@@ -18,6 +18,7 @@ from pydantic import Field
 from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, ClassifierFree
 from posttrain.model import DtypeName, EncoderName, FlowModel, Model, torch_dtype
+from posttrain.models._fitting import check_components
 from posttrain.models._licences import origin_of
 from posttrain.models._outline import Configs, configs_at, outlined
 from posttrain.registry import FREE
@@ -42,6 +43,8 @@ class DiffusersModel(Model, ABC):
     """Components that a folder may lack. diffusers must be told which ones it lacks."""
     buffers: ClassVar[frozenset[str]] = frozenset()
     """Tensors in the transformer's file that are not parameters, so never trained."""
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """Settings of published transformers that their class does not know, and does not need."""
     unencoded: ClassVar[frozenset[str]] = frozenset()
     """Fields of the family's own that change no prompt's encoding."""
     loaders: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
@@ -88,18 +91,14 @@ class DiffusersModel(Model, ABC):
         kind: Any = getattr(diffusers, self.kind())
         dtypes = self._dtypes(transformer_dtype)
         with quiet(), explained(self.path):
-            if (source := pipeline_folder.complete_folder(self.path, self.left_out())) is None:
+            if (source := pipeline_folder.complete_folder(self.path, self.left_out(), self.revision)) is None:
                 source = Path(kind.download(self.path, revision=self.revision))
-        held = pipeline_folder.components(source)
-        needed = {*kind._get_signature_keys(kind)[0]} - {*kind._optional_components}
-        if lacking := sorted(needed - held - self.optional - self.left_out()):
-            index = str(source / pipeline_folder.INDEX)
-            raise ModelError(f"{index!r} names no {', '.join(lacking)}, which a {self.kind()} needs")
-        absent = self.left_out() | (self.optional - held)
+        check_components(self, kind, source)
+        absent = self.left_out() | (self.optional - pipeline_folder.components(source))
         return self.flow(self, load_pipeline(kind, source, dtypes, absent, self.loaders), source, device)
 
     def outline(self, transformer_dtype: DtypeName, device: torch.device) -> FlowModel | None:
-        configs = configs_at(self.path)
+        configs = configs_at(self.path, self.revision)
         return None if configs is None else self.outline_of(configs, transformer_dtype, device)
 
     def outline_of(
@@ -114,10 +113,14 @@ class DiffusersModel(Model, ABC):
         return None if pipeline is None else self.flow(settled, pipeline, Path(self.path), device)
 
     def unfit(self) -> str | None:
+        import diffusers
         import torch
 
         try:
             with explained(self.path):
+                folder = pipeline_folder.complete_folder(self.path, self.left_out(), self.revision)
+                if folder is not None and (kind := getattr(diffusers, self.kind(), None)) is not None:
+                    check_components(self, kind, folder)
                 self.outline("fp32", torch.device("meta"))
         except ModelError as error:
             return str(error)
@@ -131,7 +134,7 @@ class DiffusersModel(Model, ABC):
 
     def export_dtype(self) -> DtypeName:
         """bf16 where the base's transformer is published in bf16, else fp32, which rounds nothing."""
-        if (folder := pipeline_folder.local_folder(self.path)) is None:
+        if (folder := pipeline_folder.local_folder(self.path, self.revision)) is None:
             return "fp32"
         weights = headers(folder / "transformer")
         kinds = {kind for name, (kind, _) in weights.items() if name not in self.buffers}
@@ -144,19 +147,21 @@ class DiffusersModel(Model, ABC):
         return None if self.offload else self.model_copy(update={"offload": True})
 
     def missing(self) -> str | None:
-        return pipeline_folder.missing(self.path, "transformer", self.pipelines, self.left_out())
+        return pipeline_folder.missing(
+            self.path, "transformer", self.pipelines, self.left_out(), self.revision
+        )
 
     def weight_files(self) -> Mapping[str, Path]:
-        return pipeline_folder.files_of(self.path, self.left_out())
+        return pipeline_folder.files_of(self.path, self.left_out(), self.revision)
 
     def sides(self) -> tuple[int, int | None] | None:
-        if (configs := configs_at(self.path)) is None:
+        if (configs := configs_at(self.path, self.revision)) is None:
             return None
         transformer, factor = configs["transformer"], compression(configs["vae"])
         return self.divisor_of(transformer, factor), self.longest_side(transformer, factor)
 
     def native_side(self) -> int | None:
-        return native_side(configs_at(self.path) or {}, "transformer", self.latents)
+        return native_side(configs_at(self.path, self.revision) or {}, "transformer", self.latents)
 
     @classmethod
     def divisor_of(cls, transformer: Any, factor: int) -> int:
@@ -172,7 +177,7 @@ class DiffusersModel(Model, ABC):
         return positions * self.divisor_of(transformer, factor)
 
     def guidance_rule(self) -> ClassifierFree:
-        return self.guidance_rule_of((configs_at(self.path) or {}).get("transformer", {}))
+        return self.guidance_rule_of((configs_at(self.path, self.revision) or {}).get("transformer", {}))
 
     def guidance_rule_of(self, transformer: Any) -> ClassifierFree:
         """How a guidance scale acts on a transformer of this configuration."""
@@ -180,14 +185,14 @@ class DiffusersModel(Model, ABC):
         return CLASSIFIER_FREE
 
     def token_counts(self, captions: Sequence[str]) -> Mapping[str, TokenCounts]:
-        if (folder := pipeline_folder.local_folder(self.path)) is None:
+        if (folder := pipeline_folder.local_folder(self.path, self.revision)) is None:
             return {}
         longest = getattr(self, "max_sequence_length", None)  # most families have such a field
         texts = [self.template.format(caption) for caption in captions]
         return token_counts(folder, texts, self.left_out(), longest)
 
     def transformer_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        if (folder := pipeline_folder.local_folder(self.path)) is None:
+        if (folder := pipeline_folder.local_folder(self.path, self.revision)) is None:
             return super().transformer_shapes()
         if (shapes := header_shapes(folder / "transformer")) is None:
             return None

@@ -27,16 +27,15 @@ PIPELINE = "pipeline"
 """Where :data:`Configs` have the pipeline's own settings, those in its index that name no component."""
 
 
-def configs_at(path: str) -> Configs | None:
+def configs_at(path: str, revision: str | None = None) -> Configs | None:
     """The configurations of the pipeline at ``path``: those on this machine, else the published ones, else
     None."""
-    folder = pipeline_folder.local_folder(path)
+    folder = pipeline_folder.local_folder(path, revision)
     if folder is None or not (folder / "model_index.json").is_file():
         return PUBLISHED.get(path)
     names = pipeline_folder.components(folder)
-    configs = {
-        n: c for n in names if (c := pipeline_folder.config(path, n, CONFIG_FILES.get(n, "config.json")))
-    }
+    files = {name: CONFIG_FILES.get(name, "config.json") for name in names}
+    configs = {n: c for n, file in files.items() if (c := pipeline_folder.config(path, n, file, revision))}
     if not {"transformer", "vae"} <= configs.keys():
         return PUBLISHED.get(path)
     index = pipeline_folder.index_in(folder)

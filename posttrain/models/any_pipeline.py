@@ -13,7 +13,7 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import CLASSIFIER_FREE, UNGUIDED, ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
-from posttrain.models._fitting import check_widths
+from posttrain.models._fitting import check_output, check_widths
 from posttrain.models._mapping import KNOWN, Mapping
 from posttrain.weights import pipeline_folder
 
@@ -156,6 +156,7 @@ class AnyFlowModel(DiffusersFlowModel):
             )
         channels = self.vae.config.latent_channels
         check_widths(self.transformer.config, ("vae", "its latent channels are", channels, "in_channels"))
+        check_output(self.transformer.config)
 
 
 class AnyPipeline(DiffusersModel):
@@ -195,7 +196,9 @@ class AnyPipeline(DiffusersModel):
             self.described()
         except ModelError as error:
             return str(error)
-        return pipeline_folder.missing(self.path, "transformer", (self.kind(),), self.left_out())
+        return pipeline_folder.missing(
+            self.path, "transformer", (self.kind(),), self.left_out(), self.revision
+        )
 
     def encoding_settings(self) -> dict[str, Any]:
         mapping = self.described().model_dump(mode="json", include={"prompt", "empty", "encode"})

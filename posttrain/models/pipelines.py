@@ -52,7 +52,7 @@ class Pipeline(Model, ABC):
             )
         dtype = torch_dtype(self.dtype or settings.precision)
         with quiet(), explained(self.path):
-            if (folder := complete_folder(self.path)) is None:
+            if (folder := complete_folder(self.path, revision=self.revision)) is None:
                 folder = Path(DiffusionPipeline.download(self.path, revision=self.revision))
         pipeline = load_pipeline(DiffusionPipeline, folder, {"default": dtype})
         name = type(pipeline).__name__
@@ -64,14 +64,14 @@ class Pipeline(Model, ABC):
 
     def native_side(self) -> int | None:
         components = (self.denoiser, "vae")
-        found = {name: config(self.path, name) for name in components}
+        found = {name: config(self.path, name, revision=self.revision) for name in components}
         return native_side({name: kept for name, kept in found.items() if kept is not None}, self.denoiser)
 
     def weight_files(self) -> Mapping[str, Path]:
-        return files_of(self.path)
+        return files_of(self.path, revision=self.revision)
 
     def missing(self) -> str | None:
-        return missing(self.path, self.denoiser, self.pipelines)
+        return missing(self.path, self.denoiser, self.pipelines, revision=self.revision)
 
 
 class SDXL(Pipeline):

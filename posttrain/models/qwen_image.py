@@ -144,6 +144,7 @@ class QwenImage(DiffusersModel):
     type: Literal["qwen_image"] = "qwen_image"
     pipelines: ClassVar = ("QwenImagePipeline",)
     flow: ClassVar = QwenImageFlowModel
+    unread: ClassVar = frozenset({"pooled_projection_dim"})
     latents: ClassVar = 128
 
     max_sequence_length: int = Field(default=512, ge=1, le=1024)

@@ -12,6 +12,7 @@ from posttrain.flow.rectified import shift_sigma
 from posttrain.model import DtypeName, FlowModel, torch_dtype
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._fitting import check_output, check_settings, check_widths
 
 if TYPE_CHECKING:
     import torch
@@ -93,11 +94,10 @@ class SanaFlowModel(DiffusersFlowModel):
                 f"scheduler/scheduler_config.json: a {type(self.scheduler).__name__} without "
                 "use_flow_sigmas: true and prediction_type: flow_prediction has no flow sigmas"
             )
-        if config.out_channels != config.in_channels:
-            raise ModelError(
-                f"transformer/config.json: out_channels is {config.out_channels}, in_channels is "
-                f"{config.in_channels}; they must be equal, as in all published SANA models"
-            )
+        check_settings("transformer", config, {"guidance_embeds": False}, "for SANA it is")
+        channels = self.vae.config.latent_channels
+        check_widths(config, ("vae", "its latent channels are", channels, "in_channels"))
+        check_output(config)
         width = self.pipeline.text_encoder.config.hidden_size
         if width != config.caption_channels:
             raise ModelError(

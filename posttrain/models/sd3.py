@@ -11,6 +11,7 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import UNGUIDED, ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
+from posttrain.models._fitting import check_output, check_widths
 from posttrain.models._outline import configs_at
 from posttrain.models._sd3_layout import single_file
 
@@ -57,6 +58,9 @@ class SD3FlowModel(DiffusersFlowModel):
 
     def check(self) -> None:
         pipeline, config = self.pipeline, self.transformer.config
+        channels = self.vae.config.latent_channels
+        check_widths(config, ("vae", "its latent channels are", channels, "in_channels"))
+        check_output(config)
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ModelError("the pipeline has no CLIP text encoders; only text_encoder_3 may be missing")
         clip = [pipeline.text_encoder.config, pipeline.text_encoder_2.config]
@@ -96,7 +100,7 @@ class SD3(DiffusersModel):
     """False leaves out the T5 encoder, as diffusers allows; its embeddings are then zeros."""
 
     def single_file(self) -> SingleFile | None:
-        configs = configs_at(self.path)
+        configs = configs_at(self.path, self.revision)
         return None if configs is None else single_file(configs["transformer"]["num_layers"])
 
     def guidance_rule(self) -> ClassifierFree:

@@ -144,7 +144,7 @@ class ZImage(DiffusersModel):
         return Added(self.cfg_normalization)
 
     def field_problems(self) -> Mapping[str, str]:
-        transformer = (configs_at(self.path) or {}).get("transformer", {})
+        transformer = (configs_at(self.path, self.revision) or {}).get("transformer", {})
         reason = _too_long(self.max_sequence_length, transformer)
         return {} if reason is None else {"max_sequence_length": reason}
 

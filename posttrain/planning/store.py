@@ -98,7 +98,7 @@ def description_of(model: Model) -> dict[str, Any] | None:
     None if that is unknown."""
     if isinstance(model, TinySD3):
         return {"settings": model.model_dump(mode="json")}
-    if not isinstance(model, DiffusersModel) or (configs := configs_at(model.path)) is None:
+    if not isinstance(model, DiffusersModel) or (configs := configs_at(model.path, model.revision)) is None:
         return None
     if not type(model).__module__.startswith("posttrain.models."):
         return None

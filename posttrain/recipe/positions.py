@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
+from ruamel.yaml.events import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    Event,
+    ScalarEvent,
+)
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.parser import Parser
 from ruamel.yaml.reader import ReaderError
 
 from posttrain.errors import RecipeError
@@ -88,6 +96,7 @@ def parse(text: str, name: str) -> Source:
         if "\t" in line[: len(line) - len(line.lstrip())]:
             raise RecipeError(f"{name}:{number}: a tab indents this line; YAML indents with spaces")
     yaml = YAML(typ="safe", pure=True)
+    yaml.Parser = partial(_PlainParser, name)
     yaml.composer.warn_double_anchors = False  # YAML lets a later anchor replace an earlier one
     root = _only_mapping(_composed(yaml, text, name), name)
     reader = _Reader(name, yaml)
@@ -99,7 +108,6 @@ def parse(text: str, name: str) -> Source:
 def _composed(yaml: YAML, text: str, name: str) -> list[Node]:
     """The root node of each document in ``text``."""
     try:
-        _check_plain(yaml, text, name)
         return list(yaml.compose_all(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -116,23 +124,33 @@ def _composed(yaml: YAML, text: str, name: str) -> list[Node]:
         raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
 
 
-def _check_plain(yaml: YAML, text: str, name: str) -> None:
-    """Raise RecipeError for tags, directives, deep nesting and too many values, before a tree is built."""
-    depth = 0
-    for count, event in enumerate(yaml.parse(text)):
+class _PlainParser(Parser):
+    """A parser that refuses tags, directives, deep nesting and too many values before a node is made of them.
+
+    Raises RecipeError.
+    """
+
+    def __init__(self, name: str, loader: YAML) -> None:
+        super().__init__(loader)
+        self.name, self.count, self.depth = name, 0, 0
+
+    def get_event(self) -> Event:
+        event = super().get_event()
         problem = None
-        if count > MAX_NODES:
+        if self.count > MAX_NODES:
             problem = f"more than {MAX_NODES:,} values, the most that a recipe may have"
         if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
             problem = "a % directive is not allowed: a recipe is read by the rules of YAML 1.2"
         elif isinstance(event, CollectionStartEvent | ScalarEvent) and event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             problem = f"the tag {tag!r} is not allowed: a recipe is plain data"
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > MAX_DEPTH:
+        self.count += 1
+        self.depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if self.depth > MAX_DEPTH:
             problem = f"blocks are nested more than {MAX_DEPTH} deep in each other"
         if problem is not None:
-            raise RecipeError(f"{name}:{event.start_mark.line + 1}: {problem}")
+            raise RecipeError(f"{self.name}:{event.start_mark.line + 1}: {problem}")
+        return event
 
 
 def _only_mapping(documents: list[Node], name: str) -> MappingNode:

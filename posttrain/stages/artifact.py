@@ -160,7 +160,10 @@ def _describe(path: str, base: str | None, *, check: bool = True) -> Artifact:
     adapters = [*map(exact, loaded[:-1]), *loaded[-1:]]
     if "path" in type(spec).model_fields:
         if (source := base if is_lora else folder and str(folder)) is not None:
-            spec = spec.model_copy(update={"path": source})
+            replaced: dict[str, str | None] = {"path": source}
+            if base not in (None, spec.model_dump()["path"]) and "revision" in type(spec).model_fields:
+                replaced["revision"] = None  # it was one of the repository that the LoRA was trained on
+            spec = spec.model_copy(update=replaced)
         if not is_lora:
             adapters = []  # the path holds all weights
     opened = description["weights"] if description else "raw" if is_lora else "base"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.engine.checkpoint_folder import saved
-from posttrain.errors import ModelError, PosttrainError
+from posttrain.errors import ModelError, PosttrainError, RecipeError
 from posttrain.model import DtypeName, torch_dtype
 from posttrain.stages.artifact import open_exact, spec_of
 from posttrain.stages.checkpoint_model import is_checkpoint
@@ -20,7 +22,7 @@ from posttrain.support.files import copy, published
 from posttrain.support.paths import expanded, in_the_way
 from posttrain.support.records import read_object
 from posttrain.support.wording import counted
-from posttrain.weights.files import weight_files
+from posttrain.weights.files import component_weights, file_header
 from posttrain.weights.lora_file import write_joined, write_kohya
 from posttrain.weights.needed_files import listed
 from posttrain.weights.pipeline_folder import INDEX, index_in
@@ -74,7 +76,7 @@ def trained_at(source: str) -> Trained:
 
     Raises ModelError where there is none, or it is not finished.
     """
-    folder = expanded(source).absolute()
+    folder = Path(os.path.realpath(expanded(source)))
     if is_run(folder):
         stages = [row["name"] for row in read_object(folder / RUN, "stages")["stages"]][1:]
         done = [name for name in stages if (folder / name / FINAL).is_dir()]
@@ -91,7 +93,12 @@ def trained_at(source: str) -> Trained:
         raise ModelError(f"the stage {source!r} is not finished: {FINISHED_ONLY}")
     if not (final / DESCRIPTION).is_file():
         raise ModelError(f"{source!r} is neither a run nor a finished stage: it holds no {DESCRIPTION}")
-    return Trained(final, described(final))
+    description = described(final)
+    if (kind := description.get("format")) in ("comfyui", "kohya"):
+        raise ModelError(
+            f"{source!r} is an export as {kind}, which is read by other tools: give the stage's folder"
+        )
+    return Trained(final, description)
 
 
 def export(
@@ -116,6 +123,7 @@ def export(
             f"{', '.join(fitting)}"
         )
     _refuse_to_lose(target, overwrite)
+    target = Path(os.path.realpath(target))  # a link stays, and leads to the export
     write = {"diffusers": _pipeline, "merged": _pipeline, "lora": _lora, "comfyui": _comfyui, "kohya": _kohya}
     writer: Callable[[Trained, Path, DtypeName | None], DtypeName] = write[kind]
     with published(target) as folder:
@@ -130,11 +138,15 @@ def export(
 
 
 def _add_card(trained: Trained, folder: Path, kind: Format, dtype: DtypeName | None) -> None:
-    """Write the model card of the export in ``folder``; where its run is gone, it is that of ``final``."""
+    """Write the model card of the export in ``folder``. Where its run is gone, or the stage's folder has
+    another name than its recipe says, it is that of ``final``."""
     stage = trained.final.parent
     if (stage / RECIPE).is_file():
-        (file,) = [path.name for path in folder.glob("*.safetensors")] or [""]
-        (folder / README).write_text(card_text(stage.parent, stage.name, kind, file, dtype or ""), "utf-8")
+        files = [path.name for path in folder.glob("*.safetensors")]
+        file = files[0] if len(files) == 1 else ""
+        with contextlib.suppress(RecipeError):
+            card = card_text(stage.parent, stage.name, kind, file, dtype or "")
+            (folder / README).write_text(card, "utf-8")
     for name in (README, GRID):
         if (trained.final / name).is_file() and not (folder / name).exists():
             copy(trained.final / name, folder / name)
@@ -144,6 +156,10 @@ def _refuse_to_lose(target: Path, overwrite: bool) -> None:
     """Raise PosttrainError if ``target`` holds something that an export would replace without being asked."""
     if (problem := in_the_way(target)) is not None:
         raise PosttrainError(f"--to: {problem}")
+    if target.is_dir() and target.samefile("."):
+        raise PosttrainError(
+            f"--to: {str(target)!r} is the current folder, and would be replaced: give another one"
+        )
     if target.is_dir() and (there := [path.name for path in target.iterdir()]):
         if DESCRIPTION not in there or "format" not in described(target):  # a stage's own has none
             holds = f"{str(target)!r} holds {counted(len(there), 'file')}, and no export"
@@ -160,6 +176,8 @@ def _pipeline(trained: Trained, folder: Path, dtype: DtypeName | None) -> DtypeN
     if trained.kind == "full fine-tuning" and dtype in (None, own):
         for file in (f for f in sorted(trained.final.rglob("*")) if f.is_file()):
             (place := folder / file.relative_to(trained.final)).parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                file_header(file)  # or ModelError, for one that was cut off
             copy(file, place)
         return own
     used = dtype or spec_of(trained.final).export_dtype()
@@ -199,7 +217,7 @@ def _comfyui(trained: Trained, folder: Path, dtype: DtypeName | None) -> DtypeNa
 
 
 def _placed(folder: Path, places: Callable[..., Any], prefix: str) -> dict[str, Entry]:
-    entries = entries_in(weight_files(folder))
+    entries = entries_in(component_weights(folder))
     return placed(entries, places(entries), prefix)
 
 

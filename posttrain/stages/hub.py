@@ -7,12 +7,17 @@ from pathlib import Path
 from posttrain.errors import PosttrainError
 from posttrain.stages.lineage import DESCRIPTION
 
+SHARDS = ["*-of-?????.safetensors", "*.safetensors.index.json"]
+"""What is removed of an earlier upload, unless it is written again: diffusers loads old shards in preference
+to a new file beside them."""
+
 
 def push(folder: Path, repo: str, *, private: bool, overwrite: bool) -> str:
     """Upload the export in ``folder`` to the hub repository ``repo``, and return its address.
 
-    It is made anew; with ``overwrite`` it may be there, and gets another commit. posttrain's own description,
-    which names folders of this machine, stays here. Raises PosttrainError where the hub refuses.
+    It is made anew; with ``overwrite`` it may be there, and gets another commit, without the shards of an
+    earlier export. posttrain's own description, which names folders of this machine, stays here. Raises
+    PosttrainError where the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -25,6 +30,7 @@ def push(folder: Path, repo: str, *, private: bool, overwrite: bool) -> str:
             folder_path=folder,
             commit_message="posttrain export",
             ignore_patterns=[DESCRIPTION],
+            delete_patterns=SHARDS if overwrite else None,
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)

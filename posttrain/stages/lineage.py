@@ -33,8 +33,8 @@ def describe(spec: Model, parents: Sequence[Path], stage: Stage, final: Path, ba
     ``base`` has the prints of the base model's files."""
     return {
         "model": TypeAdapter(AnyModel).dump_python(spec, mode="json"),
-        # relative, so that a run folder can be moved
-        "parents": [os.path.relpath(parent, final) for parent in parents],
+        # relative, so that a run folder can be moved; without links, through which .. leads elsewhere
+        "parents": [os.path.relpath(os.path.realpath(p), os.path.realpath(final)) for p in parents],
         "stage": stage.model_dump(mode="json"),
         "weights": exported_weights(stage),
         "base": by_component(base),
@@ -86,15 +86,26 @@ def pinned(spec: Model) -> Model:
 def exact(artifact: Path) -> Path:
     """The folder with the weights of ``artifact`` from which a stage starts: those that were trained, where
     the stage that wrote it keeps them beside it, else itself."""
-    kept = artifact.with_name(EXACT)
-    return kept if artifact.name == FINAL and kept.is_dir() else artifact
+    place = artifact.resolve()  # a link to it has another name and other neighbours
+    kept = place.with_name(EXACT)
+    return kept if place.name == FINAL and kept.is_dir() else artifact
 
 
 def with_parents(folder: Path) -> list[Path]:
-    """``folder``, and before it the artifacts that its LoRA was trained on. Raises ModelError."""
+    """``folder``, and before it the artifacts that its LoRA was trained on. Raises ModelError, also where one
+    of them is gone."""
     if not (folder / LORA).is_file() or not (folder / DESCRIPTION).is_file():
         return [folder]
-    return [*(folder / parent for parent in described(folder)["parents"]), folder]
+    parents = [folder / parent for parent in described(folder)["parents"]]
+    if gone := [os.path.normpath(parent) for parent in parents if _is_gone(parent)]:
+        raise ModelError(f"{str(folder)!r} is a LoRA on top of {gone[0]!r}, which holds no weights any more")
+    return [*parents, folder]
+
+
+def _is_gone(artifact: Path) -> bool:
+    """Whether the folder of ``artifact`` is not there, or holds no more than descriptions and images."""
+    beside = (".json", ".md", ".png")
+    return not artifact.is_dir() or all(p.suffix in beside and p.is_file() for p in artifact.iterdir())
 
 
 def described(folder: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _metadata_problem(file: Path) -> str | None:
 def _under_own_names(raw: Mapping[str, Tensor], file: Path, pipeline: Any) -> dict[str, Tensor]:
     """The tensors ``raw`` of ``file`` under peft's names: the layer's, then ``lora_A.weight`` and so on.
 
-    Names outside the transformer keep their prefix.
+    Names outside the transformer keep their prefix. Raises ModelError where all names are outside.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
 
@@ -94,6 +94,8 @@ def _under_own_names(raw: Mapping[str, Tensor], file: Path, pipeline: Any) -> di
         dict(raw) if pipeline is None else pipeline.lora_state_dict(str(file.parent), weight_name=file.name)
     )
     named = read[0] if isinstance(read, tuple) else read
+    if not any(name.startswith(PREFIX) for name in named):
+        _check(file, f"its names, such as {min(named)!r}, do not begin with {PREFIX!r}")
     state = {name.removeprefix(PREFIX): tensor for name, tensor in named.items()}
     return state if any("lora_A" in name for name in state) else convert_unet_state_dict_to_peft(state)
 

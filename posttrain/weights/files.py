@@ -19,26 +19,43 @@ if TYPE_CHECKING:
 
 PLAIN = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """The file names that diffusers and transformers look for, unless a variant is asked for."""
-PLAIN_INDEX = tuple(f"{name}.index.json" for name in PLAIN)
+PLAIN_TORCH = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+"""The same in torch's own format."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files from which the weights of the network in ``folder`` are read.
-
-    They are the shards of its index or, without one, the file of the plain name, since a folder may have
-    others of lower precision beside it; else all files. Raises ModelError for a shard that is missing.
+    """The safetensors files from which the weights of the network in ``folder`` are read: those of the plain
+    name, since a folder may have others of lower precision beside them; else all files. Raises ModelError for
+    a shard that is missing.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        if index.name in PLAIN_INDEX:
-            names = json_object(index.read_bytes(), index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise ModelError(f"{str(index)!r} cannot be read: it has no 'weight_map' of file names")
-            shards = [folder / name for name in sorted(set(names.values()))]
-            if lost := [shard.name for shard in shards if not shard.is_file()]:
-                raise ModelError(f"{str(folder)!r} lacks {', '.join(lost)}, which {index.name} lists")
-            return shards
-    plain = [folder / name for name in PLAIN if (folder / name).is_file()]
-    return plain[:1] or sorted(folder.glob("*.safetensors"))
+    return _plain(folder, *PLAIN) or sorted(folder.glob("*.safetensors"))
+
+
+def component_weights(folder: Path) -> list[Path]:
+    """The files from which diffusers or transformers reads the weights of the component in ``folder``: of
+    safetensors or, without one of the plain name, of torch's own format. Raises ModelError for a shard that
+    is missing."""
+    return _plain(folder, *PLAIN) or _plain(folder, *PLAIN_TORCH)
+
+
+def _plain(folder: Path, of_diffusers: str, of_transformers: str) -> list[Path]:
+    """The file of a plain name in ``folder``, or the shards of its index, as its library takes them."""
+    # where both are there, diffusers takes the index and transformers the file
+    indices = [f"{name}.index.json" for name in (of_diffusers, of_transformers)]
+    for name in (indices[0], of_diffusers, of_transformers, indices[1]):
+        if (file := folder / name).is_file():
+            return _shards(file) if name in indices else [file]
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    names = json_object(index.read_bytes(), index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{str(index)!r} cannot be read: it has no 'weight_map' of file names")
+    shards = [index.parent / name for name in sorted(set(names.values()))]
+    if lost := [shard.name for shard in shards if not shard.is_file()]:
+        raise ModelError(f"{str(index.parent)!r} lacks {', '.join(lost)}, which {index.name} lists")
+    return shards
 
 
 def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

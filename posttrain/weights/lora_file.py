@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.errors import ModelError
 from posttrain.weights.adapter import METADATA, PREFIX
 from posttrain.weights.files import json_object
 from posttrain.weights.hugging_face import explained
@@ -53,7 +55,8 @@ def write_kohya(files: Sequence[Path], target: Path, layout: SingleFile, dtype: 
 
 
 def joined(files: Sequence[Path]) -> tuple[Layers, dict[str, Any]]:
-    """The layers of the sum of the LoRA ``files``, of scale 1, and peft's configuration of it."""
+    """The layers of the sum of the LoRA ``files``, of scale 1, and peft's configuration of it. Raises
+    ModelError for a file that cannot be read, or has weights under other names than peft's."""
     import torch
 
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -73,13 +76,31 @@ def joined(files: Sequence[Path]) -> tuple[Layers, dict[str, Any]]:
 
 
 def _read(file: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
-    """The layers in ``file``, with the scale that it states multiplied into B, and peft's configuration."""
+    """The layers in ``file``, with the scale that it states multiplied into B, and peft's configuration.
+
+    A stage may have started from a file of another tool.
+    """
+    from peft.utils.other import get_pattern_key
     from safetensors import safe_open
 
     with explained(str(file)), safe_open(file, framework="pt") as opened:
         stated = json_object((opened.metadata() or {}).get(METADATA, "{}").encode(), file)
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
     config = {name.removeprefix(PREFIX): value for name, value in stated.items()}
-    scale = config["lora_alpha"] / config["r"] if "r" in config else 1.0
     names = [name.removesuffix(A) for name in tensors if name.endswith(A)]
-    return {n.removeprefix(PREFIX): (tensors[n + A], scale * tensors[n + B]) for n in names}, config
+    if others := sorted(tensors.keys() ^ {name + end for name in names for end in (A, B)}):
+        raise ModelError(
+            f"the LoRA {str(file)!r} cannot be joined with others: {len(others)} of its weights, such as "
+            f"{others[0]!r}, are no pairs of lora_A.weight and lora_B.weight; the format 'merged' has them"
+        )
+
+    def scale(layer: str, rank: int) -> float:
+        alphas = config.get("alpha_pattern") or {}
+        alpha = alphas.get(get_pattern_key([*alphas], layer), config.get("lora_alpha", rank))
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    layers = {}
+    for name in names:
+        layer, down = name.removeprefix(PREFIX), tensors[name + A]
+        layers[layer] = down, scale(layer, len(down)) * tensors[name + B]
+    return layers, config

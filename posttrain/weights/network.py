@@ -28,10 +28,12 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             folder, torch_dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
         own = network.state_dict()
-        wrong = [] if info["missing_keys"] or info["mismatched_keys"] else not_finite(own)
+        # of what an index lists and no shard holds, diffusers makes no number, and does not tell
+        missing = {*info["missing_keys"], *(name for name, tensor in own.items() if tensor.is_meta)}
+        wrong = [] if missing or info["mismatched_keys"] else not_finite(own)
         overflowing = [] if dtype.itemsize > 2 else _finite_in_file(folder, wrong)
         problems = described(
-            missing=sorted(info["missing_keys"]),
+            missing=sorted(missing),
             left_over=sorted(info["unexpected_keys"]),
             shapes=sorted(info["mismatched_keys"]),
             kinds=_other_kinds(found, own),

@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.errors import ModelError
 from posttrain.support.paths import expanded, is_file, is_folder
-from posttrain.weights.files import headers, json_object, weight_files
+from posttrain.weights.files import component_weights, headers, json_object
 from posttrain.weights.needed_files import lacking, listed
 from posttrain.weights.run_folders import weights_folder
 
@@ -24,11 +24,12 @@ SHIPPED = "posttrain/"
 """Names of the models that come with the package begin with this."""
 
 
-def local_folder(path: str) -> Path | None:
+def local_folder(path: str, revision: str | None = None) -> Path | None:
     """The folder that ``path`` names on this machine, or None.
 
-    ``path`` is the name of a shipped model, a folder, or a hub name; for a hub name this is the snapshot in
-    the hub's cache. The folder of a stage, or of a run, stands for the weights that it published.
+    ``path`` is the name of a shipped model, a folder, or a hub name; for a hub name this is the snapshot of
+    ``revision``, by default of ``main``, in the hub's cache. The folder of a stage, or of a run, stands for
+    the weights that it published.
     """
     if path.startswith(SHIPPED):
         folder = ASSETS / path.removeprefix(SHIPPED)
@@ -39,19 +40,23 @@ def local_folder(path: str) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(path, INDEX)
+    index = try_to_load_from_cache(path, INDEX, revision=revision)
     return Path(index).parent if isinstance(index, str) else None
 
 
 def missing(
-    path: str, component: str, pipelines: Sequence[str], left_out: Collection[str] = ()
+    path: str,
+    component: str,
+    pipelines: Sequence[str],
+    left_out: Collection[str] = (),
+    revision: str | None = None,
 ) -> str | None:
     """Say why ``path`` cannot be loaded as a pipeline of one of the classes ``pipelines``; None if it can.
 
     ``component`` is the folder of its denoiser; those in ``left_out`` are not loaded. Loads no weights and
     uses no network, so a hub name that is not, or not wholly, in the cache passes.
     """
-    folder = local_folder(path)
+    folder = local_folder(path, revision)
     if folder is None:
         if path.startswith(SHIPPED):
             shipped = [SHIPPED + p.name for p in sorted(ASSETS.glob("*")) if p.is_dir()]
@@ -82,9 +87,9 @@ def from_hub(path: str) -> bool:
     return not (path.startswith(SHIPPED) or Path(path).expanduser().is_dir() or _looks_local(path))
 
 
-def complete_folder(path: str, left_out: Collection[str] = ()) -> Path | None:
+def complete_folder(path: str, left_out: Collection[str] = (), revision: str | None = None) -> Path | None:
     """As :func:`local_folder`, but None if ``path`` is a hub name of which some file is not in the cache."""
-    folder = local_folder(path)
+    folder = local_folder(path, revision)
     if folder is None or not from_hub(path):
         return folder
     try:
@@ -112,9 +117,11 @@ def index_of(path: str) -> dict[str, Any] | None:
     return None if folder is None or not (folder / INDEX).is_file() else index_in(folder)
 
 
-def config(path: str, component: str, name: str = "config.json") -> dict[str, Any] | None:
+def config(
+    path: str, component: str, name: str = "config.json", revision: str | None = None
+) -> dict[str, Any] | None:
     """A component's ``config.json``, or its file ``name``; None if it is not on this machine."""
-    folder = local_folder(path)
+    folder = local_folder(path, revision)
     if folder is None or not (file := folder / component / name).is_file():
         return None
     return json_object(file.read_bytes(), file)
@@ -135,15 +142,15 @@ def component_files(origin: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def _read_files(folder: Path) -> list[Path]:
     """The files of a component's ``folder`` from which it is loaded."""
-    read = weight_files(folder) or sorted(folder.glob("*.bin"))
+    read = component_weights(folder)
     others = (file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
     return sorted({*read, *(file for file in others if file.suffix not in WEIGHTS)})
 
 
-def files_of(path: str, left_out: Collection[str] = ()) -> dict[str, Path]:
+def files_of(path: str, left_out: Collection[str] = (), revision: str | None = None) -> dict[str, Path]:
     """Name -> file of all components of the pipeline ``path`` but those ``left_out``; empty if it is not
     here."""
-    if (folder := complete_folder(path, left_out)) is None or not (folder / INDEX).is_file():
+    if (folder := complete_folder(path, left_out, revision)) is None or not (folder / INDEX).is_file():
         return {}
     return component_files(folder, components(folder) - {*left_out})
 

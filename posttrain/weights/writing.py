@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.errors import ModelError
 from posttrain.weights.fitting import described, is_finite
+from posttrain.weights.hugging_face import explained
 from posttrain.weights.network import advice
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
 
 
 def entries_in(files: Iterable[Path]) -> dict[str, Entry]:
-    """The entries of the weights in ``files``, of safetensors or torch's own format (``.bin``)."""
+    """The entries of the weights in ``files``, of safetensors or torch's own format (``.bin``). Raises
+    ModelError for a file that cannot be read."""
     import torch
     from safetensors import safe_open
 
@@ -76,9 +78,11 @@ def entries_in(files: Iterable[Path]) -> dict[str, Entry]:
     for file in files:
         if file.suffix != ".safetensors":
             mmap = zipfile.is_zipfile(file)  # older files are not
-            found |= entries_of(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+            with explained(str(file)):
+                found |= entries_of(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
             continue
-        opened = safe_open(file, framework="pt")
+        with explained(str(file)):
+            opened = safe_open(file, framework="pt")
         for name in opened.keys():  # noqa: SIM118
             part = opened.get_slice(name)
             dtype = next(torch_name for torch_name, own in NAMES.items() if own == part.get_dtype())

@@ -47,8 +47,9 @@ def not_finite(data: Any, count: int) -> list[int]:
     """Which of ``count`` images have no finite score, as the refusal ``data`` says; none if it says nothing
     of it."""
     places = data.get("not_finite") if isinstance(data, dict) else None
-    valid = isinstance(places, list) and all(type(place) is int and 0 <= place < count for place in places)
-    return places if valid else []
+    if not isinstance(places, list):
+        return []
+    return places if all(type(place) is int and 0 <= place < count for place in places) else []
 
 
 def _tensor(name: str, values: Any, count: int) -> Tensor:

@@ -1,0 +1,156 @@
+"""What does not fit a model family is one error that names file and field, before a weight is moved."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from families import FAMILIES
+from runs import EVALUATION, recipe, stage
+from test_families_training import head, lora, made
+
+from posttrain.errors import ModelError, RecipeError
+from posttrain.models import _diffusers
+from posttrain.policy.tuning import Lora
+from posttrain.weights.transformer import LORA
+from posttrain.weights.writing import entries_of
+
+UNKNOWN = {
+    "aura_flow": ("out_channels", 8), "flux": ("patch_size", 2), "flux2_klein": ("guidance_embeds", True),
+    "lumina2": ("out_channels", 8), "qwen_image": ("zero_cond_t", True), "qwen_image_21": ("patch_size", 2),
+    "sana": ("guidance_embeds", True), "sd3": ("out_channels", 8), "z_image": ("siglip_feat_dim", 8),
+}  # fmt: skip
+"""Family -> a setting of its transformer, and a value of which the class here knows nothing."""
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def family(name):
+    return FAMILIES[name]
+
+
+@pytest.fixture
+def other(name):
+    """A family whose networks have other layers."""
+    return FAMILIES["flux" if name == "z_image" else "z_image"]
+
+
+@pytest.fixture
+def folder(family, tmp_path):
+    """The family's pipeline; its files are links, each to be replaced whole."""
+    return shutil.copytree(family.path, tmp_path / "copy", copy_function=os.link)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Lets no weight be read."""
+    monkeypatch.setattr(_diffusers, "load_pipeline", lambda *given: pytest.fail("weights were read"))
+
+
+def rewritten(file, **fields):
+    content = json.loads(file.read_text("utf-8")) | fields
+    file.unlink()
+    file.write_text(json.dumps(content), "utf-8")
+
+
+def block(family, folder):
+    return type(family.block())(path=str(folder), **family.settings)
+
+
+def refusal(family, folder):
+    """What is said of ``folder`` by ``posttrain check``, and where it is loaded."""
+    with pytest.raises(ModelError) as found:
+        block(family, folder).load(torch.device("cpu"), "fp32")
+    said = block(family, folder).unfit() or "nothing"
+    assert said.startswith(str(found.value))
+    return said
+
+
+def test_a_pipeline_of_another_class(family, other):
+    kind = json.loads((other.path / "model_index.json").read_text("utf-8"))["_class_name"]
+    with pytest.raises(RecipeError, match=rf"small\.yaml:\d+: model\.path: .*\b{kind}\b"):
+        recipe(stage("s"), head=head(family).replace(str(family.path), str(other.path)))
+
+
+def test_a_missing_component(family, folder, no_weights):
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    for part in (name for name in index if (folder / name).is_dir()):
+        (folder / part).rename(folder / "away")
+        with pytest.raises(RecipeError, match=rf"model\.path: .* lacks the folder {part}\b"):
+            recipe(stage("s"), head=head(family).replace(str(family.path), str(folder)))
+        (folder / "away").rename(folder / part)
+        if part != "text_encoder_3":  # SD3 may lack it
+            rewritten(folder / "model_index.json", **{**index, part: [None, None]})
+            said = refusal(family, folder)
+            assert said.startswith(f"'{folder / 'model_index.json'}' names no {part}, which a")
+            rewritten(folder / "model_index.json", **index)
+
+
+def test_a_transformer_of_another_class(family, other, folder, no_weights):
+    config, index = folder / "transformer" / "config.json", folder / "model_index.json"
+    kind, own = (
+        json.loads((path / "model_index.json").read_text("utf-8"))["transformer"][1]
+        for path in (other.path, folder)
+    )
+    rewritten(config, _class_name=kind)
+    assert refusal(family, folder).startswith(f"'{config}': _class_name is {kind}; a ")
+    rewritten(index, transformer=["diffusers", kind])
+    said = refusal(family, folder)
+    assert said.startswith(f"'{index}': the transformer's class is {kind}; a ")
+    assert said.endswith(f" has a {own}")
+
+
+def test_a_configuration_of_the_transformer_that_is_not_known(name, family, folder):
+    field, value = UNKNOWN[name]
+    config = folder / "transformer" / "config.json"
+    channels = json.loads(config.read_text("utf-8"))["in_channels"]
+    for changed, words in (
+        ({field: value}, rf"transformer/config\.json: {field} is {value}"),
+        (
+            {"tomorrow": 8},
+            r"transformer/config\.json': tomorrow is 8, and \w+ of diffusers \S+ has no such setting",
+        ),
+        ({"in_channels": 2 * channels}, rf"vae does not fit: .*\bin_channels is .*\b{2 * channels}\b"),
+    ):
+        original = config.read_text("utf-8")
+        rewritten(config, **changed)
+        assert re.search(words, block(family, folder).unfit() or "nothing")
+        config.write_text(original, "utf-8")
+
+
+def test_a_resolution_that_does_not_fit(family):
+    side = family.bad_size[0]
+    told = rf"( .*)?: {side} is no multiple of the \d+ pixels"
+    text = EVALUATION.replace("resolution: 16", f"resolution: {side}")
+    with pytest.raises(RecipeError, match=r"evaluation\.resolution" + told):
+        recipe(stage("s"), head=head(family), evaluation=text)
+    with pytest.raises(RecipeError, match=r"stages\.0\.data\.resolution" + told):
+        made(family, "diffusion_nft", lora(family), [f"stages.0.data.resolution={side}"])
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    """Family -> the folder of a LoRA of its transformer."""
+    folders = {}
+    for name in ("flux", "z_image"):
+        model, folders[name] = FAMILIES[name].load(), tmp_path_factory.mktemp(name)
+        Lora(rank=2, **FAMILIES[name].lora).apply(model.transformer, 0)
+        model.save_lora(folders[name], entries_of(dict(model.transformer.named_parameters())))
+    return folders
+
+
+def test_a_lora_of_another_model(name, family, loras):
+    model = family.load()
+    before = {n: weight.clone() for n, weight in model.transformer.state_dict().items()}
+    with pytest.raises(ModelError, match=rf"{LORA}' does not fit: \d+ left over \([\w.]+") as found:
+        model.load_weights(loras["flux" if name == "z_image" else "z_image"])
+    assert "\n" not in str(found.value)
+    after = model.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
