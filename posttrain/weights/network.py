@@ -29,7 +29,8 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         )
         own = network.state_dict()
         # of what an index lists and no shard holds, diffusers makes no number, and does not tell
-        missing = {*info["missing_keys"], *(name for name, tensor in own.items() if tensor.is_meta)}
+        without_numbers = {name for name, tensor in own.items() if tensor.is_meta}
+        missing = {*info["missing_keys"], *(without_numbers - {name for name, *_ in info["mismatched_keys"]})}
         wrong = [] if missing or info["mismatched_keys"] else not_finite(own)
         overflowing = [] if dtype.itemsize > 2 else _finite_in_file(folder, wrong)
         problems = described(
