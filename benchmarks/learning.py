@@ -67,8 +67,8 @@ def of_record(file: Path) -> Trained:
 
 
 def on_the_way(files: Sequence[Path]) -> Iterator[str]:
-    """A table of what chains had gained at each reading, each for other prompts; of several seeds also
-    together, for other seeds and other prompts."""
+    """The lines of a table: the gain of each chain at each of its readings. A seed's interval is for other
+    prompts. The interval of all seeds together is for other seeds and other prompts."""
     records = [read_object(file, "arm", "evaluations", "prompts", "readings") for file in files]
     steps = sorted({reading["step"] for record in records for reading in record["readings"][1:]})
     yield f"| run | {' | '.join(f'after {step}' for step in steps)} |"
@@ -82,7 +82,7 @@ def on_the_way(files: Sequence[Path]) -> Iterator[str]:
 
 
 def _gained(seeds: Sequence[Mapping[str, Any]], step: int) -> str:
-    """The gain at a reading of one arm's ``seeds``; nothing if one of them has none then."""
+    """The gain of one arm's ``seeds`` after ``step`` steps; empty if a seed was not measured then."""
     before, then = [], []
     for record in seeds:
         at = {reading["step"]: str(i) for i, reading in enumerate(record["readings"])}
