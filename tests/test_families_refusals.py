@@ -78,6 +78,11 @@ def test_a_pipeline_of_another_class(family, other):
         recipe(stage("s"), head=head(family).replace(str(family.path), str(other.path)))
 
 
+def test_a_revision_of_what_is_no_hub_repository(family):
+    with pytest.raises(RecipeError, match=r"model\.revision.*v2.*: has no effect: only a hub repository"):
+        recipe(stage("s"), head=head(family), overrides=["model.revision=v2"])
+
+
 def test_a_missing_component(family, folder, no_weights):
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     for part in (name for name in index if (folder / name).is_dir()):

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import ModelError
+from posttrain.flow.sampling_settings import Sampling
 from posttrain.model import FlowModel
 from posttrain.models._tiny_tokenizers import t5_tokenizer
 from posttrain.policy.tuning import Lora
-from posttrain.stages.artifact import open_artifact
+from posttrain.stages.artifact import open_artifact, open_sampler
 from posttrain.support import files
 from posttrain.weights import pipeline_folder as pipeline_folder_module
 from posttrain.weights.files import bytes_beside
@@ -460,3 +461,7 @@ def test_the_revision_says_which_snapshot_is_read(tmp_path, monkeypatch, lora):
         ("other/model", other / "snapshots" / commits["v2"]),
     ):
         assert open_artifact(str(tmp_path / "lora"), CPU, base)[0].source == place
+    whole = shutil.copytree(pipeline_folder(), tmp_path / "whole")
+    (whole / "posttrain.json").write_text(json.dumps({**description, "base": {}, "transformer": {}}))
+    settings = open_sampler(str(whole), CPU, Sampling(resolution=16))[0].settings
+    assert settings["revision"] is None, "a folder has none"

@@ -123,6 +123,8 @@ def test_a_recipe_evaluates_them_and_does_not_train_them(flux, sdxl, tmp_path):
         parse_recipe(head + "stages: []\n", "r.yaml")
     with pytest.raises(RecipeError, match="is a FluxPipeline, not a StableDiffusionXLPipeline"):
         parse_recipe(head.replace(str(sdxl), str(flux)) + "stages: []\n" + evaluation, "r.yaml")
+    with pytest.raises(RecipeError, match=r"model\.revision.*has no effect: only a hub repository"):
+        parse_recipe(head.replace("}", ", revision: v2}") + "stages: []\n" + evaluation, "r.yaml")
 
 
 def test_what_they_cannot_do_is_said(sdxl, tmp_path):

@@ -129,6 +129,9 @@ def test_alarms_refused_steps_and_evaluations_in_progress_are_told(tmp_path):
     ]
     (folder / "rl" / "stage.json").unlink()
     assert status_of(folder).stages[1].alarms == ["step 3: reward_hacking"]
+    (folder / "rl" / "evaluation" / "claim.json").write_text("{}")
+    with pytest.raises(DamagedError, match=r"claim\.json' is damaged: it has no 'prompts', 'sampler'"):
+        status_of(folder)
 
 
 def test_the_lines_of_a_stage_that_trains():

@@ -37,7 +37,7 @@ class Sampling(Spec):
     """How the velocity is integrated: ``euler``, or DPM-Solver++ of order 1 or 2, ``dpm1`` and ``dpm2``
     (Lu et al. 2022, arXiv:2211.01095). Each step takes one velocity."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the transformer's forward; ``bf16`` is autocast."""
+    """Precision in which the transformer computes; with ``bf16`` its weights are bf16, too."""
     seed: int = 0
     """Seed of the noise, which is a function of seed, prompt and image number alone. All stages, on any
     number of processes, are sampled from the same noise."""

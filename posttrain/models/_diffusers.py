@@ -126,6 +126,9 @@ class DiffusersModel(Model, ABC):
             return str(error)
         return None
 
+    def field_problems(self) -> Mapping[str, str]:
+        return pipeline_folder.useless_revision(self.path, self.revision)
+
     def frozen_dtype(self) -> DtypeName:
         return self.dtype
 

@@ -96,6 +96,7 @@ class Flux(DiffusersModel):
         return EMBEDDED if not transformer or transformer.get("guidance_embeds") else UNGUIDED
 
     def field_problems(self) -> Mapping[str, str]:
-        if self.train_guidance == 1 or self.guidance_rule().embedded:
-            return {}
-        return {"train_guidance": "has no effect: this model takes no guidance scale; remove it"}
+        problems = {**super().field_problems()}
+        if self.train_guidance != 1 and not self.guidance_rule().embedded:
+            problems["train_guidance"] = "has no effect: this model takes no guidance scale; remove it"
+        return problems

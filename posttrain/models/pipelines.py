@@ -15,7 +15,7 @@ from posttrain.models._diffusers import native_side
 from posttrain.sampler import Sampler
 from posttrain.weights.hugging_face import explained, quiet
 from posttrain.weights.pipeline import load_pipeline
-from posttrain.weights.pipeline_folder import complete_folder, config, files_of, missing
+from posttrain.weights.pipeline_folder import complete_folder, config, files_of, missing, useless_revision
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,9 @@ class Pipeline(Model, ABC):
 
     def weight_files(self) -> Mapping[str, Path]:
         return files_of(self.path, revision=self.revision)
+
+    def field_problems(self) -> Mapping[str, str]:
+        return useless_revision(self.path, self.revision)
 
     def missing(self) -> str | None:
         return missing(self.path, self.denoiser, self.pipelines, revision=self.revision)

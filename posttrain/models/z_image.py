@@ -146,7 +146,8 @@ class ZImage(DiffusersModel):
     def field_problems(self) -> Mapping[str, str]:
         transformer = (configs_at(self.path, self.revision) or {}).get("transformer", {})
         reason = _too_long(self.max_sequence_length, transformer)
-        return {} if reason is None else {"max_sequence_length": reason}
+        problems = super().field_problems()
+        return problems if reason is None else {**problems, "max_sequence_length": reason}
 
     def longest_side(self, transformer: Any, factor: int) -> int | None:
         positions = transformer.get("axes_lens")

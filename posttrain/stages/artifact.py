@@ -161,8 +161,8 @@ def _describe(path: str, base: str | None, *, check: bool = True) -> Artifact:
     if "path" in type(spec).model_fields:
         if (source := base if is_lora else folder and str(folder)) is not None:
             replaced: dict[str, str | None] = {"path": source}
-            if base not in (None, spec.model_dump()["path"]) and "revision" in type(spec).model_fields:
-                replaced["revision"] = None  # it was one of the repository that the LoRA was trained on
+            if source != spec.model_dump()["path"] and "revision" in type(spec).model_fields:
+                replaced["revision"] = None  # it was one of the repository that was trained
             spec = spec.model_copy(update=replaced)
         if not is_lora:
             adapters = []  # the path holds all weights

@@ -131,10 +131,10 @@ def _evaluation(status: StageStatus, folder: Path) -> None:
     elif card:
         status.state = "finished"
         status.scores = {name: score["mean"] for name, score in card.get("scores", {}).items()}
-    elif (draft := _object(folder / CLAIM)) is not None:
+    elif (draft := _object(folder / CLAIM, "prompts", "sampler")) is not None:
         status.state = "evaluating"
-        size = draft.get("sampler", {}).get("batch_size", 1)
-        images = draft["prompts"].get("rows", 0) * draft.get("sampler", {}).get("images_per_prompt", 1)
+        size = draft["sampler"].get("batch_size", 1)
+        images = draft["prompts"].get("rows", 0) * draft["sampler"].get("images_per_prompt", 1)
         done = sum(path.is_dir() and not path.name.startswith(".") for path in (folder / PARTS).glob("*"))
         status.evaluated = [min(done * size, images), images]
 

@@ -87,6 +87,13 @@ def from_hub(path: str) -> bool:
     return not (path.startswith(SHIPPED) or Path(path).expanduser().is_dir() or _looks_local(path))
 
 
+def useless_revision(path: str, revision: str | None) -> dict[str, str]:
+    """The field ``revision`` -> why it does nothing; empty if ``path`` is a hub name, or if it is None."""
+    if revision is None or from_hub(path):
+        return {}
+    return {"revision": f"has no effect: only a hub repository has revisions, {path!r} is none; remove it"}
+
+
 def complete_folder(path: str, left_out: Collection[str] = (), revision: str | None = None) -> Path | None:
     """As :func:`local_folder`, but None if ``path`` is a hub name of which some file is not in the cache."""
     folder = local_folder(path, revision)
