@@ -426,6 +426,19 @@ def test_arms_of_equal_cost_are_refused_if_their_runs_counted_otherwise(tmp_path
         written(tmp_path, made)
 
 
+def test_commands_beside_tables_run_just_what_is_in_them():
+    def said(**seeds):
+        made = {name: [record(name, seed, [0]) for seed in of] for name, of in seeds.items()}
+        return page._made(made, [*made]).partition(", CPU, ")[2]
+
+    chains = dict.fromkeys(command.GROUPS["chains"], range(3))
+    assert said(**chains) == "`python -m benchmarks.evidence run --only chains --seeds 0,1,2`."
+    assert said(nft=[0, 1], awm=[2], soar=[1, 0]) == (
+        "`python -m benchmarks.evidence run --only nft,soar --seeds 0,1` and "
+        "`python -m benchmarks.evidence run --only awm --seeds 2`."
+    )
+
+
 def test_other_prompts_are_not_compared(tmp_path):
     made = series()
     made[2] = {**made[2], "prompts": ["a", "b", "d"]}
@@ -445,7 +458,10 @@ def test_a_page_has_the_tables_between_its_marks_and_the_rest_as_it_was(tmp_path
     )
     assert text.endswith(f"\n\n{page.END}\nMore words.\n")
     assert "old" not in text
-    ran = "2026-12-01 to 2026-12-03, CPU, `python -m benchmarks.evidence run --only arms --seeds 0,1,2`."
+    command = "python -m benchmarks.evidence run --only"
+    ran = (
+        f"2026-12-01 to 2026-12-03, CPU, `{command} base,sft --seeds 0,1` and `{command} soar --seeds 0,1,2`."
+    )
     title = "### Differences of the arms, 20 sampling steps"
     head = f"| arm | against | {tables.COMPARED} |"
     assert f"{title}\n\n{ran} {page.MANY}\n\n{head}\n|{' --- |' * 7}\n| `sft` | `base` |" in text
@@ -470,6 +486,9 @@ def test_jobs_are_one_seed_of_everything_before_the_next():
     assert every[: len(arms.ARMS) + 1] == [("base", 0), *((name, 0) for name in arms.ARMS)]
     assert {seed for name, seed in every if name == "soar"} == {0, 1, 2, 3, 4}
     assert {seed for name, seed in every if name == "soar-nft"} == {0, 1, 2}
+    assert {seed for name, seed in every if name == "awm-cosine"} == {3, 4, 5}, (
+        "others had a part in a choice"
+    )
     assert command.jobs("soar,nft", command.seeds("4-5")) == [
         ("soar", 4),
         ("nft", 4),

@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.evidence.arms import ARMS
-from benchmarks.evidence.chains import CHAINS, chain_identity, measured_chain
+from benchmarks.evidence.chains import CHAINS, GROUPS, OTHER_SEEDS, chain_identity, measured_chain
 from benchmarks.evidence.identity import is_made
 from benchmarks.evidence.measure import arm_identity, measured
 from benchmarks.evidence.page import rewrite, tables
@@ -32,7 +31,6 @@ from posttrain.errors import PosttrainError
 
 ROOT = Path(__file__).parent.parent.parent
 RECORDS = Path(__file__).parent / "records"
-GROUPS = {"arms": ["base", *ARMS], "chains": [*CHAINS]}
 SEEDS = {"arms": 5, "chains": 3}
 
 
@@ -49,7 +47,8 @@ def jobs(only: str | None, seeds: Sequence[int] | None) -> list[tuple[str, int]]
     of = {name: group for group, members in GROUPS.items() for name in members}
     if unknown := set(names) - {*of}:
         raise SystemExit(f"no {', '.join(sorted(unknown))}: one of {', '.join([*GROUPS, *of])}")
-    numbers = {name: range(SEEDS[of[name]]) if seeds is None else seeds for name in names}
+    usual = {name: OTHER_SEEDS.get(name, range(SEEDS[of[name]])) for name in names}
+    numbers = usual if seeds is None else dict.fromkeys(names, seeds)
     # one seed of every arm before the next, so that a stopped series compares all arms
     order = sorted({seed for of_name in numbers.values() for seed in of_name})
     return [(name, seed) for seed in order for name in numbers if seed in numbers[name]]

@@ -69,6 +69,11 @@ CHAINS: dict[str, tuple[str, str]] = {
     **{awm: ("", awm) for awm in ("awm", "awm-cosine")},
 }
 """A chain's name -> what comes before RL, if anything, and the RL stage."""
+GROUPS = {"arms": ["base", *arms.ARMS], "chains": [*CHAINS]}
+"""What a name such as ``--only arms`` stands for."""
+OTHER_SEEDS = {"awm-cosine": range(3, 6)}
+"""Chains that leave out seeds: the schedule of this one was chosen on seed 2, after seeds 0 and 1 had been
+seen at a constant rate."""
 AGAINST: dict[str, tuple[str, ...]] = {
     "sft-nft": ("nft",),
     "soar-nft": ("nft", "sft-nft"),

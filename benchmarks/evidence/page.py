@@ -8,7 +8,7 @@ from statistics import fmean
 
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.bias import rollout_name
-from benchmarks.evidence.chains import AGAINST, CHAINS, READINGS
+from benchmarks.evidence.chains import AGAINST, CHAINS, GROUPS, READINGS
 from benchmarks.evidence.measure import ROLLOUTS, SAMPLING_STEPS
 from benchmarks.evidence.records import Record, Records
 from benchmarks.evidence.tables import (
@@ -123,8 +123,19 @@ def _made(records: Records, names: list[str]) -> str:
     of = [record for name in names for record in records[name]]
     first, last = min(r["date"] for r in of), max(r["date"] for r in of)
     when = first if first == last else f"{first} to {last}"
-    seeds = sorted({r["seed"] for r in of})
     devices = ", ".join(sorted({r["device"] for r in of}))
-    group = "arms" if "base" in names or names[0] in ARMS else "chains"
-    command = f"python -m benchmarks.evidence run --only {group} --seeds {','.join(map(str, seeds))}"
-    return f"{when}, {devices}, `{command}`."
+    with_seeds: dict[str, list[str]] = {}
+    for name in names:
+        seeds = ",".join(str(seed) for seed in sorted(r["seed"] for r in records[name]))
+        with_seeds.setdefault(seeds, []).append(name)
+    commands = [
+        f"`python -m benchmarks.evidence run --only {_short(members)} --seeds {seeds}`"
+        for seeds, members in with_seeds.items()
+    ]
+    return f"{when}, {devices}, {' and '.join(commands)}."
+
+
+def _short(names: list[str]) -> str:
+    """The name of the group that ``names`` are, or else all of them."""
+    groups = (group for group, members in GROUPS.items() if {*members} == {*names})
+    return next(groups, ",".join(names))
