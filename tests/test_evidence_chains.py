@@ -36,7 +36,7 @@ def test_chains_have_equal_totals_and_equal_rl_after_sft_and_soar():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("awm", AWM), ("awm-cosine", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)]
+    ("name", "kind"), [("awm", AWM), ("awm-uniform", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)]
 )
 def test_a_steps_cost_is_what_the_policy_counts(name, kind):
     (stage,) = chains.rl_recipe(name, 0, "base").stages
@@ -65,9 +65,9 @@ def test_a_chain_is_the_shipped_recipe_with_another_start_and_length(name, tmp_p
     assert chains.rl_recipe(name, 0, "base", steps=4).stages[0].train.steps == 6
 
 
-def test_awm_is_trained_by_the_shipped_schedule_and_at_a_constant_rate():
-    recipes = (chains.rl_recipe(name, 0, "base") for name in ("awm-cosine", "awm"))
-    assert [recipe.stages[0].train.schedule for recipe in recipes] == ["cosine", "constant"]
+def test_awm_is_trained_at_the_shipped_noise_levels_and_at_the_earlier_ones():
+    recipes = (chains.rl_recipe(name, 0, "base") for name in ("awm-uniform", "awm"))
+    assert [r.stages[0].algorithm.time_type for r in recipes] == ["uniform", "discrete_with_init"]
 
 
 @pytest.fixture

@@ -60,27 +60,26 @@ STAGES = {
     # 192 images: 5 steps, and a forward with backward of one of them
     "grpo": RL("shapes-grpo", "grpo", 192 * (5 + 3)),
     # as nft: the ratio's forward in place of the old policy's
-    # without the schedule that the recipe has since one of its three seeds collapsed
-    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3)), ("train.schedule=constant",)),
-    "awm-cosine": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
+    # with sigma = 1 in every sample, as the recipe was until one of three seeds collapsed
+    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3)), ("algorithm.time_type=discrete_with_init",)),
+    "awm-uniform": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
 }
 CHAINS: dict[str, tuple[str, str]] = {
     **{"-".join(filter(None, (b, rl))): (b, rl) for rl in ("nft", "grpo") for b in ("", *BEFORE)},
-    **{awm: ("", awm) for awm in ("awm", "awm-cosine")},
+    **{awm: ("", awm) for awm in ("awm", "awm-uniform")},
 }
 """A chain's name -> what comes before RL, if anything, and the RL stage."""
 GROUPS = {"arms": ["base", *arms.ARMS], "chains": [*CHAINS]}
 """What a name such as ``--only arms`` stands for."""
-OTHER_SEEDS = {"awm-cosine": range(3, 6)}
-"""Chains that leave out seeds: the schedule of this one was chosen on seed 2, after seeds 0 and 1 had been
-seen at a constant rate."""
+OTHER_SEEDS = {"awm-uniform": range(6, 9)}
+"""Chains that leave out seeds: other settings of this one had been seen on seeds 0 to 4."""
 AGAINST: dict[str, tuple[str, ...]] = {
     "sft-nft": ("nft",),
     "soar-nft": ("nft", "sft-nft"),
     "sft-grpo": ("grpo",),
     "soar-grpo": ("grpo", "sft-grpo"),
     "awm": ("nft",),
-    "awm-cosine": ("nft", "awm"),
+    "awm-uniform": ("nft", "awm"),
 }
 """The chains that each is compared with, chosen before any was run."""
 
