@@ -15,6 +15,7 @@ from posttrain.recipe.suites import published_as
 from posttrain.support.differences import differences
 from posttrain.support.versions import versions
 from posttrain.support.wording import counted
+from posttrain.weights.files import sha256
 
 if TYPE_CHECKING:
     from posttrain.recipe.schema import Evaluation
@@ -85,10 +86,13 @@ def other_settings(
 
 
 def other_weights(before: Mapping[str, Any], evaluation: Evaluation) -> Iterator[str]:
-    """A line for each file of a reward's weights that is another one than gave the scores of the card
-    ``before``. Files that are not on this machine are not compared."""
+    """A line for each file of a reward's weights, or of the user's source, that is another one than gave the
+    scores of the card ``before``. Files that are not on this machine are not compared."""
     for reward in evaluation.rewards:
         then = before["scorers"].get(reward.label, {}).get("weights", {})
+        if source := then.get("source"):
+            now = {name: sha256(file) for name, file in reward.source_files().items()}
+            yield from differences(source, now, path=f"scorers.{reward.label}.weights.source")
         for name, weights in reward.weights.items():
             if (path := weights.local(getattr(reward, name))) is not None:
                 known = then.get(name, {})
