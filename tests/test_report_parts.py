@@ -150,6 +150,7 @@ def test_the_meaning_of_a_score_is_a_sentence():
         "GenEval's verdict on the shapes, counts, colours and positions that the prompt asks for. "
         "From 0 to 1; higher is better."
     )
+    assert "Published tables have lenient, GenEval's own verdict" in meaning({"type": "geneval"}, higher=True)
     assert meaning({"type": "remote", "name": "far"}, higher=False).endswith(
         "Without bounds; lower is better."
     )
