@@ -233,3 +233,5 @@ def test_another_source_of_a_function_is_told_as_other_weights_are(tmp_path, mon
     assert _reason_against(tmp_path, evaluation, rows) is None
     file.write_text(file.read_text().replace("mean", "amax"))
     assert "scorers.light.weights.source.own_judge (was '" in _reason_against(tmp_path, evaluation, rows)
+    file.unlink()
+    assert _reason_against(tmp_path, evaluation, rows) is None, "it is not here"
