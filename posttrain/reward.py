@@ -19,6 +19,7 @@ from pydantic import Field
 from posttrain.errors import NotFinite, PosttrainError, RewardError
 from posttrain.registry import FREE, Named
 from posttrain.support.paths import is_path
+from posttrain.support.plugins import how_to_install
 from posttrain.support.user_errors import with_lines
 from posttrain.weights.published import Weights
 
@@ -76,7 +77,7 @@ class Reward(Named, ABC):
         missing = [package for package in self.requires if importlib.util.find_spec(package) is None]
         if missing:
             names = ", ".join(map(repr, missing))
-            return f"{self.type} needs {names}, which this install lacks: pip install 'posttrain[rewards]'"
+            return f"{self.type} needs {names}, which this install lacks: {how_to_install(type(self))}"
         for name, weights in self.weights.items():
             source = getattr(self, name)
             if is_path(source, hub=True) and weights.local(source) is None:

@@ -1,7 +1,7 @@
 """Asks reward servers, and asks again after failures that may pass.
 
 A request is sent again, after waits that double, if the connection fails or the answer is late, if the status
-is 429 or 5xx, or if the reader of the answer raises ValueError. Any other status of an error is final.
+is 408, 429 or 5xx, or if the reader of the answer raises ValueError. Any other status of an error is final.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from posttrain.support.wording import without_logins
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 MAX_WAIT_SECONDS = 30.0
+PASSING = (408, 429)
+"""Statuses below 500 that may pass: the request arrived too slowly, or one of too many."""
 
 
 class Refused(RewardError):
@@ -89,7 +91,7 @@ class OverHttp(Reward, ABC):
             except BadAnswer as error:
                 raise RewardError(f"{shown}: {error}") from error
             refusal = f"status {answer.status}: {answer.excerpt()}"
-            if answer.status == 429 or answer.status >= 500:
+            if answer.status in PASSING or answer.status >= 500:
                 reason = refusal
                 continue
             if not 200 <= answer.status < 300:

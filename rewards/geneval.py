@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class GenEval(Neural):
-    """GenEval's verdict on real images, comparable with published scores, not identical.
+    """How far real images show what the prompt asks for, by GenEval's rules. Published tables have
+    ``lenient``, GenEval's own verdict; scores are comparable with theirs, not identical.
 
     Prompts need GenEval's metadata: ``tag``, ``include`` and, if need be, ``exclude``. The two verdicts that
     ``score`` does not choose are details.

@@ -1,5 +1,6 @@
 """A reward's weights and tokenizer are accounted for like the model's."""
 
+import importlib.util
 import os
 import shutil
 
@@ -8,10 +9,12 @@ import torch
 from test_loading import CHANGES, NAMES, replace, rewrite
 from tiny_clip import tiny_clip
 
-from posttrain.errors import RewardError
+from posttrain.errors import RecipeError, RewardError
+from posttrain.recipe.file import evaluation_settings
 from posttrain.rewards._state import LAYERS, linear_head, read
 from posttrain.rewards.aesthetic import Aesthetic
 from posttrain.rewards.clipscore import CLIPScore
+from posttrain.rewards.ocr import OCR
 
 CPU = torch.device("cpu")
 
@@ -81,3 +84,21 @@ def test_a_torch_file_that_is_cut_off_is_one_error(tmp_path, cut):
     with pytest.raises(RewardError, match=r"cannot be read as a torch file of weights: .*") as found:
         read(file)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("reward", "setting", "words"),
+    [
+        ("ocr", [], "ocr needs 'rapidocr', which this install lacks: pip install 'posttrain\\[rewards\\]'"),
+        ("clipscore", ["rewards.0.path=/gone"], "path: no config.json and .* at '/gone'"),
+        ("no_such_module:judge", [], "no_such_module"),
+    ],
+)
+def test_eval_says_that_a_reward_cannot_be_loaded_before_it_loads_the_model(
+    tmp_path, monkeypatch, reward, setting, words
+):
+    (tmp_path / "p.txt").write_text('a sign that says "OPEN"\n')
+    monkeypatch.setattr(OCR, "requires", ("rapidocr",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=words):
+        evaluation_settings(None, None, str(tmp_path / "p.txt"), [reward], setting)

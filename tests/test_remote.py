@@ -142,7 +142,7 @@ def status(code):
     return lambda handler: handler.reply({"error": f"a reason for {code}"}, code)
 
 
-@pytest.mark.parametrize("fault", [hang, cut, late, status(500), status(503), status(429)])
+@pytest.mark.parametrize("fault", [hang, cut, late, *map(status, (500, 503, 429, 408))])
 def test_a_fault_that_passes_is_asked_again(faulty, fault):
     score = remote(faulty.url).load(CPU)
     faulty.script += [fault, fault]

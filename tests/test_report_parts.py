@@ -13,7 +13,7 @@ from posttrain.evaluation.report.meaning import bounds, meaning
 from posttrain.evaluation.report.page import write_report
 from posttrain.evaluation.report.results import StageResult
 from posttrain.evaluation.report.scores import score_cell
-from posttrain.evaluation.report.table import table
+from posttrain.evaluation.report.table import card_table, table
 from posttrain.evaluation.report.verdict import Gain
 from posttrain.evaluation.report.view import Cell, Page, Row, Table, number
 from posttrain.scoring.catalogue import every_reward
@@ -150,6 +150,7 @@ def test_the_meaning_of_a_score_is_a_sentence():
         "GenEval's verdict on the shapes, counts, colours and positions that the prompt asks for. "
         "From 0 to 1; higher is better."
     )
+    assert "Published tables have lenient, GenEval's own verdict" in meaning({"type": "geneval"}, higher=True)
     assert meaning({"type": "remote", "name": "far"}, higher=False).endswith(
         "Without bounds; lower is better."
     )
@@ -227,3 +228,22 @@ def test_a_gain_of_one_sample_has_no_colour_and_no_interval():
     cell = score_cell({"mean": 1.0}, two, [None, one, two], best=True)
     assert (cell.change, cell.kind) == ("+0.500 (+0.250 to +0.750) better", "better")
     assert 'cx="73.3"' in cell.drawing, "two thirds of the way from 0 to 0.75"
+
+
+def test_a_mean_of_one_sample_has_no_interval():
+    one, two = ({"mean": 0.5, "low": 0.5, "high": 0.5, "count": count} for count in (1, 2))
+    cells = [score_cell(score, None, [], best=False) for score in (one, two)]
+    assert [(cell.value, cell.notes) for cell in cells] == [("0.500", []), ("0.500", ["0.500 – 0.500"])]
+    grid = card_table("x", {"scores": {"s": two}, "tags": {"t": {"s": one}}, "tag_means": {}})
+    assert [str(cell) for cell in grid.columns[1].cells] == ["0.500 [0.500,\u00a00.500]", "0.500"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"), [(0.859, 0.863, "[0.859, 0.863]"), (0.75, 0.97, "[0.75, 0.97]")]
+)
+def test_the_terminal_shows_a_narrow_interval_whole(run, low, high, shown):
+    file = run / "soar" / "evaluation" / "eval.json"
+    card = json.loads(file.read_text())
+    dump(file, {**card, "scores": {"shapes": {**card["scores"]["shapes"], "low": low, "high": high}}})
+    column = next(c for c in table(run, 140).columns if str(c.header).startswith("shapes"))
+    assert str([*column.cells][2]) == f"0.819 {shown}"

@@ -79,6 +79,19 @@ def test_runs_measured_with_other_noise_keep_their_own_base(two, tmp_path):
     assert (tmp_path / "page.html").is_file()
     assert any("other sampling settings" in p.text for p in page.all("p", class_="warn"))
     assert page.one(id="g").one("h3").text == "Same prompt", "not the same noise"
+    assert "Not all models were evaluated alike, so none is best on shapes." in page.one("header").text
+    assert not page.one(id="results").all("span", class_="value best")
+
+
+def test_an_alarm_says_of_which_run_it_is(two, tmp_path):
+    for folder in two:
+        file = folder / "sft" / "stage.json"
+        dump(file, {**json.loads(file.read_text()), "alarms": ["sft, step 3: spread_collapse: it fell"]})
+    page = checked(write_report(*two, output=tmp_path / "page.html").read_text("utf-8"))
+    assert [line.text for line in page.one(id="alarms").all("li")] == [
+        "one/sft, step 3: spread_collapse: it fell",
+        "two/sft, step 3: spread_collapse: it fell",
+    ]
 
 
 def test_one_run_keeps_its_name_and_its_stages(two):

@@ -27,9 +27,10 @@ def folder(tmp_path):
     return filled
 
 
-def test_numbers_of_unlike_length_would_get_each_others_prompts(folder):
-    images, prompts = folder("0.png", "1.png", "2.png", "10.png")
-    with pytest.raises(DataError, match=r"p\.txt: .* '10\.png' comes before '2\.png': number the files"):
+@pytest.mark.parametrize("ten", ["10.png", "10.jpg"])
+def test_numbers_of_unlike_length_would_get_each_others_prompts(folder, ten):
+    images, prompts = folder("0.png", "1.png", "2.png", ten)
+    with pytest.raises(DataError, match=rf"p\.txt: .* '{ten}' comes before '2\.png': number the files"):
         with_prompts(images, prompts, None)
     assert len(with_prompts(images, None, "one prompt")) == 4
     prompts = prompts.with_suffix(".jsonl")

@@ -213,3 +213,25 @@ def test_other_weights_of_a_reward_are_told_by_their_hashes(tmp_path):
     before["scorers"]["pickscore"] = {}
     assert [*other_weights(before, evaluation("b"))] == []
     assert [*other_weights({"scorers": {}}, evaluation("b"))] == []
+
+
+def test_another_source_of_a_function_is_told_as_other_weights_are(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "own_judge.py"
+    file.write_text("def light(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    block = {"prompts": {"type": "shapes", "count": 2}, "rewards": ["own_judge:light"]}
+    evaluation, rows = Evaluation.model_validate(block), [{"prompt": "a"}]
+    before = {
+        **card(Drawn(), evaluation, rows, "ema"),
+        "images": 0,
+        "scores": {},
+        "tags": {},
+        "tag_means": {},
+    }
+    (tmp_path / "eval.json").write_text(json.dumps(before))
+    (tmp_path / "records.jsonl").touch()
+    assert _reason_against(tmp_path, evaluation, rows) is None
+    file.write_text(file.read_text().replace("mean", "amax"))
+    assert "scorers.light.weights.source.own_judge (was '" in _reason_against(tmp_path, evaluation, rows)
+    file.unlink()
+    assert _reason_against(tmp_path, evaluation, rows) is None, "it is not here"

@@ -9,6 +9,8 @@ import torch
 
 from posttrain.errors import NotFinite, RewardError
 from posttrain.reward import Reward, Scores, checked
+from posttrain.rewards.ocr import OCR
+from posttrain.scoring.catalogue import missing
 from posttrain.weights.published import Weights
 
 CPU = torch.device("cpu")
@@ -63,8 +65,14 @@ def test_scores_are_named_with_their_details():
 
 def test_packages_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(Plain, "requires", ("no_such_one", "torch", "nor_this"))
-    words = "sharp_plain needs 'no_such_one', 'nor_this', which this install lacks: pip install 'posttrain[rewards]'"
+    words = "sharp_plain needs 'no_such_one', 'nor_this', which this install lacks: install them"
     assert Plain().problem() == words
+    assert missing(Plain)[0] == "no_such_one, nor_this (install them)", "our extra has no plug-in's packages"
+    monkeypatch.setattr(OCR, "requires", ("no_such_one",))
+    assert (
+        OCR().problem().endswith("'no_such_one', which this install lacks: pip install 'posttrain[rewards]'")
+    )
+    assert missing(OCR) == ["no_such_one (pip install 'posttrain[rewards]')"]
 
 
 def test_a_path_without_its_weights_is_a_problem_and_a_repository_is_none(folder):

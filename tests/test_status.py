@@ -115,13 +115,14 @@ def test_alarms_refused_steps_and_evaluations_in_progress_are_told(tmp_path):
     ]
     (folder / "rl" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
     (folder / "rl" / "stage.json").write_text(
-        '{"steps": 9, "alarms": ["rl, step 3: reward_hacking: it fell"]}'
+        '{"steps": 9, "images_per_second": 7.5, "alarms": ["rl, step 3: reward_hacking: it fell"]}'
     )
     claim = {"prompts": {"rows": 10}, "sampler": {"batch_size": 4, "images_per_prompt": 2}}
     (folder / "rl" / "evaluation" / "claim.json").write_text(json.dumps(claim))
     base, rl = status_of(folder).stages
     assert base.state == "waiting"
     assert (rl.state, rl.evaluated, rl.steps, rl.refused_steps) == ("evaluating", [4, 20], 9, 1)
+    assert rl.images_per_second == 7.5, "of training: not beside the images that are measured"
     assert list(lines_of(rl)) == [
         "evaluating  image 4 of 20  9 steps",
         "refused steps: 1",

@@ -82,7 +82,7 @@ def _progress(stage: StageStatus) -> Iterator[str]:
         yield f"no step recorded yet, of {stage.steps}"
     if stage.state == "training":
         yield from (f"{name} {value:.4f}" for name, value in stage.metrics.items())
-    if stage.images_per_second is not None and stage.state != "finished":
+    if stage.images_per_second is not None and stage.state in ("training", "trained"):
         yield f"{stage.images_per_second:.1f} images/s"
     if stage.seconds_left is not None:
         yield f"{duration(stage.seconds_left)} left"

@@ -12,9 +12,11 @@ import numpy as np
 from posttrain.errors import RewardError
 from posttrain.evaluation.intervals import bootstrap_interval
 from posttrain.recipe.suites import published_as
+from posttrain.support import user_code
 from posttrain.support.differences import differences
 from posttrain.support.versions import versions
 from posttrain.support.wording import counted
+from posttrain.weights.files import sha256
 
 if TYPE_CHECKING:
     from posttrain.recipe.schema import Evaluation
@@ -85,10 +87,15 @@ def other_settings(
 
 
 def other_weights(before: Mapping[str, Any], evaluation: Evaluation) -> Iterator[str]:
-    """A line for each file of a reward's weights that is another one than gave the scores of the card
-    ``before``. Files that are not on this machine are not compared."""
+    """A line for each file of a reward's weights, or of the user's source, that is another one than gave the
+    scores of the card ``before``. Files that are not on this machine are not compared."""
     for reward in evaluation.rewards:
         then = before["scorers"].get(reward.label, {}).get("weights", {})
+        # the user's modules are not run: a finished evaluation has no need of what they import
+        known = then.get("source", {})
+        now = {name: sha256(file) for name in known if (file := user_code.file_of(name)) is not None}
+        old = {name: known[name] for name in now}
+        yield from differences(old, now, path=f"scorers.{reward.label}.weights.source")
         for name, weights in reward.weights.items():
             if (path := weights.local(getattr(reward, name))) is not None:
                 known = then.get(name, {})

@@ -97,7 +97,7 @@ def evaluation_settings(
     It starts from the evaluation of recipe ``like``, from the published ``suite``, or else from the fields
     ``start``. The ``suite``, the file ``prompts`` and the names ``rewards`` replace its prompts and rewards.
     ``overrides`` (``a.b=c``) are applied last. Raises RecipeError if prompts or rewards are missing or not
-    valid, and DataError if a prompt cannot be used.
+    valid, or if a reward cannot be loaded, and DataError if a prompt cannot be used.
     """
     data: dict[str, Any] = {**({} if suite is not None else start or {}), "keep": "png"}
     if like is not None:
@@ -116,6 +116,7 @@ def evaluation_settings(
         raise RecipeError(f"say what to evaluate: {options}")
     source = Source("evaluation", data)
     settings = _validated(Evaluation, source, apply_overrides(source, overrides))
+    _check_loadable(settings.rewards)
     if isinstance(file := settings.prompts, PromptFile):
         if not is_file(file.path):
             raise RecipeError(f"--prompts: no file {str(file.path)!r}")
@@ -134,9 +135,14 @@ def chosen_rewards(names: Sequence[str], overrides: Sequence[str]) -> list[Rewar
     source = Source("--reward", {"rewards": reward_blocks(list(names))})
     by_index = [_override_by_index(text, list(names)) for text in overrides]
     rewards = _validated(Scoring, source, apply_overrides(source, by_index)).rewards
+    _check_loadable(rewards)
+    return rewards
+
+
+def _check_loadable(rewards: Sequence[Reward]) -> None:
+    """Raise RecipeError with each reason why one of ``rewards`` cannot be loaded."""
     if problems := [problem for reward in rewards if (problem := reward.problem()) is not None]:
         raise RecipeError("\n".join(problems))
-    return rewards
 
 
 def _override_by_index(text: str, names: list[str]) -> str:

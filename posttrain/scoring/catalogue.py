@@ -12,7 +12,7 @@ from posttrain.errors import RewardError
 from posttrain.recipe.variants import AnyReward
 from posttrain.reward import Reward
 from posttrain.support.paths import is_path
-from posttrain.support.plugins import missing_type, package_of
+from posttrain.support.plugins import how_to_install, missing_type, package_of
 from posttrain.support.spelling import meant
 from posttrain.support.wording import short
 from posttrain.weights.published import Weights
@@ -56,7 +56,7 @@ def sources(reward: type[Reward]) -> list[Source]:
 def missing(reward: type[Reward]) -> list[str]:
     """The packages to install and the command to run before the reward can be used."""
     packages = [package for package in reward.requires if importlib.util.find_spec(package) is None]
-    steps = [f"{', '.join(packages)} (pip install 'posttrain[rewards]')"] if packages else []
+    steps = [f"{', '.join(packages)} ({how_to_install(reward)})"] if packages else []
     if any(source.weights.local(source.repo) is None for source in sources(reward)):
         steps.append(f"posttrain rewards fetch {reward.model_fields['type'].default}")
     return steps

@@ -145,7 +145,7 @@ def _check_order(images: Sequence[Path], prompts: Path) -> None:
     """Raise DataError if the names are in the order of texts where their numbers say another one: ``10.png``
     before ``2.png``. Images would get each other's prompts."""
     for one, following in pairwise(images):
-        before, after = (re.split(r"(\d+)", image.name) for image in (one, following))
+        before, after = (re.split(r"(\d+)", image.stem) for image in (one, following))
         alike = one.parent == following.parent and before[::2] == after[::2]
         if alike and one.name < following.name and _numbers(before) > _numbers(after):
             raise DataError(

@@ -203,7 +203,11 @@ def _scores(run_folder: Path, name: str) -> dict[str, Any]:
 
 
 def _score(score: Mapping[str, Any] | None) -> str | None:
-    return None if score is None else f"{score['mean']:.4g} [{score['low']:.4g}, {score['high']:.4g}]"
+    if score is None:
+        return None
+    # one sample does not tell how far others lie apart
+    ends = "" if score.get("count") == 1 else f" [{score['low']:.4g}, {score['high']:.4g}]"
+    return f"{score['mean']:.4g}{ends}"
 
 
 def _card(run_folder: Path, name: str) -> tuple[dict[str, Any], str]:

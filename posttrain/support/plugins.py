@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from posttrain.support.heartbeat import CHILD
-from posttrain.support.user_errors import last_line
+from posttrain.support.user_errors import OURS, last_line
 
 
 class PluginWarning(UserWarning):
@@ -78,6 +78,11 @@ def package_of(group: str, name: str) -> str:
     """The installed package that the type ``name`` of ``group`` comes with; a plug-in's has its version."""
     plugins = (plugin for plugin in LOADED.values() if plugin.group == group and name in plugin.types)
     return next((plugin.package for plugin in plugins), "posttrain")
+
+
+def how_to_install(kind: type) -> str:
+    """What installs the packages that the reward ``kind`` requires. Our extra has none of a plug-in's."""
+    return "pip install 'posttrain[rewards]'" if kind.__module__.partition(".")[0] == OURS else "install them"
 
 
 def _load(entry: EntryPoint, registered: MutableMapping[str, Any]) -> Plugin:

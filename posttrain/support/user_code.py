@@ -77,6 +77,12 @@ def load(named: str) -> Any:
     return getattr(loaded, name)
 
 
+def file_of(module: str) -> Path | None:
+    """The file of ``module``, which is not run; None if it has none on this machine."""
+    origin = None if (spec := _found(module)) is None else spec.origin
+    return Path(origin) if origin is not None and Path(origin).is_file() else None
+
+
 def _found(module: str) -> ModuleSpec | None:
     """Where the module is; None if it is nowhere, or was made by a program that runs."""
     _search_current_folder()

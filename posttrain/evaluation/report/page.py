@@ -85,14 +85,14 @@ def _columns(results: Results) -> list[Column]:
 
 
 def _versus(results: Results, columns: Sequence[Column]) -> Versus | None:
-    """Samples gain and lose in the best stage, or in the last one where the base model is best. None where
-    the two were not evaluated alike."""
+    """Samples gain and lose in the best stage, or in the last one where the base model is best or none is.
+    None where the two were not evaluated alike."""
     evaluated = [stage for stage in results.stages if stage.scored]
     if not results.score_names or not evaluated:
         return None
     score = results.score_names[0]
     best = best_stage(results, score)
-    if best is results.base_of(best):
+    if best is None or best is results.base_of(best):
         best = evaluated[-1]
     names = [column.name for column in columns]
     pair = results.base_of(best).name, best.name

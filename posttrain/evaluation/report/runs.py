@@ -37,7 +37,7 @@ def joined(runs: Sequence[Results]) -> Results:
     """
     if len(runs) == 1:
         return runs[0]
-    named = [[replace(s, name=f"{run.name}/{s.name}") for s in run.stages] for run in runs if run.stages]
+    named = [[_named(stage, run.name) for stage in run.stages] for run in runs if run.stages]
     measured = [own[0] for own in named if own[0].card] or [own[0] for own in named[:1]]
     kept = [base for i, base in enumerate(measured) if not any(_alike(base, b) for b in measured[:i])]
     stages: list[StageResult] = []
@@ -52,6 +52,14 @@ def joined(runs: Sequence[Results]) -> Results:
         stages.insert(0, replace(kept[0], name=BASE))
         bases = dict.fromkeys(bases, stages[0])
     return Results(" · ".join(run.name for run in runs), stages, "", {}, bases)
+
+
+def _named(stage: StageResult, run: str) -> StageResult:
+    """``stage`` with the name of its ``run`` before its own, and before its alarms, which begin with it."""
+    account = stage.account
+    if alarms := account.get("alarms"):
+        account = {**account, "alarms": [f"{run}/{line}" for line in alarms]}
+    return replace(stage, name=f"{run}/{stage.name}", account=account)
 
 
 def _alike(one: StageResult, other: StageResult) -> bool:

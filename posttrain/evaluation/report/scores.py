@@ -10,7 +10,7 @@ from posttrain.evaluation.report.cost import origin, training_cost
 from posttrain.evaluation.report.curves import interval
 from posttrain.evaluation.report.results import Results, StageResult
 from posttrain.evaluation.report.verdict import Gain, best_stage, gain_of
-from posttrain.evaluation.report.view import Cell, Row, Table, gain_texts, number
+from posttrain.evaluation.report.view import Cell, Row, Table, gain_texts, interval_texts, number
 
 NOTE = (
     "Each cell has the mean, its 95 % bootstrap interval over prompts, and the difference from the base "
@@ -62,7 +62,7 @@ def score_cell(
     """The cell of ``score``; the drawings of all gains ``of_all`` in its column have one scale."""
     if score is None:
         return Cell()
-    bounds = [f"{number(score['low'])} – {number(score['high'])}"] if "low" in score else []
+    bounds = [" – ".join(ends)] if (ends := interval_texts(score)) else []
     if gain is None:
         return Cell(number(score["mean"]), bounds, best=best)
     drawing = None

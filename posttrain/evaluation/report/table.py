@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from rich.text import Text
 from posttrain.evaluation.likeness import unlike
 from posttrain.evaluation.report.results import Results, StageResult, cost_texts, load_results
 from posttrain.evaluation.report.verdict import Gain, best_stage, gain_of, verdict
-from posttrain.evaluation.report.view import number
+from posttrain.evaluation.report.view import interval_texts, number
 
 COSTS = (("forward-eq.", 2), ("images/s", 4), ("peak mem.", 5), ("steps", 7), ("trained", 8))
 """Heading and rank of each column of :func:`cost_texts`."""
@@ -55,11 +56,7 @@ def card_table(name: str, card: dict[str, Any]) -> Table:
         heading = Text(f"{score}\n").append("mean [95 %]", "dim")
         grid.add_column(heading, justify="right", overflow="fold")
     for label, scores in (("all", card["scores"]), *card["tags"].items()):  # a tag may be called "all"
-        cells = (
-            Text(f"{number(s['mean'])} ").append(f"[{number(s['low'])},\u00a0{number(s['high'])}]", "dim")
-            for s in scores.values()
-        )
-        grid.add_row(Text(label), *cells)
+        grid.add_row(Text(label), *(_mean(s, interval_texts(s), gap="\u00a0") for s in scores.values()))
     if card["tag_means"]:
         grid.add_row("mean of tags", *map(number, card["tag_means"].values()))
     return grid
@@ -102,8 +99,14 @@ def _width(columns: list[Column]) -> int:
 def _score(stage: StageResult, name: str, best: bool, interval: bool) -> Text:
     if (score := stage.scores.get(name)) is None:
         return Text("–")
-    text = Text(number(score["mean"]), "bold" if best else "")
-    return text.append(f" [{score['low']:.2f}, {score['high']:.2f}]", "not bold dim") if interval else text
+    ends = interval_texts(score, short=True) if interval else None
+    return _mean(score, ends, style="bold" if best else "")
+
+
+def _mean(score: Mapping[str, Any], ends: tuple[str, str] | None, *, style: str = "", gap: str = " ") -> Text:
+    """The mean of ``score`` in ``style``, and the ``ends`` of its interval with ``gap`` between them."""
+    text = Text(number(score["mean"]), style)
+    return text.append(f" [{ends[0]},{gap}{ends[1]}]", "not bold dim") if ends else text
 
 
 def _gain(gain: Gain | None) -> Text:

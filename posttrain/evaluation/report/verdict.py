@@ -39,7 +39,8 @@ def verdict(results: Results) -> str:
     if not results.score_names:
         return "Nothing has been evaluated."
     score = results.score_names[0]
-    best = best_stage(results, score)
+    if (best := best_stage(results, score)) is None:
+        return f"Not all models were evaluated alike, so none is best on {score}."
     mean, measured = number(best.scores[score]["mean"]), [s for s in results.stages if score in s.scores]
     if all(stage is results.base_of(stage) for stage in measured):
         return f"Only the base model has been evaluated on {score} ({mean})."
@@ -66,9 +67,14 @@ def gain_of(results: Results, stage: StageResult, score: str) -> Gain | None:
     return Gain(*found, stage.scores[score].get("higher_is_better", True))
 
 
-def best_stage(results: Results, score: str) -> StageResult:
-    """The stage with the best mean of ``score``, which at least one stage must have."""
+def best_stage(results: Results, score: str) -> StageResult | None:
+    """The stage with the best mean of ``score``, which at least one stage must have.
+
+    None where not all that have it were evaluated alike: a mean on easier prompts is not better.
+    """
     measured = [s for s in results.stages if score in s.scores]
+    if any(unlike({stage.name: stage.card for stage in measured})):
+        return None
     sign = 1 if measured[0].scores[score].get("higher_is_better", True) else -1
     return max(measured, key=lambda s: sign * s.scores[score]["mean"])
 

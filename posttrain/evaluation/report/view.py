@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -20,6 +21,18 @@ def number(value: float | None, sign: str = "") -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}.3f}"
+
+
+def interval_texts(score: Mapping[str, Any], *, short: bool = False) -> tuple[str, str] | None:
+    """The ends of the interval of a card's ``score``. None where it has none, as of one sample: that does not
+    tell how far others lie apart.
+
+    ``short`` leaves two digits of a wide interval; the ends of a narrow one would be equal.
+    """
+    if "low" not in score or score.get("count") == 1:
+        return None
+    low, high = score["low"], score["high"]
+    return (f"{low:.2f}", f"{high:.2f}") if short and high - low >= 0.1 else (number(low), number(high))
 
 
 def gain_texts(change: float, low: float, high: float) -> tuple[str, str, str]:
