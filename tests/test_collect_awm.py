@@ -11,9 +11,12 @@ from pydantic import ValidationError
 from toys import online_batch, toy_judge, toy_policy
 
 from posttrain.algorithm import Batch, Items, Losses, Tools
+from posttrain.algorithms._online import clipped_loss
 from posttrain.algorithms.awm import AWM, matching_log_prob, mean_square
+from posttrain.algorithms.diffusion_nft import implicit_losses, optimality
 from posttrain.engine.rehearsal import rehearse
 from posttrain.errors import TrainingError
+from posttrain.flow import interpolate
 from posttrain.flow.strata import stratified, stratified_steps
 from posttrain.support.randomness import Draws
 
@@ -196,6 +199,23 @@ def test_small_errors_have_finite_slopes_and_log_probability_0():
         log_prob.sum().backward()
         slope = 1e-10 ** (power - 1) * (0.5 if weighting == "huber" else 1)
         near(error.grad, -slope * SIGMA)
+
+
+def test_at_the_old_policy_its_gradient_is_diffusion_nfts():
+    draw = torch.Generator().manual_seed(0)
+    x0, noise, v_old = (torch.randn(N, *SHAPE, generator=draw, dtype=torch.float64) for _ in range(3))
+    advantage = torch.tensor([1.5, -0.7, -9.0], dtype=torch.float64)
+    old, by = v_old.clone().requires_grad_(), v_old.clone().requires_grad_()
+    kept = by - (noise - x0)
+    log_prob = matching_log_prob(mean_square(kept), SIGMA, "huber", 1.0)
+    clipped_loss((log_prob - log_prob.detach()).exp(), advantage.clamp(-5, 5) / 5, 1.0).sum().backward()
+    r = optimality(advantage, "all", 5.0)
+    positive, negative = implicit_losses(old, v_old, interpolate(x0, noise, SIGMA), x0, SIGMA, beta=1.0)
+    (5.0 * (r * positive + (1 - r) * negative)).sum().backward()
+    errors = mean_square(kept).sqrt() / kept.abs().flatten(1).mean(
+        1
+    )  # the one divides by its root, the other by this
+    near(old.grad, by.grad * 10 * errors.detach()[:, None, None, None])
 
 
 def test_the_ratio_is_clipped_either_way():
