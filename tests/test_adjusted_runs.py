@@ -260,4 +260,7 @@ def test_held_out_scores_of_other_prompts_are_not_compared():
     account.best, account.best_score = 4, 9.0
     hook(made.evaluation.model_copy(update={"steps": 9}), prompts=3)
     assert (account.readings, account.best, account.best_score) == ([], None, None)
-    assert notes == ["sft: held-out scores begin anew: the evaluation or monitor.prompts changed"] * 2
+    assert (
+        notes
+        == ["sft: held-out scores begin anew: the evaluation, its prompts or monitor.prompts changed"] * 2
+    )

@@ -7,10 +7,15 @@ import pytest
 import torch
 from data_files import folder_of, write_rows
 from PIL import Image
+from ranks import on_ranks
 
 from posttrain.data import Images
+from posttrain.data.family import Opening
+from posttrain.data.image_data import ImageData
 from posttrain.data.loader import ImageSource
+from posttrain.distributed.world import World
 from posttrain.errors import DataError
+from posttrain.testing.toys import Thumbnails
 
 
 def taken(source, count, batch_size=4, key=(7, 0), **where):
@@ -121,6 +126,38 @@ def test_too_many_images_damaged_during_the_run_stop_it(tmp_path):
     with pytest.raises(DataError, match=r"3 of 12 rows cannot be used \(allowed: 2"):
         taken(source, 20)
     assert len(source.skipped) == 3
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.2])
+def test_the_tolerance_counts_what_any_process_met(tmp_path, tolerance):
+    file = folder_of(tmp_path)
+    plan = ImageSource(Images(images=file), 8).planned_batches(8, (0,))
+    damaged = next(p.ids for p in plan if len(p.ids) == 8)
+    opened = [  # before the images are damaged
+        ImageData(images=file, tolerance=tolerance).open(
+            Opening(Thumbnails(), tmp_path, 8, world=World(n, 2))
+        )
+        for n in range(2)
+    ]
+    for i in (damaged[0], damaged[-1]):  # one for each process
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+
+    def work(world):
+        source = opened[world.rank]
+        try:
+            list(islice(source.batches((0,), 0), 3))
+        except DataError as error:
+            return str(error).partition(":")[2].partition(",")[0]
+        return sorted(source.skipped())
+
+    first, second = on_ranks(2, work)
+    assert first == second
+    if tolerance == 0.1:
+        assert first == " 2 of 12 rows cannot be used (allowed: 1"
+    else:
+        assert [line.partition(":")[0] for line in first] == sorted(
+            str(i + 1) for i in (damaged[0], damaged[-1])
+        )
 
 
 def test_a_damaged_folder_stops_the_run_at_its_start_and_a_scan_lists_every_problem(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from pipelines import load, pipeline_folder
+from ranks import on_ranks
 from rich.console import Console
 from runs import EVALUATION, HEAD, TRAIN, recipe, run_quietly, stage
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from test_run import assert_equal_weights, weights
 from posttrain.cache import keys
 from posttrain.cache.room import Room
 from posttrain.data.family import Opening
-from posttrain.distributed.world import World
+from posttrain.data.place import Place
 from posttrain.errors import ModelError, PosttrainError, RecipeError
 from posttrain.models.sd3 import SD3FlowModel
 from posttrain.recipe.file import dump_recipe, parse_recipe
@@ -247,27 +248,26 @@ def test_bf16_is_half_the_size_and_close(tmp_path):
         assert small < 0.6 * large
 
 
-class OneOf(World):
-    """One of several, who does not wait for the others."""
-
-    def barrier(self):
-        pass
-
-
 def test_ranks_encode_a_share_each_and_read_what_the_others_encoded(tmp_path, monkeypatch):
     made = images_recipe(tmp_path, BOTH, "crop: center, flip: true")
-    model, encoded = load(), []
-    encode = SD3FlowModel.posterior
+    models, encoded, hashed = [load(), load()], ([], []), []
+    encode, hash_of = SD3FlowModel.posterior, Place.sha256
     monkeypatch.setattr(
-        SD3FlowModel, "posterior", lambda m, pixels: encoded.extend(pixels) or encode(m, pixels)
+        SD3FlowModel,
+        "posterior",
+        lambda m, pixels: encoded[models.index(m)].extend(pixels) or encode(m, pixels),
     )
-    sources = []
-    for rank in (0, 1):
-        opening = Opening(model, tmp_path / "data", made.stages[0].train.batch_size)
-        sources.append(made.stages[0].data.open(opening))
-        before = len(encoded)
-        fill_for_stage(made, made.stages[0], model, sources[-1], Console(quiet=True), OneOf(rank, 2))
-        assert len(encoded) - before in (8, 9)  # of 9 images and their mirrored selves, one of them broken
+    monkeypatch.setattr(Place, "sha256", lambda image: hashed.append(image) or hash_of(image))
+
+    def work(world):
+        opening = Opening(models[world.rank], tmp_path / "data", made.stages[0].train.batch_size)
+        source = made.stages[0].data.open(opening)
+        fill_for_stage(made, made.stages[0], models[world.rank], source, Console(quiet=True), world)
+        return source
+
+    sources = on_ranks(2, work)
+    assert [len(own) in (8, 9) for own in encoded] == [True, True]  # of 9 images, mirrored too; one is broken
+    assert len(hashed) == len(set(hashed)) == 9, "each file is read by one of them"
     no_encoder(monkeypatch)
     key = (0, 0)
     shares = [f.latents["images"].batches(4, key, 0, rank, 2) for rank, f in enumerate(sources)]

@@ -31,6 +31,7 @@ from posttrain.data.layouts import shards
 from posttrain.data.loader import ImageSource
 from posttrain.data.rows import read_records
 from posttrain.errors import DataError, PosttrainError
+from posttrain.support.stopping import Stopped
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 
@@ -253,6 +254,24 @@ def opened(monkeypatch):
     monkeypatch.setattr(shards, "_samples", lambda f, s: (seen.append(f.name), read_headers(f, s))[1])
     monkeypatch.setattr(index_module, "LEAST", 1)
     return seen
+
+
+def test_sizes_that_were_read_before_a_signal_are_not_read_again(tmp_path, opened, monkeypatch):
+    with_captions(tmp_path)
+    read_size = sizes_module.image_size
+
+    def stopped(image, most):
+        if len(opened) == 5:
+            raise Stopped
+        return read_size(image, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sizes_module, "image_size", stopped)
+        with pytest.raises(Stopped):
+            ImageSource(Images(images=tmp_path, resolution=32), 8)
+    assert len(opened) == 5
+    ImageSource(Images(images=tmp_path, resolution=32), 8)
+    assert len(opened) == len(set(opened)) == COUNT
 
 
 @pytest.mark.parametrize("make", [with_captions, with_tars, with_parquet])

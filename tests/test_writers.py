@@ -167,6 +167,12 @@ def test_metrics_and_curves_that_cannot_be_written_name_their_file(tmp_path):
     ):
         tracker.log(2, {"loss": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    with (
+        most_bytes(size + 5),
+        pytest.raises(PosttrainError, match=r"metrics\.jsonl': "),
+        Tracker(tmp_path, resume_step=1, tensorboard=False) as ending,
+    ):
+        ending.log(2, {"loss": 1.0})
     curves = Tracker(tmp_path)
 
     def full(*_):

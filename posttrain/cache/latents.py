@@ -19,7 +19,9 @@ from posttrain.cache.room import Demand
 from posttrain.cache.store import Entry, Store, size_of
 from posttrain.data.loader import ImageSource, PlannedBatch
 from posttrain.data.place import Place
+from posttrain.distributed.world import ALONE, World
 from posttrain.flow_model import FlowModel, posterior_of
+from posttrain.support.heartbeat import beat
 from posttrain.support.progress import stage_progress
 from posttrain.support.randomness import Draws, generator
 
@@ -35,15 +37,22 @@ HASH_THREADS = 8
 class LatentCache:
     """The encodings of the images of ``source`` by ``model``. Each image is encoded once, kept in ``store``.
 
-    ``kind`` is what is kept: ``mean_logvar``, the encoder's posterior, or ``sampled``, one draw from it.
+    ``kind`` is what is kept: ``mean_logvar``, the encoder's posterior, or ``sampled``, one draw from it. Each
+    process of the ``world`` reads a share of the files to hash them, and all know all hashes.
     """
 
-    def __init__(self, store: Store, model: FlowModel, source: ImageSource, kind: LatentKind) -> None:
+    def __init__(
+        self, store: Store, model: FlowModel, source: ImageSource, kind: LatentKind, world: World = ALONE
+    ) -> None:
         self.store, self.model, self.source, self.kind = store, model, source, kind
-        records = source.records
+        share = list(source.records.items())[world.rank :: world.size]
+        own: dict[int, _Hashed] = {}
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashed = pool.map(_hashed, [record.image for record in records.values()])
-            self._hashed = dict(zip(records, hashed, strict=True))
+            hashed = pool.map(_hashed, [record.image for _, record in share])
+            for (i, _), one in zip(share, hashed, strict=True):
+                own[i] = one
+                beat()
+        self._hashed = {i: one for part in world.gather_objects(own) for i, one in part.items()}
 
     def fill(self, name: str, console: Console, rank: int = 0, world_size: int = 1) -> None:
         """Encode the images that the store lacks, and their mirror images if the data is flipped.

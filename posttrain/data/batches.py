@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +37,7 @@ class ImageBatchSource(BatchSource):
 
     def __init__(self, images: Mapping[str, ImageSource], opening: Opening) -> None:
         self.images, self.latents = images, {}
+        self._told = {name: len(source.skipped) for name, source in images.items()}  # known to all processes
         self.model, self.batch_size, self.world = opening.model, opening.batch_size, opening.world
         self.first = first = next(iter(images.values()))
         for bucket, ids in first.buckets.items():
@@ -58,7 +59,7 @@ class ImageBatchSource(BatchSource):
         streams = [((batch, None) for batch in images.batches(*place)) for images in self.images.values()]
         for aligned in self._in_step(streams):
             first = aligned[0][0]
-            counts = self.world.gather_objects(len(first.ids))
+            counts = self._counts(first.ids)
             if not (total := sum(counts)):
                 continue
             filled = [filled_up(batch, max(counts)) for batch, _ in aligned]
@@ -78,7 +79,7 @@ class ImageBatchSource(BatchSource):
         streams = [cache.batches(*place) for cache in caches.values()]
         for aligned in self._in_step(streams):
             first = aligned[0][0]
-            counts = world.gather_objects(len(first.ids))
+            counts = self._counts(first.ids)
             if not (total := sum(counts)):
                 continue
             fillers = max(counts) - len(first.ids)
@@ -114,6 +115,17 @@ class ImageBatchSource(BatchSource):
                 stop_beyond_tolerance(self.first.spec, self._problems(), self.first.rows)
             if heads[0][0].ids or self.world.size > 1:
                 yield heads
+
+    def _counts(self, ids: Sequence[int]) -> list[int]:
+        """How many samples each process has in a step; this one has ``ids``. All learn which rows another one
+        could not read, since the tolerance is that of the whole data. Raises DataError beyond it."""
+        new = {name: images.skipped[self._told[name] :] for name, images in self.images.items()}
+        of_all = self.world.gather_objects((len(ids), new))
+        for name, images in self.images.items():
+            for problem in chain.from_iterable(problems[name] for _, problems in of_all):
+                images.skip(problem)
+            self._told[name] = len(images.skipped)
+        return [count for count, _ in of_all]
 
     def _draws(self, name: str, draws: Draws) -> Draws:
         """The draws of the encoder for the source ``name``; the first has those of the batch."""

@@ -75,10 +75,11 @@ class ImageSource:
     With a ``table`` its rows are taken, and ``spec`` says how to read their images.
 
     ``records`` maps an image's id to its row, ``buckets`` a bucket to its ids, ``bucket_of`` an id to its
-    bucket. ``skipped`` lists each unusable row known so far once; a rank knows of undecodable images only
-    those that it has met itself. ``files`` tells whether the images are still the same; it, ``layout`` and
-    ``listed`` are those of :class:`posttrain.data.table.Table`. ``notes`` are remarks for the user. Raises
-    DataError if the files of ``spec`` cannot be read or if more rows are unusable than it tolerates.
+    bucket. ``skipped`` lists each unusable row known so far once; of undecodable images a rank knows those
+    that it has met itself, and those that :meth:`skip` told it. ``files`` tells whether the images are still
+    the same; it, ``layout`` and ``listed`` are those of :class:`posttrain.data.table.Table`. ``notes`` are
+    remarks for the user. Raises DataError if the files of ``spec`` cannot be read or if more rows are
+    unusable than it tolerates.
     """
 
     def __init__(self, spec: Images, divisor: int, table: Table | None = None):
@@ -160,10 +161,16 @@ class ImageSource:
         images = read(dataset, jobs, self.spec.workers if workers is None else workers)
         for (i, flip), image in zip(jobs, images, strict=True):
             if isinstance(image, Problem):
-                self._skip(image)
+                self.skip(image)
                 yield i, flip, None
             else:
                 yield i, flip, to_pixels(image[None])[0]
+
+    def skip(self, problem: Problem) -> None:
+        """Note in ``skipped`` that a row cannot be used. Raises DataError if more are than tolerated."""
+        if all(problem.row != known.row for known in self.skipped):
+            self.skipped.append(problem)
+            stop_beyond_tolerance(self.spec, self.skipped, self.rows)
 
     def scan(
         self,
@@ -210,14 +217,9 @@ class ImageSource:
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         for i, image in crops:
             if isinstance(image, Problem):
-                self._skip(image)
+                self.skip(image)
             else:
                 yield i, image
-
-    def _skip(self, problem: Problem) -> None:
-        if all(problem.row != known.row for known in self.skipped):
-            self.skipped.append(problem)
-            stop_beyond_tolerance(self.spec, self.skipped, self.rows)
 
     def _try_some_images(self) -> None:
         """Decode a random sample of the images. Raises DataError if it exceeds the tolerance by itself."""
@@ -233,7 +235,7 @@ class ImageSource:
                 f"({self.spec.tolerance:g}) to skip them."
             )
         for problem in problems:
-            self._skip(problem)
+            self.skip(problem)
 
 
 def _lists_at(batch: Any, positions: Sequence[int], *names: str) -> dict[str, list]:

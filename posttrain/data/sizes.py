@@ -13,6 +13,7 @@ from posttrain.data.place import Place
 from posttrain.data.settings import Images
 from posttrain.data.table import Bucket, Record
 from posttrain.data.workers import read
+from posttrain.support.heartbeat import beat
 
 FORMAT = 1
 """Version of the kept sizes; increase it when an equal file would have another size."""
@@ -31,10 +32,13 @@ def sizes_of(spec: Images, records: Sequence[Record]) -> list[Bucket | str]:
         key: size for key in keys if (size := _size(known.get(key))) is not None
     }
     new = [n for n, key in enumerate(keys) if key not in found]
-    for n, size in zip(new, read(_Sizes(spec, records), new, spec.workers), strict=True):
-        found[keys[n]] = size
-    if new:
-        keep(file, {key: size for key, size in found.items() if not isinstance(size, str)})
+    try:
+        for n, size in zip(new, read(_Sizes(spec, records), new, spec.workers), strict=True):
+            found[keys[n]] = size
+            beat()
+    finally:  # what was read before a signal, or before other processes gave up waiting, is not read again
+        if new:
+            keep(file, {key: size for key, size in found.items() if not isinstance(size, str)})
     # a kept size does not excuse an image that has more pixels than are allowed now
     return [_allowed(spec, found[key]) for key in keys]
 

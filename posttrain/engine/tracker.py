@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -117,7 +118,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file. A file that is not closed loses nothing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a line that could not be written is tried again, and was told
+            self._file.close()
 
 
 class Tracker:

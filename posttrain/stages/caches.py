@@ -52,7 +52,7 @@ def fill_for_stage(
     if settings.latents != "off" and source.images:
         store = _store(room, settings.latents, settings, model, "images", console)
         for name, images in source.images.items():
-            cache = LatentCache(store, model, images, settings.latents)
+            cache = LatentCache(store, model, images, settings.latents, world)
             # one name says nothing beside the stage's
             cache.fill(
                 stage.name if len(source.images) == 1 else f"{stage.name}: {name}",

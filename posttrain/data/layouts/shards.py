@@ -23,6 +23,7 @@ from posttrain.data.place import Place
 from posttrain.data.settings import Images
 from posttrain.data.table import Record
 from posttrain.errors import DataError
+from posttrain.support.heartbeat import beat
 
 FORMAT = 1
 """Version of the kept index."""
@@ -42,6 +43,7 @@ def read(spec: Images, files: Sequence[Path], notes: list[str]) -> Iterator[Reco
         raise DataError(f"{spec.images}: image_dir has no effect on .tar files")
     numbers, others, several = count(), set[str](), 0
     for file in sorted(files, key=lambda f: f.as_posix()):
+        beat()
         try:
             status = file.stat()
             about = file.absolute(), status.st_size, status.st_mtime_ns, FORMAT

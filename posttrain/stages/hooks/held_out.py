@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from posttrain.cache.keys import digest
 from posttrain.data.prompts import prompt_rows
 from posttrain.engine.monitor import Action, Monitor, collapsed, hacking
 from posttrain.engine.tracker import Tracker
@@ -45,15 +46,19 @@ class HeldOut(Hook):
         self.run, self.policy, self.account = training.run, training.policy, training.account
         self.monitor, self.evaluation = monitor, evaluation
         self.tracker, self.checkpoints, self.judge = tracker, checkpoints, judge
-        self._forget_other_readings({"prompts": monitor.prompts, "evaluation": evaluation.deciding()})
+        # read once: a file that is edited while the stage trains must not change what is compared
+        self.rows = prompt_rows(evaluation.prompts, evaluation.rewards)[: monitor.prompts]
+        evaluated = {"prompts": monitor.prompts, "evaluation": evaluation.deciding()}
+        self._forget_other_readings({**evaluated, "rows": digest(self.rows)})
 
     def _forget_other_readings(self, now: dict[str, Any]) -> None:
         """Leave out of the account what was read with other prompts or settings than ``now``."""
         account = self.account
-        if account.read_with not in (None, now) and account.readings:
+        # an earlier version did not keep the rows
+        if account.readings and {**now, **(account.read_with or {})} != now:
             account.readings, account.rewards, account.read_at = [], [], None
             account.best, account.best_score = None, None
-            reason = "the evaluation or monitor.prompts changed"
+            reason = "the evaluation, its prompts or monitor.prompts changed"
             self.run.note(f"{self.run.stage.name}: held-out scores begin anew: {reason}")
         account.read_with = now
         name = self.run.stage.train.keep_best
@@ -88,8 +93,7 @@ class HeldOut(Hook):
     def _scored(self) -> list[dict]:
         """The records of all held-out samples; each process draws and scores a share of them."""
         evaluation, world = self.evaluation, self.run.world
-        rows = prompt_rows(evaluation.prompts, evaluation.rewards)[: self.monitor.prompts]
-        samples = samples_of(rows, 1)
+        samples = samples_of(self.rows, 1)
         share = -(-len(samples) // world.size)
         # under sharding every process must make as many forwards, so the last ones repeat samples
         own_samples = (samples * world.size)[world.rank * share :][:share]
@@ -116,22 +120,22 @@ class HeldOut(Hook):
         for kind, reason in reasons.items():
             if reason is not None and account.ended_at is None:
                 self._alarm(step, kind, actions[kind], reason)
-        if "rollback" in actions.values() and not any(reasons.values()):
+        if is_good := "rollback" in actions.values() and not any(reasons.values()):
             account.good = step
-            self.checkpoints.save(step)
-        if account.ended_at is None:
-            self._keep_best(step)
+        is_best = account.ended_at is None and self._is_best(step)
+        if is_good or is_best:
+            self.checkpoints.save(step)  # once, since it keeps the account
 
-    def _keep_best(self, step: int) -> None:
-        """Write a checkpoint that stays if this reading is the best so far by ``train.keep_best``."""
+    def _is_best(self, step: int) -> bool:
+        """Whether this reading is the best so far by ``train.keep_best``; the account then says so."""
         account, name = self.account, self.run.stage.train.keep_best
         if name is None or not step:
-            return
+            return False
         values = account.readings[-1][name]
         score = sum(values) / len(values)
-        if math.isfinite(score) and (account.best_score is None or score > account.best_score):
+        if is_best := math.isfinite(score) and (account.best_score is None or score > account.best_score):
             account.best, account.best_score = step, score
-            self.checkpoints.save(step)
+        return is_best
 
     def _alarm(self, step: int, kind: str, action: Action, reason: str) -> None:
         text = f"{self.run.stage.name}, step {step}: {kind}: {reason}"
