@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.evidence.chains import CHAINS, GROUPS, OTHER_SEEDS, chain_identity, measured_chain
+from benchmarks.evidence.chains import CHAINS, GROUPS, chain_identity, measured_chain
 from benchmarks.evidence.identity import is_made
 from benchmarks.evidence.measure import arm_identity, measured
 from benchmarks.evidence.page import rewrite, tables
@@ -47,8 +47,7 @@ def jobs(only: str | None, seeds: Sequence[int] | None) -> list[tuple[str, int]]
     of = {name: group for group, members in GROUPS.items() for name in members}
     if unknown := set(names) - {*of}:
         raise SystemExit(f"no {', '.join(sorted(unknown))}: one of {', '.join([*GROUPS, *of])}")
-    usual = {name: OTHER_SEEDS.get(name, range(SEEDS[of[name]])) for name in names}
-    numbers = usual if seeds is None else dict.fromkeys(names, seeds)
+    numbers = {name: range(SEEDS[of[name]]) if seeds is None else seeds for name in names}
     # one seed of every arm before the next, so that a stopped series compares all arms
     order = sorted({seed for of_name in numbers.values() for seed in of_name})
     return [(name, seed) for seed in order for name in numbers if seed in numbers[name]]

@@ -50,8 +50,6 @@ class RL(NamedTuple):
     stage: str
     dear: int
     """Forward-equivalents of an optimizer step, if no sample is left out."""
-    changes: tuple[str, ...] = ()
-    """Fields of the stage that are not the recipe's, as ``path=value``."""
 
 
 STAGES = {
@@ -60,26 +58,21 @@ STAGES = {
     # 192 images: 5 steps, and a forward with backward of one of them
     "grpo": RL("shapes-grpo", "grpo", 192 * (5 + 3)),
     # as nft: the ratio's forward in place of the old policy's
-    # with sigma = 1 in every sample, as the recipe was until one of three seeds collapsed
-    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3)), ("algorithm.time_type=discrete_with_init",)),
-    "awm-uniform": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
+    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
 }
 CHAINS: dict[str, tuple[str, str]] = {
     **{"-".join(filter(None, (b, rl))): (b, rl) for rl in ("nft", "grpo") for b in ("", *BEFORE)},
-    **{awm: ("", awm) for awm in ("awm", "awm-uniform")},
+    "awm": ("", "awm"),
 }
 """A chain's name -> what comes before RL, if anything, and the RL stage."""
 GROUPS = {"arms": ["base", *arms.ARMS], "chains": [*CHAINS]}
 """What a name such as ``--only arms`` stands for."""
-OTHER_SEEDS = {"awm-uniform": range(6, 9)}
-"""Chains that leave out seeds: other settings of this one had been seen on seeds 0 to 4."""
 AGAINST: dict[str, tuple[str, ...]] = {
     "sft-nft": ("nft",),
     "soar-nft": ("nft", "sft-nft"),
     "sft-grpo": ("grpo",),
     "soar-grpo": ("grpo", "sft-grpo"),
     "awm": ("nft",),
-    "awm-uniform": ("nft", "awm"),
 }
 """The chains that each is compared with, chosen before any was run."""
 
@@ -105,8 +98,7 @@ def rl_recipe(name: str, seed: int, start: str, steps: int | None = None) -> Rec
     }  # fmt: skip
     if total <= 5:
         values[f"{at}.train.warmup_steps"] = 0
-    changes = [f"{at}.{change}" for change in of.changes]
-    return load_recipe(of.recipe, [f"{key}={value}" for key, value in values.items()] + changes, checks=False)
+    return load_recipe(of.recipe, [f"{key}={value}" for key, value in values.items()], checks=False)
 
 
 def chain_identity(name: str, steps: int | None, samples: int | None) -> dict[str, Any]:
