@@ -239,7 +239,8 @@ def test_a_mean_of_one_sample_has_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "shown"), [(0.859, 0.863, "[0.859, 0.863]"), (0.75, 0.97, "[0.75, 0.97]")]
+    ("low", "high", "shown"),
+    [(0.859, 0.863, "[0.859, 0.863]"), (0.381, 0.461, "[0.38, 0.46]"), (0.75, 0.97, "[0.75, 0.97]")],
 )
 def test_the_terminal_shows_a_narrow_interval_whole(run, low, high, shown):
     file = run / "soar" / "evaluation" / "eval.json"

@@ -32,7 +32,7 @@ def interval_texts(score: Mapping[str, Any], *, short: bool = False) -> tuple[st
     if "low" not in score or score.get("count") == 1:
         return None
     low, high = score["low"], score["high"]
-    return (f"{low:.2f}", f"{high:.2f}") if short and high - low >= 0.1 else (number(low), number(high))
+    return (f"{low:.2f}", f"{high:.2f}") if short and high - low >= 0.05 else (number(low), number(high))
 
 
 def gain_texts(change: float, low: float, high: float) -> tuple[str, str, str]:
