@@ -202,20 +202,20 @@ def test_small_errors_have_finite_slopes_and_log_probability_0():
 
 
 def test_at_the_old_policy_its_gradient_is_diffusion_nfts():
+    """But for the divisor of an error: AWM has its root mean square, DiffusionNFT its mean absolute value."""
     draw = torch.Generator().manual_seed(0)
     x0, noise, v_old = (torch.randn(N, *SHAPE, generator=draw, dtype=torch.float64) for _ in range(3))
     advantage = torch.tensor([1.5, -0.7, -9.0], dtype=torch.float64)
-    old, by = v_old.clone().requires_grad_(), v_old.clone().requires_grad_()
-    kept = by - (noise - x0)
-    log_prob = matching_log_prob(mean_square(kept), SIGMA, "huber", 1.0)
+    of_awm, of_nft = v_old.clone().requires_grad_(), v_old.clone().requires_grad_()
+    log_prob = matching_log_prob(mean_square(of_awm - (noise - x0)), SIGMA, "huber", 1.0)
     clipped_loss((log_prob - log_prob.detach()).exp(), advantage.clamp(-5, 5) / 5, 1.0).sum().backward()
     r = optimality(advantage, "all", 5.0)
-    positive, negative = implicit_losses(old, v_old, interpolate(x0, noise, SIGMA), x0, SIGMA, beta=1.0)
-    (5.0 * (r * positive + (1 - r) * negative)).sum().backward()
-    errors = mean_square(kept).sqrt() / kept.abs().flatten(1).mean(
-        1
-    )  # the one divides by its root, the other by this
-    near(old.grad, by.grad * 10 * errors.detach()[:, None, None, None])
+    positive, negative = implicit_losses(of_nft, v_old, interpolate(x0, noise, SIGMA), x0, SIGMA, beta=1.0)
+    (r * positive + (1 - r) * negative).sum().backward()
+    error = v_old - (noise - x0)
+    divisors = mean_square(error).sqrt() / error.abs().flatten(1).mean(1)
+    assert of_awm.grad.abs().flatten(1).amax(1).min() > 0.01, "each sample counts"
+    near(of_nft.grad, 2 * divisors[:, None, None, None] * of_awm.grad)
 
 
 def test_the_ratio_is_clipped_either_way():

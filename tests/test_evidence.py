@@ -458,10 +458,8 @@ def test_a_page_has_the_tables_between_its_marks_and_the_rest_as_it_was(tmp_path
     )
     assert text.endswith(f"\n\n{page.END}\nMore words.\n")
     assert "old" not in text
-    command = "python -m benchmarks.evidence run --only"
-    ran = (
-        f"2026-12-01 to 2026-12-03, CPU, `{command} base,sft --seeds 0,1` and `{command} soar --seeds 0,1,2`."
-    )
+    only = "python -m benchmarks.evidence run --only"
+    ran = f"2026-12-01 to 2026-12-03, CPU, `{only} base,sft --seeds 0,1` and `{only} soar --seeds 0,1,2`."
     title = "### Differences of the arms, 20 sampling steps"
     head = f"| arm | against | {tables.COMPARED} |"
     assert f"{title}\n\n{ran} {page.MANY}\n\n{head}\n|{' --- |' * 7}\n| `sft` | `base` |" in text
