@@ -252,7 +252,7 @@ def test_a_narrow_terminal_gives_up_columns_before_intervals(run):
     full = printed(run, 140)
     assert max(len(line.rstrip()) for line in full.splitlines()[1:]) > 60
     given = json.loads((run / "soar/evaluation/eval.json").read_text())["scores"]["shapes"]
-    assert f"0.819 [{given['low']:.3f}, {given['high']:.3f}]" in printed(run, 60)
+    assert f"0.819 [{given['low']:.2f}, {given['high']:.2f}]" in printed(run, 60)
 
 
 def test_the_terminal_says_which_gains_chance_explains(run):
