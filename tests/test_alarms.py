@@ -16,7 +16,7 @@ BEYOND = ({"score": [5.0, 5.0]}, {"score": [3.9, 2.0]})
 def test_a_fall_is_told_from_more_than_two_standard_errors():
     assert hacking([0.25, 0.5], EDGE, 2) is None
     assert hacking([0.25, 0.5], BEYOND, 2) == (
-        "the training reward rose from 0.25 to 0.5 while the held-out score 'score' fell by 2.05 "
+        "the training reward rose from 0.25 to 0.5 while the held-out score 'score' became worse by 2.05 "
         "(+- 0.95): reward hacking?"
     )
     assert hacking([0.25, 0.5], BEYOND[::-1], 2) is None, "it rose"
@@ -57,7 +57,7 @@ def test_the_score_must_have_fallen_within_the_window():
 def test_every_score_that_has_an_error_may_sound():
     first = {"one": [9.0], "same": [1.0, 2.0], "worse": [9.0, 9.0]}
     last = {"one": [0.0], "same": [1.0, 2.0], "worse": [1.0, 2.0]}
-    assert "'worse' fell by 7.5 (+- 0.5)" in hacking([0, 1], [first, last], 2)
+    assert "'worse' became worse by 7.5 (+- 0.5)" in hacking([0, 1], [first, last], 2)
     assert hacking([0, 1], [{"one": [9.0]}, {"one": [0.0]}], 2) is None
     with pytest.raises(ValueError, match="zip"):
         hacking([0, 1], [{"s": [1.0, 2.0]}, {"s": [1.0, 2.0, 3.0]}], 2)

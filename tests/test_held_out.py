@@ -46,6 +46,24 @@ def test_the_checkpoint_of_a_reading_knows_that_it_is_good_and_that_it_is_the_be
     assert kept == {3: (3, 3, 0.5), 4: (4, 3, 0.5), 5: (5, 5, 0.6)}
 
 
+def test_a_score_whose_lower_values_are_better_is_recorded_as_it_is_and_compared_with_its_sign_changed(
+    tmp_path,
+):
+    (tmp_path / "held.txt").write_text("a\nb\n")
+    hook, _ = hook_of(account := Account(), tmp_path / "held.txt", SimpleNamespace(save=lambda step: None))
+    recorded = []
+    hook.tracker = SimpleNamespace(log=lambda step, metrics: recorded.append((step, metrics)))  # type: ignore[assignment]
+    hook.evaluation = hook.evaluation.model_copy(
+        update={"rewards": [SimpleNamespace(label=SCORE, higher_is_better=False)]}
+    )
+    for step, scores in ((1, (3.0, 5.0)), (2, (2.0, 4.0))):
+        hook._scored = lambda scores=scores: [{"scores": {SCORE: score}} for score in scores]
+        assert hook.between_batches(step, last=False)
+    assert recorded == [(1, {f"heldout/{SCORE}": 4.0}), (2, {f"heldout/{SCORE}": 3.0})]
+    assert account.readings == [{SCORE: [-3.0, -5.0]}, {SCORE: [-2.0, -4.0]}]
+    assert (account.best, account.best_score) == (2, -3.0)
+
+
 def test_readings_of_a_file_of_prompts_that_was_edited_are_not_compared(tmp_path):
     file, account = tmp_path / "held.txt", Account()
     file.write_text("a\nb\nc\n")

@@ -236,7 +236,7 @@ def test_reward_hacking_is_a_rising_reward_and_a_falling_score():
     good = {"score": [0.5, 0.6, 0.7, 0.6]}
     worse = {"score": [0.3, 0.4, 0.45, 0.5]}
     noisy = {"score": [0.1, 0.9, 0.9, 0.4]}
-    assert "'score' fell by 0.1875" in hacking([0.1, 0.2, 0.3], [good, good, worse], 3)
+    assert "'score' became worse by 0.1875" in hacking([0.1, 0.2, 0.3], [good, good, worse], 3)
     assert hacking([0.1, 0.2, 0.3], [good, good, noisy], 3) is None, "within the noise"
     assert hacking([0.3, 0.2, 0.1], [good, good, worse], 3) is None, "the reward fell too"
     assert hacking([float("-inf"), 0.1], [good, worse], 2) is None, "there was no reward before"

@@ -31,8 +31,8 @@ class Monitor(Spec):
     window: int = Field(default=3, ge=2)
     """``reward_hacking`` compares the last reading with the one ``window`` - 1 readings before."""
     reward_hacking: Action = "warn"
-    """What to do when the training reward rises while a held-out score falls by more than two standard
-    errors of the paired difference."""
+    """What to do when the training reward rises while a held-out score becomes worse by more than two
+    standard errors of the paired difference."""
     spread_collapse: Action = "warn"
     """What to do when the reward's standard deviation within groups, over the last 5 batches, is less than
     ``spread_fraction`` of what it was over the first 5, because samples of a prompt have become alike."""
@@ -52,11 +52,11 @@ class Monitor(Spec):
 def hacking(
     rewards: Sequence[float], readings: Sequence[Mapping[str, Sequence[float]]], window: int
 ) -> str | None:
-    """The alarm's message if the reward rose while a held-out score fell, else None.
+    """The alarm's message if the reward rose while a held-out score became worse, else None.
 
     ``rewards`` has the training reward's mean up to each reading, -inf if there was no batch yet.
     ``readings`` map each score to its values, higher is better, of the same samples in the same order.
-    A fall counts if it exceeds two standard errors of the paired difference.
+    A change counts if it exceeds two standard errors of the paired difference.
     """
     if len(readings) < window or not rewards[-1] > rewards[-window] > -inf:
         return None
@@ -68,7 +68,8 @@ def hacking(
         if fmean(change) < -2 * error:
             return (
                 f"the training reward rose from {rewards[-window]:.4g} to {rewards[-1]:.4g} while the "
-                f"held-out score {name!r} fell by {-fmean(change):.4g} (+- {error:.2g}): reward hacking?"
+                f"held-out score {name!r} became worse by {-fmean(change):.4g} (+- {error:.2g}): "
+                "reward hacking?"
             )
     return None
 

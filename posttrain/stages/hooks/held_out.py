@@ -79,14 +79,13 @@ class HeldOut(Hook):
 
     def _read(self, step: int) -> None:
         """Take the scores into the account, with the mean training reward since the last reading."""
-        records = self._scored()
-        reading = {
-            r.label: [record["scores"][r.label] * (1 if r.higher_is_better else -1) for record in records]
-            for r in self.evaluation.rewards
-        }
-        self._record(step, {f"heldout/{name}": sum(values) / len(values) for name, values in reading.items()})
+        records, rewards = self._scored(), self.evaluation.rewards
+        scores = {r.label: [record["scores"][r.label] for record in records] for r in rewards}
+        self._record(step, {f"heldout/{name}": sum(values) / len(values) for name, values in scores.items()})
         account = self.account
-        account.readings.append(reading)
+        account.readings.append(
+            {r.label: [v if r.higher_is_better else -v for v in scores[r.label]] for r in rewards}
+        )
         account.rewards.append(sum(account.pending) / len(account.pending) if account.pending else -math.inf)
         account.pending, account.read_at = [], step
 
