@@ -18,9 +18,11 @@ from pydantic import Field
 
 from posttrain.errors import NotFinite, PosttrainError, RewardError
 from posttrain.registry import FREE, Named
+from posttrain.support import user_code
 from posttrain.support.paths import is_path
 from posttrain.support.plugins import how_to_install
 from posttrain.support.user_errors import with_lines
+from posttrain.weights.files import sha256
 from posttrain.weights.published import Weights
 
 if TYPE_CHECKING:
@@ -117,15 +119,20 @@ class Reward(Named, ABC):
         }
 
     def source_files(self) -> dict[str, Path]:
-        """Module -> its file, of the source outside this package that computes the scores. Raises RewardError
-        if it cannot be loaded."""
-        return {}
+        """Module -> its file, of the source outside this package that computes the scores: that of the class,
+        and of classes that it inherits from. Raises RewardError if it cannot be loaded."""
+        modules = dict.fromkeys(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, Reward))
+        own = [name for name in modules if name.partition(".")[0] != "posttrain"]
+        return user_code.loaded_files(own)
 
     def hashes(self) -> dict[str, dict[str, str]]:
-        """Name of a field of :attr:`weights` -> file -> SHA-256 of the file that :meth:`load` reads.
+        """Name of a field of :attr:`weights` -> file -> SHA-256 of the file that :meth:`load` reads; and
+        ``source`` -> module -> SHA-256 of its file, if there are :meth:`source_files`.
 
         Result cards keep them, so that scores by other weights, or by other source, are not compared."""
-        return {name: weights.hashes(self.located(name)) for name, weights in self.weights.items()}
+        hashes = {name: weights.hashes(self.located(name)) for name, weights in self.weights.items()}
+        source = {name: sha256(file) for name, file in self.source_files().items()}
+        return {**hashes, "source": {**hashes.get("source", {}), **source}} if source else hashes
 
     @abstractmethod
     def load(self, device: torch.device) -> Scorer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -14,7 +13,6 @@ from torch import Tensor
 from posttrain.errors import RewardError
 from posttrain.reward import Reward, Scores
 from posttrain.support import user_code
-from posttrain.weights.files import sha256
 
 if TYPE_CHECKING:
     from posttrain.reward import Scorer
@@ -59,11 +57,7 @@ class Callable(Reward):
 
     def source_files(self) -> dict[str, Path]:
         modules = (user_code.split(self.function)[0], getattr(self._function(), "__module__", None))
-        files = {name: getattr(sys.modules.get(name or ""), "__file__", None) for name in modules}
-        return {name: Path(file) for name, file in files.items() if name and file}
-
-    def hashes(self) -> dict[str, dict[str, str]]:
-        return {"source": {name: sha256(file) for name, file in self.source_files().items()}}
+        return user_code.loaded_files(filter(None, modules))
 
     def _function(self) -> Any:
         """The function, of which the module is run. Raises RewardError."""

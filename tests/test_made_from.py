@@ -27,6 +27,7 @@ from posttrain.evaluation.report.results import load_results
 from posttrain.flow.sampling_settings import Sampling
 from posttrain.recipe.file import overridden
 from posttrain.rewards.callable import Callable
+from posttrain.rewards.jpeg import JpegIncompressibility
 from posttrain.shapes.dataset import build
 from posttrain.stages import made_from
 from posttrain.stages.artifact import open_artifact, open_sampler
@@ -35,7 +36,9 @@ from posttrain.stages.made_from import confirm_data, confirm_weights
 from posttrain.stages.result import RunResult
 from posttrain.stages.run import Run
 from posttrain.stages.stage_run import StageRun
+from posttrain.support import user_code
 from posttrain.weights import fingerprints
+from posttrain.weights.files import sha256
 from posttrain.weights.fingerprints import by_component, changed, prints_of
 from posttrain.weights.writing import entries_of
 
@@ -264,6 +267,26 @@ def test_source_of_a_reward_that_was_replaced_is_told(tmp_path, monkeypatch):
     assert len(differing(before, after)) == 1, "result cards tell them apart"
     confirm_data(run, source, 0)
     assert printed.getvalue().count("\n") == 3, "no step was taken"
+
+
+def test_cards_know_the_source_of_a_class_of_rewards_and_of_what_it_inherits_from(tmp_path, monkeypatch):
+    head = "from typing import Literal\n\nimport torch\n\nfrom posttrain.reward import Reward, Scores\n"
+    (tmp_path / "base_of_all.py").write_text(f"""{head}
+class Base(Reward):
+    range = (0.0, 1.0)
+
+    def load(self, device):
+        return lambda images, prompts, metadata: Scores(torch.ones(len(images)))
+""")
+    (tmp_path / "even.py").write_text(
+        f"{head}from base_of_all import Base\n\nclass Even(Base):\n    type: Literal['even'] = 'even'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = user_code.load("even:Even")()
+    assert reward.hashes() == {
+        "source": {name: sha256(tmp_path / f"{name}.py") for name in ("even", "base_of_all")}
+    }
+    assert JpegIncompressibility().hashes() == {}, "a part of this package, whose version the card has"
 
 
 def test_checkpoints_that_were_set_aside_do_not_keep_weights_from_being_replaced(tmp_path):

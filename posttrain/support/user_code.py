@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ def file_of(module: str) -> Path | None:
     """The file of ``module``, which is not run; None if it has none on this machine."""
     origin = None if (spec := _found(module)) is None else spec.origin
     return Path(origin) if origin is not None and Path(origin).is_file() else None
+
+
+def loaded_files(modules: Iterable[str]) -> dict[str, Path]:
+    """Module -> its file, of those ``modules`` that have been run and that have a file on this machine."""
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
+    return {name: Path(file) for name, file in files.items() if file and Path(file).is_file()}
 
 
 def _found(module: str) -> ModuleSpec | None:
