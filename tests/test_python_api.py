@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import runpy
 import shutil
@@ -21,6 +22,7 @@ import posttrain
 from posttrain.algorithm import Algorithm, Items, Losses
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.recipe.file import dump_recipe, parse_recipe
+from posttrain.stages.result import Score
 
 ROOT = Path(__file__).parent.parent
 MINE = """
@@ -63,6 +65,26 @@ def test_a_run_gives_its_results(result):
     assert [row["step"] for row in result.metrics("sft")] == [*range(1, 7)]
     assert result.report.is_file()
     assert result.recipe.stages[1].name == "more"
+
+
+def test_one_sample_has_no_interval_and_no_significant_gain(result, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(result.folder, folder)
+    for stage_name in ("base", "sft"):
+        evaluation = folder / stage_name / "evaluation"
+        card = json.loads((evaluation / "eval.json").read_text())
+        card["scores"]["shapes"] |= {"mean": 0.5, "low": 0.5, "high": 0.5, "count": 1}
+        (evaluation / "eval.json").write_text(json.dumps({**card, "images": 1}))
+        records = map(json.loads, (evaluation / "records.jsonl").read_text().splitlines())
+        first = min(records, key=lambda record: (record["prompt"], record["index"]))
+        (evaluation / "records.jsonl").write_text(json.dumps(first) + "\n")
+    one = posttrain.open_run(folder)
+    assert one.scores("base")["shapes"] == Score(0.5, -math.inf, math.inf)
+    assert one.gain("sft", "shapes").high == math.inf
+    (scores, _) = parsed(one._repr_html_()).all("table")
+    base, sft, _ = (row.one("td").text for row in scores.one("tbody").all("tr"))
+    assert base == "0.500"
+    assert re.fullmatch(r"0\.500, [+-]\d\.\d{3} n\.s\.", sft)
 
 
 def test_images_open_and_show_in_notebooks(result):

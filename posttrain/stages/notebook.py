@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def html(
 
 def _cell(row: Mapping[str, Any]) -> str:
     """The mean, its interval, and the paired difference from the base model, where it is known."""
-    text = f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    known = math.isfinite(row["high"])
+    text = f"{row['mean']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if known else "")
     if "gain_mean" not in row:
         return text
     significant = row["gain_low"] > 0 or row["gain_high"] < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,9 +27,9 @@ class Score:
 
     mean: float
     low: float
-    """Lower end of the 95 % interval."""
+    """Lower end of the 95 % interval; -inf of one sample, which does not tell how far others lie apart."""
     high: float
-    """Upper end of the 95 % interval."""
+    """Upper end of the 95 % interval; inf of one sample."""
 
 
 @dataclass(frozen=True)
@@ -192,4 +193,5 @@ def open_run(folder: str | Path) -> RunResult:
 
 
 def _score(values: Mapping[str, Any]) -> Score:
-    return Score(values["mean"], values["low"], values["high"])
+    low, high = (-math.inf, math.inf) if values.get("count") == 1 else (values["low"], values["high"])
+    return Score(values["mean"], low, high)
