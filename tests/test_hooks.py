@@ -205,7 +205,7 @@ def checkpoints_of(world, minutes, steps, monkeypatch, now):
     )
     run = SimpleNamespace(stage=SimpleNamespace(train=train), world=world, folder=Path("nowhere"))
     written = SimpleNamespace(save=lambda step, *rest: steps.append(step))
-    training: Any = SimpleNamespace(run=run, account=Account(), checkpoints=written)
+    training: Any = SimpleNamespace(run=run, account=Account(), checkpoints=written, skipped=list)
     return Checkpoints(training, None)
 
 

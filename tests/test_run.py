@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from runs import EVALUATION, HEAD, TRAIN, cut_off_after, recipe, run_quietly, stage
+from runs import DATA, EVALUATION, HEAD, TRAIN, cut_off_after, recipe, run_quietly, stage
 from safetensors.torch import load_file
 from stored import whole_state
 
@@ -17,6 +17,7 @@ from posttrain.errors import ModelError, PosttrainError, RecipeError, TrainingEr
 from posttrain.policy import Policy
 from posttrain.recipe.file import dump_recipe, load_recipe
 from posttrain.sampling.latents import sample_images
+from posttrain.shapes.dataset import build
 from posttrain.stages.artifact import open_artifact
 from posttrain.support.files import published
 
@@ -60,6 +61,20 @@ def test_a_run_writes_everything_that_the_design_promises(finished):
         assert (folder / name / "evaluation" / "eval.json").is_file()
     assert "report:" in printed
     assert printed.index("base") < printed.index("soar")
+
+
+def test_an_image_that_was_left_out_before_a_stage_was_killed_is_named_at_its_end(tmp_path, monkeypatch):
+    build(tmp_path / "data", 8, 1, "clean")
+    damaged = min((tmp_path / "data" / "images").iterdir())
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-40])
+    images = f"images: {tmp_path}/data/train.jsonl, image_dir: {tmp_path}/data/images"
+    made = recipe(stage("sft").replace(DATA, f"{{{images}, resolution: 16, tolerance: 0.3}}"))
+    cut_off_after(4, made, tmp_path / "run", monkeypatch)
+    damaged.write_bytes(whole)
+    run_quietly(made, tmp_path / "run")
+    (line,) = json.loads((tmp_path / "run" / "sft" / "stage.json").read_text())["skipped"]
+    assert damaged.name in line
 
 
 def test_the_bill_counts_every_forward(finished):

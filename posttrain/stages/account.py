@@ -47,6 +47,8 @@ class Account:
     best_by: str | None = None
     """The ``train.keep_best`` by which it was best. Another score cannot be compared with it."""
     alarms: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """The images that were left out up to the last checkpoint, by all processes, each with the reason."""
     ended_at: int | None = None
     """Step at which a hook ended the stage early, or to which an alarm rolled it back; None otherwise."""
     rows: int | None = 0

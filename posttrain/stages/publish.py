@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -62,7 +61,6 @@ def summarise(training: Training) -> dict[str, Any]:
         raise TrainingError(f"stage {run.stage.name!r} trained nothing{reason}")
     steps = counted(account.refused, "step")
     refused = [f"{run.stage.name}: {steps} refused: not finite"] if account.refused else []
-    skipped = chain.from_iterable(world.gather_objects(training.source.skipped()))
     return {
         "steps": run.stage.train.steps if account.ended_at is None else account.ended_at,
         "updates": account.updates,
@@ -76,7 +74,7 @@ def summarise(training: Training) -> dict[str, Any]:
         "device": policy.model.device.type,
         "threads": torch.get_num_threads(),
         "parallel": {**run.recipe.parallel.model_dump(mode="json"), "processes": world.size},
-        "skipped": list(dict.fromkeys(skipped)),
+        "skipped": training.skipped(),
         "alarms": list(dict.fromkeys([*account.alarms, *refused])),
     }
 

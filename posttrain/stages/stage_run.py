@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,3 +69,9 @@ class Training:
     """How forwards and backwards are computed; None where that is still to be found by trying."""
     search_micro_batch: bool
     """Whether ``policy.micro_batch`` is still to be found by trying."""
+
+    def skipped(self) -> list[str]:
+        """The images that any process has left out since the stage began, each with the reason. Every process
+        calls it."""
+        lists = self.run.world.gather_objects(self.source.skipped())
+        return list(dict.fromkeys(chain(self.account.skipped, *lists)))

@@ -45,6 +45,7 @@ class Checkpoints(Hook):
         """Write the state after ``step`` steps, unless there is a checkpoint of that step."""
         account, settings = self.account, self.settings
         self._saved_at = time.monotonic()
+        account.skipped = self.training.skipped()
         if self.tracker is not None:
             account.rows = self.tracker.metrics.on_disk()
         protected = frozenset((account.good, account.best))
@@ -55,10 +56,12 @@ class Checkpoints(Hook):
         """Restore weights, optimizer and account of ``step``, and remove all later checkpoints.
 
         If the checkpoint of ``step`` is damaged, it is the newest whole one before. The account keeps its
-        alarms, and says at which step the stage ended. Raises PosttrainError if there is no whole one.
+        alarms and the images that were left out, and says at which step the stage ended. Raises
+        PosttrainError if there is no whole one.
         """
-        alarms, checkpoints = self.account.alarms, self.training.checkpoints
+        kept = {"alarms": self.account.alarms, "skipped": self.account.skipped}
+        checkpoints = self.training.checkpoints
         if (restored := checkpoints.restore(until=step)) is None:
             raise PosttrainError(f"no checkpoint of step {step} or before in {str(checkpoints.folder)!r}")
         checkpoints.drop_after(restored.step)
-        self.account.replace_by({**restored.extra, "alarms": alarms, "ended_at": restored.step})
+        self.account.replace_by({**restored.extra, **kept, "ended_at": restored.step})
