@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -424,6 +425,21 @@ def test_what_is_no_checkpoint_or_not_finished_is_said(finished, tmp_path):
     shutil.copytree(folder / "sft" / "checkpoints" / "step-00000006", lost)
     with pytest.raises(ModelError, match="does not say by which recipe it was made"):
         open_artifact(str(lost), CPU)
+
+
+def test_base_beside_what_is_no_lora_names_what_is_there(tmp_path):
+    for names, found in (
+        ((), "holds no weights"),
+        (("adapter_model.safetensors",), "holds 'adapter_model.safetensors'"),
+        (("adapter_model.safetensors", "model_index.json"), "is a whole pipeline"),
+    ):
+        folder = tmp_path / str(len(names))
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(b"")
+        words = re.escape(f"with pytorch_lora_weights.safetensors; {str(folder)!r} {found}")
+        with pytest.raises(ModelError, match=words + "$"):
+            open_artifact(str(folder), CPU, base="posttrain/tiny-sd3")
 
 
 def test_the_shipped_model_says_how_it_was_made_and_is_small():

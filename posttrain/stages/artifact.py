@@ -22,7 +22,7 @@ from posttrain.support.device import resolve
 from posttrain.support.paths import expanded
 from posttrain.support.plugins import missing_type
 from posttrain.weights.fingerprints import Prints, by_component, changed, prints_of
-from posttrain.weights.pipeline_folder import local_folder
+from posttrain.weights.pipeline_folder import INDEX, local_folder
 from posttrain.weights.run_folders import is_run
 from posttrain.weights.transformer import LORA
 
@@ -142,6 +142,12 @@ def _open(
     return model, artifact
 
 
+def _weights_in(folder: Path) -> str:
+    """The names of the first files of weights in ``folder``, or that there are none."""
+    names = sorted(file.name for file in folder.glob("*.safetensors"))[:3]
+    return ", ".join(map(repr, names)) or "no weights"
+
+
 def _describe(path: str, base: str | None, *, check: bool = True) -> Artifact:
     """What :func:`open_artifact` has to load for ``path``, unless that is a checkpoint. Raises ModelError.
 
@@ -154,7 +160,9 @@ def _describe(path: str, base: str | None, *, check: bool = True) -> Artifact:
     description = described(folder) if folder is not None and (folder / DESCRIPTION).is_file() else None
     is_lora = folder is not None and (folder / LORA).is_file()
     if not is_lora and base is not None:
-        raise ModelError(f"--base is for a LoRA; {path!r} is a whole pipeline")
+        is_whole = folder is None or (folder / INDEX).is_file()
+        found = "is a whole pipeline" if is_whole else f"holds {_weights_in(folder)}"
+        raise ModelError(f"--base is for a LoRA, a folder with {LORA}; {path!r} {found}")
     spec = _spec(path, folder, description, base, is_lora)
     loaded = with_parents(folder) if folder is not None else []
     adapters = [*map(exact, loaded[:-1]), *loaded[-1:]]
