@@ -2,11 +2,13 @@
 
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 from data_files import LIMIT, noise, pixels
 from PIL import ExifTags, Image, ImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from posttrain.data.decode import image_size, open_image
 from posttrain.errors import DataError
@@ -60,6 +62,57 @@ def test_exif_orientation_is_applied_to_pixels_and_size(tmp_path, suffix, orient
     assert got.shape == expected.shape
     assert np.abs(got - expected).mean() < 6
     assert image_size(tmp_path / f"a.{suffix}", LIMIT) == (expected.shape[1], expected.shape[0])
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+RAW = b"Raw profile type exif\0\nexif\n%8d\n" % len(exif_of(8)) + exif_of(8).hex().encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "turned"),
+    [
+        (b"eXIf", exif_of(3), False),
+        (b"eXIf", exif_of(6), True),
+        (b"iTXt", XMP, True),
+        (b"tEXt", RAW, True),
+        (b"tEXt", b"date:create\x002026-11-28", False),
+        (b"tEXt", b"", False),
+    ],
+)
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+def test_a_png_is_measured_as_it_is_shown_wherever_it_says_that_it_is_turned(
+    tmp_path, kind, data, turned, place
+):
+    path = tmp_path / "a.png"
+    Image.fromarray(noise(24, 16)).save(path)
+    saved = path.read_bytes()
+    at = saved.index(place) - 4
+    path.write_bytes(saved[:at] + chunk(kind, data) + saved[at:])
+    assert image_size(path, LIMIT) == open_image(path, LIMIT).size == ((16, 24) if turned else (24, 16))
+
+
+def test_a_png_is_measured_without_decoding_its_pixels(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(noise(300, 200)).save(path)
+    saved = path.read_bytes()
+    text = chunk(b"tEXt", b"date:create\x002026-11-28")
+    path.write_bytes(saved[:-12] + text + saved[-12:])  # as ImageMagick writes it
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert image_size(path, LIMIT) == (300, 200)
+    monkeypatch.undo()
+    path.write_bytes(saved[: len(saved) // 2])
+    with pytest.raises(DataError, match=r"a\.png: truncated"):
+        image_size(path, LIMIT)
 
 
 def test_transparency_becomes_white_in_every_mode(tmp_path):

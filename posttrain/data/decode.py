@@ -21,6 +21,8 @@ from posttrain.support.quiet import exif_warnings_hidden
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """The formats that are read. Pillow would run external programs for some others (EPS, WMF)."""
 
+ORIENTED = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+"""How the texts in a PNG begin that may say its orientation, as its chunk eXIf may."""
 WHITE_IS_ZERO = 0
 """The photometric interpretation of a TIFF whose grey runs from white to black."""
 
@@ -50,11 +52,38 @@ def image_size(path: Path | Place, max_pixels: int) -> tuple[int, int]:
     Raises BadImage, but does not detect damage after the header.
     """
     with _opened(path, max_pixels) as image:
-        if image.format not in ("JPEG", "MPO", "WEBP"):  # other formats may store it after the pixels
+        if image.format == "PNG":
+            in_header = not _turned_after_pixels(image)
+        else:
+            in_header = image.format in ("JPEG", "MPO", "WEBP")
+        if not in_header:
             image.load()
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        exif = Image.Image.getexif(image)  # that of a PNG would decode the pixels
+        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
+
+
+def _turned_after_pixels(image: ImageFile.ImageFile) -> bool:
+    """Whether a PNG may say its orientation after its pixels, or ends before it could."""
+    file = image.fp
+    assert file is not None, "the image is open"
+    here = file.tell()
+    try:
+        file.seek(8)
+        after = False
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"IEND":
+                return False
+            begin = file.read(min(length, max(map(len, ORIENTED)))) if after else b""
+            if after and (kind == b"eXIf" or (kind != b"IDAT" and begin.startswith(ORIENTED))):
+                return True
+            after = after or kind == b"IDAT"
+            file.seek(length - len(begin) + 4, 1)  # and its check sum
+        return True
+    finally:
+        file.seek(here)
 
 
 @contextmanager
