@@ -35,7 +35,7 @@ def test_chains_have_equal_totals_and_equal_rl_after_sft_and_soar():
     assert chains.length("sft-grpo") == chains.length("soar-grpo") == 105
 
 
-@pytest.mark.parametrize(("name", "kind"), [("awm", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)])
+@pytest.mark.parametrize(("name", "kind"), [("awm", AWM), ("awm-kl", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)])
 def test_a_steps_cost_is_what_the_policy_counts(name, kind):
     (stage,) = chains.rl_recipe(name, 0, "base").stages
     algorithm, policy = stage.algorithm, toy_policy()
@@ -49,7 +49,8 @@ def test_a_steps_cost_is_what_the_policy_counts(name, kind):
 @pytest.mark.parametrize("name", chains.CHAINS)
 def test_a_chain_is_the_shipped_recipe_with_another_start_and_length(name, tmp_path):
     rl = chains.STAGES[chains.CHAINS[name][1]]
-    recipe, shipped = chains.rl_recipe(name, 2, str(tmp_path)), load_recipe(rl.recipe, checks=False)
+    recipe = chains.rl_recipe(name, 2, str(tmp_path))
+    shipped = load_recipe(rl.recipe, [f"stages.{rl.stage}.{change}" for change in rl.changes], checks=False)
     (stage,), (known,) = recipe.stages, shipped.stages
     assert (recipe.seed, stage.start_from, stage.train.steps) == (2, str(tmp_path), chains.length(name))
     assert recipe.depth(stage) == 0, "its draws are those of RL from the base"
@@ -60,6 +61,11 @@ def test_a_chain_is_the_shipped_recipe_with_another_start_and_length(name, tmp_p
     assert stage.train.steps % stage.train.keep_every == 0
     assert stage.train.steps // stage.train.keep_every == chains.READINGS
     assert chains.rl_recipe(name, 0, "base", steps=4).stages[0].train.steps == 6
+
+
+def test_awm_is_trained_with_the_kl_term_that_ships_and_without():
+    recipes = (chains.rl_recipe(name, 0, "base") for name in ("awm-kl", "awm"))
+    assert [r.stages[0].algorithm.beta for r in recipes] == [0.003, 0]
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ class RL(NamedTuple):
     stage: str
     dear: int
     """Forward-equivalents of an optimizer step, if no sample is left out."""
+    changes: tuple[str, ...] = ()
+    """Fields of the stage that are not the recipe's, as ``path=value``."""
 
 
 STAGES = {
@@ -57,12 +59,14 @@ STAGES = {
     "nft": RL("shapes-nft", "nft", 192 * (8 + 3 * (1 + 3))),
     # 192 images: 5 steps, and a forward with backward of one of them
     "grpo": RL("shapes-grpo", "grpo", 192 * (5 + 3)),
-    # as nft: the ratio's forward in place of the old policy's
-    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3))),
+    # as nft: the ratio's forward in place of the old policy's; without a KL term one seed of three collapsed
+    "awm": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 3)), ("algorithm.beta=0",)),
+    # and the reference's forward
+    "awm-kl": RL("shapes-awm", "awm", 192 * (8 + 3 * (1 + 1 + 3))),
 }
 CHAINS: dict[str, tuple[str, str]] = {
     **{"-".join(filter(None, (b, rl))): (b, rl) for rl in ("nft", "grpo") for b in ("", *BEFORE)},
-    "awm": ("", "awm"),
+    **{awm: ("", awm) for awm in ("awm", "awm-kl")},
 }
 """A chain's name -> what comes before RL, if anything, and the RL stage."""
 GROUPS = {"arms": ["base", *arms.ARMS], "chains": [*CHAINS]}
@@ -73,6 +77,7 @@ AGAINST: dict[str, tuple[str, ...]] = {
     "sft-grpo": ("grpo",),
     "soar-grpo": ("grpo", "sft-grpo"),
     "awm": ("nft",),
+    "awm-kl": ("nft", "awm"),
 }
 """The chains that each is compared with, chosen before any was run."""
 
@@ -98,7 +103,8 @@ def rl_recipe(name: str, seed: int, start: str, steps: int | None = None) -> Rec
     }  # fmt: skip
     if total <= 5:
         values[f"{at}.train.warmup_steps"] = 0
-    return load_recipe(of.recipe, [f"{key}={value}" for key, value in values.items()], checks=False)
+    changes = [f"{at}.{change}" for change in of.changes]
+    return load_recipe(of.recipe, [f"{key}={value}" for key, value in values.items()] + changes, checks=False)
 
 
 def chain_identity(name: str, steps: int | None, samples: int | None) -> dict[str, Any]:
