@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -67,29 +68,37 @@ def of_record(file: Path) -> Trained:
 
 
 def on_the_way(files: Sequence[Path]) -> Iterator[str]:
-    """The lines of a table: the gain of each chain at each of its readings. A seed's interval is for other
-    prompts. The interval of all seeds together is for other seeds and other prompts."""
+    """The lines of a table: the gain of each chain at its readings, each after a part of its steps.
+
+    A seed's interval is for other prompts; that of all seeds together is for other seeds and other prompts.
+    """
     records = [read_object(file, "arm", "evaluations", "prompts", "readings") for file in files]
-    steps = sorted({reading["step"] for record in records for reading in record["readings"][1:]})
-    yield f"| run | {' | '.join(f'after {step}' for step in steps)} |"
-    yield "| --- |" + " --- |" * len(steps)
+    parts = sorted({part for record in records for part in _parts(record)} - {Fraction(0)})
+    yield f"| run | {' | '.join('at the end' if part == 1 else f'after {part}' for part in parts)} |"
+    yield "| --- |" + " --- |" * len(parts)
     for arm in dict.fromkeys(record["arm"] for record in records):
         seeds = [record for record in records if record["arm"] == arm]
         for of in ([seed] for seed in seeds):
-            yield f"| {arm}-{of[0]['seed']} | {' | '.join(_gained(of, step) for step in steps)} |"
+            yield f"| {arm}-{of[0]['seed']} | {' | '.join(_gained(of, part) for part in parts)} |"
         if len(seeds) > 1:
-            yield f"| {arm}, all | {' | '.join(_gained(seeds, step) for step in steps)} |"
+            yield f"| {arm}, all | {' | '.join(_gained(seeds, part) for part in parts)} |"
 
 
-def _gained(seeds: Sequence[Mapping[str, Any]], step: int) -> str:
-    """The gain of one arm's ``seeds`` after ``step`` steps; empty if a seed was not measured then."""
+def _parts(record: Mapping[str, Any]) -> list[Fraction]:
+    """The part of a chain's steps that each of its readings comes after."""
+    readings = record["readings"]
+    return [Fraction(reading["step"], readings[-1]["step"]) for reading in readings]
+
+
+def _gained(seeds: Sequence[Mapping[str, Any]], part: Fraction) -> str:
+    """The gain of one arm's ``seeds`` after a ``part`` of its steps; empty if one was not measured then."""
     before, then = [], []
     for record in seeds:
-        at = {reading["step"]: str(i) for i, reading in enumerate(record["readings"])}
-        if step not in at:
+        at = {part: str(i) for i, part in enumerate(_parts(record))}
+        if part not in at:
             return ""
         before.append(record["evaluations"]["0"]["shapes"])
-        then.append(record["evaluations"][at[step]]["shapes"])
+        then.append(record["evaluations"][at[part]]["shapes"])
     prompts = seeds[0]["prompts"]
     if len(seeds) > 1:
         return str(of_seeds(before, then, prompts))

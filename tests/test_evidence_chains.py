@@ -30,12 +30,15 @@ def test_chains_have_equal_totals_and_equal_rl_after_sft_and_soar():
         name = "-".join(filter(None, (before, rl)))
         spent = chains.BEFORE[before] * 32 * arms.forwards(arms.ARMS[before].algorithm) if before else 0
         total = spent + chains.length(name) * chains.STAGES[rl].dear
-        assert total == pytest.approx(chains.TOTAL, rel=0.001)
+        # 51 of its steps, the next whole readings, are 2 % less
+        assert total == pytest.approx(chains.TOTAL, rel=0.025 if rl == "awm-kl" else 0.001)
     assert chains.length("sft-nft") == chains.length("soar-nft") == 42
     assert chains.length("sft-grpo") == chains.length("soar-grpo") == 105
 
 
-@pytest.mark.parametrize(("name", "kind"), [("awm", AWM), ("awm-kl", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("awm", AWM), ("awm-kl", AWM), ("grpo", FlowGRPO), ("nft", DiffusionNFT)]
+)
 def test_a_steps_cost_is_what_the_policy_counts(name, kind):
     (stage,) = chains.rl_recipe(name, 0, "base").stages
     algorithm, policy = stage.algorithm, toy_policy()
@@ -145,13 +148,13 @@ def test_what_chains_gained_on_the_way_is_told_by_seed_and_together(tmp_path):
     kept("nft", 1, 0.2, 0.3, 0.7)
     kept("awm", 0, 0.2, 0.1, step=30)
     head, _, *rows = learning.on_the_way(sorted(tmp_path.glob("*.json")))
-    assert head == "| run | after 20 | after 30 | after 40 |"
+    assert head == "| run | after 1/2 | at the end |"
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in cells] == ["awm-0", "nft-0", "nft-1", "nft, all"]
-    assert [cell.split(" ")[0] for cell in cells[0]] == ["awm-0", "", "-0.100", ""]
+    assert [cell.split(" ")[0] for cell in cells[0]] == ["awm-0", "", "-0.100"]
     assert [row[1].split(" ")[0] for row in cells[1:]] == ["+0.100"] * 3
-    assert [row[3].split(" ")[0] for row in cells[1:]] == ["+0.300", "+0.500", "+0.400"]
-    low, high = map(float, cells[3][3].split("[")[1].strip("]").split(", "))
+    assert [row[2].split(" ")[0] for row in cells[1:]] == ["+0.300", "+0.500", "+0.400"]
+    low, high = map(float, cells[3][2].split("[")[1].strip("]").split(", "))
     assert low < 0.3 < 0.5 < high, "two seeds say little of others"
 
 

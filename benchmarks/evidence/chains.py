@@ -1,15 +1,16 @@
 """The chains: DiffusionNFT and Flow-GRPO from the base, after SFT and after SOAR, and AWM from the base.
 
-All have the same total cost. The RL stage is that of the shipped recipe, ``shapes-nft``, ``shapes-grpo`` or
-``shapes-awm``, shortened by what the stage before it cost. SFT and SOAR before it cost the same, so a seed's
-two chains after them have equal RL stages, of equal prompts and noise. A seed's RL is measured four times:
-before it, and after each third.
+All have the same total cost, as far as whole readings allow: ``awm-kl`` costs 2 % less. The RL stage is
+that of the shipped recipe, ``shapes-nft``, ``shapes-grpo`` or ``shapes-awm``, shortened by what the stage
+before it cost; ``awm`` has no KL term. SFT and SOAR before it cost the same, so a seed's two chains after
+them have equal RL stages, of equal prompts and noise. A seed's RL is measured four times: before it, and
+after each third.
 
-What it takes, at 100 forward-equivalents a second of one busy CPU core (cost in the records, 2026-11-27):
+What it takes, at 100 forward-equivalents a second of one busy CPU core (cost in the records, 2026-11-28):
 
-- RL of a seed: 3 chains x 230k from the base, 4 x 161k after SFT or SOAR; the stages before: 2 x 69k. 1.5M a
-  seed, 4.4M with three seeds: about 12 core-hours.
-- 24 evaluations a seed of 720 images x 20 forwards: 1.0M with three seeds, about 3 core-hours.
+- RL of a seed: 4 chains x 230k from the base, 4 x 161k after SFT or SOAR; the stages before: 2 x 69k. 1.7M a
+  seed, 5.1M with three seeds: about 14 core-hours.
+- 27 evaluations a seed of 720 images x 20 forwards: 1.2M with three seeds, about 3 core-hours.
 - The arms: 14 recipes are 1.3M a seed, and measuring 14 arms and the base takes 58k each, 0.9M. Five seeds
   are 11M: about 30 core-hours.
 """
