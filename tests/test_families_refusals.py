@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES
-from runs import EVALUATION, recipe, stage
+from runs import EVALUATION, recipe, run_quietly, stage
 from test_families_training import head, lora, made
 
 from posttrain.errors import ModelError, RecipeError
@@ -109,6 +109,57 @@ def test_a_transformer_of_another_class(family, other, folder, no_weights):
     said = refusal(family, folder)
     assert said.startswith(f"'{index}': the transformer's class is {kind}; a ")
     assert said.endswith(f" has a {own}")
+
+
+def test_a_scheduler_that_is_for_other_models_or_lacks_a_number(name, family, folder, no_weights):
+    index, config = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    own = json.loads(index.read_text("utf-8"))["scheduler"]
+    rewritten(index, scheduler=["diffusers", "DDIMScheduler"])
+    said = refusal(family, folder)
+    assert said.startswith(
+        f"'{index}': the scheduler's class is DDIMScheduler; rectified flow needs one with "
+    )
+    rewritten(index, scheduler=own)
+    original = json.loads(config.read_text("utf-8"))
+    dynamic = {"use_dynamic_shifting": True, "base_shift": None}
+    for changed, words in (
+        *([] if name in ("aura_flow", "lumina2") else [(dynamic, "base_shift is None; a number is needed")]),
+        ({"shift": "three"}, ""),  # some schedulers compute with it when they are made
+    ):
+        rewritten(config, **{**original, **changed})
+        said = block(family, folder).unfit() or "nothing"
+        assert said.startswith("scheduler/scheduler_config.json")
+        assert words in said
+    rewritten(config, **original)
+    assert block(family, folder).unfit() is None
+
+
+def test_an_autoencoder_that_does_not_say_its_scale(name, family, folder):
+    config = folder / "vae" / "config.json"
+    if "scaling_factor" not in json.loads(config.read_text("utf-8")):
+        pytest.skip("its latents have a mean and a deviation for each channel")
+    for value in (None, 0, True):
+        rewritten(config, scaling_factor=value)
+        said = block(family, folder).unfit()
+        assert said == f"vae/config.json: scaling_factor is {value}; a number above 0 is needed"
+
+
+def test_rotary_positions_that_are_not_as_wide_as_a_head(name, family, folder):
+    config = folder / "transformer" / "config.json"
+    if "axes_dims_rope" not in json.loads(config.read_text("utf-8")) or name == "qwen_image_21":
+        pytest.skip("diffusers checks them itself, or it has none")
+    rewritten(config, axes_dims_rope=[4, 4, 4, 2])
+    said = block(family, folder).unfit() or "nothing"
+    assert said.startswith("transformer/config.json: axes_dims_rope is [4, 4, 4, 2], together 14, but ")
+
+
+def test_a_run_says_before_it_reads_weights_what_check_says(family, folder, no_weights, tmp_path):
+    rewritten(folder / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
+    unfit = recipe(stage("s"), head=head(family).replace(str(family.path), str(folder)))
+    with pytest.raises(
+        ModelError, match=r"^model\.path: scheduler/scheduler_config\.json: use_karras_sigmas is"
+    ):
+        run_quietly(unfit, tmp_path / "run")
 
 
 def test_a_configuration_of_the_transformer_that_is_not_known(name, family, folder):

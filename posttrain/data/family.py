@@ -49,7 +49,8 @@ class Opening:
     model: FlowModel
     """Encodes images and prompts."""
     folder: Path
-    """Where data may be written, in subfolders that stages share. One process at a time opens the data."""
+    """Where data may be written, in subfolders that stages share. It may not exist yet. One process at a time
+    opens the data."""
     batch_size: int
     """Samples of a batch over all processes."""
     samples_per_prompt: int = 1

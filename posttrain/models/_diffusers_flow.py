@@ -17,7 +17,7 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
 from posttrain.flow.rectified import shift_sigma
 from posttrain.model import DtypeName, EncoderName, FlowModel, torch_dtype
-from posttrain.models._fitting import check_scheduler
+from posttrain.models._fitting import check_scale, check_scheduler
 from posttrain.models._resting import Resting
 from posttrain.weights import pipeline_folder
 from posttrain.weights.adapter import load_adapter
@@ -67,6 +67,9 @@ class DiffusersFlowModel(FlowModel):
     """Whether the pipeline gives its scheduler the times to sample at, before the shift: 1 to 1 / steps. If
     not, they are the scheduler's own."""
 
+    shifts: tuple[str, ...] = ("shift",)
+    """Settings of the scheduler of which it must have one: each says how its sigmas are shifted."""
+
     def __init__(self, spec: Block, pipeline: Any, source: Path, device: torch.device) -> None:
         """Wrap the ``pipeline`` that ``spec`` loaded from the folder ``source``. Raises ModelError if its
         components do not fit together."""
@@ -76,7 +79,9 @@ class DiffusersFlowModel(FlowModel):
         self.pipeline, self.source = pipeline, source
         self.vae, self.scheduler = pipeline.vae, pipeline.scheduler
         self.check()
-        check_scheduler(self.scheduler.config)
+        check_scheduler(self.scheduler, self.shifts)
+        if type(self).scaled is DiffusersFlowModel.scaled:
+            check_scale(self.vae.config)
         self.guidance_rule = spec.guidance_rule_of(self.transformer.config)
         self.factor = pipeline.vae_scale_factor
         self.divisor = spec.divisor_of(self.transformer.config, self.factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from posttrain.weights.files import json_object
 from posttrain.weights.needed_files import NETWORK_CONFIG, class_of, listed
 from posttrain.weights.pipeline_folder import INDEX, index_in
 from posttrain.weights.tokenizer import encoder_of
+
+SHIFT_BY_SIZE = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+"""What a scheduler with ``use_dynamic_shifting`` computes its shift from."""
 
 
 def check_widths(transformer: Any, *parts: tuple[str, str, int, str]) -> None:
@@ -64,6 +67,9 @@ def check_components(spec: Any, kind: Any, folder: Path) -> None:
         raise ModelError(
             f"{str(index)!r} names no {', '.join(sorted(absent))}, which a {kind.__name__} needs"
         )
+    library, name = held["scheduler"]
+    if not {*spec.flow.shifts} & {*signature(class_of(library, name, "scheduler").__init__).parameters}:
+        raise ModelError(f"{str(index)!r}: the scheduler's class is {name}; {_no_shift(spec.flow.shifts)}")
     file = folder / "transformer" / NETWORK_CONFIG
     config, (library, name) = json_object(file.read_bytes(), file), held["transformer"]
     own, taken = class_of(library, name, "transformer"), kind._get_signature_types()["transformer"]
@@ -83,12 +89,46 @@ def check_components(spec: Any, kind: Any, folder: Path) -> None:
             )
 
 
-def check_scheduler(config: Any) -> None:
-    """Raise ModelError if the scheduler's sigmas are no shift of a uniform grid: training draws from a shift,
-    and would learn other noise levels than those at which images are sampled."""
+def check_rope(transformer: Any, axes: str) -> None:
+    """Raise ModelError if the widths ``axes`` of a ``transformer``'s rotary positions, a setting of its
+    configuration, do not add up to the width of a head."""
+    width, parts = transformer["attention_head_dim"], [*transformer[axes]]
+    if sum(parts) != width:
+        raise ModelError(
+            f"transformer/config.json: {axes} is {parts}, together {sum(parts)}, but attention_head_dim is "
+            f"{width}"
+        )
+
+
+def check_scale(vae: Any) -> None:
+    """Raise ModelError if an autoencoder's configuration does not say by what its latents are multiplied."""
+    scale = vae.get("scaling_factor")
+    if not _is_number(scale) or scale <= 0:
+        raise ModelError(f"vae/config.json: scaling_factor is {scale!r}; a number above 0 is needed")
+
+
+def _no_shift(shifts: Sequence[str]) -> str:
+    names = " or ".join(shifts)
+    return f"rectified flow needs one with {names}, such as FlowMatchEulerDiscreteScheduler"
+
+
+def check_scheduler(scheduler: Any, shifts: Sequence[str]) -> None:
+    """Raise ModelError if the sigmas of a ``scheduler`` are no shift of a uniform grid: training draws from a
+    shift, and would learn other noise levels than those at which images are sampled. ``shifts`` are the
+    settings of which it must have one."""
+    config, file = scheduler.config, "scheduler/scheduler_config.json"
+    if not {*shifts} & {*config}:
+        raise ModelError(f"{file}: it is for a {type(scheduler).__name__}; {_no_shift(shifts)}")
     for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
         if config.get(name):
             raise ModelError(
-                f"scheduler/scheduler_config.json: {name} is true; sigmas must be a uniform grid that is "
-                "shifted, as without it"
+                f"{file}: {name} is true; sigmas must be a uniform grid that is shifted, as without it"
             )
+    dynamic = SHIFT_BY_SIZE if config.get("use_dynamic_shifting") else ()
+    for name in (*shifts, *dynamic):
+        if name in config and not _is_number(config[name]):
+            raise ModelError(f"{file}: {name} is {config[name]!r}; a number is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

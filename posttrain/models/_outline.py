@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from posttrain.errors import ModelError
 from posttrain.models._published import PUBLISHED
 from posttrain.weights import pipeline_folder
 from posttrain.weights.text_processor import text_processor
@@ -74,7 +75,12 @@ def outlined(
         return None
     for name in made.keys() & configs.keys():
         with torch.device("cpu" if name == "scheduler" else device):  # schedulers compute when they are made
-            made[name] = _component(dict(configs[name]), types[name])
+            try:
+                made[name] = _component(dict(configs[name]), types[name])
+            except Exception as error:  # whatever a class raises that is given a foreign value
+                what = (str(error).strip() or type(error).__name__).splitlines()[0]
+                file = f"{name}/{CONFIG_FILES.get(name, 'config.json')}"
+                raise ModelError(f"{file} cannot be used: {what}") from error
         if isinstance(made[name], torch.nn.Module):
             made[name].to(dtypes.get(name, dtypes["default"]))
     for name in made:

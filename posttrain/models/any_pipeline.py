@@ -138,7 +138,12 @@ class AnyFlowModel(DiffusersFlowModel):
 
     def check(self) -> None:
         mapping, takes = self.mapping, inspect.signature(self.transformer.forward).parameters
-        named = {mapping.latents, mapping.timestep, *mapping.prompt, *mapping.arguments}
+        given = [mapping.latents, mapping.timestep, *mapping.prompt, "return_dict"]
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ModelError(f"model.mapping: {', '.join(twice)} is named more than once")
+        if twice := sorted({*given} & {*mapping.arguments}):
+            raise ModelError(f"model.mapping.arguments: {', '.join(twice)} is given without it")
+        named = {*given[:-1], *mapping.arguments}
         if unknown := sorted(named - takes.keys()):
             raise ModelError(
                 f"model.mapping: {type(self.transformer).__name__} takes no {', '.join(unknown)}; it takes "

@@ -9,7 +9,7 @@ from pydantic import Field
 from posttrain.flow.guidance import EMBEDDED, UNGUIDED, ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
-from posttrain.models._fitting import check_output, check_settings, check_widths
+from posttrain.models._fitting import check_output, check_rope, check_settings, check_widths
 from posttrain.models._flux_layout import FLUX
 from posttrain.models._packing import grid_ids, packed, unpacked
 
@@ -67,6 +67,7 @@ class FluxFlowModel(DiffusersFlowModel):
             ("vae", "4 times its latent channels are", 4 * self.vae.config.latent_channels, "in_channels"),
         )
         check_settings("transformer", config, {"patch_size": 1}, "FLUX has")
+        check_rope(config, "axes_dims_rope")
         check_output(config)
 
 

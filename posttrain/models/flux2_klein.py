@@ -13,7 +13,7 @@ from posttrain.flow.guidance import CLASSIFIER_FREE, UNGUIDED, ClassifierFree
 from posttrain.models._chat import chats
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
-from posttrain.models._fitting import check_output, check_settings, check_widths
+from posttrain.models._fitting import check_output, check_rope, check_settings, check_widths
 from posttrain.models._flux2_layout import FLUX2
 from posttrain.models._outline import PIPELINE, configs_at
 from posttrain.models._packing import grid_ids, packed, unpacked
@@ -112,6 +112,7 @@ class Flux2KleinFlowModel(DiffusersFlowModel):
     def check(self) -> None:
         config, text = self.transformer.config, self.pipeline.text_encoder.config
         check_settings("transformer", config, KNOWN, "FLUX.2 klein has")
+        check_rope(config, "axes_dims_rope")
         check_output(config)
         if (layers := text.num_hidden_layers) < max(LAYERS):
             raise ModelError(

@@ -10,7 +10,7 @@ from posttrain.errors import ModelError
 from posttrain.flow.guidance import ClassifierFree
 from posttrain.models._diffusers import DiffusersModel
 from posttrain.models._diffusers_flow import DiffusersFlowModel
-from posttrain.models._fitting import check_settings, check_widths
+from posttrain.models._fitting import check_rope, check_settings, check_widths
 from posttrain.models._packing import packed, unpacked
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class QwenImageFlowModel(DiffusersFlowModel):
         check_settings("transformer", transformer, KNOWN, "for Qwen-Image it is")
         check_settings("vae", vae, {"input_channels": 3}, "for RGB it is")
         check_moments(vae)
+        check_rope(transformer, "axes_dims_rope")
         taken = {"in_channels": transformer.in_channels, "out_channels": 4 * transformer.out_channels}
         for name, width in taken.items():
             if width != 4 * vae.z_dim:

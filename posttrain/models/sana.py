@@ -28,6 +28,7 @@ class SanaFlowModel(DiffusersFlowModel):
     """A loaded SANA pipeline."""
 
     spec: Sana
+    shifts = ("shift", "flow_shift")
 
     def encode(self, prompts: list[str]) -> Condition:
         import torch

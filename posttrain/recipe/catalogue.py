@@ -68,7 +68,8 @@ def _use(kind: type[Named]) -> str:
 
 
 def _entry(group: str, name: str, kind: type[Named], needs: str) -> Entry:
-    text = " ".join(inspect.cleandoc(kind.__doc__ or "").replace("``", "").split())
+    plain = re.sub(r":\w+:`([^`]*)`|``", r"\1", inspect.cleandoc(kind.__doc__ or ""))
+    text = " ".join(plain.split())
     summary = re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]
     cited: list[str] = []
     for base in kind.__mro__:

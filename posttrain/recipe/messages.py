@@ -140,7 +140,8 @@ def _explained(entry: dict[str, Any], path: FieldPath, owner: type[BaseModel] | 
     if value is None:
         return "is empty; give it a value or remove it"
     if kind == "literal_error":
-        allowed = re.findall(r"[\w.-]+", str(context["expected"]).replace(" or ", " "))
+        found = re.findall(r"'([^']*)'|([\w.-]+)", str(context["expected"]))
+        allowed = [text or bare for text, bare in found if text or bare not in ("", "or")]
         return f"{value!r} is not allowed{meant(str(value), allowed)}; one of {', '.join(allowed)}"
     if (expected := SCALARS.get(kind) or COLLECTIONS.get(kind)) is not None:
         return f"expected {expected}, found {_shown(value, path, source)}{_block_of(value, path, owner)}"

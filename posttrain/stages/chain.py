@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.errors import ModelError
 from posttrain.recipe.file import check_or_raise, dump_recipe, load_recipe
 from posttrain.recipe.schema import Recipe, Stage
 from posttrain.stages.adjust import Reopened, reopen
@@ -64,6 +65,8 @@ def run(
         with claimed(folder, recipe, device, world, partial(note, console), fresh) as reopened:
             with world.main_first():
                 spec = pinned(recipe.model.build(folder / "model", device))
+            if (reason := spec.unfit()) is not None:  # in seconds, where loading finds it after all weights
+                raise ModelError(f"model.path: {reason}")
             for line in runs_named(recipe):
                 note(console, line)
             _run_stages(Run(as_trained(recipe, folder), spec, folder, device, console, world), reopened)

@@ -44,9 +44,9 @@ class DataLaws(BlockLaws):
 
     @contextmanager
     def opened(self, world: World = ALONE) -> Iterator[BatchSource]:
-        """The source, with a folder of its own."""
+        """The source, with a folder of its own, which does not exist, as in a run."""
         with tempfile.TemporaryDirectory() as folder:
-            yield self.open(Path(folder), world)
+            yield self.open(Path(folder) / "data", world)
 
     def open(self, folder: Path, world: World = ALONE) -> BatchSource:
         """The source that the data open."""
