@@ -129,12 +129,22 @@ def test_a_mapping_in_the_recipe_trains_a_pipeline_of_which_nothing_is_known(mon
         ({"latents": "x"}, "model.mapping: AuraFlowTransformer2DModel takes no x; it takes hidden_states, encoder_hidden_states, timestep"),
         ({"prompt": {"states": 0}}, "model.mapping: AuraFlowTransformer2DModel takes no states"),
         ({"arguments": {"size": 3}}, "model.mapping: AuraFlowTransformer2DModel takes no size"),
+        ({"arguments": {"return_dict": True}}, "model.mapping.arguments: return_dict is given without it"),
+        ({"arguments": {"timestep": 3, "hidden_states": 0}}, "model.mapping.arguments: hidden_states, timestep is given without it"),
+        ({"timestep": "hidden_states"}, "model.mapping: hidden_states is named more than once"),
     ],
 )  # fmt: skip
 def test_a_mapping_that_does_not_fit_the_transformer_is_refused(fields, error):
     mapping = Mapping(**{**KNOWN["AuraFlowPipeline"].model_dump(), **fields})
     with pytest.raises(ModelError, match=re.escape(error)):
         AURA.load(mapping=mapping)
+
+
+def test_a_value_of_several_words_is_named_whole():
+    block = "{type: diffusers, mapping: {prompt: {a: 0}, time: 2 sigma}}"
+    words = re.escape("one of sigma, 1000 sigma, 1 - sigma, 1000 - 1000 sigma")
+    with pytest.raises(RecipeError, match=rf"mapping\.time: '2 sigma' is not allowed .*; {words}$"):
+        recipe(stage("s"), head=f"name: small\ndevice: cpu\nmodel: {block}\n")
 
 
 def test_an_argument_that_the_transformer_needs_must_be_mapped():

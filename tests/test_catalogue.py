@@ -21,7 +21,7 @@ def test_every_algorithm_model_and_type_of_data_is_listed_with_what_it_is():
     assert [entry.name for entry in models()] == sorted(Model.variants)
     assert [entry.name for entry in data()] == sorted(Data.variants)
     for entry in (*algorithms(), *models(), *data()):
-        assert "``" not in entry.summary
+        assert "`" not in entry.summary
         assert re.fullmatch(r"[A-Z].{10,110}\.", entry.summary), entry
         assert entry.package == "posttrain"
     assert [entry.needs for entry in data() if entry.name == "shapes_pairs"] == ["gives pairs"]

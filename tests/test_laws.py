@@ -49,6 +49,14 @@ class StretchedTests(ModelTests):
     terminal = 0.02
 
 
+def test_the_folder_of_data_does_not_exist_as_in_a_run(monkeypatch):
+    found = []
+    monkeypatch.setattr(Dots, "open", lambda self, opening: found.append(opening.folder.exists()))
+    with DataTests().opened():
+        pass
+    assert found == [False]
+
+
 FAULTS = [
     (AlgorithmTests, "", ""),
     (AlgorithmTests, "global noise", "all randomness of collect comes from tools.draws"),
