@@ -64,9 +64,9 @@ def image_size(path: Path | Place, max_pixels: int) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
-def _turned_after_pixels(image: ImageFile.ImageFile) -> bool:
+def _turned_after_pixels(image: Image.Image) -> bool:
     """Whether a PNG may say its orientation after its pixels, or ends before it could."""
-    file = image.fp
+    file = image.fp if isinstance(image, ImageFile.ImageFile) else None
     assert file is not None, "the image is open"
     here = file.tell()
     try:

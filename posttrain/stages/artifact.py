@@ -160,8 +160,9 @@ def _describe(path: str, base: str | None, *, check: bool = True) -> Artifact:
     description = described(folder) if folder is not None and (folder / DESCRIPTION).is_file() else None
     is_lora = folder is not None and (folder / LORA).is_file()
     if not is_lora and base is not None:
-        is_whole = folder is None or (folder / INDEX).is_file()
-        found = "is a whole pipeline" if is_whole else f"holds {_weights_in(folder)}"
+        found = "is a whole pipeline"
+        if folder is not None and not (folder / INDEX).is_file():
+            found = f"holds {_weights_in(folder)}"
         raise ModelError(f"--base is for a LoRA, a folder with {LORA}; {path!r} {found}")
     spec = _spec(path, folder, description, base, is_lora)
     loaded = with_parents(folder) if folder is not None else []
