@@ -129,8 +129,8 @@ def test_a_mapping_in_the_recipe_trains_a_pipeline_of_which_nothing_is_known(mon
         ({"latents": "x"}, "model.mapping: AuraFlowTransformer2DModel takes no x; it takes hidden_states, encoder_hidden_states, timestep"),
         ({"prompt": {"states": 0}}, "model.mapping: AuraFlowTransformer2DModel takes no states"),
         ({"arguments": {"size": 3}}, "model.mapping: AuraFlowTransformer2DModel takes no size"),
-        ({"arguments": {"return_dict": True}}, "model.mapping.arguments: return_dict is given without it"),
-        ({"arguments": {"timestep": 3, "hidden_states": 0}}, "model.mapping.arguments: hidden_states, timestep is given without it"),
+        ({"arguments": {"return_dict": True}}, "model.mapping.arguments: posttrain itself gives return_dict"),
+        ({"arguments": {"timestep": 3, "hidden_states": 0}}, "model.mapping.arguments: posttrain itself gives hidden_states, timestep"),
         ({"timestep": "hidden_states"}, "model.mapping: hidden_states is named more than once"),
     ],
 )  # fmt: skip

@@ -142,7 +142,7 @@ class AnyFlowModel(DiffusersFlowModel):
         if twice := sorted({name for name in given if given.count(name) > 1}):
             raise ModelError(f"model.mapping: {', '.join(twice)} is named more than once")
         if twice := sorted({*given} & {*mapping.arguments}):
-            raise ModelError(f"model.mapping.arguments: {', '.join(twice)} is given without it")
+            raise ModelError(f"model.mapping.arguments: posttrain itself gives {', '.join(twice)}")
         named = {*given[:-1], *mapping.arguments}
         if unknown := sorted(named - takes.keys()):
             raise ModelError(
