@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from posttrain.support import user_code
 from posttrain.support.paths import is_path
 from posttrain.support.plugins import how_to_install
 from posttrain.support.user_errors import with_lines
+from posttrain.support.wording import described
 from posttrain.weights.files import sha256
 from posttrain.weights.published import Weights
 
@@ -71,8 +71,9 @@ class Reward(Named, ABC):
         return self.type
 
     def about(self) -> str:
-        """What the score measures, for a report: the first paragraph of the class's docstring."""
-        return " ".join((inspect.getdoc(type(self)) or "").partition("\n\n")[0].replace("``", "").split())
+        """What the score measures, for a report: the first paragraph of the class's docstring, or of that of
+        a reward that it inherits from; "" if there is none."""
+        return described(type(self), Reward)
 
     def problem(self) -> str | None:
         """Say why the reward cannot be loaded; None if nothing is missing. Loads and downloads nothing."""

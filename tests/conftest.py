@@ -6,6 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from posttrain.algorithm import Algorithm
+from posttrain.data.family import Data
+from posttrain.model import Model
+from posttrain.reward import Reward
+
+FAMILIES = Algorithm, Data, Model, Reward
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 # the same examples each time, however long one takes: a test that fails is one of the change, not of chance
@@ -29,6 +36,17 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     """Draws without a generator of their own are the same in every run, and whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_types():
+    """What a test registers beside the package's own types, no other test finds."""
+    before = [(family, set(family.variants)) for family in FAMILIES]
+    yield
+    for family, names in before:
+        for name in set(family.variants) - names:
+            if family.variants[name].__module__.partition(".")[0] != "posttrain":
+                del family.variants[name]
 
 
 @pytest.fixture

@@ -123,7 +123,9 @@ def test_a_reward_that_does_not_say_its_range_is_listed_told_of_and_served(monke
     lines = listing().plain.splitlines()
     assert any(line.split()[:4] == ["endless", "nan", "to", "nan"] for line in lines)
     assert any(line.startswith("shapes ") for line in lines)
-    assert meaning({"type": "endless"}, higher=True).endswith("Without bounds; higher is better.")
+    assert meaning({"type": "endless"}, higher=True) == (
+        "Its class, Endless, does not say what it measures. Without bounds; higher is better."
+    )
     request, batcher = SimpleNamespace(headers=Headers()), SimpleNamespace(problem=None)
     health = asyncio.run(Service(Endless(), batcher, Limits(), None).health(request))
     assert (health["name"], health["range"]) == ("endless", [None, None])

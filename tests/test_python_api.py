@@ -172,7 +172,6 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("taste", None)
-    Algorithm.variants.pop("mine", None)
 
 
 def text_of(algorithm):

@@ -11,6 +11,8 @@ from posttrain.errors import NotFinite, RewardError
 from posttrain.reward import Reward, Scores, checked
 from posttrain.rewards.ocr import OCR
 from posttrain.scoring.catalogue import missing
+from posttrain.support.wording import described
+from posttrain.weights.files import sha256
 from posttrain.weights.published import Weights
 
 CPU = torch.device("cpu")
@@ -54,6 +56,22 @@ def test_the_facts_of_a_reward_that_says_nothing_of_them():
             Plain(weight=weight)
 
 
+def test_what_a_score_measures_is_never_the_description_of_the_base_class():
+    class Shared(Reward):
+        """Words as :class:`OCR`
+        reads them, in ``prompt``.
+
+        More."""
+
+    class Own(Shared):
+        """Fewer words."""
+
+    words = "Words as OCR reads them, in prompt."
+    assert described(Plain, Reward) == Plain().about() == "", "it has no docstring"
+    assert described(type("Heir", (Shared,), {}), Reward) == described(Shared, Reward) == words
+    assert described(Own, Reward) == "Fewer words."
+
+
 def test_scores_are_named_with_their_details():
     scores = Scores(torch.tensor([0.25, 0.5]), {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3, 4])})
     assert scores.named("r", 0) == {"r": 0.25, "r/a": 1.0, "r/b": 3.0}
@@ -90,7 +108,8 @@ def test_weights_are_located_and_hashed_file_by_file(folder):
         name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.bin", "b1.json", "b2.json", "h.bin")
     }
     head = {"h.bin": digests.pop("h.bin")}
-    assert reward.hashes() == {"path": digests, "head": head}
+    source = {"test_sharp_reward": sha256(Path(__file__))}
+    assert reward.hashes() == {"path": digests, "head": head, "source": source}
 
 
 def test_weights_that_cannot_be_had_are_an_error_that_says_what_to_do():

@@ -9,13 +9,11 @@ from rich.console import Console
 from runs import DATA, EVALUATION, HEAD, stage
 
 import posttrain
-from posttrain.algorithm import Algorithm
 from posttrain.cli import ending
-from posttrain.data.family import Data
 from posttrain.errors import DataError, RecipeError, RewardError, UserCodeError
 from posttrain.model import FlowModel
 from posttrain.recipe.file import parse_recipe
-from posttrain.reward import Reward, checked
+from posttrain.reward import checked
 from posttrain.support.user_errors import as_user_error, told
 
 OWN = """
@@ -123,9 +121,6 @@ def own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("own", None)
-    for family in (Algorithm, Data, Reward):
-        for name in [name for name in family.variants if name.startswith("own_")]:
-            del family.variants[name]
 
 
 def with_data(kind):

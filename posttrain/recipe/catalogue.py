@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from posttrain.model import Model
 from posttrain.recipe.variants import AnyAlgorithm, AnyData, AnyModel
 from posttrain.registry import Named
 from posttrain.support.plugins import package_of
+from posttrain.support.wording import described
 
 assert AnyAlgorithm is not None, "importing it registers every algorithm"
 assert AnyModel is not None, "and every model"
@@ -68,9 +68,7 @@ def _use(kind: type[Named]) -> str:
 
 
 def _entry(group: str, name: str, kind: type[Named], needs: str) -> Entry:
-    plain = re.sub(r":\w+:`([^`]*)`|``", r"\1", inspect.cleandoc(kind.__doc__ or ""))
-    text = " ".join(plain.split())
-    summary = re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]
+    summary = re.split(r"(?<=\.)\s+(?=[A-Z])", described(kind, Named))[0]
     cited: list[str] = []
     for base in kind.__mro__:
         if issubclass(base, Named) and base.__module__ not in ("posttrain.registry", "posttrain.algorithm"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
 LOGIN = re.compile(r"(?<=://)[^\s/]+@")
 """The user and the password in an address."""
+MARKUP = re.compile(r":\w+:`([^`]*)`|``")
+"""The markup of docstrings: a role such as ``:class:``, of which the name stays, and the marks of code."""
 SHOWN_CHARACTERS = 80
 """An error shows this much of a value that somebody else has sent."""
 
@@ -37,6 +40,17 @@ def duration(seconds: float | None) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} days {hours % 24} h"
+
+
+def described(kind: type, family: type) -> str:
+    """The first paragraph of a class's docstring on one line, without the markup of docstrings.
+
+    A class without one has that of the nearest class that it inherits from, below ``family``; else "".
+    """
+    own = kind.__mro__[: kind.__mro__.index(family)]
+    text = next((base.__doc__ for base in own if base.__doc__), "")
+    paragraph = inspect.cleandoc(text).partition("\n\n")[0]
+    return " ".join(MARKUP.sub(r"\1", paragraph).split())
 
 
 def counted(count: int, noun: str) -> str:

@@ -32,7 +32,8 @@ def meaning(scorer: Mapping[str, Any], *, higher: bool) -> str:
     settings = {name: value for name, value in scorer.items() if name in kind.model_fields}
     reward = kind.model_construct(**settings)
     low, high = getattr(reward, "range", (-math.inf, math.inf))  # a plug-in's may lack it
-    return f"{reward.about()} {bounds(low, high)}; {direction}."
+    about = reward.about() or f"Its class, {kind.__name__}, does not say what it measures."
+    return f"{about} {bounds(low, high)}; {direction}."
 
 
 def bounds(low: float, high: float) -> str:
