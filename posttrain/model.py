@@ -52,6 +52,14 @@ def loaded(spec: Model, device: torch.device, transformer_dtype: DtypeName) -> F
     return model
 
 
+def loaded_if_fit(spec: Model, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
+    """As :func:`loaded`, but the configurations and headers are looked at first: seconds, where reading all
+    weights may take minutes. Raises ModelError also for what :meth:`Model.unfit` says."""
+    if (reason := spec.unfit()) is not None:
+        raise ModelError(reason)
+    return loaded(spec, device, transformer_dtype)
+
+
 class Model(Named, ABC):
     """A recipe's ``model`` block."""
 

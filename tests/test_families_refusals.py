@@ -14,6 +14,7 @@ from test_families_training import head, lora, made
 from posttrain.errors import ModelError, RecipeError
 from posttrain.models import _diffusers
 from posttrain.policy.tuning import Lora
+from posttrain.stages.artifact import open_artifact
 from posttrain.weights.transformer import LORA
 from posttrain.weights.writing import entries_of
 
@@ -23,6 +24,8 @@ UNKNOWN = {
     "sana": ("guidance_embeds", True), "sd3": ("out_channels", 8), "z_image": ("siglip_feat_dim", 8),
 }  # fmt: skip
 """Family -> a setting of its transformer, and a value of which the class here knows nothing."""
+WIDTHS = "block_out_channels", "encoder_block_out_channels", "dim_mult"
+"""Settings of autoencoders that have the width of each level."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -132,6 +135,38 @@ def test_a_scheduler_that_is_for_other_models_or_lacks_a_number(name, family, fo
         assert words in said
         config.write_text(json.dumps(original), "utf-8")
     assert block(family, folder).unfit() is None
+
+
+def test_weights_that_are_not_what_the_configuration_says(name, family, folder, no_weights):
+    for part, field in (("transformer", "n_layers" if name == "z_image" else "num_layers"), ("vae", None)):
+        config = folder / part / "config.json"
+        original = config.read_text("utf-8")
+        if field is None:
+            field = next(key for key in WIDTHS if key in json.loads(original))
+            changed = [2 * width for width in json.loads(original)[field]]
+        else:
+            field = field if field in json.loads(original) else "num_mmdit_layers"
+            changed = json.loads(original)[field] + 1
+        rewritten(config, **{field: changed})
+        said = block(family, folder).unfit() or "nothing"
+        assert said.startswith(f"the weights in '{folder / part}' do not fit its config.json: ")
+        assert re.search(r"\d+ missing \(\w+\.|\d+ of another shape \(\w+\.", said)
+        with pytest.raises(ModelError):
+            open_artifact(str(folder), torch.device("cpu"))
+        config.write_text(original, "utf-8")
+    assert block(family, folder).unfit() is None
+
+
+def test_an_index_that_does_not_say_what_a_component_is(family, folder, no_weights):
+    index = folder / "model_index.json"
+    for value in ("AutoencoderKL", ["AutoencoderKL"], None):
+        rewritten(index, vae=value)
+        said = block(family, folder).unfit() or "nothing"
+        assert said.startswith(f"'{index}': vae is {value!r}; its library and its class are needed")
+    for value, words in ((None, "it has no _class_name"), (["a"], r"its _class_name is \['a'\]")):
+        rewritten(index, _class_name=value)
+        with pytest.raises(RecipeError, match=rf"model_index.json' names no class of pipelines: {words}$"):
+            recipe(stage("s"), head=head(family).replace(str(family.path), str(folder)))
 
 
 def test_an_autoencoder_that_does_not_say_its_scale(name, family, folder):

@@ -25,6 +25,7 @@ from posttrain.registry import FREE
 from posttrain.weights import pipeline_folder
 from posttrain.weights.files import header_shapes, headers
 from posttrain.weights.hugging_face import explained, quiet
+from posttrain.weights.network import check_headers
 from posttrain.weights.pipeline import load_pipeline
 from posttrain.weights.token_counts import TokenCounts, token_counts
 
@@ -121,7 +122,9 @@ class DiffusersModel(Model, ABC):
                 folder = pipeline_folder.complete_folder(self.path, self.left_out(), self.revision)
                 if folder is not None and (kind := getattr(diffusers, self.kind(), None)) is not None:
                     check_components(self, kind, folder)
-                self.outline("fp32", torch.device("meta"))
+                outline = self.outline("fp32", torch.device("meta"))
+                for name in ("transformer", "vae") if folder is not None and outline is not None else ():
+                    check_headers(getattr(outline, name), folder / name)
         except ModelError as error:
             return str(error)
         return None

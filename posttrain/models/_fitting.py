@@ -59,10 +59,17 @@ def check_components(spec: Any, kind: Any, folder: Path) -> None:
     """
     import diffusers
 
-    index, held = folder / INDEX, listed(index_in(folder))
+    index, content = folder / INDEX, index_in(folder)
+    held = listed(content)
     needed = {*kind._get_signature_keys(kind)[0]} - {*kind._optional_components, *spec.left_out()}
     # an optional encoder that is there needs its tokenizer
     absent = {n for n in needed - held.keys() if n not in spec.optional or encoder_of(n) in held}
+    for name in sorted(absent & content.keys()):
+        if content[name] != [None, None]:
+            raise ModelError(
+                f"{str(index)!r}: {name} is {content[name]!r}; its library and its class are needed, as in "
+                '["diffusers", "AutoencoderKL"]'
+            )
     if absent:
         raise ModelError(
             f"{str(index)!r} names no {', '.join(sorted(absent))}, which a {kind.__name__} needs"

@@ -180,11 +180,8 @@ class AnyPipeline(DiffusersModel):
 
     def kind(self) -> str:
         """The class of the pipeline in diffusers."""
-        return (
-            self.pipeline
-            or (pipeline_folder.index_of(self.path) or {}).get("_class_name")
-            or self.pipelines[0]
-        )
+        named = self.pipeline or (pipeline_folder.index_of(self.path) or {}).get("_class_name")
+        return named if isinstance(named, str) else self.pipelines[0]
 
     def described(self) -> Mapping:
         """The mapping. Raises ModelError if none is given and none is known."""

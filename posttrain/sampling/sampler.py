@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.model import FlowModel, Model, loaded, torch_dtype
+from posttrain.model import FlowModel, Model, loaded_if_fit, torch_dtype
 from posttrain.policy.policy import Policy
 from posttrain.sampler import Sampler
 from posttrain.sampling.latents import sample_images
@@ -75,7 +75,7 @@ def loaded_to_draw(
     In float32 adapters are merged. In lower precision they stay beside the weights, whose rounding would
     swallow small ones. Raises ModelError as :meth:`Model.load` and :meth:`FlowModel.load_weights` do.
     """
-    model = loaded(spec, device, settings.precision)
+    model = loaded_if_fit(spec, device, settings.precision)
     for source in sources:
         model.load_weights(source, merge=settings.precision == "fp32")
     return model

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from posttrain.engine.checkpoint_folder import saved
 from posttrain.errors import ModelError, RecipeError
-from posttrain.model import FlowModel, Model, loaded
+from posttrain.model import FlowModel, Model, loaded, loaded_if_fit
 from posttrain.recipe.schema import BASE
 from posttrain.sampler import Sampler
 from posttrain.stages.checkpoint_model import is_checkpoint, open_checkpoint
@@ -136,7 +136,7 @@ def _open(
     if weights is not None:
         raise ModelError(f"--weights is for a checkpoint; {path!r} has one set of weights")
     artifact = _describe(path, base)
-    model = loaded(artifact.spec, device, "fp32")
+    model = loaded_if_fit(artifact.spec, device, "fp32")
     for source in artifact.adapters:
         model.load_weights(source)
     return model, artifact

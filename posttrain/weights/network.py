@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from posttrain.errors import ModelError
 from posttrain.weights.files import file_header, headers, weight_files
 from posttrain.weights.fitting import described, harmless, is_finite, kind_of, not_finite
 from posttrain.weights.hugging_face import explained, quiet
+from posttrain.weights.needed_files import NETWORK_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,28 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     if problems:
         raise ModelError(f"the weights in {str(folder)!r} do not fit: {problems}{advice(problems, dtype)}")
     return network
+
+
+def check_headers(network: Any, folder: Path) -> None:
+    """Raise ModelError if the weights in ``folder`` have other names, shapes or kinds of number than those of
+    ``network``, of diffusers, which may be on torch's meta device.
+
+    Only headers are read. Without a safetensors file nothing is checked.
+    """
+    if not (found := headers(folder)):
+        return
+    network._fix_state_dict_keys_on_load(found)  # diffusers' own: old names of attention become the new ones
+    own = {name: (kind_of(tensor), tuple(tensor.shape)) for name, tensor in network.state_dict().items()}
+    passed_over = network._keys_to_ignore_on_load_unexpected or ()
+    shared = [name for name in own if name in found]
+    problems = described(
+        missing=[name for name in own if name not in found],
+        left_over=[n for n in found if n not in own and not any(re.search(p, n) for p in passed_over)],
+        shapes=[(n, found[n][1], own[n][1]) for n in shared if found[n][1] != own[n][1]],
+        kinds=[(n, k, own[n][0]) for n in shared if (k := kind_of(found[n][0])) != own[n][0]],
+    )
+    if problems:
+        raise ModelError(f"the weights in {str(folder)!r} do not fit its {NETWORK_CONFIG}: {problems}")
 
 
 def advice(problems: str, dtype: torch.dtype) -> str:

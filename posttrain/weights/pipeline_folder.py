@@ -70,7 +70,10 @@ def missing(
         return f"{str(folder)!r} holds no {INDEX}, so it is no diffusers pipeline folder"
     try:
         index = index_in(folder)
-        if (pipeline := index.get("_class_name")) not in pipelines:
+        if not isinstance(pipeline := index.get("_class_name"), str):
+            found = "it has no _class_name" if pipeline is None else f"its _class_name is {pipeline!r}"
+            return f"{str(folder / INDEX)!r} names no class of pipelines: {found}"
+        if pipeline not in pipelines:
             return f"{str(folder)!r} is a {pipeline}, not a {' or '.join(pipelines)}"
         headers(folder / component)
         if component not in listed(index):
