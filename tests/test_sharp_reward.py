@@ -9,6 +9,7 @@ import torch
 
 from posttrain.errors import NotFinite, RewardError
 from posttrain.reward import Reward, Scores, checked
+from posttrain.rewards.jpeg import JpegIncompressibility
 from posttrain.rewards.ocr import OCR
 from posttrain.scoring.catalogue import missing
 from posttrain.support.wording import described
@@ -51,9 +52,14 @@ def test_the_facts_of_a_reward_that_says_nothing_of_them():
     assert Plain().weight == 1.0
     assert Plain().label == "sharp_plain"
     assert Plain().prompt_problem({"prompt": "p"}) is None
-    for weight in (0.0, -1.0):
-        with pytest.raises(ValueError, match="greater than 0"):
-            Plain(weight=weight)
+    for field in ("weight", "limit_minutes"):
+        for number in (0.0, -1.0):
+            with pytest.raises(ValueError, match="greater than 0"):
+                Plain(**{field: number})
+    assert Plain(weight=1e9).weight == 1e9
+    with pytest.raises(ValueError, match="less than or equal to 1000000000"):
+        Plain(weight=1e9 + 1)
+    assert (Plain().limit_minutes, Plain(limit_minutes=0.5).limit_minutes) == (20.0, 0.5)
 
 
 def test_what_a_score_measures_is_never_the_description_of_the_base_class():
@@ -110,6 +116,7 @@ def test_weights_are_located_and_hashed_file_by_file(folder):
     head = {"h.bin": digests.pop("h.bin")}
     source = {"test_sharp_reward": sha256(Path(__file__))}
     assert reward.hashes() == {"path": digests, "head": head, "source": source}
+    assert JpegIncompressibility().hashes() == {}, "it has no weights, and its source is this package's"
 
 
 def test_weights_that_cannot_be_had_are_an_error_that_says_what_to_do():
@@ -182,6 +189,9 @@ def test_no_prompts_are_no_error():
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
+        (torch.zeros(2), "^reward 'r' returned Tensor, where Scores are expected$"),
+        (Scores(torch.zeros(2), []), "^reward 'r' returned details as list, no dict$"),
+        (Scores(torch.zeros(2), {"d": [0.0, 1.0]}), "^reward 'r' returned d as list, not as a tensor$"),
         (Scores(torch.zeros(3)), r"^reward 'r' returned value of shape \(3,\) for 2 images$"),
         (Scores(torch.zeros(2, 1)), r"^reward 'r' returned value of shape \(2, 1\) for 2 images$"),
         (
@@ -209,6 +219,24 @@ def test_the_positions_of_scores_that_are_not_finite_are_told():
     with pytest.raises(NotFinite) as caught:
         answer(Scores(torch.tensor([0.0, torch.nan])))
     assert caught.value.positions == [1]
+
+
+def raises(error):
+    def score(images, prompts, metadata):
+        raise error
+
+    return checked("r", score)
+
+
+def test_an_image_that_the_reward_cannot_score_keeps_its_position():
+    with pytest.raises(NotFinite, match=r"^reward 'r' has no score: too dark$") as caught:
+        raises(NotFinite("too dark", [1]))(torch.zeros(2, 3, 1, 1), ["a", "b"], [{}, {}])
+    assert caught.value.positions == [1]
+
+
+def test_an_error_of_this_package_is_told_without_lines_of_code():
+    with pytest.raises(RewardError, match=r"^reward 'r' failed on prompts such as 'a': no server$"):
+        raises(RewardError("no server"))(torch.zeros(1, 3, 1, 1), ["a"], [{}])
 
 
 @pytest.mark.parametrize(("prompts", "shown"), [(["a", "b"], "'a'"), ([], "''")])
