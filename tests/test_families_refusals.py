@@ -124,6 +124,10 @@ def test_a_scheduler_that_is_for_other_models_or_lacks_a_number(name, family, fo
     )
     rewritten(index, scheduler=own)
     original = json.loads(config.read_text("utf-8"))
+    config.unlink()
+    config.write_text("{}", "utf-8")
+    assert (block(family, folder).unfit() or "").startswith(f"'{config}' has no ")
+    config.write_text(json.dumps(original), "utf-8")
     dynamic = {"use_dynamic_shifting": True, "base_shift": None}
     for changed, words in (
         *([] if name in ("aura_flow", "lumina2") else [(dynamic, "base_shift is None; a number is needed")]),

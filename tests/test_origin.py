@@ -161,7 +161,7 @@ def test_eval_takes_what_is_not_given_from_the_recipe_of_the_run(run, tmp_path):
     with pytest.raises(RecipeError, match="say what to evaluate"):
         settled_evaluation("posttrain/tiny-sd3", Asked())
     like, lines = settled_evaluation(str(run), Asked(like="quickstart"))
-    assert like.steps == 20
+    assert like.steps == 12
     assert lines[1].startswith(
         "from the recipe quickstart: prompts (480 of Shapes), rewards shapes, resolution 64"
     )

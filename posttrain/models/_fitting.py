@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.errors import ModelError
 from posttrain.weights.files import json_object
-from posttrain.weights.needed_files import NETWORK_CONFIG, class_of, listed
+from posttrain.weights.needed_files import NETWORK_CONFIG, class_of, config_of, listed
 from posttrain.weights.pipeline_folder import INDEX, index_in
 from posttrain.weights.tokenizer import encoder_of
 
@@ -77,6 +77,13 @@ def check_components(spec: Any, kind: Any, folder: Path) -> None:
     library, name = held["scheduler"]
     if not {*spec.flow.shifts} & {*signature(class_of(library, name, "scheduler").__init__).parameters}:
         raise ModelError(f"{str(index)!r}: the scheduler's class is {name}; {_no_shift(spec.flow.shifts)}")
+    file = folder / "scheduler" / config_of(name)
+    if (
+        not {*spec.flow.shifts} & json_object(file.read_bytes(), file).keys()
+    ):  # or diffusers' default is taken
+        raise ModelError(
+            f"{str(file)!r} has no {' and no '.join(spec.flow.shifts)}: by how much sigmas are shifted"
+        )
     file = folder / "transformer" / NETWORK_CONFIG
     config, (library, name) = json_object(file.read_bytes(), file), held["transformer"]
     own, taken = class_of(library, name, "transformer"), kind._get_signature_types()["transformer"]
