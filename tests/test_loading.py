@@ -174,6 +174,19 @@ def test_a_weight_that_an_index_lists_and_no_shard_holds_is_named(folder):
         load(folder)
 
 
+def test_a_weight_that_two_shards_hold_is_named(folder):
+    file = folder / "transformer" / NETWORKS["transformer"]
+    state = load_file(file)
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    file.unlink()
+    index = {"metadata": {}, "weight_map": {**dict.fromkeys(state, shards[0]), "proj_out.bias": shards[1]}}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+    save_file(state, file.with_name(shards[0]), {"format": "pt"})
+    save_file({"proj_out.bias": state["proj_out.bias"]}, file.with_name(shards[1]), {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{shards[1]}' holds proj_out.bias, which another file"):
+        load(folder)
+
+
 def test_a_tokenizer_must_fit_its_text_encoder(folder):
     config = folder / "tokenizer" / "tokenizer_config.json"
     original = json.loads(config.read_text())

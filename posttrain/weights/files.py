@@ -61,11 +61,15 @@ def _shards(index: Path) -> list[Path]:
 def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> dtype, as safetensors names it, and shape of the weights in ``folder``, from the headers.
 
-    Empty without a safetensors file. Raises ModelError for a file that is not a complete safetensors file.
+    Empty without a safetensors file. Raises ModelError for a file that is not a complete safetensors file,
+    and for a weight that two files hold: which of them is taken would be chance.
     """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in weight_files(folder):
-        found |= file_header(file)
+        header = file_header(file)
+        if twice := sorted(found.keys() & header.keys()):
+            raise ModelError(f"{str(file)!r} holds {twice[0]}, which another file of the folder holds too")
+        found |= header
     return found
 
 
