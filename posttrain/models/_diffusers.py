@@ -123,8 +123,9 @@ class DiffusersModel(Model, ABC):
                 if folder is not None and (kind := getattr(diffusers, self.kind(), None)) is not None:
                     check_components(self, kind, folder)
                 outline = self.outline("fp32", torch.device("meta"))
-                for name in ("transformer", "vae") if folder is not None and outline is not None else ():
-                    check_headers(getattr(outline, name), folder / name)
+                if folder is not None and outline is not None:
+                    for name in ("transformer", "vae"):
+                        check_headers(getattr(outline, name), folder / name)
         except ModelError as error:
             return str(error)
         return None
