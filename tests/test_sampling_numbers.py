@@ -10,7 +10,7 @@ import torch
 from by_hand import SHAPE, Linear, conditions, linear_policy, near, velocity
 from torch import nn
 
-from posttrain.errors import TrainingError
+from posttrain.errors import ModelError, TrainingError
 from posttrain.policy import Policy
 from posttrain.policy import out_of_memory as memory
 from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
@@ -192,6 +192,10 @@ class Block:
     """A model block that records how it is asked for a sampler and for the weights."""
 
     type = "linear"
+    problem = None
+
+    def unfit(self):
+        return self.problem
 
     def __init__(self, own=None, **fields):
         self.own, self.fields, self.asked = own, fields, []
@@ -242,10 +246,21 @@ def test_the_hash_is_over_names_shapes_and_float32_values_in_the_order_of_names(
     assert hash_of({"a": a.T, "b": b}) != digest
 
 
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded():
+    block = Block()
+    block.problem = "the transformer has too few layers"
+    with pytest.raises(ModelError, match=r"^the transformer has too few layers$"):
+        sampler_of(block, torch.device("cpu"), settings())
+    assert [what for what, *_ in block.asked] == ["sampler"], "not loaded"
+
+
 class Named:
     """A model block that notes what it is asked for; with ``own`` it samples by itself."""
 
     type = "linear"
+
+    def unfit(self):
+        return None
 
     def __init__(self, own=None, **fields):
         self.own, self.fields, self.asked = own, fields, []
