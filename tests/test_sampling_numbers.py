@@ -15,7 +15,7 @@ from posttrain.policy import Policy
 from posttrain.policy import out_of_memory as memory
 from posttrain.sampling.latents import prompt_noise, sample_images, sample_latents
 from posttrain.sampling.prompts import encode
-from posttrain.sampling.sampler import FlowSampler, flow_sampler, sampler_of
+from posttrain.sampling.sampler import FlowSampler, flow_sampler, loaded_to_draw, sampler_of
 from posttrain.support.randomness import generator
 from posttrain.weights.files import hash_of
 
@@ -188,11 +188,38 @@ def test_a_models_sampler_has_weights_of_the_precision_asked_for(precision, dtyp
     assert model.transformer.w.dtype == dtype
 
 
+def test_only_numbers_that_are_not_kept_in_float32_are_lowered():
+    model = Encoding()
+    network = model.transformer
+    network._keep_in_fp32_modules = ["norm"]
+    network.norm = nn.LayerNorm(2)
+    network.register_buffer("table", torch.ones(2))
+    network.register_buffer("places", torch.arange(2))
+    spec = SimpleNamespace(card_settings=dict)
+    flow_sampler(model, spec, settings(precision="bf16"), "here")
+    assert {name: tensor.dtype for name, tensor in network.state_dict().items()} == {
+        "w": torch.bfloat16,
+        "norm.weight": torch.float32,
+        "norm.bias": torch.float32,
+        "table": torch.bfloat16,
+        "places": torch.int64,
+    }
+
+
+@pytest.mark.parametrize(("precision", "merge"), [("fp32", True), ("bf16", False)])
+def test_weights_are_loaded_in_order_and_merged_in_float32_alone(precision, merge):
+    block, loads = Block(), []
+    block.weights_loaded = lambda source, merge: loads.append((source, merge))
+    model = loaded_to_draw(block, torch.device("cpu"), settings(precision=precision), [Path("a"), Path("b")])
+    assert model is block.loaded
+    assert loads == [(Path("a"), merge), (Path("b"), merge)]
+
+
 class Block:
     """A model block that records how it is asked for a sampler and for the weights."""
 
     type = "linear"
-    problem = None
+    problem = weights_loaded = None
 
     def unfit(self):
         return self.problem
@@ -207,6 +234,7 @@ class Block:
     def load(self, device, transformer_dtype):
         self.asked.append(("load", device, transformer_dtype))
         self.loaded = Encoding()
+        self.loaded.load_weights = self.weights_loaded
         return self.loaded
 
     def model_dump(self, mode="python"):

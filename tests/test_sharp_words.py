@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import sys
 from types import SimpleNamespace
 
@@ -109,6 +110,8 @@ def test_a_function_of_ones_own_gets_everything_and_may_return_any_numbers(monke
         "import numpy\ndef taste(images, prompts, metadata):\n    return numpy.array([len(p) + m['n'] + float(i.sum()) for i, p, m in zip(images, prompts, metadata)])\n"
     )
     (tmp_path / "sharp_bad.py").write_text("1 / 0\n")
+    for name in ("sharp_own", "sharp_bad"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     reward = Callable(function="sharp_own:taste")
@@ -131,6 +134,23 @@ def test_a_function_of_ones_own_gets_everything_and_may_return_any_numbers(monke
     for wrong in ("f", "m:", ":f", "m:f.g", "1m:f", "m:1f"):
         with pytest.raises(ValueError, match=r"pattern|has not the form"):
             Callable(function=wrong)
+
+
+def test_what_is_no_function_is_refused(monkeypatch, tmp_path):
+    text = "from posttrain.reward import Reward\nfive = 5\nclass Own(Reward):\n    pass\nclass Plain:\n    pass\n"
+    (tmp_path / "sharp_kinds.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "sharp_kinds", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    own = "'sharp_kinds:Own' is a class of rewards, no function: write rewards: [{type: 'sharp_kinds:Own'}]"
+    with pytest.raises(RewardError, match=f"^{re.escape(own)}$"):
+        Callable(function="sharp_kinds:Own").load(CPU)
+    assert Callable(function="sharp_kinds:Own").problem() == own
+    assert Callable(function="sharp_kinds:Plain").load(CPU) is not None, (
+        "a class of another kind can be called"
+    )
+    with pytest.raises(RewardError, match=r"^'sharp_kinds:five' is int, no function$"):
+        Callable(function="sharp_kinds:five").load(CPU)
 
 
 def test_the_source_of_a_function_is_the_module_named_and_the_one_that_defines_it(monkeypatch, tmp_path):
