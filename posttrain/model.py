@@ -53,8 +53,8 @@ def loaded(spec: Model, device: torch.device, transformer_dtype: DtypeName) -> F
 
 
 def loaded_if_fit(spec: Model, device: torch.device, transformer_dtype: DtypeName) -> FlowModel:
-    """As :func:`loaded`, but the configurations and headers are looked at first: seconds, where reading all
-    weights may take minutes. Raises ModelError also for what :meth:`Model.unfit` says."""
+    """As :func:`loaded`. Raises ModelError also for what :meth:`Model.unfit` says, before weights are read:
+    that takes seconds, reading them minutes."""
     if (reason := spec.unfit()) is not None:
         raise ModelError(reason)
     return loaded(spec, device, transformer_dtype)

@@ -78,11 +78,10 @@ def check_components(spec: Any, kind: Any, folder: Path) -> None:
     if not {*spec.flow.shifts} & {*signature(class_of(library, name, "scheduler").__init__).parameters}:
         raise ModelError(f"{str(index)!r}: the scheduler's class is {name}; {_no_shift(spec.flow.shifts)}")
     file = folder / "scheduler" / config_of(name)
-    if (
-        not {*spec.flow.shifts} & json_object(file.read_bytes(), file).keys()
-    ):  # or diffusers' default is taken
+    settings = json_object(file.read_bytes(), file)
+    if not {*spec.flow.shifts} & settings.keys():  # diffusers would take its default, and tell nobody
         raise ModelError(
-            f"{str(file)!r} has no {' and no '.join(spec.flow.shifts)}: by how much sigmas are shifted"
+            f"{str(file)!r} has no {' and no '.join(spec.flow.shifts)}, which says how far sigmas are shifted"
         )
     file = folder / "transformer" / NETWORK_CONFIG
     config, (library, name) = json_object(file.read_bytes(), file), held["transformer"]

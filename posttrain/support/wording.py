@@ -1,4 +1,4 @@
-"""Formats numbers, sizes and durations for people."""
+"""Formats numbers, sizes, durations and docstrings for people."""
 
 from __future__ import annotations
 
